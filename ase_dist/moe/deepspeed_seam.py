@@ -1,0 +1,210 @@
+"""The one module that knows DeepSpeed's internals: groups, parameter tags, optimiser groups, start-up quirks.
+
+Written for deepspeed 0.19.4 and newer, tried with 0.19.8.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def group_name(ep_size: int) -> str:
+    """The key under which DeepSpeed keeps the groups of an expert-parallel size."""
+    return f"ep_size_{ep_size}"
+
+
+def tag_routed(parameters: Iterable[nn.Parameter], *, ep_size: int) -> None:
+    """Mark parameters as sharded over expert-parallel ranks: reduced over the expert-data-parallel group only."""
+    for parameter in parameters:
+        parameter.allreduce = False  # type: ignore[attr-defined]
+        parameter.group_name = group_name(ep_size)  # type: ignore[attr-defined]
+
+
+def is_routed(parameter: nn.Parameter) -> bool:
+    """Whether ``tag_routed`` has marked this parameter."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def expert_parallel_group(ep_size: int, *, data_before_expert: bool = False) -> dist.ProcessGroup:
+    """DeepSpeed's expert-parallel group that this rank belongs to, made on first demand (collective)."""
+    from deepspeed.utils import groups
+
+    if group_name(ep_size) not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=data_before_expert)
+    return groups._get_expert_parallel_group(group_name(ep_size))
+
+
+def optimizer_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Split named parameter groups so that routed experts have groups of their own, as ZeRO wants them.
+
+    Each incoming group needs its own ``name``: with equal names DeepSpeed would merge the experts' settings.
+    """
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    names = [group["name"] for group in groups]
+    assert len(set(names)) == len(names), names
+    split = split_params_into_different_moe_groups_for_optimizer([dict(group) for group in groups])
+    return [group for group in split if group["params"]]
+
+
+def skip_cpu_communication_build() -> None:
+    """Keep DeepSpeed from compiling its shared-memory op (minutes, and used for inference only) on a CPU host.
+
+    A private table, read once when the process group is made; where it has moved, the op is built as before.
+    """
+    import deepspeed.ops
+
+    compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if isinstance(compatible, dict):
+        compatible["deepspeed_shm_comm"] = False
+
+
+def has_compiler() -> bool:
+    """Whether DeepSpeed could build its C++ ops here."""
+    return any(shutil.which(name) for name in ("c++", "g++", "clang++")) and shutil.which("ninja") is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights and moments in float32, wherever the ZeRO stage keeps them
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+
+
+class Fragment(NamedTuple):
+    """This rank's part of one trained parameter in float32.
+
+    ``master`` is the tensor that the optimiser steps, and the key of its state: the parameter itself, a copy of it, or
+    a flat partition of many. Seen flat, its ``numel`` values from ``start`` are the parameter's values from ``offset``.
+    """
+
+    master: Tensor
+    start: int
+    offset: int
+    numel: int
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of the parameter, also where ZeRO-3 has left only a part of it here."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def read_master(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
+    """The whole ``"weight"`` or moment (``MOMENTS``) of a trained parameter, float32, zeros before the first step.
+
+    Collective over the ranks among which ZeRO has divided the parameter: for a routed expert those that replicate it.
+    """
+    shape = full_shape(parameter)
+    buffer = torch.zeros(shape.numel(), dtype=torch.float32, device=parameter.device)
+    fragment = _fragment(engine.optimizer, parameter)
+    if fragment is not None:
+        source = fragment.master if kind == "weight" else _basic(engine).state[fragment.master].get(kind)
+        if source is not None:
+            part = source.detach().view(-1)[fragment.start : fragment.start + fragment.numel]
+            buffer[fragment.offset : fragment.offset + fragment.numel].copy_(part)
+    group = _partition_group(parameter)
+    if group is not None:
+        dist.all_reduce(buffer, group=group)
+    return buffer.view(shape)
+
+
+def write_master(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor, *, step: int) -> None:
+    """Set the whole weight (the model's own too) or moment to ``value``; ``step`` is AdamW's count of steps."""
+    fragment = _fragment(engine.optimizer, parameter)
+    with torch.no_grad():
+        if kind == "weight":
+            _set_model_weight(parameter, value)
+        if fragment is None:
+            return
+        target = fragment.master.data
+        if kind != "weight":
+            state = _basic(engine).state[fragment.master]
+            state["step"] = torch.tensor(float(step))
+            target = state.setdefault(kind, torch.zeros_like(fragment.master.data))
+        part = value.reshape(-1)[fragment.offset : fragment.offset + fragment.numel]
+        target.view(-1)[fragment.start : fragment.start + fragment.numel].copy_(part)
+
+
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")  # of the engine
+
+
+def restore_counters(engine: Any, counters: Mapping[str, int], *, last_epoch: int) -> None:
+    """Set the engine's counts and put its schedule, a LambdaLR, at ``last_epoch``."""
+    for name in COUNTERS:
+        setattr(engine, name, counters[name])
+    scheduler = engine.lr_scheduler
+    scheduler.last_epoch = last_epoch
+    rates = [base * factor(last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler._last_lr = rates
+    for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def device_random_state() -> Tensor:
+    """The random state of this rank's accelerator; empty on a CPU, whose generator is torch's own."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    return (
+        torch.empty(0, dtype=torch.uint8) if accelerator.device_name() == "cpu" else accelerator.get_rng_state().cpu()
+    )
+
+
+def restore_device_random_state(state: Tensor) -> None:
+    """Set what ``device_random_state`` gave; nothing for an empty one."""
+    from deepspeed.accelerator import get_accelerator
+
+    if state.numel():
+        get_accelerator().set_rng_state(state)
+
+
+def _basic(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimiser under DeepSpeed's wrapper."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _fragment(optimizer: Any, parameter: nn.Parameter) -> Fragment | None:
+    """Where this rank keeps its part of ``parameter``; None where it has none."""
+    if hasattr(parameter, "ds_id"):  # ZeRO-3
+        group, start, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        offset = numel * dist.get_rank(optimizer.dp_process_group)
+        real = max(0, min(numel, full_shape(parameter).numel() - offset))  # the last part is padded
+        return Fragment(optimizer.fp32_partitioned_groups_flat[group], start, offset, real)
+    if hasattr(parameter, "_dp_group"):  # ZeRO-1, ZeRO-2 and the sharded bf16 optimiser
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        partitions = getattr(optimizer, "single_partition_of_fp32_groups", None)
+        partitions = optimizer.fp32_groups_flat_partition if partitions is None else partitions
+        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return Fragment(partitions[mapping.param_group_index], here.start, there.start, here.numel)
+    for models, masters in zip(
+        getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=True
+    ):
+        for model, master in zip(models, masters, strict=True):  # ZeRO-0 in bf16 or fp16
+            if model is parameter:
+                return Fragment(master, 0, 0, parameter.numel())
+    return Fragment(parameter, 0, 0, parameter.numel())  # ZeRO-0 in fp32
+
+
+def _partition_group(parameter: nn.Parameter) -> dist.ProcessGroup | None:
+    """The ranks among which ZeRO has divided the parameter; None where each has all of it."""
+    if hasattr(parameter, "ds_id"):
+        return parameter.ds_process_group
+    return getattr(parameter, "_dp_group", None)
+
+
+def _set_model_weight(parameter: nn.Parameter, value: Tensor) -> None:
+    if not hasattr(parameter, "ds_id"):
+        parameter.copy_(value)
+        return
+    part = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    padded = torch.zeros(part * dist.get_world_size(parameter.ds_process_group), dtype=value.dtype, device=value.device)
+    padded[: value.numel()] = value.reshape(-1)
+    offset = part * dist.get_rank(parameter.ds_process_group)
+    parameter.ds_tensor.copy_(padded[offset : offset + part])  # type: ignore[attr-defined]

@@ -1,0 +1,118 @@
+"""A frozen linear plus a gated low-rank pair, in as few passes over wide tensors as there can be.
+
+    y = act(x) W^T + bias + (repeat(gates, r) * (act(x) A^T)) B^T
+
+Letters: T tokens, D input width, O output width, R = N * r rank columns of N experts side by side. The gates act in
+rank space, on [T, R], between two skinny products: inactive experts have gate 0, add nothing and get no gradient, so
+this is exact, and the delta is added into the output of the base product, never formed. The backward keeps x, the
+rank activations and the gates; it recomputes act(x) and never touches the frozen W but for the input's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def lowrank_linear(
+    x: Tensor,
+    weight_OD: Tensor,
+    bias_O: Tensor | None,
+    a_RD: Tensor,
+    b_OR: Tensor,
+    *,
+    gates: Tensor | None = None,
+    activation: Activation | None = None,
+) -> Tensor:
+    """The formula above for x [..., D]: returns [..., O].
+
+    ``gates`` [..., N] weigh N equal groups of R / N columns (None: all 1); a scale such as alpha / r is folded into
+    them or into B by the caller. ``activation`` must be elementwise and deterministic: it is run again in backward.
+    Under autocast, or where W itself is trained, the same formula is left to PyTorch's autograd.
+    """
+    if weight_OD.requires_grad or (bias_O is not None and bias_O.requires_grad) or _autocast(x):
+        x = x if activation is None else activation(x)
+        return add_lowrank(F.linear(x, weight_OD, bias_O), x, a_RD, b_OR, gates=gates)
+    x_TD = x.reshape(-1, x.shape[-1])
+    gates_TN = None if gates is None else gates.reshape(-1, gates.shape[-1])
+    y_TO = _LowRankLinear.apply(x_TD, weight_OD, bias_O, a_RD, b_OR, gates_TN, activation)
+    return y_TO.view(*x.shape[:-1], weight_OD.shape[0])
+
+
+def add_lowrank(y: Tensor, x: Tensor, a_RD: Tensor, b_OR: Tensor, *, gates: Tensor | None = None) -> Tensor:
+    """y + (repeat(gates, r) * (x A^T)) B^T by plain autograd, for a base that is not a frozen ``nn.Linear``."""
+    return y + F.linear(_gated(F.linear(x, a_RD), gates), b_OR)
+
+
+def _gated(u: Tensor, gates: Tensor | None) -> Tensor:
+    """u [..., R] times its group's gate; the product in the gates' precision, the result in u's."""
+    if gates is None:
+        return u
+    return (u.unflatten(-1, (gates.shape[-1], -1)) * gates.unsqueeze(-1)).flatten(-2).to(u.dtype)
+
+
+def _autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weight_OD: Tensor,
+        bias_O: Tensor | None,
+        a_RD: Tensor,
+        b_OR: Tensor,
+        gates_TN: Tensor | None,
+        activation: Activation | None,
+    ) -> Tensor:
+        h_TD = x_TD if activation is None else activation(x_TD)
+        u_TR = h_TD @ a_RD.T
+        y_TO = F.linear(h_TD, weight_OD, bias_O)
+        y_TO.addmm_(_gated(u_TR, gates_TN), b_OR.T)
+        ctx.save_for_backward(x_TD, weight_OD, a_RD, b_OR, gates_TN, u_TR)
+        ctx.activation = activation
+        return y_TO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_OD, a_RD, b_OR, gates_TN, u_TR = ctx.saved_tensors
+        needs_x, _, _, needs_a, needs_b, needs_gates, _ = ctx.needs_input_grad
+        grad_x = grad_a = grad_b = grad_gates = None
+
+        grad_v_TR = grad_TO @ b_OR
+        grad_u_TR = _gated(grad_v_TR, gates_TN)
+        if needs_gates:
+            products_TR = grad_v_TR.to(gates_TN.dtype) * u_TR
+            grad_gates = products_TR.unflatten(-1, (gates_TN.shape[-1], -1)).sum(dim=-1)
+        if needs_b:
+            grad_b = grad_TO.T @ _gated(u_TR, gates_TN)
+
+        h_TD, pull_back = _activate(x_TD, ctx.activation, differentiate=needs_x)
+        if needs_a:
+            grad_a = grad_u_TR.T @ h_TD
+        if needs_x:
+            grad_h_TD = grad_TO @ weight_OD
+            grad_x = pull_back(grad_h_TD.addmm_(grad_u_TR, a_RD))
+        return grad_x, None, None, grad_a, grad_b, grad_gates, None
+
+
+def _activate(x: Tensor, activation: Activation | None, *, differentiate: bool) -> tuple[Tensor, Activation]:
+    """act(x) computed again, and the function that pulls a gradient back through it."""
+    if activation is None:
+        return x, lambda grad: grad
+    if not differentiate:
+        return activation(x), lambda grad: grad
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        output = activation(leaf)
+    return output.detach(), lambda grad: torch.autograd.grad(output, leaf, grad)[0]
