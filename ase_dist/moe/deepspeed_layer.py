@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
+from ase_dist import collectives
 from ase_dist.moe import deepspeed_seam as seam
 from ase_dist.moe.layer import MoEFFN, MoEOutput, TaskIndex
 from ase_dist.moe.sharding import Shard
@@ -55,6 +57,8 @@ class ASEMoE(MoE):  # type: ignore[misc]
         self.moe = MoEFFN(base, num_experts=num_experts, k=k, num_shared=num_shared, rank=rank, num_tasks=num_tasks,
                           alpha=alpha, experts=experts, hidden=hidden, adapt=adapt, gating=gating,
                           aux_losses=aux_losses, seed=seed, shard=shard)  # fmt: skip
+        self.dispatch_choice = "local" if ep_size == 1 else dispatch
+        self._undecided = False
         seam.tag_routed(self.moe.routed.parameters(), ep_size=ep_size)
         # what DeepSpeed's engine reads of a MoE layer
         self.num_experts = num_experts
@@ -66,10 +70,15 @@ class ASEMoE(MoE):  # type: ignore[misc]
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Called by ``deepspeed.initialize``: take the expert-parallel group and count tokens over all ranks."""
-        group = seam.expert_parallel_group(self.ep_size, data_before_expert=use_data_before_expert_parallel_)
+        if use_data_before_expert_parallel_:
+            raise ValueError(
+                "use_data_before_expert_parallelism: experts are sharded over consecutive ranks; set it false"
+            )
+        group = seam.expert_parallel_group(self.ep_size)
+        self.moe.sync_statistics = True
         if self.ep_size > 1:
             self.moe.group = group
-        self.moe.sync_statistics = True
+            self._undecided = True
 
     def forward(
         self, x: Tensor, used_token: Tensor | None = None, *, task: TaskIndex = None, with_stats: bool = False
@@ -80,8 +89,25 @@ class ASEMoE(MoE):  # type: ignore[misc]
         """
         if used_token is not None:
             raise ValueError("used_token: this layer drops no tokens; mask the loss instead")
+        if self.ep_size > 1:
+            self._decide(x)
         result: MoEOutput = self.moe(x, task=task)
         return result if with_stats else result[:3]
+
+    def _decide(self, x: Tensor) -> None:
+        """At the first call: which dispatch moves fewer bytes for the mean tokens of the group's ranks (collective)."""
+        if self.moe.group is None:
+            raise ValueError(
+                f"ep_size: {self.ep_size} ranks share the experts; call deepspeed.initialize on the model first"
+            )
+        if not self._undecided:
+            return
+        own = torch.tensor([x.numel() // x.shape[-1]], device=x.device)
+        tokens = collectives.all_gather_rows(own, group=self.moe.group).sum().item() / self.ep_size
+        if self.dispatch_choice == "auto":
+            self.dispatch_choice = self.moe.layer_shape().cheaper(tokens)
+        self.moe.share_experts(self.moe.group, self.dispatch_choice)
+        self._undecided = False
 
     def gates(self, x: Tensor, *, task: TaskIndex = None) -> Tensor:
         """Dense gates [tasks, ..., N] of x [tasks, ..., D]; see ``MoEFFN.gates``."""

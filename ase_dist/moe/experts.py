@@ -28,6 +28,7 @@ class LoRABank(nn.Module):
     def __init__(self, ids: Sequence[int], places: Mapping[str, Shape], *, rank: int, seed: int) -> None:
         super().__init__()
         self.places = tuple(places)
+        self.row_values = sum(dim_in + dim_out for dim_in, dim_out in places.values())  # of a token there and back
         for place, (dim_in, dim_out) in places.items():
             a_nrD = torch.empty(len(ids), rank, dim_in)
             for slot, global_id in enumerate(ids):
@@ -51,6 +52,7 @@ class FFNBank(nn.Module):
     def __init__(self, ids: Sequence[int], fc1: nn.Linear, fc2: nn.Linear, *, hidden: int, seed: int) -> None:
         super().__init__()
         width = fc1.out_features
+        self.row_values = fc1.in_features + fc2.out_features  # of a token there and back
         units = [_draw(width, hidden, seed=seed, global_id=i, device=fc1.weight.device) for i in ids]
         with torch.no_grad():
             self.fc1_weight = _stack((fc1.weight[u] for u in units), (hidden, fc1.in_features))

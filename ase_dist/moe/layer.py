@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ase_dist.moe.dispatch import Dispatch, LocalDispatch
+from ase_dist import collectives
+from ase_dist.moe.dispatch import AllToAllDispatch, Dispatch, GatherDispatch, LayerShape, LocalDispatch
 from ase_dist.moe.dispatch.base import FeedForward, Routed
 from ase_dist.moe.experts import FFNBank, LoRABank
 from ase_dist.moe.gating import Gates, check_gating
@@ -124,6 +125,26 @@ class MoEFFN(nn.Module):
         x_tTD, tasks = self._streams(x, task)
         routing: Gates = self.router(x_tTD, tasks)[1]
         return routing.gates.view(*x.shape[:-1], self.num_experts)
+
+    def layer_shape(self) -> LayerShape:
+        """The sizes from which the cost of a dispatch follows."""
+        one_expert = [tensor[0] for tensor in self.routed.tensors().values()]
+        return LayerShape(
+            routed=self.shard.routed,
+            active=self.k,
+            slots=self.shard.slots,
+            ranks=self.shard.count,
+            row_values=self.routed.row_values,
+            expert_values=sum(tensor.numel() for tensor in one_expert),
+            element_bytes=one_expert[0].element_size(),
+        )
+
+    def share_experts(self, group: dist.ProcessGroup, dispatch: str) -> None:
+        """Use ``dispatch`` ("gather" or "all_to_all") over ``group``, whose ranks hold the routed experts in shards."""
+        assert self.shard.count == collectives.group_size(group), "the shard was made for another group"
+        self.group = group
+        kinds = {"gather": GatherDispatch, "all_to_all": AllToAllDispatch}
+        self.dispatch = kinds[dispatch](self.routed, group=group, shard=self.shard)
 
     def _streams(self, x: Tensor, task: TaskIndex) -> tuple[Tensor, list[int]]:
         """x as [t, T, D] and the tasks of its first axis."""

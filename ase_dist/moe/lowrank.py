@@ -48,11 +48,11 @@ def lowrank_linear(
 
 def add_lowrank(y: Tensor, x: Tensor, a_RD: Tensor, b_OR: Tensor, *, gates: Tensor | None = None) -> Tensor:
     """y + (repeat(gates, r) * (x A^T)) B^T by plain autograd, for a base that is not a frozen ``nn.Linear``."""
-    return y + F.linear(_gated(F.linear(x, a_RD), gates), b_OR)
+    return y + F.linear(gated(F.linear(x, a_RD), gates), b_OR)
 
 
-def _gated(u: Tensor, gates: Tensor | None) -> Tensor:
-    """u [..., R] times its group's gate; the product in the gates' precision, the result in u's."""
+def gated(u: Tensor, gates: Tensor | None) -> Tensor:
+    """u [..., N * r] times the gate [..., N] of its group; the product in the gates' precision, the result in u's."""
     if gates is None:
         return u
     return (u.unflatten(-1, (gates.shape[-1], -1)) * gates.unsqueeze(-1)).flatten(-2).to(u.dtype)
@@ -77,7 +77,7 @@ class _LowRankLinear(torch.autograd.Function):
         h_TD = x_TD if activation is None else activation(x_TD)
         u_TR = h_TD @ a_RD.T
         y_TO = F.linear(h_TD, weight_OD, bias_O)
-        y_TO.addmm_(_gated(u_TR, gates_TN), b_OR.T)
+        y_TO.addmm_(gated(u_TR, gates_TN), b_OR.T)
         ctx.save_for_backward(x_TD, weight_OD, a_RD, b_OR, gates_TN, u_TR)
         ctx.activation = activation
         return y_TO
@@ -90,14 +90,14 @@ class _LowRankLinear(torch.autograd.Function):
         grad_x = grad_a = grad_b = grad_gates = None
 
         grad_v_TR = grad_TO @ b_OR
-        grad_u_TR = _gated(grad_v_TR, gates_TN)
+        grad_u_TR = gated(grad_v_TR, gates_TN)
         if needs_gates:
             products_TR = grad_v_TR.to(gates_TN.dtype) * u_TR
             grad_gates = products_TR.unflatten(-1, (gates_TN.shape[-1], -1)).sum(dim=-1)
         if needs_b:
-            grad_b = grad_TO.T @ _gated(u_TR, gates_TN)
+            grad_b = grad_TO.T @ gated(u_TR, gates_TN)
 
-        h_TD, pull_back = _activate(x_TD, ctx.activation, differentiate=needs_x)
+        h_TD, pull_back = rerun(x_TD, ctx.activation, differentiate=needs_x)
         if needs_a:
             grad_a = grad_u_TR.T @ h_TD
         if needs_x:
@@ -106,8 +106,8 @@ class _LowRankLinear(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, grad_gates, None
 
 
-def _activate(x: Tensor, activation: Activation | None, *, differentiate: bool) -> tuple[Tensor, Activation]:
-    """act(x) computed again, and the function that pulls a gradient back through it."""
+def rerun(x: Tensor, activation: Activation | None, *, differentiate: bool) -> tuple[Tensor, Activation]:
+    """act(x) computed again, and the function that pulls a gradient back through it; None is the identity."""
     if activation is None:
         return x, lambda grad: grad
     if not differentiate:

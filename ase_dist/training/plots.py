@@ -49,7 +49,7 @@ STYLE = {
 
 
 def draw_all(folder: str | Path) -> list[Path]:
-    """Draw every plot that the metrics.jsonl in ``folder`` has the numbers for; the files written, in that order.
+    """Draw what the metrics.jsonl in ``folder`` has the numbers for into ``folder``/plots; the files, in that order.
 
     Raises ValueError where the metrics are damaged, see ``read_metrics``.
     """
@@ -64,7 +64,7 @@ def draw_all(folder: str | Path) -> list[Path]:
         for i, name in enumerate(run.get("tasks", ())):
             figures[f"expert_heatmap_{name}.png"] = draw_heatmap(train, run, task=i)
         figures["shared_gate.png"] = draw_shared_gate(train, run)
-        return [_save(figure, folder / name) for name, figure in figures.items() if figure is not None]
+        return [_save(figure, folder / "plots" / name) for name, figure in figures.items() if figure is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_what_was_recorded_is_drawn(
     write_run(tmp_path, steps, experts=experts, evals=evals)
     written = draw_all(tmp_path)
     assert sorted(path.name for path in written) == expected
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == expected
+    assert sorted(path.name for path in (tmp_path / "plots").glob("*.png")) == expected
     for path in written:
         pixels = np.asarray(Image.open(path).convert("L"))
         assert pixels.min() < 100 and pixels.max() == 255  # ink on paper
