@@ -1,0 +1,125 @@
+"""What travels from a data set to the training loop: records, samples and batches.
+
+B images, S the side of the square the model sees; label forms as in ``tasks.py``'s table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ase_dist.data.files import Array
+
+
+@dataclass(frozen=True)
+class Record:
+    """One decoded image at its original size: uint8 [H, W, 3], and compact labels (``labels.py``) by task."""
+
+    index: int
+    name: str
+    image: Array
+    labels: Mapping[str, Array]
+
+
+@dataclass
+class Sample:
+    """One image ready for the model: float32 [3, S, S], ImageNet-normalised, with a label for each task.
+
+    Labels are [S, S] in training and of the image's own size in evaluation.
+    """
+
+    image: Tensor
+    labels: dict[str, Tensor]
+    index: int
+    name: str
+
+
+@dataclass
+class Batch:
+    """Images [B, 3, S, S], labels [B, ...] by task, indices int64 [B] into the list, names of the images."""
+
+    images: Tensor
+    labels: dict[str, Tensor]
+    indices: Tensor
+    names: list[str]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy on ``device``; asynchronous from pinned memory."""
+        moved = {task: label.to(device, non_blocking=True) for task, label in self.labels.items()}
+        images = self.images.to(device, non_blocking=True)
+        return Batch(images, moved, self.indices.to(device, non_blocking=True), self.names)
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory (also called by torch's DataLoader)."""
+        pinned = {task: label.pin_memory() for task, label in self.labels.items()}
+        return Batch(self.images.pin_memory(), pinned, self.indices.pin_memory(), self.names)
+
+
+@dataclass
+class EvalBatch:
+    """As Batch, with a list of B labels of each image's own size by task; B is 0 on a rank with nothing left."""
+
+    images: Tensor
+    labels: dict[str, list[Tensor]]
+    indices: Tensor
+    names: list[str]
+
+    def to(self, device: torch.device | str) -> EvalBatch:
+        """A copy on ``device``; asynchronous from pinned memory."""
+        moved = {task: [label.to(device, non_blocking=True) for label in many] for task, many in self.labels.items()}
+        images = self.images.to(device, non_blocking=True)
+        return EvalBatch(images, moved, self.indices.to(device, non_blocking=True), self.names)
+
+    def pin_memory(self) -> EvalBatch:
+        """A copy in page-locked memory (also called by torch's DataLoader)."""
+        pinned = {task: [label.pin_memory() for label in many] for task, many in self.labels.items()}
+        return EvalBatch(self.images.pin_memory(), pinned, self.indices.pin_memory(), self.names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """One flat tensor per task: each tensor sent by a loader process holds a file descriptor open."""
+        shapes = {task: [label.shape for label in many] for task, many in self.labels.items()}
+        flat = {task: torch.cat([label.reshape(-1) for label in many]) for task, many in self.labels.items() if many}
+        return {**self.__dict__, "labels": flat, "shapes": shapes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        flat, shapes = state.pop("labels"), state.pop("shapes")
+        self.__dict__.update(state)
+        self.labels = {task: _unpack(flat[task], many) if many else [] for task, many in shapes.items()}
+
+
+def collate(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
+    """Samples stacked to a batch.
+
+    Through numpy: torch would start its own pool of threads in whichever thread prepares the batch.
+    """
+    labels = {task: _stack([sample.labels[task] for sample in samples]) for task in tasks}
+    return Batch(_stack([sample.image for sample in samples]), labels, _indices(samples), _names(samples))
+
+
+def collate_eval(samples: Sequence[Sample], tasks: Sequence[str], *, size: int) -> EvalBatch:
+    """Samples with labels of their own sizes gathered to a batch, possibly an empty one."""
+    images = _stack([sample.image for sample in samples]) if samples else torch.zeros(0, 3, size, size)
+    labels = {task: [sample.labels[task] for sample in samples] for task in tasks}
+    return EvalBatch(images, labels, _indices(samples), _names(samples))
+
+
+def _unpack(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    pieces = flat.split([shape.numel() for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.from_numpy(np.stack([tensor.numpy() for tensor in tensors]))
+
+
+def _indices(samples: Sequence[Sample]) -> Tensor:
+    return torch.tensor([sample.index for sample in samples], dtype=torch.int64)
+
+
+def _names(samples: Sequence[Sample]) -> list[str]:
+    return [sample.name for sample in samples]

@@ -1,0 +1,99 @@
+"""Files of a data folder, read into arrays; what cannot be read is told in one sentence that names the file."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
+
+Array = npt.NDArray[Any]
+
+# What Pillow, scipy and numpy raise on truncated, empty or foreign files, beside OSError.
+_BROKEN = (
+    OSError, ValueError, TypeError, KeyError, IndexError, EOFError, SyntaxError, NotImplementedError, MemoryError,
+    OverflowError, AssertionError, struct.error, zlib.error, MatReadError, Image.DecompressionBombError,
+)  # fmt: skip
+_COLOUR_MODES = ("RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr", "1")
+
+
+def read_image(path: Path) -> Array:
+    """The picture of ``path`` as uint8 [H, W, 3]; grey, palette and CMYK files are converted to RGB.
+
+    Orientation tags are not applied: labels follow the pixels as stored. Raises ValueError for a missing, corrupt or
+    truncated file and for more than 8 bits a channel.
+    """
+    wanted = "a picture of 8 bits a channel"
+    with _reading(path, wanted), Image.open(path) as picture:
+        if picture.mode not in _COLOUR_MODES:
+            raise _ToldError(_sentence(path, f"Pillow's mode {picture.mode!r}", wanted))
+        return np.asarray(picture.convert("RGB"))
+
+
+def read_codes(path: Path, *, modes: tuple[str, ...], wanted: str) -> Array:
+    """The stored 8-bit values of ``path`` (palette indices stay indices): uint8 [H, W], or [H, W, 3] for mode RGB.
+
+    One-bit pictures (mode ``1``) are read as 0 and 255.
+    ``modes`` are Pillow's names of the allowed forms. Raises ValueError for any other form (a 16-bit label is
+    ``I;16``) and for an unreadable file.
+    """
+    with _reading(path, wanted), Image.open(path) as picture:
+        if picture.mode not in modes:
+            depth = "a 16-bit picture" if picture.mode.startswith("I") else f"Pillow's mode {picture.mode!r}"
+            raise _ToldError(_sentence(path, depth, wanted))
+        return np.asarray(picture.convert("L") if picture.mode == "1" else picture)
+
+
+def read_variable(path: Path, name: str) -> Array:
+    """The variable ``name`` of a MATLAB file of version 5, as scipy reads it; ValueError if it is not there."""
+    wanted = f"a MATLAB v5 file with the variable {name!r}"
+    with _reading(path, wanted), path.open("rb") as file:
+        variables = loadmat(file, variable_names=[name])
+    if not isinstance(variables.get(name), np.ndarray):
+        raise ValueError(_sentence(path, "a MATLAB file without that variable", wanted))
+    value: Array = variables[name]
+    return value
+
+
+def read_array(path: Path) -> Array:
+    """The array of a .npy file; ValueError if it is unreadable or holds Python objects (never unpickled)."""
+    with _reading(path, "a NumPy .npy file of plain numbers"):
+        value = np.load(path, allow_pickle=False)
+        if not isinstance(value, np.ndarray):
+            raise TypeError("an archive of several arrays")
+        return value
+
+
+def reject(path: Path, got: str, wanted: str) -> ValueError:
+    """The error for a file that could be read but holds something else; the caller raises it."""
+    return ValueError(_sentence(path, got, wanted))
+
+
+class _ToldError(ValueError):
+    """A ValueError whose sentence is complete already."""
+
+
+@contextmanager
+def _reading(path: Path, wanted: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(_sentence(path, "no such file", wanted)) from None
+    except _ToldError as error:
+        raise ValueError(str(error)) from None
+    except _BROKEN as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        size = path.stat().st_size if path.is_file() else 0
+        raise ValueError(_sentence(path, f"an unreadable file of {size} bytes ({reason})", wanted)) from None
+
+
+def _sentence(path: Path, got: str, wanted: str) -> str:
+    return f"{path}: got {got}, wanted {wanted}; unpack the archive again, or take {path.stem!r} out of the list"

@@ -1,0 +1,163 @@
+"""The loaders of a run, built from its settings: what is read, by which rank, how far ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from typing import Literal
+
+from ase_dist.config import Settings
+from ase_dist.data.batch import Batch, EvalBatch, collate, collate_eval
+from ase_dist.data.dataset import RecordDataset, data_fingerprint
+from ase_dist.data.nyud import NYUD
+from ase_dist.data.pascal_context import PascalContext
+from ase_dist.data.prefetch import Draws, Prefetcher
+from ase_dist.data.sampler import EvalSampler, ResumableSampler
+from ase_dist.data.transforms import Transform
+from ase_dist.tasks import Task
+
+__all__ = ["EvalLoader", "TrainLoader", "build_eval_loader", "build_train_loader", "data_fingerprint", "open_dataset"]
+
+Split = Literal["train", "val"]
+
+
+class TrainLoader:
+    """An endless iterator over Batch.
+
+    Its state counts the batches that the loop has taken, not those prepared ahead. ``close`` ends the background
+    thread or the loader processes.
+    """
+
+    def __init__(self, dataset: RecordDataset, sampler: ResumableSampler, prefetcher: Prefetcher[Batch]) -> None:
+        self.dataset = dataset
+        self._sampler = sampler
+        self._prefetcher = prefetcher
+        self._stream: Generator[Batch, None, None] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next image belongs to."""
+        return self._sampler.epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that every rank takes in an epoch, rounded up."""
+        return self._sampler.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._stream is None:
+            self._stream = iter(self._prefetcher)
+        try:
+            batch = next(self._stream)
+        except ValueError:
+            self._stop_stream()  # a generator that has raised is over; another try reads the same batch again
+            raise
+        self._sampler.advance()
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """As ResumableSampler's: equal on all ranks, and valid at any number of them."""
+        return self._sampler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue at ``state``; what was prepared ahead is thrown away. ValueError as ResumableSampler's."""
+        self._stop_stream()
+        self._sampler.load_state_dict(state)
+
+    def close(self) -> None:
+        """End the background thread or processes; the next batch would start them again at the same place."""
+        self._stop_stream()
+        self._prefetcher.close()
+
+    def _stop_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+class EvalLoader:
+    """One pass per iteration over this rank's share, with the same number of batches on every rank."""
+
+    def __init__(self, dataset: RecordDataset, sampler: EvalSampler, prefetcher: Prefetcher[EvalBatch]) -> None:
+        self.dataset = dataset
+        self._sampler = sampler
+        self._prefetcher = prefetcher
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        return iter(self._prefetcher)
+
+    def close(self) -> None:
+        """End the loader processes."""
+        self._prefetcher.close()
+
+
+def open_dataset(settings: Settings, tasks: tuple[Task, ...], *, split: Split) -> RecordDataset:
+    """The data set that ``settings`` names; generated scenes are made first where they are not there yet.
+
+    Raises ValueError where files are missing (see RecordDataset).
+    """
+    data = settings.data
+    root = data.root
+    if data.name == "scenes":
+        from ase_dist.data.scenes.make import ensure_scenes
+
+        root = ensure_scenes(
+            root, train=data.train_images, val=data.val_images, size=data.scene_size, seed=data.scene_seed
+        )
+    kind = NYUD if data.name == "nyud" else PascalContext
+    limit = data.limit_train if split == "train" else data.limit_val
+    return kind(root, split, tasks, limit=limit, cache_in_memory=data.cache_in_memory)
+
+
+def build_train_loader(settings: Settings, tasks: tuple[Task, ...], *, rank: int, world_size: int) -> TrainLoader:
+    """The training batches of one rank; ``rank`` and ``world_size`` count the ranks that share the data."""
+    dataset = open_dataset(settings, tasks, split="train")
+    sampler = ResumableSampler(
+        len(dataset), batch_size=settings.train.batch_size, rank=rank, world_size=world_size, seed=settings.seed
+    )
+    transform = Transform(settings.data.size, tasks=tasks, augment=settings.data.augment)
+    fetch = _TrainFetch(dataset, transform, seed=settings.seed)
+    return TrainLoader(dataset, sampler, Prefetcher(fetch, plan=sampler.upcoming, workers=settings.data.workers))
+
+
+def build_eval_loader(
+    settings: Settings, tasks: tuple[Task, ...], *, rank: int, world_size: int, split: Split = "val"
+) -> EvalLoader:
+    """The evaluation batches of one rank: each image on exactly one rank, batches of the same number on all."""
+    dataset = open_dataset(settings, tasks, split=split)
+    batch_size = settings.eval.batch_size or settings.train.batch_size
+    sampler = EvalSampler(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
+    fetch = _EvalFetch(dataset, Transform(settings.data.size, tasks=tasks, augment=False))
+    return EvalLoader(dataset, sampler, Prefetcher(fetch, plan=sampler.__iter__, workers=settings.data.workers))
+
+
+class _TrainFetch:
+    """Draws to a Batch; sent to the loader processes, so it holds no open file and no thread."""
+
+    def __init__(self, dataset: RecordDataset, transform: Transform, *, seed: int) -> None:
+        self._dataset = dataset
+        self._transform = transform
+        self._seed = seed
+
+    def __call__(self, draws: Draws) -> Batch:
+        samples = [
+            self._transform.train_sample(self._dataset[draw.image], seed=self._seed, epoch=draw.epoch) for draw in draws
+        ]
+        return collate(samples, [task.name for task in self._dataset.tasks])
+
+
+class _EvalFetch:
+    """Draws to an EvalBatch."""
+
+    def __init__(self, dataset: RecordDataset, transform: Transform) -> None:
+        self._dataset = dataset
+        self._transform = transform
+
+    def __call__(self, draws: Draws) -> EvalBatch:
+        samples = [self._transform.eval_sample(self._dataset[draw.image]) for draw in draws]
+        return collate_eval(samples, [task.name for task in self._dataset.tasks], size=self._transform.size)

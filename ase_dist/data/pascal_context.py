@@ -1,0 +1,48 @@
+"""PASCAL-Context for multi-task learning, as the archive PASCAL_MT unpacks (the layout of ASTMT, MTI-Net, M3ViT)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from ase_dist.data import decode
+from ase_dist.data.dataset import Patterns, RecordDataset
+from ase_dist.data.files import Array
+
+_LABEL_MAP: Patterns = ("pascal-context/trainval/{}.mat",)
+_DECODERS: Mapping[str, Callable[[Path, tuple[int, int]], Array]] = {
+    "semseg": decode.voc_classes,
+    "human_parts": decode.human_parts,
+    "saliency": decode.saliency,
+}
+
+
+class PascalContext(RecordDataset):
+    """The images of ``ImageSets/Context/<split>.txt`` with up to five labels; generated scenes have the same layout."""
+
+    title: ClassVar[str] = "PASCAL-Context (PASCAL_MT)"
+    list_folder: ClassVar[str] = "ImageSets/Context"
+    image_files: ClassVar[Patterns] = ("JPEGImages/{}.jpg",)
+    label_files: ClassVar[Mapping[str, tuple[Patterns, ...]]] = {
+        "semseg": (("semseg/VOC12/{}.png", "semseg/pascal-context/{}.png"),),
+        "human_parts": (("human_parts/{}.mat",),),
+        "saliency": (("sal_distill/{}.png",),),
+        "edge": (_LABEL_MAP,),
+        "normals": (("normals_distill/{}.png",), _LABEL_MAP),
+    }
+
+    def decode_labels(self, name: str, shape: tuple[int, int]) -> dict[str, Array]:
+        """As RecordDataset's; ``LabelMap`` is read once for edges and normals."""
+        ids = functools.cache(lambda: decode.label_map(self.find(name, _LABEL_MAP), shape))
+        labels = {}
+        for task in self.tasks:
+            path = self.find(name, self.label_files[task.name][0])
+            if task.name == "edge":
+                labels[task.name] = decode.boundaries(ids())
+            elif task.name == "normals":
+                labels[task.name] = decode.distilled_normals(path, ids())
+            else:
+                labels[task.name] = _DECODERS[task.name](path, shape)
+        return labels

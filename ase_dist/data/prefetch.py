@@ -1,0 +1,153 @@
+"""Batches prepared ahead of the loop: one in a background thread, or several in loader processes."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import signal
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ase_dist.data.sampler import Draw
+
+Draws = list[Draw]
+
+
+class Pinnable(Protocol):
+    """A batch that can copy itself into page-locked memory."""
+
+    def pin_memory(self) -> Any:
+        """A page-locked copy of the same type."""
+
+
+BatchT = TypeVar("BatchT", bound=Pinnable)
+
+
+class Prefetcher(Generic[BatchT]):
+    """Iterates ``fetch(draws)`` over ``plan`` in order, a little ahead of the loop; each iteration starts anew.
+
+    ``workers`` 0: a thread prepares the next batch while the loop uses this one. More: that many processes, spawned
+    (forking a process that holds threads or a CUDA context is not safe, and a fork server would die of a signal that
+    is sent to the whole job, and take the workers with it). A ValueError in ``fetch`` is raised again in the loop,
+    with the same sentence. Batches are page-locked where there is a CUDA device.
+    """
+
+    def __init__(self, fetch: Callable[[Draws], BatchT], *, plan: Callable[[], Iterable[Draws]], workers: int) -> None:
+        self._fetch = fetch
+        self._plan = plan
+        self._workers = workers
+        self._loader: DataLoader[Any] | None = None
+        self._at_exit = functools.partial(_close_if_alive, weakref.ref(self))
+
+    def __iter__(self) -> Generator[BatchT, None, None]:
+        return self._from_processes() if self._workers else self._from_thread()
+
+    def close(self) -> None:
+        """End the loader processes; a further iteration would start new ones."""
+        loader, self._loader = self._loader, None
+        atexit.unregister(self._at_exit)
+        iterator = getattr(loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()  # torch 2.14 has no public way while an iteration refers to it
+
+    def _from_thread(self) -> Generator[BatchT, None, None]:
+        pool = _one_thread()
+        try:
+            waiting: Future[BatchT] | None = None
+            for draws in self._plan():
+                following = pool.submit(self._fetch_pinned, draws)
+                if waiting is not None:
+                    yield waiting.result()
+                waiting = following
+            if waiting is not None:
+                yield waiting.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _fetch_pinned(self, draws: Draws) -> BatchT:
+        batch = self._fetch(draws)
+        return batch.pin_memory() if torch.cuda.is_available() else batch
+
+    def _from_processes(self) -> Generator[BatchT, None, None]:
+        fresh = self._loader is None
+        loader = self._start() if self._loader is None else self._loader
+        self._loader = loader
+        batches = iter(loader)
+        if fresh:
+            # The processes ignore SIGTERM, with which multiprocessing ends what is left at exit before waiting for it.
+            # Registered after them, this runs before that.
+            atexit.register(self._at_exit)
+        for batch in batches:
+            if isinstance(batch, _Failure):
+                raise ValueError(batch.sentence)
+            yield batch
+
+    def _start(self) -> DataLoader[Any]:
+        return DataLoader(
+            _Fetched(self._fetch),
+            batch_size=None,
+            sampler=_Plan(self._plan),
+            num_workers=self._workers,
+            collate_fn=_unchanged,
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context="spawn",
+            worker_init_fn=_ignore_signals,
+            persistent_workers=True,
+            generator=torch.Generator(),  # else the loader would draw from the global one, which a resume compares
+        )
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A user's mistake met in a loader process; a raised one would arrive wrapped in a traceback."""
+
+    sentence: str
+
+
+class _Fetched(Dataset[Any]):
+    def __init__(self, fetch: Callable[[Draws], Any]) -> None:
+        self._fetch = fetch
+
+    def __getitem__(self, draws: Draws) -> Any:
+        try:
+            return self._fetch(draws)
+        except ValueError as error:
+            return _Failure(str(error))
+
+
+class _Plan:
+    def __init__(self, plan: Callable[[], Iterable[Draws]]) -> None:
+        self._plan = plan
+
+    def __iter__(self) -> Iterator[Draws]:
+        return iter(self._plan())
+
+
+def _one_thread() -> ThreadPoolExecutor:
+    """A thread on this thread's CUDA device: new ones start on device 0, where pinning would open another context."""
+    if not torch.cuda.is_available():
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ase-data")
+    device = (torch.cuda.current_device(),)
+    return ThreadPoolExecutor(1, thread_name_prefix="ase-data", initializer=torch.cuda.set_device, initargs=device)
+
+
+def _close_if_alive(prefetcher: weakref.ref[Prefetcher[Any]]) -> None:
+    alive = prefetcher()
+    if alive is not None:
+        alive.close()
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Schedulers signal every process of a job; the training process saves first and ends its workers itself."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)

@@ -1,0 +1,146 @@
+"""From a record to a sample: one random affine warp for the image and all of its labels, straight to S x S.
+
+The multi-task line that the paper follows (ASTMT, M3ViT) flips, then scales and rotates about the centre on an
+unchanged canvas, then resizes to S x S, which interpolates twice. Here the three maps are multiplied and the original
+is sampled once: the same pixels are seen (what leaves the canvas lies outside the square too), with less blur, in one
+pass. The image is sampled with Pillow's cubic kernel, clipped to 8 bits and without anti-aliasing, as that line does
+with OpenCV; evaluation uses the same kernel, so that the model meets the same sharpness as in training.
+
+Points are (x, y) in pixels, y down; the centre of the pixel in row i, column j is (j + 0.5, i + 0.5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ase_dist.data.batch import Record, Sample
+from ase_dist.data.files import Array
+from ase_dist.data.labels import ignored_value, label_tensor
+from ase_dist.seeding import generator
+from ase_dist.tasks import Task
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+FLIP_PROBABILITY = 0.5
+SCALES = (0.75, 1.25)
+ANGLES_DEG = (-20.0, 20.0)
+
+_FILL = tuple(round(255 * mean) for mean in IMAGE_MEAN)
+_GAIN_311 = (1 / (255 * np.array(IMAGE_STD))).astype(np.float32)[:, None, None]
+_OFFSET_311 = (np.array(IMAGE_MEAN) / np.array(IMAGE_STD)).astype(np.float32)[:, None, None]
+
+
+@dataclass(frozen=True)
+class Warp:
+    """A mirroring about the vertical axis (or none), then a scale and a rotation about the centre of the image.
+
+    ``angle`` in radians turns x towards y, which is clockwise on the screen.
+    """
+
+    flip: bool = False
+    scale: float = 1.0
+    angle: float = 0.0
+
+    @property
+    def turn(self) -> Array:
+        """[2, 2] orthogonal: what the warp does to directions, and to the (x, y) of normals."""
+        cos, sin = math.cos(self.angle), math.sin(self.angle)
+        mirror = -1.0 if self.flip else 1.0
+        return np.array([[cos * mirror, -sin], [sin * mirror, cos]])
+
+    def source(self, shape: tuple[int, int], size: int) -> tuple[Array, Array]:
+        """[2, 2] matrix and [2] offset that take a point of the S x S output to the point of the original [H, W]."""
+        extent = np.array([shape[1], shape[0]], dtype=np.float64)
+        inverse = self.turn.T / self.scale
+        matrix = inverse * (extent / size)
+        return matrix, extent / 2 - inverse @ (extent / 2)
+
+
+def draw_warp(*, seed: int, epoch: int, index: int) -> Warp:
+    """The warp of image ``index`` in ``epoch``: the same in whichever process or thread it is drawn."""
+    u = torch.rand(3, generator=generator(seed, "augment", epoch, index), dtype=torch.float64).tolist()
+    scale = SCALES[0] + (SCALES[1] - SCALES[0]) * u[1]
+    degrees = ANGLES_DEG[0] + (ANGLES_DEG[1] - ANGLES_DEG[0]) * u[2]
+    return Warp(flip=u[0] < FLIP_PROBABILITY, scale=scale, angle=math.radians(degrees))
+
+
+class Transform:
+    """Makes samples of S x S for ``tasks``; without ``augment``, training samples are resized only."""
+
+    def __init__(self, size: int, *, tasks: Sequence[Task], augment: bool) -> None:
+        self.size = size
+        self.tasks = tuple(tasks)
+        self.augment = augment
+
+    def train_sample(self, record: Record, *, seed: int, epoch: int) -> Sample:
+        """1. Draw the warp. 2. Warp the image (cubic). 3. Warp labels (nearest) and turn normals.
+
+        What comes from outside the original is the mean colour in the image and ignored in every label. Depth is
+        divided by the scale: a picture magnified s times is that of things s times nearer (Eigen et al. 2014).
+        """
+        warp = draw_warp(seed=seed, epoch=epoch, index=record.index) if self.augment else Warp()
+        return self.warped_sample(record, warp)
+
+    def warped_sample(self, record: Record, warp: Warp) -> Sample:
+        """The training sample of ``record`` under a given warp."""
+        matrix, offset = warp.source(_shape(record.image), self.size)
+        image = _warp_image(record.image, matrix, offset, self.size)
+        where, outside = _nearest(_shape(record.image), matrix, offset, self.size)
+        labels = {task.name: self._warp_label(task, record, warp, where, outside) for task in self.tasks}
+        return Sample(image, labels, record.index, record.name)
+
+    def eval_sample(self, record: Record) -> Sample:
+        """The image resized to S x S; the labels stay at the image's own size, at which they are scored."""
+        matrix, offset = Warp().source(_shape(record.image), self.size)
+        image = _warp_image(record.image, matrix, offset, self.size)
+        labels = {task.name: label_tensor(task.kind, record.labels[task.name]) for task in self.tasks}
+        return Sample(image, labels, record.index, record.name)
+
+    def _warp_label(self, task: Task, record: Record, warp: Warp, where: Array, outside: Array) -> Tensor:
+        compact = record.labels[task.name]
+        flat = compact.reshape(-1, *compact.shape[2:])
+        warped = flat[where]
+        warped[outside] = ignored_value(task.kind)
+        if task.kind == "depth":
+            warped /= np.float32(warp.scale)
+        square = warped.reshape(self.size, self.size, *compact.shape[2:])
+        return label_tensor(task.kind, square, turn=warp.turn)
+
+
+def normalise(image_HW3: Array) -> Tensor:
+    """uint8 [H, W, 3] to float32 [3, H, W] with ImageNet's mean and standard deviation."""
+    x = image_HW3.transpose(2, 0, 1).astype(np.float32, order="C")
+    x *= _GAIN_311
+    x -= _OFFSET_311
+    return torch.from_numpy(x)
+
+
+def _shape(image: Array) -> tuple[int, int]:
+    return image.shape[0], image.shape[1]
+
+
+def _warp_image(image: Array, matrix: Array, offset: Array, size: int) -> Tensor:
+    (a, b), (d, e) = matrix.tolist()
+    c, f = offset.tolist()
+    picture = Image.fromarray(image).transform(
+        (size, size), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BICUBIC, fillcolor=_FILL
+    )
+    return normalise(np.asarray(picture))
+
+
+def _nearest(shape: tuple[int, int], matrix: Array, offset: Array, size: int) -> tuple[Array, Array]:
+    """Of each output pixel, row by row, the flat position of the original pixel under it, and whether it is outside."""
+    centres = np.arange(size) + 0.5
+    x = np.floor(matrix[0, 0] * centres + (matrix[0, 1] * centres + offset[0])[:, None]).astype(np.int32).reshape(-1)
+    y = np.floor(matrix[1, 0] * centres + (matrix[1, 1] * centres + offset[1])[:, None]).astype(np.int32).reshape(-1)
+    outside = (x < 0) | (x >= shape[1]) | (y < 0) | (y >= shape[0])
+    where = y * shape[1] + x
+    where[outside] = 0
+    return where, outside

@@ -1,0 +1,96 @@
+"""Reading files: what is accepted, and one sentence for each kind of damage."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import savemat
+
+from ase_dist.data.files import read_array, read_codes, read_image, read_variable
+
+pytestmark = pytest.mark.single_gpu
+
+GREY = {"modes": ("L", "P"), "wanted": "an 8-bit grey PNG"}
+
+
+def test_grey_and_cmyk_pictures_become_rgb(tmp_path):
+    Image.fromarray(np.full((4, 6), 77, np.uint8)).save(tmp_path / "grey.png")
+    assert (read_image(tmp_path / "grey.png") == np.full((4, 6, 3), 77)).all()
+    Image.fromarray(np.full((8, 8), 77, np.uint8)).save(tmp_path / "grey.jpg")
+    assert np.abs(read_image(tmp_path / "grey.jpg").astype(int) - 77).max() <= 1
+    Image.new("CMYK", (6, 4), (0, 0, 0, 255)).save(tmp_path / "cmyk.jpg")
+    assert read_image(tmp_path / "cmyk.jpg").shape == (4, 6, 3)
+
+
+def test_one_bit_pictures_are_black_and_white(tmp_path):
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "bits.png")
+    np.testing.assert_array_equal(read_codes(tmp_path / "bits.png", modes=("1",), wanted="bits"), [[255, 0]])
+
+
+def test_truncated_jpeg(tmp_path, one_sentence):
+    path = tmp_path / "cut.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(ValueError, match="unreadable") as raised:
+        read_image(path)
+    one_sentence(raised, path, "700 bytes", "wanted a picture")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(40)])
+def test_empty_and_foreign_png(tmp_path, one_sentence, content):
+    path = tmp_path / "label.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="unreadable") as raised:
+        read_codes(path, **GREY)
+    one_sentence(raised, path, f"{len(content)} bytes", "wanted an 8-bit grey PNG", "unpack the archive again")
+
+
+def test_sixteen_bits(tmp_path, one_sentence):
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.full((3, 3), 300, np.uint16)).save(path)
+    with pytest.raises(ValueError, match="16-bit") as raised:
+        read_codes(path, **GREY)
+    one_sentence(raised, path, "wanted an 8-bit grey PNG")
+    with pytest.raises(ValueError, match="wanted a picture of 8 bits"):
+        read_image(path)
+
+
+def test_wrong_colours(tmp_path, one_sentence):
+    path = tmp_path / "colour.png"
+    Image.fromarray(np.zeros((3, 3, 3), np.uint8)).save(path)
+    with pytest.raises(ValueError, match="'RGB'") as raised:
+        read_codes(path, **GREY)
+    one_sentence(raised, path, "wanted an 8-bit grey PNG")
+
+
+@pytest.mark.parametrize("read", [read_image, read_array, lambda path: read_variable(path, "x")])
+def test_missing_file(tmp_path, one_sentence, read):
+    with pytest.raises(ValueError, match="no such file") as raised:
+        read(tmp_path / "2008_000008.xyz")
+    one_sentence(raised, tmp_path / "2008_000008.xyz", "take '2008_000008' out of the list")
+
+
+def test_matlab_file_without_the_variable(tmp_path, one_sentence):
+    path = tmp_path / "other.mat"
+    savemat(path, {"other": np.eye(2)})
+    with pytest.raises(ValueError, match="without that variable") as raised:
+        read_variable(path, "LabelMap")
+    one_sentence(raised, path, "'LabelMap'")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 130, 190])
+def test_truncated_matlab_file(tmp_path, one_sentence, keep):
+    path = tmp_path / "cut.mat"
+    savemat(path, {"LabelMap": np.arange(400).reshape(20, 20)})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="LabelMap") as raised:
+        read_variable(path, "LabelMap")
+    one_sentence(raised, path, "got")
+
+
+def test_arrays_are_never_unpickled(tmp_path, one_sentence):
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "many.npz", a=np.eye(2))
+    for name in ("objects.npy", "many.npz"):
+        with pytest.raises(ValueError, match="unreadable") as raised:
+            read_array(tmp_path / name)
+        one_sentence(raised, tmp_path / name, "plain numbers")
