@@ -1,0 +1,71 @@
+"""The command line of training: parse quickly, then hand over. Importing it imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ase_dist.config import DEFAULT_CONFIG, load_settings, setting_keys, shipped_configs, to_yaml
+
+USAGE = 2  # exit code for settings, data or checkpoints that cannot be used
+EPILOG = """examples:
+  deepspeed launch/train.py --deepspeed_config ds_configs/z2.json
+  torchrun --nproc_per_node 2 launch/train.py --deepspeed_config ds_configs/z2.json output=runs/two
+  python launch/train.py --config pascal_ase_16_3_1_4 data.root=PASCAL_MT model.pretrained=hub
+  python launch/train.py --print-config model.moe.num_experts=32
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of launch/train.py; what the launchers add (--local_rank) is accepted and not needed."""
+    p = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train one vision transformer for many dense-prediction tasks with LoRA experts.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the config's")
+    p.add_argument("--config", default=DEFAULT_CONFIG, help=f"a YAML file or one of: {', '.join(shipped_configs())}")
+    p.add_argument("--deepspeed", action="store_true", help="accepted for DeepSpeed's sake; it is always used")
+    p.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed's JSON; without one: ZeRO 0")
+    p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    p.add_argument("--print-config", action="store_true", help="print the settings that would be used, and exit")
+    p.add_argument("--print-keys", action="store_true", help="print the name of every setting, and exit")
+    p.add_argument("--dry-run", action="store_true", help="build, take one step, print the tables, write nothing")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code (see ``ase_dist.training.guards.ExitCode``)."""
+    arguments = parser().parse_intermixed_args(argv)
+    try:
+        settings = load_settings(arguments.config, arguments.settings)
+        if arguments.print_config or arguments.print_keys:
+            sys.stdout.write("\n".join(setting_keys()) + "\n" if arguments.print_keys else to_yaml(settings))
+            return 0
+    except ValueError as error:
+        return _refuse(error)
+    return _train(arguments, settings)
+
+
+def _train(arguments: argparse.Namespace, settings: object) -> int:
+    from ase_dist.training import run
+    from ase_dist.training.checkpoint import SaveError
+    from ase_dist.training.ds_config import read_ds_config
+    from ase_dist.training.guards import ExitCode, NonFiniteError
+
+    work = run.dry_run if arguments.dry_run else run.run
+    try:
+        return int(work(settings, read_ds_config(arguments.deepspeed_config)))  # type: ignore[arg-type]
+    except ValueError as error:
+        return _refuse(error)
+    except SaveError as error:
+        return _refuse(error, code=ExitCode.NOT_SAVED)
+    except NonFiniteError as error:
+        return _refuse(error, code=ExitCode.NON_FINITE)
+
+
+def _refuse(error: Exception, *, code: int = USAGE) -> int:
+    sys.stderr.write(f"error: {error}\n")
+    return code

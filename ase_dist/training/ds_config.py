@@ -1,0 +1,170 @@
+"""DeepSpeed's JSON: read, checked against the settings, every "auto" filled in.
+
+One truth: a value that stands in the JSON and was also given in the settings must be the same. A value that stands
+only in the JSON becomes the setting.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ase_dist.config import Settings, TrainSettings
+from ase_dist.tasks import nearest
+
+AUTO = "auto"
+ZERO_STAGES = (0, 1, 2, 3)
+DEFAULT_STAGE = 0
+
+# where a setting of train.* stands in the JSON
+SHARED_KEYS: dict[str, tuple[str, ...]] = {
+    "batch_size": ("train_micro_batch_size_per_gpu",),
+    "gradient_accumulation_steps": ("gradient_accumulation_steps",),
+    "gradient_clipping": ("gradient_clipping",),
+    "bf16": ("bf16", "enabled"),
+    "lr": ("optimizer", "params", "lr"),
+    "weight_decay": ("optimizer", "params", "weight_decay"),
+    "betas": ("optimizer", "params", "betas"),
+    "eps": ("optimizer", "params", "eps"),
+}
+REMOVED = ("elasticity", "nebula", "compression_training", "amp")  # hard errors in deepspeed 0.19
+
+
+class ResolvedConfig(NamedTuple):
+    """The settings as they hold for the run, and the JSON for ``deepspeed.initialize`` without any "auto"."""
+
+    settings: Settings
+    deepspeed: dict[str, Any]
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage 0 to 3."""
+        return int(self.deepspeed["zero_optimization"]["stage"])
+
+
+def read_ds_config(path: str | Path | None) -> dict[str, Any]:
+    """The JSON as a dictionary; an empty one (ZeRO 0) without a path. ValueError for a missing or malformed file."""
+    if path is None:
+        return {}
+    try:
+        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--deepspeed_config: cannot read {str(path)!r} ({error.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--deepspeed_config: {path} is not JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"--deepspeed_config: {path} holds a {type(tree).__name__}, wanted an object")
+    return tree
+
+
+def resolve(settings: Settings, ds_config: Mapping[str, Any], *, world: int, native_bf16: bool) -> ResolvedConfig:
+    """Bring both into agreement for ``world`` ranks.
+
+    Raises ValueError where they contradict each other, where a key is left over from an older DeepSpeed, and where
+    the ZeRO stage and the expert-parallel size do not go together.
+    """
+    tree = deepcopy(dict(ds_config))
+    _check_keys(tree)
+    given = settings.train.model_fields_set
+    values = {name: _agree(name, path, settings.train, tree, given) for name, path in SHARED_KEYS.items()}
+    if values["bf16"] == AUTO:
+        values["bf16"] = native_bf16 and not _enabled(tree, "fp16")
+    train = TrainSettings.model_validate({**settings.train.model_dump(), **values})
+    settings = settings.model_copy(update={"train": train})
+    for name in ("batch_size", "gradient_accumulation_steps", "gradient_clipping", "bf16"):
+        _put(tree, SHARED_KEYS[name], values[name])
+    tree.pop("optimizer", None)  # built here, so that experts and decay have their groups
+    _fill_batch(tree, train, world)
+    _fill_zero(tree, settings)
+    _fill_monitor(tree, settings)
+    tree.setdefault("steps_per_print", 2**31)  # the loop reports
+    return ResolvedConfig(settings, tree)
+
+
+def _check_keys(tree: dict[str, Any]) -> None:
+    for key in REMOVED:
+        if key in tree:
+            raise ValueError(f"DeepSpeed JSON: {key!r} was removed from DeepSpeed in 0.19; take it out")
+    if "scheduler" in tree:
+        raise ValueError("DeepSpeed JSON: 'scheduler' is set by train.schedule and train.warmup_steps; take it out")
+    optimizer = tree.get("optimizer", {})
+    kind = optimizer.get("type", "AdamW") if isinstance(optimizer, dict) else optimizer
+    if kind != "AdamW":
+        raise ValueError(f"DeepSpeed JSON: optimizer.type: got {kind!r}, wanted 'AdamW' (or no optimizer section)")
+    for key in optimizer.get("params", {}):
+        if key not in ("lr", "weight_decay", "betas", "eps"):
+            raise ValueError(f"DeepSpeed JSON: optimizer.params has no {key!r}{nearest(key, SHARED_KEYS)}")
+
+
+def _agree(name: str, path: tuple[str, ...], train: TrainSettings, tree: dict[str, Any], given: set[str]) -> Any:
+    """The one value of a setting that both may name."""
+    here = getattr(train, name)
+    there = _get(tree, path)
+    if there is None or there == AUTO:
+        return here
+    there = tuple(there) if isinstance(there, list) else there
+    if name in given and here not in (AUTO, there):
+        raise ValueError(
+            f"train.{name} is {here} and the DeepSpeed JSON says {'.'.join(path)} = {there}; "
+            'set one of them, or write "auto" in the JSON'
+        )
+    return there
+
+
+def _fill_batch(tree: dict[str, Any], train: TrainSettings, world: int) -> None:
+    total = train.batch_size * train.gradient_accumulation_steps * world
+    if tree.get("train_batch_size", AUTO) not in (AUTO, total):
+        raise ValueError(
+            f"DeepSpeed JSON: train_batch_size is {tree['train_batch_size']}, but {train.batch_size} images x "
+            f'{train.gradient_accumulation_steps} accumulation steps x {world} ranks are {total}; write "auto"'
+        )
+    tree["train_batch_size"] = total
+
+
+def _fill_zero(tree: dict[str, Any], settings: Settings) -> None:
+    zero = tree.setdefault("zero_optimization", {})
+    stage = zero.setdefault("stage", DEFAULT_STAGE)
+    if stage not in ZERO_STAGES:
+        raise ValueError(f"DeepSpeed JSON: zero_optimization.stage: got {stage!r}, wanted one of {ZERO_STAGES}")
+    moe = settings.model.moe
+    if stage == 3 and moe.enabled and moe.ep_size > 1:
+        raise ValueError(
+            f"model.moe.ep_size is {moe.ep_size} with ZeRO stage 3: DeepSpeed refuses its MoE layers there, and ZeRO-3 "
+            "shards the experts itself; set model.moe.ep_size=1, or use stage 2"
+        )
+    if stage == 2 and moe.enabled:  # what DeepSpeed demands of stage 2 with experts
+        for key in ("contiguous_gradients", "reduce_scatter"):
+            if zero.setdefault(key, True) is not True:
+                raise ValueError(f"DeepSpeed JSON: zero_optimization.{key}: experts under stage 2 need it to be true")
+    if isinstance(zero.get("offload_optimizer"), dict):
+        tree.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def _fill_monitor(tree: dict[str, Any], settings: Settings) -> None:
+    """DeepSpeed's monitor writes under the run folder; a section in the JSON is left as it is."""
+    monitor, folder = settings.monitor, settings.output
+    if monitor.tensorboard:
+        tree.setdefault("tensorboard", {"enabled": True, "output_path": str(folder), "job_name": "tensorboard"})
+    if monitor.csv:
+        tree.setdefault("csv_monitor", {"enabled": True, "output_path": str(folder), "job_name": "csv"})
+    if monitor.wandb:
+        tree.setdefault("wandb", {"enabled": True, "project": monitor.project})
+
+
+def _enabled(tree: Mapping[str, Any], key: str) -> bool:
+    return bool(_get(tree, (key, "enabled")))
+
+
+def _get(tree: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value

@@ -1,0 +1,80 @@
+"""The model, its optimiser and schedule, given to ``deepspeed.initialize``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from ase_dist.config import TrainSettings
+from ase_dist.moe import MoEFFN
+from ase_dist.moe import deepspeed_seam as seam
+from ase_dist.training.ds_config import ResolvedConfig
+from ase_dist.training.runtime import World
+from ase_dist.training.schedule import schedule_lambda
+
+NO_DECAY_DIMS = 1  # biases, norms and scales are not decayed
+
+
+def initialize(model: nn.Module, config: ResolvedConfig, world: World, *, total_steps: int) -> Any:
+    """DeepSpeed's engine for ``model``: AdamW with groups of its own for experts, warm-up and decay per step."""
+    import deepspeed
+
+    train = config.settings.train
+    optimizer = build_optimizer(model, config, world)
+    scheduler = LambdaLR(optimizer, schedule_lambda(train, total=total_steps))
+    if config.zero_stage == 3:
+        count_over_ranks(model)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config.deepspeed, dist_init_required=False
+    )
+    return engine
+
+
+def build_optimizer(model: nn.Module, config: ResolvedConfig, world: World) -> torch.optim.Optimizer:
+    """AdamW over what is trained; DeepSpeed's CPU version where an accelerator offloads to the host."""
+    train = config.settings.train
+    groups = parameter_groups(model, train)
+    if config.zero_stage < 3 and any(seam.is_routed(p) for p in model.parameters()):
+        groups = seam.optimizer_groups(groups)
+    options = {"lr": train.lr, "betas": train.betas, "eps": train.eps}
+    offload = isinstance(config.deepspeed["zero_optimization"].get("offload_optimizer"), dict)
+    if offload and world.device.type != "cpu" and seam.has_compiler():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def parameter_groups(model: nn.Module, train: TrainSettings) -> list[dict[str, Any]]:
+    """Trained parameters with and without weight decay, by name."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("model: nothing is trained; enable experts, LoRA or model.tune=full")
+    decay = [p for p in trained if p.dim() > NO_DECAY_DIMS]
+    rest = [p for p in trained if p.dim() <= NO_DECAY_DIMS]
+    groups = [
+        {"name": "decay", "params": decay, "weight_decay": train.weight_decay},
+        {"name": "no_decay", "params": rest, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def count_over_ranks(model: nn.Module) -> None:
+    """Let the router losses see the tokens of all ranks; ``ASEMoE`` does so by itself when the engine finds it."""
+    for module in model.modules():
+        if isinstance(module, MoEFFN):
+            module.sync_statistics = True
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak bytes allocated on an accelerator, or the peak resident size of this process on a CPU."""
+    if device.type == "cpu":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    from deepspeed.accelerator import get_accelerator
+
+    return int(get_accelerator().max_memory_allocated(device.index))

@@ -1,0 +1,125 @@
+"""Evaluation over all ranks: every image once, at its original size, metrics merged exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ase_dist import collectives
+from ase_dist.data.batch import EvalBatch
+from ase_dist.evaluation.constant import ConstantPredictor
+from ase_dist.evaluation.decode import decode
+from ase_dist.evaluation.metrics import Metric, build_metric
+from ase_dist.models import ModelOutput
+from ase_dist.tasks import Task
+
+Results = dict[str, dict[str, float]]  # {task: {metric: value}}
+Forward = Callable[[Tensor], ModelOutput]
+
+
+@dataclass
+class Gallery:
+    """The first images of an evaluation with truth and prediction, for pictures; empty on all ranks but the first."""
+
+    room: int
+    images: list[Tensor] = field(default_factory=list)
+    labels: dict[str, list[Tensor]] = field(default_factory=dict)
+    predictions: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def hang(self, image_3SS: Tensor, labels: Mapping[str, Tensor], predictions: Mapping[str, Tensor]) -> None:
+        """Keep one image while there is room."""
+        if len(self.images) >= self.room:
+            return
+        self.images.append(image_3SS.cpu())
+        for name, label in labels.items():
+            self.labels.setdefault(name, []).append(label.cpu())
+            self.predictions.setdefault(name, []).append(predictions[name].cpu())
+
+
+class Evaluation(NamedTuple):
+    """The model's metrics, and those of the trivial predictors on the same images where they were asked for."""
+
+    results: Results
+    trivial: Results
+
+
+def evaluate(
+    forward: Forward,
+    loader: Iterable[EvalBatch],
+    tasks: Sequence[Task],
+    *,
+    device: torch.device,
+    gallery: Gallery,
+    constants: Mapping[str, ConstantPredictor],
+    after_batch: Callable[[], None],
+) -> Evaluation:
+    """Every task's metrics over the whole set, equal on all ranks (collective).
+
+    The loader gives all ranks the same number of batches; on an empty one a rank still runs the model, on a blank
+    image, because the other ranks wait for it in the collectives of the forward pass.
+    """
+    metrics = {task.name: build_metric(task) for task in tasks}
+    trivial = {task.name: build_metric(task) for task in tasks if task.name in constants}
+    with torch.no_grad():
+        for batch in loader:
+            moved = batch.to(device)
+            logits = forward(_images(moved)).predictions
+            for i in range(len(moved.images)):
+                labels = {task.name: moved.labels[task.name][i] for task in tasks}
+                predictions = {
+                    task.name: predict(task, logits[task.name][i : i + 1], labels[task.name]) for task in tasks
+                }
+                for task in tasks:
+                    metrics[task.name].update(predictions[task.name], labels[task.name])
+                for name, metric in trivial.items():
+                    metric.update(_constant(constants[name], labels[name]), labels[name])
+                gallery.hang(moved.images[i], labels, predictions)
+            after_batch()
+    return Evaluation(_merged(metrics, device), _merged(trivial, device))
+
+
+def fit_constants(
+    loader: Iterable[EvalBatch], tasks: Sequence[Task], *, device: torch.device
+) -> dict[str, ConstantPredictor]:
+    """Predictors that look at no image (majority class, all salient, base rate, mean normal), fitted on labels.
+
+    Each rank reads its share of ``loader``; the sums are those of all ranks (collective).
+    """
+    constants = {task.name: ConstantPredictor(task) for task in tasks}
+    for batch in loader:
+        for name, constant in constants.items():
+            for label in batch.labels[name]:
+                constant.update(label)
+    for constant in constants.values():
+        constant.totals = collectives.all_reduce_sum(constant.totals.to(device)).to(constant.totals.device)
+    return constants
+
+
+def predict(task: Task, logits_1Chw: Tensor, label: Tensor) -> Tensor:
+    """The decoded prediction for one image at the size of its label."""
+    resized = F.interpolate(logits_1Chw.float(), size=label.shape[-2:], mode="bilinear", align_corners=False)
+    return decode(task, resized)[0]
+
+
+def _images(batch: EvalBatch) -> Tensor:
+    """The batch's images, or a blank one where it has none."""
+    return batch.images if len(batch.images) else batch.images.new_zeros(1, *batch.images.shape[1:])
+
+
+def _constant(constant: ConstantPredictor, label: Tensor) -> Tensor:
+    height, width = label.shape[-2:]
+    return constant.predict(height, width).to(label.device)
+
+
+def _merged(metrics: Mapping[str, Metric], device: torch.device) -> Results:
+    """Add up the ranks' totals and compute every metric from the sums."""
+    results = {}
+    for name, metric in metrics.items():
+        metric.totals = collectives.all_reduce_sum(metric.totals.to(device)).to(metric.totals.device)
+        results[name] = metric.result()
+    return results

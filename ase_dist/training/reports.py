@@ -1,0 +1,91 @@
+"""What a run says of itself: the start-up tables, the numbers of a span of steps, the table of results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ase_dist import collectives
+from ase_dist.models import ModelOutput
+from ase_dist.tasks import Task
+from ase_dist.training.console import table
+from ase_dist.training.engine import memory_bytes
+from ase_dist.training.evaluate import Results
+from ase_dist.training.runtime import World
+
+
+class SpanStatistics:
+    """Adds up what happens between two lines of the log, on the device; read once, at the end of the span.
+
+    ``seconds`` is for the loop to add the time of its steps to, so that evaluations do not count.
+    """
+
+    def __init__(self, tasks: Sequence[Task], world: World, *, active: int, num_shared: int) -> None:
+        self.tasks, self.world, self.active, self.num_shared = tasks, world, active, num_shared
+        self._clear()
+
+    def add(self, losses: Mapping[str, Tensor], total: Tensor, output: ModelOutput, *, images: int) -> None:
+        """One micro-step of this rank; no wait for the device."""
+        row = torch.stack([total.detach().float(), output.aux_loss.detach().float()]
+                          + [losses[task.name].detach().float() for task in self.tasks])  # fmt: skip
+        self._sums = row if self._sums is None else self._sums + row
+        load, gates = output.expert_counts.float(), output.mean_gates
+        self._load = load if self._load is None else self._load + load
+        self._gates = gates if self._gates is None else self._gates + gates
+        self._micro_steps += 1
+        self._images += images
+
+    def take(self) -> dict[str, Any]:
+        """The span's numbers over all ranks, as plain values, and begin a new span (collective)."""
+        assert self._sums is not None and self._load is not None and self._gates is not None
+        count = self._micro_steps * self.world.size
+        sums = (collectives.all_reduce_sum(self._sums) / count).tolist()
+        seconds = self.seconds
+        values: dict[str, Any] = {
+            "loss": sums[0],
+            "aux_loss": sums[1],
+            "losses": dict(zip([task.name for task in self.tasks], sums[2:], strict=True)),
+            "images_per_second": self._images * self.world.size / seconds,
+            "seconds": seconds,
+            "memory_bytes": memory_bytes(self.world.device),
+        }
+        if self._load.numel():
+            values |= self._expert_values(count)
+        self._clear()
+        return values
+
+    def _expert_values(self, count: int) -> dict[str, Any]:
+        """Load [layers][tasks][N] as a share of a task's tokens, mean gates alike, shared gates [layers][tasks]."""
+        assert self._load is not None and self._gates is not None
+        load_LtN = collectives.all_reduce_sum(self._load)
+        gates_LtN = collectives.all_reduce_sum(self._gates) / count
+        tokens_Lt1 = load_LtN.sum(dim=-1, keepdim=True) / self.active  # each token counts its active experts
+        shared_Lt = gates_LtN[..., gates_LtN.shape[-1] - self.num_shared :].sum(dim=-1)
+        values = {"expert_load": load_LtN / tokens_Lt1, "mean_gates": gates_LtN}
+        return {**values, "shared_gate": shared_Lt} if self.num_shared else values
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added since the last ``take``."""
+        return self._micro_steps == 0
+
+    def _clear(self) -> None:
+        self._sums: Tensor | None = None
+        self._load: Tensor | None = None
+        self._gates: Tensor | None = None
+        self._micro_steps = self._images = 0
+        self.seconds = 0.0
+
+
+def result_table(title: str, tasks: Sequence[Task], results: Results, trivial: Results, first: Results | None) -> str:
+    """Each task's metric beside the trivial predictor's and the first evaluation's."""
+    rows = []
+    for task in tasks:
+        arrow = "higher" if task.higher_is_better else "lower"
+        before = None if first is None else first[task.name][task.metric]
+        value = results[task.name][task.metric]
+        rows.append((task.title, task.metric_title, arrow, trivial[task.name][task.metric], before, value))
+    return table(title, ("task", "metric", "better", "trivial", "first", "now"), rows)

@@ -1,0 +1,173 @@
+"""All that a resumed run needs: weights, moments, random states, sampler, schedule, in a portable checkpoint.
+
+Saved at any world size, expert-parallel size and ZeRO stage, loaded at any other: tensors stand under global names
+(``named_state``), and the DeepSpeed seam reads and writes what ZeRO has divided. On the same topology a resumed run
+goes on bit for bit. One group of tensors is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ase_dist import collectives
+from ase_dist.config import Settings, settings_hash
+from ase_dist.data.loader import TrainLoader
+from ase_dist.moe import deepspeed_seam as seam
+from ase_dist.training.checkpoint import Checkpoint, CheckpointStore
+from ase_dist.training.named_state import Entry, trained_entries
+from ase_dist.training.runtime import World
+
+LOGGER = logging.getLogger("ase_dist")
+KINDS = ("weight", *seam.MOMENTS)
+
+
+class RunState:
+    """Saves and restores a run through ``store``; ``step`` is the number of optimiser steps taken."""
+
+    def __init__(
+        self, settings: Settings, world: World, store: CheckpointStore, *, zero_stage: int, backbone: Mapping[str, Any]
+    ) -> None:
+        self.settings, self.world, self.store = settings, world, store
+        self.zero_stage, self.backbone = zero_stage, dict(backbone)
+        self.step = 0
+
+    def save(self, engine: Any, loader: TrainLoader) -> None:
+        """Write a checkpoint of this step (collective). Raises SaveError; the checkpoints before it stay."""
+        meta = {
+            "settings_hash": settings_hash(self.settings),
+            "settings": self.settings.model_dump(mode="json"),
+            "backbone": self.backbone,
+            "topology": self._topology(),
+            "sampler": loader.state_dict(),
+            "optimizer_steps": engine.global_steps - engine.skipped_steps,
+            "engine": {name: getattr(engine, name) for name in seam.COUNTERS},
+            "schedule": {"last_epoch": engine.lr_scheduler.last_epoch},
+        }
+        path = self.store.save(self.step, self._shards(engine), meta=meta)
+        LOGGER.info("saved step %d to %s", self.step, path)
+
+    def resume(self, engine: Any, loader: TrainLoader) -> bool:
+        """Continue from what ``settings.resume`` names; whether there was a checkpoint (collective).
+
+        Raises ValueError where the checkpoint holds other tensors than the model trains.
+        """
+        checkpoint = self.store.find(self.settings.resume)
+        if checkpoint is None:
+            return False
+        with checkpoint:
+            self._load(checkpoint, engine, loader)
+        LOGGER.info("resumed at step %d from %s", self.step, checkpoint.path)
+        return True
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Saving
+
+    def _topology(self) -> dict[str, int]:
+        return {"world": self.world.size, "ep_size": self.settings.model.moe.ep_size, "zero_stage": self.zero_stage}
+
+    def _shards(self, engine: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """This rank's files, a group of parameters each; reading them is collective, in the same order on all ranks."""
+        groups = groupby(trained_entries(engine.module), key=_group_name)
+        for number, (group, entries) in enumerate(groups):
+            dense: dict[str, Tensor] = {}
+            sharded: dict[str, Tensor] = {}
+            for entry in entries:
+                for kind in KINDS:
+                    full = seam.read_master(engine, entry.parameter, kind)
+                    target = sharded if entry.is_sharded else dense
+                    if self._writes(entry, number):
+                        parts = entry.split(full.cpu())
+                        target |= {f"{kind}/{name}": part.contiguous() for name, part in parts.items()}
+            if dense:
+                yield group, dense
+            if sharded:
+                yield f"{group}.{sorted(sharded)[0].rsplit('.', 1)[-1]}", sharded
+        yield f"random_{self.world.rank}", _random_state()
+
+    def _writes(self, entry: Entry, number: int) -> bool:
+        """Replicated tensors are written by one rank, in turn by group; sharded ones by the first replica."""
+        if entry.is_sharded:
+            return self.world.rank < self.settings.model.moe.ep_size
+        return number % self.world.size == self.world.rank
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Loading
+
+    def _load(self, checkpoint: Checkpoint, engine: Any, loader: TrainLoader) -> None:
+        meta: Mapping[str, Any] = checkpoint.meta
+        entries = trained_entries(engine.module)
+        self._check_names(checkpoint, entries)
+        if meta["backbone"] != self.backbone:
+            raise ValueError(
+                f"resume: {checkpoint.path} was trained on the backbone {meta['backbone']}, this run has "
+                f"{self.backbone}; use the same model.backbone and model.pretrained"
+            )
+        for entry in entries:
+            for kind in KINDS:
+                parts = {name: checkpoint.tensor(f"{kind}/{name}") for name in entry.names}
+                value = entry.join(parts).to(entry.parameter.device)
+                seam.write_master(engine, entry.parameter, kind, value, step=meta["optimizer_steps"])
+        loader.load_state_dict(meta["sampler"])
+        seam.restore_counters(engine, meta["engine"], last_epoch=meta["schedule"]["last_epoch"])
+        self.step = checkpoint.step
+        if meta["topology"] == self._topology():
+            _restore_random_state({n: checkpoint.tensor(n) for n in _random_names(self.world.rank)})
+
+    def _check_names(self, checkpoint: Checkpoint, entries: list[Entry]) -> None:
+        mine = {f"{kind}/{name}" for entry in entries for name in entry.names for kind in KINDS}
+        saved = {name for name in checkpoint.names() if not name.startswith("random/")}
+        wanted: set[str] = set()
+        for names in collectives.gather_objects(mine):
+            wanted |= names  # type: ignore[arg-type]
+        if saved != wanted:
+            odd = sorted(saved ^ wanted)
+            where = "the checkpoint alone" if odd[0] in saved else "this run alone"
+            raise ValueError(
+                f"resume: {checkpoint.path} holds another model: {len(odd)} tensors differ, the first, {odd[0]!r}, is "
+                f"in {where}; use the run's own settings, or start afresh with another output="
+            )
+
+
+def _group_name(entry: Entry) -> str:
+    """The file that a parameter goes into: its block, or its head."""
+    return ".".join(entry.path.split(".")[:2])
+
+
+def _random_names(rank: int) -> list[str]:
+    return [f"random/{rank}/{name}" for name in ("torch", "numpy", "numpy_position", "python", "device")]
+
+
+def _random_state() -> dict[str, Tensor]:
+    """The generators of Python, NumPy, torch and the accelerator as tensors."""
+    rank = collectives.rank()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    python = torch.tensor([version, *internal], dtype=torch.int64)
+    values = [
+        torch.get_rng_state(),
+        torch.from_numpy(np.array(keys, dtype=np.int64)),
+        torch.tensor([position, has_gauss, cached], dtype=torch.float64),
+        torch.cat([python.double(), torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64)]),
+        seam.device_random_state(),
+    ]
+    return dict(zip(_random_names(rank), values, strict=True))
+
+
+def _restore_random_state(state: Mapping[str, Tensor]) -> None:
+    torch_state, keys, position, python, device = state.values()
+    torch.set_rng_state(torch_state)
+    where, has_gauss, cached = position.tolist()
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), int(where), int(has_gauss), cached))
+    version, *internal = (int(value) for value in python[:-1].tolist())
+    gauss = python[-1].item()
+    random.setstate((version, tuple(internal), None if math.isnan(gauss) else gauss))
+    seam.restore_device_random_state(device)

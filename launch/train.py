@@ -1,0 +1,8 @@
+"""Train: ``deepspeed launch/train.py --deepspeed_config ds_configs/z2.json``; --help lists the rest."""
+
+import sys
+
+from ase_dist.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
