@@ -1,0 +1,16 @@
+"""Vision transformers from timm with a stream of tokens per task: backbone, adapters, heads and their sizes."""
+
+from ase_dist.models.build import build_model
+from ase_dist.models.heads import HEADS
+from ase_dist.models.multitask import ModelOutput, MultiTaskViT
+from ase_dist.models.parameters import ParameterTable, parameter_groups, parameter_table
+
+__all__ = [
+    "HEADS",
+    "ModelOutput",
+    "MultiTaskViT",
+    "ParameterTable",
+    "build_model",
+    "parameter_groups",
+    "parameter_table",
+]

@@ -1,0 +1,145 @@
+"""Any plain timm vision transformer by name, built for one image size and taken apart into stem, blocks and norm."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import timm
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from ase_dist.models import mini, pretrained
+from ase_dist.models.seeded import seeded_initialisation
+
+VIT_MODULES = ("vision_transformer", "deit", mini.__name__.rsplit(".", 1)[-1])
+RESERVED_ARGS = {
+    "img_size": "data.size",
+    "drop_path_rate": "model.drop_path",
+    "num_classes": "the heads",
+    "in_chans": "the images, which are RGB",
+    "pretrained": "model.pretrained",
+    "checkpoint_path": "model.pretrained",
+}
+
+
+class Backbone(NamedTuple):
+    """A vision transformer in parts.
+
+    ``stem`` is the timm model without its blocks, final norm and classifier: its ``forward_features`` makes tokens
+    [B, prefix + patches, width] of images. ``blocks`` and ``norm`` (an identity where the model has none before its
+    pooling) are timm's own modules. ``grid`` is in patches, rows first; ``patch`` is the side of one in pixels.
+    """
+
+    stem: VisionTransformer
+    blocks: list[Block]
+    norm: nn.Module
+    width: int
+    prefix: int
+    grid: tuple[int, int]
+    patch: int
+
+
+def build_backbone(
+    name: str,
+    *,
+    size: int,
+    weights: str = "none",
+    args: Mapping[str, Any] | None = None,
+    drop_path: float = 0.0,
+    seed: int = 0,
+) -> Backbone:
+    """Build timm's ``name`` for images of ``size`` pixels with the weights that ``pretrained.load`` knows.
+
+    Position embeddings are resampled by timm, once, here. Raises ValueError, naming the setting, for anything but a
+    plain ViT (pre-norm blocks, linear patch embedding), for a size that its patch does not divide, for unknown
+    ``args`` and for weights that do not fit.
+    """
+    _check_name(name)
+    _check_args(args or {})
+    options = {**(args or {}), "img_size": size, "drop_path_rate": drop_path, "num_classes": 0}
+    with seeded_initialisation(seed, "backbone"):
+        vit = _create(name, options)
+    _check_structure(name, vit, size)
+    if weights == "hub":
+        with seeded_initialisation(seed, "backbone"):
+            vit = pretrained.from_hub(name, options)
+    _remove_classifier(vit)
+    if weights not in {"none", "hub"}:
+        pretrained.load(vit, weights, name=name)
+    return _take_apart(vit)
+
+
+def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, **options)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"model.backbone_args: {name} does not take them: {error}") from None
+    return model
+
+
+def _check_name(name: str) -> None:
+    known = timm.is_model(name)
+    if known and (timm.models.is_model_in_modules(name, VIT_MODULES) or not _is_timms(name)):
+        return
+    names = [model for module in VIT_MODULES for model in timm.list_models(module=module)]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or ["vit_base_patch16_224"]
+    problem = "is not a plain vision transformer" if known else "is no model that timm knows"
+    raise ValueError(f"model.backbone: {name!r} {problem}, wanted a ViT of timm such as {', '.join(near)}")
+
+
+def _is_timms(name: str) -> bool:
+    """Whether timm itself brings the model; one that a user has registered is tried whatever its module."""
+    return str(timm.models.model_entrypoint(name).__module__).startswith("timm.")
+
+
+def _check_args(args: Mapping[str, Any]) -> None:
+    for key in args:
+        if key in RESERVED_ARGS:
+            raise ValueError(f"model.backbone_args.{key}: this follows from {RESERVED_ARGS[key]}, leave it out here")
+
+
+def _check_structure(name: str, vit: nn.Module, size: int) -> None:
+    """Refuse what ``TaskBlock`` and the stem could not stand for."""
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f"model.backbone: {name!r} is a {type(vit).__name__}, wanted a plain vision transformer")
+    if type(vit.patch_embed) is not PatchEmbed:
+        raise ValueError(f"model.backbone: {name!r} has a {type(vit.patch_embed).__name__} stem, wanted plain patches")
+    for block in vit.blocks:
+        if type(block) is not Block:
+            raise ValueError(f"model.backbone: {name!r} has {type(block).__name__}s, wanted plain pre-norm blocks")
+    if not isinstance(vit.patch_drop, nn.Identity):
+        raise ValueError("model.backbone_args.patch_drop_rate: every patch needs a prediction, leave it at 0")
+    _check_size(name, size, int(vit.patch_embed.patch_size[0]))
+
+
+def _check_size(name: str, size: int, patch: int) -> None:
+    below = size // patch * patch
+    if size != below:
+        near = " or ".join(str(fit) for fit in (below, below + patch) if fit)
+        raise ValueError(f"data.size: got {size}, which the {patch}-pixel patches of {name} do not divide; take {near}")
+
+
+def _remove_classifier(vit: VisionTransformer) -> None:
+    """Drop what only a classifier uses, so that no parameter is left without a purpose."""
+    for name in ("head", "head_dist", "fc_norm", "head_drop"):
+        if hasattr(vit, name):
+            setattr(vit, name, nn.Identity())
+    vit.attn_pool = None
+
+
+def _take_apart(vit: VisionTransformer) -> Backbone:
+    blocks, norm = list(vit.blocks), vit.norm
+    vit.blocks, vit.norm = nn.Sequential(), nn.Identity()
+    rows, columns = vit.patch_embed.grid_size
+    return Backbone(
+        stem=vit,
+        blocks=blocks,
+        norm=norm,
+        width=int(vit.embed_dim),
+        prefix=int(vit.num_prefix_tokens),
+        grid=(int(rows), int(columns)),
+        patch=int(vit.patch_embed.patch_size[0]),
+    )

@@ -1,0 +1,116 @@
+"""Build the model of a run from its settings: backbone, experts, LoRA, heads, and what of it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from ase_dist.config import ModelSettings, MoESettings, Settings
+from ase_dist.models.activation_checkpointing import checkpoint_block
+from ase_dist.models.backbone import Backbone, build_backbone
+from ase_dist.models.blocks import TaskBlock
+from ase_dist.models.heads import HEADS, TaskHead
+from ase_dist.models.lora import add_lora
+from ase_dist.models.multitask import MultiTaskViT
+from ase_dist.models.seeded import seeded_initialisation
+from ase_dist.moe import MoEFFN
+from ase_dist.seeding import derive_seed
+from ase_dist.tasks import Task
+
+ExpertLayer = Literal["deepspeed", "plain"]
+
+
+def build_model(
+    settings: Settings, tasks: tuple[Task, ...], *, expert_layer: ExpertLayer = "deepspeed"
+) -> MultiTaskViT:
+    """The model of ``settings`` for ``tasks``, on the CPU, every tensor a function of the seed and its own name.
+
+    ``expert_layer``: 'deepspeed' for training under the engine; 'plain' layers need no DeepSpeed and hold all experts
+    (ZeRO-3, inference). With ``model.tune=adapters`` the backbone is frozen, its norms included, as LoRA does: trained
+    are experts, routers, LoRA, task embedding and heads. ``full`` trains everything, as MTL-ViT and M3ViT do.
+
+    Raises ValueError naming the setting for whatever does not fit together.
+    """
+    chosen = settings.model
+    backbone = build_backbone(
+        chosen.backbone,
+        size=settings.data.size,
+        weights=chosen.pretrained,
+        args=chosen.backbone_args,
+        drop_path=chosen.drop_path,
+        seed=settings.seed,
+    )
+    _freeze(backbone)
+    blocks = _build_blocks(backbone, chosen, len(tasks), seed=settings.seed, expert_layer=expert_layer)
+    heads = {task.name: _build_head(backbone, chosen, task, seed=settings.seed) for task in tasks}
+    model = MultiTaskViT(backbone, blocks, heads, task_embedding=chosen.task_embedding)
+    if chosen.tune == "full":
+        model.requires_grad_(True)
+    for block in model.blocks:
+        checkpoint_block(block, chosen.checkpoint_activations)
+    return model
+
+
+def _freeze(backbone: Backbone) -> None:
+    for module in (backbone.stem, *backbone.blocks, backbone.norm):
+        module.requires_grad_(False)
+
+
+def _build_blocks(
+    backbone: Backbone, chosen: ModelSettings, num_tasks: int, *, seed: int, expert_layer: ExpertLayer
+) -> list[TaskBlock]:
+    """MoE in every n-th block (with n = 2 the second, the fourth, ... as M3ViT), LoRA in the FFNs of the others."""
+    blocks = []
+    for index, block in enumerate(backbone.blocks):
+        name = f"blocks.{index}"
+        lora: dict[str, Any] = {"rank": chosen.lora_rank, "alpha": chosen.lora_alpha}
+        add_lora(block.attn, seed=derive_seed(seed, name, "attn"), **lora)
+        layer = None
+        if chosen.moe.enabled and (index + 1) % chosen.moe.every_n_blocks == 0:
+            layer = _moe_layer(block.mlp, chosen, num_tasks, seed=derive_seed(seed, name, "moe"), kind=expert_layer)
+            ffn, places = _without_experts(layer, chosen.moe)
+        else:
+            ffn, places = block.mlp, None
+        add_lora(ffn, seed=derive_seed(seed, name, "mlp"), only=places, **lora)
+        blocks.append(TaskBlock(block, moe=layer))
+    return blocks
+
+
+def _moe_layer(base: nn.Module, chosen: ModelSettings, num_tasks: int, *, seed: int, kind: ExpertLayer) -> nn.Module:
+    options: dict[str, Any] = {**_layer_options(chosen.moe), "num_tasks": num_tasks, "seed": seed}
+    try:
+        if kind == "plain":
+            return MoEFFN(base, **options)
+        from ase_dist.moe import ASEMoE
+
+        return ASEMoE(base, ep_size=chosen.moe.ep_size, dispatch=chosen.moe.dispatch, **options)
+    except ValueError as error:
+        raise ValueError(f"model.moe on {chosen.backbone}: {error}") from None
+
+
+def moe_core(layer: nn.Module) -> MoEFFN:
+    """The plain layer in a MoE layer of either kind."""
+    core = layer if isinstance(layer, MoEFFN) else layer.moe
+    assert isinstance(core, MoEFFN)
+    return core
+
+
+def _layer_options(moe: MoESettings) -> Mapping[str, Any]:
+    names = ("num_experts", "k", "num_shared", "rank", "alpha", "experts", "hidden", "adapt", "gating", "aux_losses")
+    return {name: getattr(moe, name) for name in names}
+
+
+def _without_experts(layer: nn.Module, moe: MoESettings) -> tuple[nn.Module, Sequence[str]]:
+    """The FFN under the experts and those of its linears that carry none: LoRA goes there, as in the paper."""
+    core = moe_core(layer)
+    free = () if "bypass" in moe.adapt else tuple(name for name in ("fc1", "fc2") if name not in moe.adapt)
+    return (core, ()) if core.base is None else (core.base, free)
+
+
+def _build_head(backbone: Backbone, chosen: ModelSettings, task: Task, *, seed: int) -> TaskHead:
+    with seeded_initialisation(seed, "heads", task.name):
+        return HEADS[chosen.head](
+            backbone.width, task.channels, grid=backbone.grid, patch=backbone.patch, width=chosen.head_width
+        )

@@ -1,0 +1,123 @@
+"""The multi-task vision transformer: every task a stream of tokens through one backbone, all streams in one pass.
+
+Letters: t tasks, B images, H W pixels, P tokens, D width, N experts, L layers with experts, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ase_dist.models.backbone import Backbone
+from ase_dist.models.blocks import BlockOutput, TaskBlock
+from ase_dist.models.heads import TaskHead
+from ase_dist.tasks import nearest
+
+
+class ModelOutput(NamedTuple):
+    """What the model computes for the tasks asked for, in their order.
+
+    ``predictions`` raw logits [B, C, h, w] per task at the head's resolution; ``aux_loss`` the weighted router losses
+    summed over layers, a scalar; ``expert_counts`` [L, t, N] int64 and ``mean_gates`` [L, t, N] float32 over this
+    process's tokens, prefix tokens included, without gradient; L and N are 0 where no layer has experts.
+    """
+
+    predictions: dict[str, Tensor]
+    aux_loss: Tensor
+    expert_counts: Tensor
+    mean_gates: Tensor
+
+
+class TaskEmbedding(nn.Module):
+    """x_t = x + e_t: one learnable vector per task, zero at first, added once at the input of the blocks."""
+
+    def __init__(self, num_tasks: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_tasks, dim))
+
+    def forward(self, tokens_BPD: Tensor, tasks: Sequence[int]) -> Tensor:
+        """The streams [t, B, P, D] of ``tasks``, numbers of rows."""
+        streams_tD = torch.stack([self.weight[task] for task in tasks])
+        return tokens_BPD + streams_tD[:, None, None, :]
+
+
+class MultiTaskViT(nn.Module):
+    """A vision transformer with a stream of tokens, routers and a head per task.
+
+    1. patch and position embedding, once for all tasks
+    2. + task embedding: [t, B, P, D]
+    3. the blocks, all streams in one pass, each MoE layer's router picked by task
+    4. the backbone's final norm on the patch tokens, then each task's head
+
+    ``task_names`` gives the order of the streams. ``build_model`` makes one from the settings.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        blocks: Sequence[TaskBlock],
+        heads: Mapping[str, TaskHead],
+        *,
+        task_embedding: bool = True,
+    ) -> None:
+        super().__init__()
+        self.task_names = tuple(heads)
+        self.prefix = backbone.prefix
+        self.stem = backbone.stem
+        self.task_embedding = TaskEmbedding(len(heads), backbone.width) if task_embedding else None
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = backbone.norm
+        self.heads = nn.ModuleDict(heads)
+
+    def forward(self, images_BCHW: Tensor, *, tasks: Sequence[str] | None = None) -> ModelOutput:
+        """Predict ``tasks`` (None: all) for normalised images; only their streams are computed.
+
+        Raises ValueError for a task that the model does not have, for none and for one named twice.
+        """
+        names = self.task_names if tasks is None else self._checked(tasks)
+        streams = [self.task_names.index(name) for name in names]
+        x_tBPD, layers = self._features(images_BCHW, streams)
+        predictions = {name: self.heads[name](x) for name, x in zip(names, x_tBPD.unbind(0), strict=True)}
+        if not layers:
+            empty = x_tBPD.new_zeros(0, len(names), 0, dtype=torch.float32)
+            return ModelOutput(predictions, empty.sum(), empty.long(), empty)
+        return ModelOutput(
+            predictions,
+            torch.stack([layer.aux_loss for layer in layers]).sum(),
+            torch.stack([layer.expert_counts for layer in layers]),
+            torch.stack([layer.mean_gates for layer in layers]),
+        )
+
+    def _features(self, images_BCHW: Tensor, streams: list[int]) -> tuple[Tensor, list[BlockOutput]]:
+        """The final patch tokens [t, B, patches, D], and the outputs of the layers with experts."""
+        device = images_BCHW.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        images_BCHW = images_BCHW.to(next(self.stem.parameters()).dtype)  # DeepSpeed's bf16 casts weights alone
+        tokens_BPD = self.stem.forward_features(images_BCHW)
+        x_tBPD = self._streams(tokens_BPD, streams)
+        layers = []
+        for block in self.blocks:
+            output = BlockOutput(*block(x_tBPD, streams, autocast))
+            x_tBPD = output.x_tBPD
+            if block.has_moe:
+                layers.append(output)
+        return self.norm(x_tBPD[:, :, self.prefix :]), layers
+
+    def _streams(self, tokens_BPD: Tensor, streams: list[int]) -> Tensor:
+        if self.task_embedding is None:
+            return tokens_BPD.expand(len(streams), -1, -1, -1)
+        return self.task_embedding(tokens_BPD, streams)  # type: ignore[no-any-return]
+
+    def _checked(self, tasks: Sequence[str]) -> tuple[str, ...]:
+        for name in tasks:
+            if name not in self.task_names:
+                raise ValueError(
+                    f"tasks: the model has no task {name!r}, wanted some of {list(self.task_names)}"
+                    f"{nearest(name, self.task_names)}"
+                )
+        if isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks):
+            raise ValueError(f"tasks: got {tasks!r}, wanted a list of at least one task, each at most once")
+        return tuple(tasks)

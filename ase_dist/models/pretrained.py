@@ -1,0 +1,121 @@
+"""Backbone weights: from a local file, from the files shipped with the package, or from timm's hub."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor
+
+FOLDER = Path(__file__).parent / "pretrained"
+SHIPPED = "scenes"
+CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "pre_logits.")
+FORMATS = (".safetensors", ".pth", ".pt")
+
+
+def from_hub(name: str, options: Mapping[str, Any]) -> VisionTransformer:
+    """timm's model with its own weights; ValueError with the way out if they cannot be had."""
+    try:
+        return timm.create_model(name, pretrained=True, **options)
+    except Exception as error:  # timm's download raises the types of three HTTP libraries, and RuntimeError
+        raise ValueError(
+            f"model.pretrained: 'hub' could not give the weights of {name} ({type(error).__name__}: "
+            f"{_first_line(error)}); with no way to the hub, set model.pretrained=FILE to a local .safetensors or .pth"
+        ) from None
+
+
+def load(vit: VisionTransformer, source: str, *, name: str) -> None:
+    """Copy weights into ``vit``, whose classifier has been removed.
+
+    ``source`` is a .safetensors or .pth file of a timm model (or of one of the formats timm converts), or 'scenes':
+    the file shipped for this backbone. Position and patch embeddings are resampled by timm, a classifier's keys are
+    dropped. Raises ValueError by name for missing and unexpected keys and for other shapes; then nothing is copied.
+    """
+    path = shipped_file(name) if source == SHIPPED else Path(source).expanduser()
+    try:
+        converted = checkpoint_filter_fn(read_weights(path), vit, adapt_layer_scale=True)
+    except RuntimeError as error:
+        raise ValueError(f"model.pretrained: {path} does not fit {name}: {_first_line(error)}") from None
+    state = {key: value for key, value in converted.items() if not key.startswith(CLASSIFIER)}
+    _check_fit(state, vit.state_dict(), path=path, name=name)
+    vit.load_state_dict(state)
+
+
+def shipped_file(name: str) -> Path:
+    """The weights that come with the package for backbone ``name``; ValueError where there are none."""
+    path = FOLDER / f"{name}.safetensors"
+    if not path.is_file():
+        have = sorted(file.stem for file in FOLDER.glob("*.safetensors")) or ["none"]
+        raise ValueError(
+            f"model.pretrained: no weights are shipped for {name} (shipped: {', '.join(have)}); "
+            "set model.pretrained to none, hub or a file"
+        )
+    return path
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth file by name; a 'model' or 'state_dict' entry is unwrapped.
+
+    Nothing but tensors and plain containers is unpickled. Raises ValueError for a file that is missing, broken, of
+    another kind, or without tensors.
+    """
+    if path.suffix not in FORMATS:
+        raise ValueError(
+            f"model.pretrained: got {str(path)!r}, wanted none, hub, scenes or a .safetensors or .pth file"
+        )
+    if not path.is_file():
+        raise ValueError(f"model.pretrained: there is no file {path}")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"model.pretrained: {path} cannot be read as tensors alone ({_first_line(error)}); "
+            "if it is whole, save its state dict as .safetensors"
+        ) from None
+    return _tensors(_unwrap(state), path)
+
+
+def _unwrap(state: Any) -> Any:
+    for key in ("model", "state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    return state
+
+
+def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"model.pretrained: {path} holds no state dict; wanted tensors by name")
+    return dict(state)
+
+
+def _check_fit(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, path: Path, name: str) -> None:
+    shapes = {
+        f"{key} {list(got[key].shape)} for {list(wanted[key].shape)}"
+        for key in got.keys() & wanted.keys()
+        if got[key].shape != wanted[key].shape
+    }
+    problems = {
+        "missing": wanted.keys() - got.keys(),
+        "unexpected": got.keys() - wanted.keys(),
+        "of another shape": shapes,
+    }
+    found = [f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys]
+    if found:
+        raise ValueError(f"model.pretrained: {path} does not fit {name}; {'; '.join(found)}")
+
+
+def _some(keys: Iterable[str], limit: int = 4) -> str:
+    names = sorted(keys)
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

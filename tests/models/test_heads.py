@@ -1,0 +1,83 @@
+"""The heads: shapes, the exchange of convolution and upsampling, no statistic across images."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ase_dist.models.heads import HEADS, LinearHead, PUPHead
+
+pytestmark = pytest.mark.single_gpu
+
+
+def tokens(count=2, grid=(3, 3), dim=12):
+    return torch.randn(count, grid[0] * grid[1], dim, generator=torch.Generator().manual_seed(0))
+
+
+def pup(**options):
+    torch.manual_seed(0)
+    return PUPHead(12, 5, **{"grid": (3, 3), "patch": 16, "width": 8, **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "patch", "factor"),
+    [
+        ("pup", 16, 16),
+        ("pup", 14, 16),
+        ("pup", 8, 8),
+        ("pup", 32, 16),
+        ("linear", 16, 4),
+        ("linear", 8, 4),
+        ("linear", 2, 1),
+    ],
+)
+def test_shapes(name, patch, factor):
+    head = HEADS[name](12, 5, grid=(2, 3), patch=patch, width=8)
+    assert head(tokens(grid=(2, 3))).shape == (2, 5, 2 * factor, 3 * factor)
+
+
+def test_pup_is_the_published_function():
+    """conv, norm, ReLU, x2 for each stage, then the 1x1 convolution, in plain channels-first memory."""
+    head = pup()
+    x = head.norm(tokens()).transpose(1, 2).reshape(2, 12, 3, 3).contiguous()
+    for conv, norm in zip(head.convs, head.norms, strict=True):
+        x = F.conv2d(x, conv.weight, conv.bias, padding=1)
+        groups = x.reshape(2, norm.num_groups, -1)
+        normal = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        x = F.relu(normal.reshape(x.shape) * norm.weight[:, None, None] + norm.bias[:, None, None])
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    expected = F.conv2d(x, head.last.weight, head.last.bias)
+    torch.testing.assert_close(head(tokens()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_memory_format_changes_neither_values_nor_gradients(monkeypatch):
+    last, first = pup(), pup()
+    channels_last = {"memory_format": torch.channels_last}
+    assert last.grid_tokens(tokens()).is_contiguous(**channels_last) and last(tokens()).is_contiguous(**channels_last)
+    assert all(parameter.is_contiguous() for parameter in last.parameters())
+    grid_tokens = first.grid_tokens
+    monkeypatch.setattr(first, "grid_tokens", lambda x: grid_tokens(x).contiguous())
+    torch.testing.assert_close(last(tokens()), first(tokens()), rtol=1e-5, atol=1e-5)
+    for head in (last, first):
+        head(tokens()).square().mean().backward()
+    for a, b in zip(last.parameters(), first.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(HEADS))
+def test_an_image_does_not_see_the_others_of_its_batch(name):
+    torch.manual_seed(0)
+    head = HEADS[name](12, 5, grid=(3, 3), patch=16, width=8).train()
+    alone = torch.cat([head(tokens()[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(head(tokens()), alone, rtol=1e-5, atol=1e-5)
+    assert not list(head.buffers())
+
+
+def test_the_linear_head_puts_a_patch_where_it_was():
+    head = LinearHead(12, 2, grid=(3, 3), patch=16, width=8)
+    x = tokens(1).requires_grad_()
+    head(x)[0, :, 4:8, 8:12].sum().backward()
+    touched = x.grad[0].abs().sum(-1).view(3, 3) > 0
+    assert touched.nonzero().tolist() == [[1, 2]]
+    expected = nn.functional.linear(head.norm(x[0, 5]), head.linear.weight, head.linear.bias).view(2, 4, 4)
+    torch.testing.assert_close(head(x)[0, :, 4:8, 8:12], expected)
