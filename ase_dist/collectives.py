@@ -70,6 +70,11 @@ def any_rank(flag: bool, device: torch.device | str) -> bool:
 # Among the ranks of a group, as expert parallelism needs them
 
 
+# torch 2.14 renamed both; the old names still work there and warn
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class Traffic:
     """Bytes that this rank has put on the wire by collectives of groups, by name of the collective."""
 
@@ -136,7 +141,7 @@ def start_all_gather_rows(rows: Tensor, *, group: dist.ProcessGroup | None) -> P
     if size == 1:
         return Pending(rows, None)
     gathered = rows.new_empty(size * rows.shape[0], *rows.shape[1:])
-    work = dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group, async_op=True)
+    work = _all_gather(gathered, rows.contiguous(), group=group, async_op=True)
     _count("all_gather", rows.numel() * (size - 1), rows)
     return Pending(gathered, work)
 
@@ -147,7 +152,7 @@ def reduce_scatter_rows(rows: Tensor, *, group: dist.ProcessGroup | None) -> Ten
     if size == 1:
         return rows
     own = rows.new_empty(rows.shape[0] // size, *rows.shape[1:])
-    dist.reduce_scatter_tensor(own, rows.contiguous(), group=group)
+    _reduce_scatter(own, rows.contiguous(), group=group)
     _count("reduce_scatter", rows.numel() // size * (size - 1), rows)
     return own
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
 FOLDER = Path(__file__).parent / "pretrained"
 SHIPPED = "scenes"
 CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "pre_logits.")
+BACKBONE = ("stem.", "blocks.", "norm.")
 FORMATS = (".safetensors", ".pth", ".pt")
 
 
@@ -58,6 +60,23 @@ def shipped_file(name: str) -> Path:
             "set model.pretrained to none, hub or a file"
         )
     return path
+
+
+def save_backbone(trained: Mapping[str, Tensor], path: Path) -> None:
+    """Write the backbone among a fully tuned model's tensors (named as in a checkpoint) in fp16 under timm's names.
+
+    Heads and task embeddings are left out; ``load`` reads the file. Raises ValueError where there is no backbone.
+    """
+    backbone = {name.removeprefix("stem."): tensor for name, tensor in trained.items() if name.startswith(BACKBONE)}
+    if not backbone:
+        raise ValueError("save_backbone: the run trained no backbone; it needs model.tune=full")
+    half = {name: tensor.half().contiguous() for name, tensor in backbone.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(half, temporary, metadata={"format": "pt"})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
