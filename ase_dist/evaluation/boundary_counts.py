@@ -1,0 +1,118 @@
+"""The four counts of one image behind boundary precision and recall, at every threshold.
+
+A module apart from ``boundary`` because it is all that a worker process runs: NumPy and SciPy, no torch. Letters: H
+height, W width, T thresholds, P pixels that are left at any threshold, K annotators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ase_dist.evaluation.matching import Candidates, count_pairs, find_candidates, match_nearest, published_loss
+from ase_dist.evaluation.nms import suppress_non_maxima
+from ase_dist.evaluation.thinning import WORD_BITS, Words, thin_bits
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Matching = Literal["exact", "published"]
+
+MATCHED_TRUE, TRUE, MATCHED_PREDICTED, PREDICTED = range(4)  # the columns of a table of counts
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How an image is counted; the fields are those arguments of ``evaluate_boundaries``."""
+
+    thresholds: tuple[float, ...]
+    max_dist: float
+    thin: bool
+    nms: bool
+    matching: Matching
+
+
+def count_image(index: int, prediction: ArrayLike, annotators: Sequence[ArrayLike], protocol: Protocol) -> Floats:
+    """Counts [T, 4] of one image: matched true, true, matched predicted and predicted pixels at each threshold.
+
+    True pixels are summed over annotators; a predicted pixel counts as matched if any annotator has a partner for it.
+    Raises ValueError naming image ``index`` for a prediction outside 0..1 or ground truths of another size or type.
+    """
+    prediction_HW = _check_prediction(index, prediction)
+    truths = [_check_truth(index, truth, prediction_HW.shape) for truth in annotators]
+    if not truths:
+        raise ValueError(f"image {index}: got no ground truth, wanted one map per annotator; leave such images out")
+    if protocol.nms:
+        prediction_HW = suppress_non_maxima(prediction_HW)
+    pixels_P2, present_TP = _present(prediction_HW, protocol)
+    radius = protocol.max_dist * math.hypot(*prediction_HW.shape)
+    candidates_K = [find_candidates(pixels_P2, truth, radius=radius) for truth in truths]
+    able_P = np.any([candidates.counts_P > 0 for candidates in candidates_K], axis=0)
+    counts_T4 = np.zeros((len(present_TP), 4))
+    counts_T4[:, TRUE] = sum(np.count_nonzero(truth) for truth in truths)
+    counts_T4[:, PREDICTED] = present_TP.sum(axis=1)
+    for counts, present_P in zip(counts_T4, present_TP & able_P, strict=True):
+        chosen = np.flatnonzero(present_P)
+        counts[MATCHED_TRUE], counts[MATCHED_PREDICTED] = _matched(candidates_K, chosen, protocol.matching)
+    return counts_T4
+
+
+def _present(prediction_HW: Floats, protocol: Protocol) -> tuple[NDArray[np.int64], Mask]:
+    """The pixels [P, 2] that reach any threshold and survive thinning, and at which thresholds they do, bool [T, P].
+
+    Thresholds are packed into words of 64 bits: a pixel that reaches the first n of them has the n lowest bits set.
+    """
+    reached_HW = np.searchsorted(np.array(protocol.thresholds), prediction_HW, side="right")
+    lowest = np.array([(1 << n) - 1 for n in range(WORD_BITS + 1)], dtype=np.uint64)
+    words: list[Words] = []
+    for first in range(0, len(protocol.thresholds), WORD_BITS):
+        word_HW = lowest[np.clip(reached_HW - first, 0, WORD_BITS)]
+        words.append(thin_bits(word_HW) if protocol.thin else word_HW)
+    left_HW = np.any(words, axis=0)
+    bytes_P = np.stack([word[left_HW] for word in words], axis=1).astype("<u8").view(np.uint8)
+    bits = np.unpackbits(bytes_P, axis=1, bitorder="little", count=len(protocol.thresholds))
+    return np.argwhere(left_HW), np.ascontiguousarray(bits.T).astype(bool)
+
+
+def _matched(candidates_K: list[Candidates], chosen: NDArray[np.int64], matching: Matching) -> tuple[float, float]:
+    """Matched true pixels summed over annotators, and predicted pixels matched with any annotator."""
+    if len(candidates_K) == 1:
+        pairs = count_pairs(candidates_K[0], chosen)  # which pixels are matched matters only to a union
+        left = pairs - (published_loss(candidates_K[0], chosen, pairs=pairs) if matching == "published" else 0)
+        return left, left
+    matched_KC = np.stack([match_nearest(candidates, chosen) for candidates in candidates_K])
+    times_C = matched_KC.sum(axis=0)
+    true, predicted = float(times_C.sum()), float(np.count_nonzero(times_C))
+    if matching == "published":
+        for candidates, matched_C in zip(candidates_K, matched_KC, strict=True):
+            pairs = int(matched_C.sum())
+            loss = published_loss(candidates, chosen, pairs=pairs)
+            true -= loss
+            predicted -= loss * np.count_nonzero(matched_C & (times_C == 1)) / max(pairs, 1)
+    return true, predicted
+
+
+def _check_prediction(index: int, prediction: ArrayLike) -> Floats:
+    array = np.asarray(prediction, dtype=np.float64)
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"image {index}: got a prediction of shape {list(array.shape)}, wanted [H, W]")
+    if not (array.min() >= 0 and array.max() <= 1):  # written so that NaN fails too
+        raise ValueError(
+            f"image {index}: got predictions from {array.min():.4g} to {array.max():.4g}, "
+            "wanted probabilities in 0..1; apply the sigmoid first"
+        )
+    return array
+
+
+def _check_truth(index: int, truth: ArrayLike, shape: tuple[int, ...]) -> Mask:
+    array = np.asarray(truth)
+    if array.dtype != np.bool_ or array.shape != shape:
+        raise ValueError(
+            f"image {index}: got a ground truth of {array.dtype} {list(array.shape)}, wanted one bool {list(shape)} "
+            "per annotator in a list; write label == 1 for labels that hold 255"
+        )
+    return array

@@ -1,0 +1,39 @@
+"""From a head's raw output to what is scored, drawn and saved: the one place where logits become predictions.
+
+=========  =======================  ==========================================
+kind       decoded                  meaning
+=========  =======================  ==========================================
+classes    uint8 [B, H, W]          the class with the highest logit
+mask       float32 [B, H, W]        probability of the foreground
+edges      float32 [B, H, W]        probability of an edge
+normals    float32 [B, 3, H, W]     unit vectors
+depth      float32 [B, 1, H, W]     metres, as predicted
+=========  =======================  ==========================================
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ase_dist.tasks import Task
+
+
+@torch.no_grad()
+def decode(task: Task, logits_BCHW: Tensor, *, size: tuple[int, int] | None = None) -> Tensor:
+    """Decode ``logits_BCHW`` [B, task.channels, h, w] as the table above says, at ``size`` (height, width) if given.
+
+    Logits are resized (bilinear) before they are decoded, so class borders and probabilities are those of the
+    interpolated logits. Arithmetic is float32 whatever the logits' type. Raises ValueError for another shape.
+    """
+    if logits_BCHW.ndim != 4 or logits_BCHW.shape[1] != task.channels:
+        raise ValueError(f"{task.name}: got logits {list(logits_BCHW.shape)}, wanted [B, {task.channels}, H, W]")
+    logits = logits_BCHW.float()
+    if size is not None and logits.shape[-2:] != size:
+        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    if task.kind == "classes":
+        return logits.argmax(dim=1).to(torch.uint8)
+    if task.kind in ("mask", "edges"):
+        return logits.sigmoid().squeeze(1)
+    return F.normalize(logits, dim=1) if task.kind == "normals" else logits

@@ -1,0 +1,135 @@
+"""One-to-one matching of boundary pixels: who may match whom, and the best matching for each subset of predictions.
+
+The published benchmark (BSDS ``correspondPixels``) matches predicted with true boundary pixels one to one, within a
+radius, so that as many as possible are matched and, among such matchings, the sum of distances is least. Letters: P
+predicted pixels of one image (those present at any threshold), G true pixels, D offsets within the radius, E candidate
+pairs, C predicted pixels chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import maximum_bipartite_matching, min_weight_full_bipartite_matching
+
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+UNMATCHED_COST = 100.0  # in radii: the published price of an outlier, which makes the number of pairs come first
+DISTANCE_UNITS = 100  # the published code rounds distances to hundredths of a pixel
+OUTLIER_DEGREE = 6  # outlier connections that the published code draws for each pixel
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Pairs (predicted pixel, true pixel) within ``radius`` pixels, in compressed rows, nearest first in a row.
+
+    ``starts_P`` and ``counts_P`` give the row of each predicted pixel in ``true_E`` (index of the true pixel) and
+    ``distance_E`` (pixels); ``num_true`` is G, the number of true pixels.
+    """
+
+    starts_P: Ints
+    counts_P: Ints
+    true_E: NDArray[np.int32]
+    distance_E: NDArray[np.float64]
+    num_true: int
+    radius: float
+
+    def rows(self, chosen_C: Ints) -> tuple[Ints, Ints]:
+        """Row pointers [C + 1] and positions in ``true_E`` of the rows ``chosen_C``."""
+        counts_C = self.counts_P[chosen_C]
+        pointers = np.concatenate(([0], np.cumsum(counts_C)))
+        shift_C = self.starts_P[chosen_C] - pointers[:-1]
+        return pointers, np.repeat(shift_C, counts_C) + np.arange(pointers[-1])
+
+
+def find_candidates(predicted_P2: Ints, truth_HW: Mask, *, radius: float) -> Candidates:
+    """All pairs of ``predicted_P2`` (row, column) and true pixels at most ``radius`` pixels apart."""
+    step_D2 = _offsets(radius)
+    number_HW = _numbered(truth_HW, margin=math.floor(radius))
+    here_P = (predicted_P2 + math.floor(radius)) @ np.array([number_HW.shape[1], 1])
+    true_PD = number_HW.ravel()[here_P[:, None] + step_D2 @ np.array([number_HW.shape[1], 1])]
+    found_PD = true_PD >= 0
+    counts_P = found_PD.sum(axis=1)
+    return Candidates(
+        starts_P=np.cumsum(counts_P) - counts_P,
+        counts_P=counts_P,
+        true_E=true_PD[found_PD],
+        distance_E=np.broadcast_to(np.sqrt((step_D2**2).sum(axis=1)), found_PD.shape)[found_PD],
+        num_true=int(np.count_nonzero(truth_HW)),
+        radius=radius,
+    )
+
+
+def count_pairs(candidates: Candidates, chosen_C: Ints) -> int:
+    """The greatest number of pairs that a one-to-one matching of the predicted pixels ``chosen_C`` can have."""
+    pointers, positions = candidates.rows(chosen_C)
+    ones = np.ones(len(positions), dtype=np.int8)
+    graph = _graph(ones, candidates.true_E[positions], pointers, width=candidates.num_true)
+    return int(np.count_nonzero(maximum_bipartite_matching(graph, perm_type="column") >= 0))
+
+
+def match_nearest(candidates: Candidates, chosen_C: Ints) -> Mask:
+    """Which of ``chosen_C`` are matched (bool [C]) when most are and the sum of distances is then least.
+
+    Each predicted pixel gets a private stand-in at the price of staying unmatched, so that a full matching exists.
+    """
+    able = np.flatnonzero(candidates.counts_P[chosen_C])
+    matched_C = np.zeros(len(chosen_C), dtype=bool)
+    if able.size == 0:
+        return matched_C
+    pointers, positions = candidates.rows(chosen_C[able])
+    cost = np.rint(candidates.distance_E[positions] * DISTANCE_UNITS) + 1  # an explicit zero is no edge to scipy
+    price = math.ceil(UNMATCHED_COST * candidates.radius * DISTANCE_UNITS) + 1
+    stand_ins = candidates.num_true + np.arange(able.size)
+    graph = _graph(
+        np.insert(cost, pointers[1:], float(price)),
+        np.insert(candidates.true_E[positions].astype(np.int64), pointers[1:], stand_ins),
+        pointers + np.arange(pointers.size),
+        width=candidates.num_true + able.size,
+    )
+    _, partner = min_weight_full_bipartite_matching(graph)
+    matched_C[able] = partner < candidates.num_true
+    return matched_C
+
+
+def published_loss(candidates: Candidates, chosen_C: Ints, *, pairs: int) -> float:
+    """How many of the ``pairs`` the published code misses on average, because its outlier graph is a random one.
+
+    That code asks for a perfect matching of both sets of matchable pixels and as many outlier nodes, where each outlier
+    node is reached by six random connections from the larger set. A node that none reaches (a share exp(-6) of them)
+    costs a pair, unless an unmatched pixel can take it. The last is an approximation: the factor 6 on the unmatched
+    fits 959 matchings of the published code within 0.01 % of the pixels.
+    """
+    _, positions = candidates.rows(chosen_C)
+    sides = (int(np.count_nonzero(candidates.counts_P[chosen_C])), np.unique(candidates.true_E[positions]).size)
+    few, many = min(sides), max(sides)
+    if few <= OUTLIER_DEGREE:
+        return 0.0
+    missed = few * (1 - OUTLIER_DEGREE / few) ** (many + OUTLIER_DEGREE * (few - pairs))
+    return float(min(missed, pairs))
+
+
+def _offsets(radius: float) -> Ints:
+    """Steps (rows, columns) [D, 2] to every pixel at most ``radius`` away, nearest first, in a fixed order."""
+    reach = math.floor(radius)
+    line = np.arange(-reach, reach + 1)
+    steps = np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
+    squared = (steps**2).sum(axis=1)
+    order = np.argsort(squared, kind="stable")
+    return steps[order][squared[order] <= radius * radius]
+
+
+def _numbered(truth_HW: Mask, *, margin: int) -> NDArray[np.int32]:
+    """The true pixels numbered in raster order, -1 elsewhere, with ``margin`` pixels of -1 around the image."""
+    number = np.full(truth_HW.shape, -1, dtype=np.int32)
+    number[truth_HW] = np.arange(np.count_nonzero(truth_HW), dtype=np.int32)
+    return np.pad(number, margin, constant_values=-1)
+
+
+def _graph(data: NDArray[np.generic], columns: NDArray[np.integer], pointers: Ints, *, width: int) -> csr_matrix:
+    return csr_matrix((data, columns, pointers), shape=(len(pointers) - 1, width))
