@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from ase_dist.collectives import any_rank
 
 
 def group_name(ep_size: int) -> str:
@@ -130,6 +134,25 @@ def write_master(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor,
         target.view(-1)[fragment.start : fragment.start + fragment.numel].copy_(part)
 
 
+def skip_non_finite_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Let ``optimizer`` skip a step whose gradients are not finite on some rank, as DeepSpeed's wrappers do.
+
+    For ZeRO 0 in float32, where the engine has no wrapper and would write NaN into every parameter; it reads
+    ``overflow`` of whatever optimiser it has, counts the step as skipped and leaves the schedule where it is.
+    """
+    take_step = optimizer.step
+
+    def step(self: torch.optim.Optimizer, closure: None = None) -> None:
+        trained = [p for group in self.param_groups for p in group["params"]]
+        norms = torch._foreach_norm([p.grad for p in trained if p.grad is not None])
+        is_finite = bool(norms) and bool(torch.stack(norms).isfinite().all())  # clipping drops bad gradients
+        self.overflow = any_rank(not is_finite, trained[0].device)  # type: ignore[attr-defined]
+        if not self.overflow:  # type: ignore[attr-defined]
+            take_step(closure)
+
+    optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+
+
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")  # of the engine
 
 
@@ -208,3 +231,47 @@ def _set_model_weight(parameter: nn.Parameter, value: Tensor) -> None:
     padded[: value.numel()] = value.reshape(-1)
     offset = part * dist.get_rank(parameter.ds_process_group)
     parameter.ds_tensor.copy_(padded[offset : offset + part])  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The gradient norm at ZeRO 0
+
+
+def use_true_gradient_norm(engine: Any) -> None:
+    """Make clipping at ZeRO 0 in fp32 see the norm of all experts: DeepSpeed's own is the mean of the ranks' norms.
+
+    The other stages and precisions compute the true one. A norm that is not finite drops the step's gradients, so that
+    the optimiser leaves every weight as it is. ``engine.get_global_grad_norm()`` gives the norm afterwards.
+    """
+    if not (engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled()):
+        engine.clip_fp32_gradients = partial(_clip_gradients, engine)
+
+
+def _clip_gradients(engine: Any) -> None:
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = global_gradient_norm(engine.module)
+    engine._global_grad_norm = norm.item()
+    if not torch.isfinite(norm):
+        engine.module.zero_grad(set_to_none=True)
+        return
+    factor = (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor)
+
+
+def global_gradient_norm(model: nn.Module) -> Tensor:
+    """The 2-norm of all gradients, every expert counted once, equal on all ranks (collective where any is sharded)."""
+    trained = [p for p in model.parameters() if p.grad is not None]
+    dense = _sum_of_squares([p for p in trained if not is_routed(p)])
+    for name in sorted({p.group_name for p in trained if is_routed(p)}):  # type: ignore[attr-defined]
+        routed = _sum_of_squares([p for p in trained if is_routed(p) and p.group_name == name])  # type: ignore[attr-defined]
+        group = expert_parallel_group(int(name.removeprefix(group_name(0)[:-1])))
+        dist.all_reduce(routed, group=group)
+        dense = dense + routed
+    return dense.sqrt()
+
+
+def _sum_of_squares(parameters: Sequence[nn.Parameter]) -> Tensor:
+    if not parameters:
+        return torch.zeros(())
+    norms = torch._foreach_norm([p.grad for p in parameters])
+    return torch.stack([norm.float() for norm in norms]).square().sum()

@@ -205,7 +205,7 @@ def run_all(rank, folder):
 
 
 def test_a_sharded_layer_is_the_same_function_as_one_process(tmp_path):
-    world = start_world(run_all, tmp_path, size=4)()
+    world = start_world(run_all, tmp_path, size=4, seconds=240)()
     assert world.codes == [0] * 4, world.codes
     found = [f"rank {rank}, {name}: {text}" for rank, result in enumerate(world.results)
              for name, texts in result.items() for text in texts]  # fmt: skip
