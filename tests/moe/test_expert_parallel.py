@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from ase_dist.collectives import count_traffic
 from ase_dist.moe import MoEFFN, global_state
@@ -199,8 +200,43 @@ def check_prefetch(rank, folder):
     return found
 
 
+def check_recomputation(rank, folder):
+    """Activation checkpointing around the layer: the collectives of the second forward pass and the same gradients."""
+    found = []
+    group = groups_of(4)
+    for dispatch, experts in itertools.product(("gather", "all_to_all"), ("lora", "ffn")):
+        _, layer = sharded(group, 4, dispatch, "ase", 3, 1, experts, ("fc1", "fc2"))
+        _, mine = tokens_of([5, 2, 5, 0])
+        runs = []
+        for wrap in (lambda x, layer=layer: layer(x), lambda x, layer=layer: checkpoint(layer, x, use_reentrant=False)):
+            layer.zero_grad()
+            x = mine.clone().requires_grad_()
+            result = wrap(x)
+            (result[0].square().sum() + result[1]).backward()
+            runs.append([x.grad] + [p.grad.clone() for p in layer.parameters() if p.requires_grad])
+        if any(not torch.equal(one, two) for one, two in zip(*runs, strict=True)):
+            found.append(f"{dispatch}, {experts}: gradients with recomputation differ")
+    return found
+
+
+def check_bf16(rank, folder):
+    """In bf16 the sharded layer differs from one process in bf16 by rounding only."""
+    found = []
+    group = groups_of(4)
+    for dispatch, experts in itertools.product(("gather", "all_to_all"), ("lora", "ffn")):
+        whole, layer = (each.bfloat16() for each in sharded(group, 4, dispatch, "ase", 3, 1, experts, ("fc1", "fc2")))
+        x, mine = tokens_of([5, 5, 5, 5])
+        want = step(whole, x.bfloat16(), x.bfloat16())[0][:, 5 * rank : 5 * rank + 5]
+        have = step(layer, mine.bfloat16(), mine.bfloat16())[0]
+        error = ((have - want).float().norm() / want.float().norm()).item()
+        if error > 1e-2:
+            found.append(f"{dispatch}, {experts}: differs by {error:.1e}")
+    return found
+
+
 def run_all(rank, folder):
-    checks = (check_grid, check_extremes, check_base_of_another_kind, check_traffic, check_prefetch)
+    checks = (check_grid, check_extremes, check_base_of_another_kind, check_traffic, check_prefetch,
+              check_recomputation, check_bf16)  # fmt: skip
     return {check.__name__: check(rank, folder) for check in checks}
 
 
