@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -24,12 +25,20 @@ def initialize(model: nn.Module, config: ResolvedConfig, world: World, *, total_
 
     train = config.settings.train
     optimizer = build_optimizer(model, config, world)
+    if config.zero_stage == 0 and not train.bf16:
+        seam.skip_non_finite_steps(optimizer)
     scheduler = LambdaLR(optimizer, schedule_lambda(train, total=total_steps))
     if config.zero_stage == 3:
         count_over_ranks(model)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config.deepspeed, dist_init_required=False
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config.deepspeed, dist_init_required=False
+        )
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ValueError(f"DeepSpeed JSON: {where}: got {problem['input']!r}; {problem['msg'].lower()}") from None
+    seam.use_true_gradient_norm(engine)
     return engine
 
 

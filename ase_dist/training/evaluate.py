@@ -56,12 +56,13 @@ def evaluate(
     device: torch.device,
     gallery: Gallery,
     constants: Mapping[str, ConstantPredictor],
-    after_batch: Callable[[], None],
-) -> Evaluation:
-    """Every task's metrics over the whole set, equal on all ranks (collective).
+    go_on: Callable[[], bool],
+) -> Evaluation | None:
+    """Every task's metrics over the whole set, equal on all ranks; None where ``go_on`` said no (collective).
 
     The loader gives all ranks the same number of batches; on an empty one a rank still runs the model, on a blank
-    image, because the other ranks wait for it in the collectives of the forward pass.
+    image, because the other ranks wait for it in the collectives of the forward pass. ``go_on`` is asked after every
+    batch and must answer the same on all ranks.
     """
     metrics = {task.name: build_metric(task) for task in tasks}
     trivial = {task.name: build_metric(task) for task in tasks if task.name in constants}
@@ -79,7 +80,8 @@ def evaluate(
                 for name, metric in trivial.items():
                     metric.update(_constant(constants[name], labels[name]), labels[name])
                 gallery.hang(moved.images[i], labels, predictions)
-            after_batch()
+            if not go_on():
+                return None
     return Evaluation(_merged(metrics, device), _merged(trivial, device))
 
 

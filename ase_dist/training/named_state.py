@@ -31,6 +31,11 @@ class Entry:
     is_bank: bool
     is_sharded: bool
 
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """The shape under each of ``names``."""
+        return tuple(seam.full_shape(self.parameter))[1 if self.is_bank else 0 :]
+
     def split(self, full: Tensor) -> dict[str, Tensor]:
         """A tensor of the parameter's full shape by name."""
         if not self.is_bank:

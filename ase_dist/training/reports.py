@@ -1,20 +1,55 @@
-"""What a run says of itself: the start-up tables, the numbers of a span of steps, the table of results."""
+"""What a run says of itself: the start-up tables, the numbers of a span of steps, results, the summary."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ase_dist import collectives
-from ase_dist.models import ModelOutput
+from ase_dist.config import MoESettings
 from ase_dist.tasks import Task
+from ase_dist.training.build import Parts
 from ase_dist.training.console import table
 from ase_dist.training.engine import memory_bytes
 from ase_dist.training.evaluate import Results
+from ase_dist.training.guards import ExitCode
+from ase_dist.training.history import History
 from ase_dist.training.runtime import World
+
+
+def start_tables(parts: Parts) -> str:
+    """What is about to run, and how many parameters it has."""
+    settings, world = parts.settings, parts.world
+    train, moe = settings.train, settings.model.moe
+    images = train.batch_size * train.gradient_accumulation_steps * world.size
+    rows = [
+        ("tasks", ", ".join(task.name for task in parts.tasks)),
+        ("data", f"{settings.data.name}, {len(parts.train_loader.dataset)} training and "
+                 f"{len(parts.eval_loader.dataset)} validation images at {settings.data.size} px"),
+        ("backbone", f"{settings.model.backbone}, weights {settings.model.pretrained}"),
+        ("experts N/k/S/r", f"{moe.num_experts}/{moe.k}/{moe.num_shared}/{moe.rank}, gating {moe.gating}, "
+                            f"expert-parallel size {moe.ep_size}" if moe.enabled else "none"),
+        ("world", f"{world.size} ranks on {world.device.type}, ZeRO {parts.config.zero_stage}, "
+                  f"{'bf16' if train.bf16 else 'fp32'}, {torch.get_num_threads()} CPU threads a rank"),
+        ("steps", f"{parts.total_steps} of {images} images"),
+        ("output", settings.output),
+    ]  # fmt: skip
+    parameters = table("parameters", ("group", "total", "trained", "size"), parts.parameters.as_rows())
+    return f"{table('run', ('', ''), rows)}\n{parameters}"
+
+
+class MicroStep(NamedTuple):
+    """What one forward and backward pass leaves behind; no graph is kept."""
+
+    losses: dict[str, Tensor]
+    total: Tensor
+    aux_loss: Tensor
+    expert_counts: Tensor
+    mean_gates: Tensor
+    names: list[str]
 
 
 class SpanStatistics:
@@ -23,20 +58,21 @@ class SpanStatistics:
     ``seconds`` is for the loop to add the time of its steps to, so that evaluations do not count.
     """
 
-    def __init__(self, tasks: Sequence[Task], world: World, *, active: int, num_shared: int) -> None:
-        self.tasks, self.world, self.active, self.num_shared = tasks, world, active, num_shared
+    def __init__(self, tasks: Sequence[Task], world: World, *, moe: MoESettings) -> None:
+        self.tasks, self.world, self.num_shared = tasks, world, moe.num_shared
+        self.active = moe.num_experts if moe.gating == "dense" else moe.k + moe.num_shared
         self._clear()
 
-    def add(self, losses: Mapping[str, Tensor], total: Tensor, output: ModelOutput, *, images: int) -> None:
+    def add(self, micro: MicroStep) -> None:
         """One micro-step of this rank; no wait for the device."""
-        row = torch.stack([total.detach().float(), output.aux_loss.detach().float()]
-                          + [losses[task.name].detach().float() for task in self.tasks])  # fmt: skip
+        values = [micro.total, micro.aux_loss, *(micro.losses[task.name] for task in self.tasks)]
+        row = torch.stack([value.float() for value in values])
         self._sums = row if self._sums is None else self._sums + row
-        load, gates = output.expert_counts.float(), output.mean_gates
+        load, gates = micro.expert_counts.float(), micro.mean_gates
         self._load = load if self._load is None else self._load + load
         self._gates = gates if self._gates is None else self._gates + gates
         self._micro_steps += 1
-        self._images += images
+        self._images += len(micro.names)
 
     def take(self) -> dict[str, Any]:
         """The span's numbers over all ranks, as plain values, and begin a new span (collective)."""
@@ -89,3 +125,24 @@ def result_table(title: str, tasks: Sequence[Task], results: Results, trivial: R
         value = results[task.name][task.metric]
         rows.append((task.title, task.metric_title, arrow, trivial[task.name][task.metric], before, value))
     return table(title, ("task", "metric", "better", "trivial", "first", "now"), rows)
+
+
+def summary(parts: Parts, history: History, *, step: int, code: ExitCode) -> dict[str, Any]:
+    """What summary.json holds: results beside the trivial predictors', sizes, times."""
+    seconds = history.train_seconds
+    return {
+        "exit": code.name.lower(),
+        "step": step,
+        "total_steps": parts.total_steps,
+        "data": parts.settings.data.name,
+        "metrics": history.latest,
+        "metrics_step": history.evaluated_at if history.latest else None,
+        "first_metrics": history.first,
+        "trivial": history.trivial,
+        "best_step": history.best_step if history.latest else None,
+        "parameters": parts.parameters.as_dict(),
+        "train_seconds": seconds,
+        "images_per_second": history.images / seconds if seconds else None,
+        "peak_memory_bytes": memory_bytes(parts.world.device),
+        "world_size": parts.world.size,
+    }

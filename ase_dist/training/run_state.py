@@ -23,6 +23,7 @@ from ase_dist.config import Settings, settings_hash
 from ase_dist.data.loader import TrainLoader
 from ase_dist.moe import deepspeed_seam as seam
 from ase_dist.training.checkpoint import Checkpoint, CheckpointStore
+from ase_dist.training.history import History
 from ase_dist.training.named_state import Entry, trained_entries
 from ase_dist.training.runtime import World
 
@@ -31,14 +32,24 @@ KINDS = ("weight", *seam.MOMENTS)
 
 
 class RunState:
-    """Saves and restores a run through ``store``; ``step`` is the number of optimiser steps taken."""
+    """Saves and restores a run through ``store``.
+
+    ``step`` is the number of optimiser steps done, ``history`` what they brought, ``is_saved`` whether a checkpoint
+    holds just that.
+    """
 
     def __init__(
         self, settings: Settings, world: World, store: CheckpointStore, *, zero_stage: int, backbone: Mapping[str, Any]
     ) -> None:
         self.settings, self.world, self.store = settings, world, store
         self.zero_stage, self.backbone = zero_stage, dict(backbone)
-        self.step = 0
+        self.step, self.history, self.is_saved = 0, History(), False
+
+    def advance(self, *, images: int) -> None:
+        """One more step is done, over ``images`` on all ranks."""
+        self.step += 1
+        self.history.images += images
+        self.is_saved = False
 
     def save(self, engine: Any, loader: TrainLoader) -> None:
         """Write a checkpoint of this step (collective). Raises SaveError; the checkpoints before it stay."""
@@ -49,10 +60,14 @@ class RunState:
             "topology": self._topology(),
             "sampler": loader.state_dict(),
             "optimizer_steps": engine.global_steps - engine.skipped_steps,
+            "history": self.history.to_meta(),
             "engine": {name: getattr(engine, name) for name in seam.COUNTERS},
             "schedule": {"last_epoch": engine.lr_scheduler.last_epoch},
         }
         path = self.store.save(self.step, self._shards(engine), meta=meta)
+        if self.history.best_step == self.step:
+            self.store.mark_best(self.step)
+        self.is_saved = True
         LOGGER.info("saved step %d to %s", self.step, path)
 
     def resume(self, engine: Any, loader: TrainLoader) -> bool:
@@ -105,7 +120,7 @@ class RunState:
     def _load(self, checkpoint: Checkpoint, engine: Any, loader: TrainLoader) -> None:
         meta: Mapping[str, Any] = checkpoint.meta
         entries = trained_entries(engine.module)
-        self._check_names(checkpoint, entries)
+        self._check_tensors(checkpoint, entries)
         if meta["backbone"] != self.backbone:
             raise ValueError(
                 f"resume: {checkpoint.path} was trained on the backbone {meta['backbone']}, this run has "
@@ -118,23 +133,29 @@ class RunState:
                 seam.write_master(engine, entry.parameter, kind, value, step=meta["optimizer_steps"])
         loader.load_state_dict(meta["sampler"])
         seam.restore_counters(engine, meta["engine"], last_epoch=meta["schedule"]["last_epoch"])
-        self.step = checkpoint.step
+        self.step, self.history, self.is_saved = checkpoint.step, History.from_meta(meta["history"]), True
         if meta["topology"] == self._topology():
             _restore_random_state({n: checkpoint.tensor(n) for n in _random_names(self.world.rank)})
 
-    def _check_names(self, checkpoint: Checkpoint, entries: list[Entry]) -> None:
-        mine = {f"{kind}/{name}" for entry in entries for name in entry.names for kind in KINDS}
-        saved = {name for name in checkpoint.names() if not name.startswith("random/")}
-        wanted: set[str] = set()
-        for names in collectives.gather_objects(mine):
-            wanted |= names  # type: ignore[arg-type]
-        if saved != wanted:
-            odd = sorted(saved ^ wanted)
-            where = "the checkpoint alone" if odd[0] in saved else "this run alone"
+    def _check_tensors(self, checkpoint: Checkpoint, entries: list[Entry]) -> None:
+        """Raise ValueError on all ranks unless names and shapes are those of the whole model (collective)."""
+        mine = {f"{kind}/{name}": entry.part_shape for entry in entries for name in entry.names for kind in KINDS}
+        saved = {name: checkpoint.shape(name) for name in checkpoint.names() if not name.startswith("random/")}
+        wanted: dict[str, tuple[int, ...]] = {}
+        for shapes in collectives.gather_objects(mine):
+            wanted |= shapes  # type: ignore[arg-type]
+        odd = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+        if odd:
+            first = odd[0]
             raise ValueError(
-                f"resume: {checkpoint.path} holds another model: {len(odd)} tensors differ, the first, {odd[0]!r}, is "
-                f"in {where}; use the run's own settings, or start afresh with another output="
+                f"resume: {checkpoint.path} holds another model: {len(odd)} tensors differ, the first, {first!r}, is "
+                f"{_shape(saved.get(first))} there and {_shape(wanted.get(first))} here; use the run's own settings, "
+                "or start afresh with another output="
             )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else " x ".join(map(str, shape)) or "a number"
 
 
 def _group_name(entry: Entry) -> str:

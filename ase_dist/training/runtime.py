@@ -46,11 +46,13 @@ def start(*, timeout: float, threads: int | None) -> World:
     ``timeout`` in seconds bounds every collective. Works under deepspeed, torchrun, and plain python, on whatever
     accelerator DeepSpeed finds. Raises ValueError where only some of the launcher's variables are set.
     """
-    _fill_launcher_variables()
+    if not dist.is_initialized():
+        _fill_launcher_variables()
+    import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
-    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), _local_size()
     is_cpu = accelerator.device_name() == "cpu"
     if is_cpu:
         seam.skip_cpu_communication_build()
@@ -58,12 +60,9 @@ def start(*, timeout: float, threads: int | None) -> World:
         torch.set_num_threads(threads or threads_per_rank(local_size))
     else:
         accelerator.set_device(local_rank)
-    if not dist.is_initialized():
-        import deepspeed
-
-        deepspeed.init_distributed(
-            dist_backend=accelerator.communication_backend_name(), timeout=timedelta(seconds=timeout), verbose=False
-        )
+    deepspeed.init_distributed(  # takes over a process group that is there already
+        dist_backend=accelerator.communication_backend_name(), timeout=timedelta(seconds=timeout), verbose=False
+    )
     device = torch.device("cpu") if is_cpu else torch.device(accelerator.device_name(), local_rank)
     return World(
         rank=dist.get_rank(),
@@ -106,6 +105,11 @@ def keep_freed_memory() -> None:
         return
     mallopt(M_MMAP_THRESHOLD, INT_MAX)
     mallopt(M_TRIM_THRESHOLD, INT_MAX)
+
+
+def _local_size() -> int:
+    """Ranks on this node, as torchrun or deepspeed's launcher calls them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
 def _fill_launcher_variables() -> None:

@@ -1,8 +1,9 @@
-"""The training loop: batch, loss, backward, guard, step, log, maybe evaluate, maybe save, maybe stop."""
+"""The training loop: batch, loss, backward, step, guard, log, maybe evaluate, maybe save, maybe stop."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,16 +19,18 @@ from ase_dist.evaluation.constant import ConstantPredictor
 from ase_dist.models import ModelOutput
 from ase_dist.tasks import Task
 from ase_dist.training import guards, losses
+from ase_dist.training.checkpoint import SaveError
 from ase_dist.training.console import StepProgress
-from ase_dist.training.evaluate import Gallery, Results, evaluate
+from ase_dist.training.evaluate import Gallery, evaluate
 from ase_dist.training.pictures import prediction_grid, save_png
 from ase_dist.training.recorder import Recorder
-from ase_dist.training.reports import SpanStatistics, result_table
+from ase_dist.training.reports import MicroStep, SpanStatistics, result_table
 from ase_dist.training.run_folder import RunFolder
 from ase_dist.training.run_state import RunState
 from ase_dist.training.runtime import World
 
 LOGGER = logging.getLogger("ase_dist")
+AGREED_ERRORS = (guards.NonFiniteError, SaveError)  # every rank raises them, none is to blame
 
 
 class Trainer:
@@ -57,85 +60,104 @@ class Trainer:
         self.train_loader, self.eval_loader, self.state = train_loader, eval_loader, state
         self.folder, self.recorder, self.progress = folder, recorder, progress
         self.constants, self.total_steps = constants, total_steps
-        self.trivial: Results = {}
         self.guard = guards.FiniteGuard(policy=settings.guard.non_finite, max_skips=settings.guard.max_skips)
         self.stop = guards.StopFlag()
         self.dog = guards.Watchdog(folder.path, timeout=settings.guard.timeout)
-        moe = settings.model.moe
-        active = moe.num_experts if moe.gating == "dense" else moe.k + moe.num_shared
-        self.span = SpanStatistics(tasks, world, active=active, num_shared=moe.num_shared)
-        self.first: Results | None = None
-        self.latest: Results | None = None
-        self.train_seconds = 0.0
-        self.steps_done = 0
+        self.span = SpanStatistics(tasks, world, moe=settings.model.moe)
+        self.stopping = False  # agreed upon by all ranks
 
     def train(self) -> guards.ExitCode:
         """Run until the last step or until a rank is asked to stop."""
         with self.stop, self.dog, self.progress:
-            if self.state.step == 0 and self.settings.eval.at_start:
-                self._evaluate()
-            while self.state.step < self.total_steps:
-                stopping = self._step()
-                self._log()
-                self._maybe_evaluate()
-                self._maybe_save(stopping=stopping)
-                if stopping:
-                    LOGGER.info("stopped by a signal at step %d, saved", self.state.step)
-                    return guards.ExitCode.STOPPED
-            return guards.ExitCode.DONE
+            try:
+                self._loop()
+            except Exception as error:
+                if self.world.size > 1 and not isinstance(error, AGREED_ERRORS):
+                    LOGGER.exception("rank %d ends at step %d: %s", self.world.rank, self.state.step, self._suspects())
+                raise
+        if self.stopping:
+            LOGGER.info("stopped by a signal at step %d, saved", self.state.step)
+        return guards.ExitCode.STOPPED if self.stopping else guards.ExitCode.DONE
+
+    def _loop(self) -> None:
+        self._maybe_evaluate()
+        self._maybe_save()
+        while self.state.step < self.total_steps and not self.stopping:
+            self._step()
+            self._log()
+            self._maybe_evaluate()
+            self._maybe_save()
+
+    def _suspects(self) -> str:
+        """Which other rank looks dead, for the log; one that just dies gets a moment to be seen dead."""
+        deadline = time.monotonic() + min(5.0, self.settings.guard.timeout / 2)
+        while "dead" not in (found := self.dog.suspects()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return found
 
     # -----------------------------------------------------------------------------------------------------------------
     # One step
 
-    def _step(self) -> bool:
-        """One optimiser step over its micro-steps; whether the ranks have agreed to stop."""
+    def _step(self) -> None:
+        """One optimiser step over its micro-steps."""
         began = time.perf_counter()
-        accumulation = self.settings.train.gradient_accumulation_steps
         step = self.state.step + 1
         self.dog.beat(f"data of step {step}")
-        batches = [next(self.train_loader).to(self.world.device) for _ in range(accumulation)]
-        counts = torch.stack([losses.label_counts(batch.labels, self.tasks) for batch in batches]).mean(dim=0)
-        counts = collectives.all_reduce_sum(counts) / self.world.size
-        ballots = [self._micro_step(step, batch, counts) for batch in batches]
-        self.state.step = step
-        self.steps_done += 1
-        self.span.seconds += time.perf_counter() - began
-        self.train_seconds += time.perf_counter() - began
-        return any(ballot.stop for ballot in ballots)
+        batches = [next(self.train_loader).to(self.world.device) for _ in range(self._accumulation)]
+        counts = mean_label_counts(batches, self.tasks, self.world)
+        micro_steps = [self._micro_step(step, batch, counts) for batch in batches]
+        self._judge(step, micro_steps)
+        self.state.advance(images=sum(len(batch.images) for batch in batches) * self.world.size)
+        seconds = time.perf_counter() - began
+        self.span.seconds += seconds
+        self.state.history.train_seconds += seconds
 
-    def _micro_step(self, step: int, batch: Batch, counts: Tensor) -> guards.Vote:
+    @property
+    def _accumulation(self) -> int:
+        return self.settings.train.gradient_accumulation_steps
+
+    def _micro_step(self, step: int, batch: Batch, counts: Tensor) -> MicroStep:
         self.dog.beat(f"forward of step {step}")
         output: ModelOutput = self.engine(batch.images)
-        by_task = losses.task_losses(output.predictions, batch.labels, self.tasks, counts)
-        total = losses.weighted_sum(by_task, self.tasks, self.settings.train.loss_weights) + output.aux_loss
-        ballot = guards.vote(guards.all_finite([total]), stop=self.stop.requested)
-        values = {**by_task, "aux_loss": output.aux_loss}
-        if self.guard.take_step(ballot, step=step, values=values, batch=batch.names):
-            self.dog.beat(f"backward of step {step}")
-            self.engine.backward(total)
-            self.engine.step()
-            self.span.add(by_task, total, output, images=len(batch.images))
+        by_task, total = training_loss(output, batch, self.tasks, counts, self.settings.train.loss_weights)
+        self.dog.beat(f"backward of step {step}")
+        self.engine.backward(_poisonous(total))
+        self.engine.step()
+        detached = {name: loss.detach() for name, loss in by_task.items()}
+        return MicroStep(detached, total.detach(), output.aux_loss.detach(), output.expert_counts,
+                         output.mean_gates, batch.names)  # fmt: skip
+
+    def _judge(self, step: int, micro_steps: Sequence[MicroStep]) -> None:
+        """Count the step, or report that it was skipped, or raise NonFiniteError; hear whether a rank is to stop."""
+        applied = bool(self.engine.was_step_applied())
+        ballot = guards.vote(torch.tensor(applied, device=self.world.device), stop=self.stop.requested)
+        values = {} if ballot.finite else self._suspicious_values(micro_steps)
+        names = [name for micro in micro_steps for name in micro.names]
+        if self.guard.take_step(ballot, step=step, values=values, batch=names):
+            for micro in micro_steps:
+                self.span.add(micro)
         else:
             LOGGER.warning("%s; skipped", self.guard.report)
-            self._contribute_nothing(batch)
-        return ballot
+        self.stopping = ballot.stop
 
-    def _contribute_nothing(self, batch: Batch) -> None:
-        """Keep DeepSpeed's count of micro-steps where gradients accumulate: zero gradients from a blank batch."""
-        if self.settings.train.gradient_accumulation_steps > 1:
-            output: ModelOutput = self.engine(torch.zeros_like(batch.images))
-            self.engine.backward(
-                0.0 * torch.stack([logits.float().sum() for logits in output.predictions.values()]).sum()
-            )
-            self.engine.step()
+    def _suspicious_values(self, micro_steps: Sequence[MicroStep]) -> dict[str, Tensor]:
+        """This rank's numbers of a step that was not taken; the gradient's only where every rank's losses are finite."""
+        rows = [{**micro.losses, "aux_loss": micro.aux_loss} for micro in micro_steps]
+        values = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        is_finite = bool(guards.all_finite(values.values()))
+        if not collectives.any_rank(not is_finite, self.world.device):
+            values["gradient"] = torch.tensor(math.nan)
+        return values
 
     # -----------------------------------------------------------------------------------------------------------------
     # Log, evaluate, save
 
     def _log(self) -> None:
+        """A line of metrics; at every checkpoint too, so that a resumed run's lines are those of one undisturbed."""
         step = self.state.step
         self.progress.advance(step)
-        if (step % self.settings.train.log_every and step != self.total_steps) or self.span.is_empty:
+        due = step % self.settings.train.log_every == 0 or step == self.total_steps or self._save_is_due()
+        if not due or self.span.is_empty:
             return
         values = self.span.take()
         values |= {"epoch": self.train_loader.epoch, "lr": self.engine.get_lr()[0]}
@@ -148,41 +170,80 @@ class Trainer:
 
     def _maybe_evaluate(self) -> None:
         every, step = self.settings.eval.every, self.state.step
-        if step == self.total_steps or (every and step % every == 0):
+        is_start = step == 0 and self.settings.eval.at_start
+        due = is_start or step == self.total_steps or (every and step and step % every == 0)
+        if due and not self.stopping and self.state.history.evaluated_at != step:
             self._evaluate()
 
     def _evaluate(self) -> None:
-        """Evaluate on all ranks; rank 0 records it and draws the pictures."""
-        step = self.state.step
+        """Evaluate on all ranks, unless one is asked to stop; rank 0 records it and draws the pictures."""
+        step, history = self.state.step, self.state.history
         gallery = Gallery(room=self.settings.eval.pictures if self.world.is_first else 0)
         self.engine.eval()
         with self.progress.inner("evaluate", total=len(self.eval_loader)) as advance:
 
-            def after_batch() -> None:
+            def go_on() -> bool:
                 self.dog.beat(f"evaluation at step {step}")
                 advance()
+                self.stopping = collectives.any_rank(self.stop.requested, self.world.device)
+                return not self.stopping
 
-            results, trivial = evaluate(
+            evaluation = evaluate(
                 self.engine, self.eval_loader, self.tasks, device=self.world.device, gallery=gallery,
-                constants={} if self.trivial else self.constants, after_batch=after_batch)  # fmt: skip
+                constants={} if history.trivial else self.constants, go_on=go_on)  # fmt: skip
         self.engine.train()
-        self.trivial = self.trivial or trivial
-        self.first, self.latest = self.first or results, results
-        self.recorder.write("eval", step=step, values={"metrics": results, "trivial": self.trivial})
+        if evaluation is None:
+            return
+        history.trivial = history.trivial or evaluation.trivial
+        history.add(step, evaluation.results, self.tasks)
+        self.state.is_saved = False
+        self._report_evaluation(gallery)
+
+    def _report_evaluation(self, gallery: Gallery) -> None:
+        step, history = self.state.step, self.state.history
+        results = history.latest
+        assert results is not None
+        self.recorder.write("eval", step=step, values={"metrics": results, "trivial": history.trivial})
         title = f"step {step} of {self.total_steps}"
-        LOGGER.info("\n%s", result_table(title, self.tasks, results, self.trivial, self.first))
+        LOGGER.info("\n%s", result_table(title, self.tasks, results, history.trivial, history.first))
         self._monitor([(f"eval/{t.name}/{t.metric}", results[t.name][t.metric], step) for t in self.tasks])
         if gallery.images:
             grid = prediction_grid(torch.stack(gallery.images), gallery.labels, gallery.predictions, self.tasks)
             save_png(grid, self.folder.predictions / f"step_{step:06d}.png")
 
-    def _maybe_save(self, *, stopping: bool) -> None:
-        every, step = self.settings.checkpoint.every, self.state.step
-        if stopping or step == self.total_steps or (every and step % every == 0):
-            self.dog.beat(f"saving step {step}")
+    def _maybe_save(self) -> None:
+        if self._save_is_due() and not self.state.is_saved:
+            self.dog.beat(f"saving step {self.state.step}")
             self.state.save(self.engine, self.train_loader)
+
+    def _save_is_due(self) -> bool:
+        every, step = self.settings.checkpoint.every, self.state.step
+        return self.stopping or (step > 0 and (step == self.total_steps or bool(every and step % every == 0)))
 
     def _monitor(self, events: list[tuple[str, float, int]]) -> None:
         """Scalars to TensorBoard, CSV or W&B, as DeepSpeed's JSON says; it writes on rank 0 only."""
         if self.engine.monitor.enabled:
             self.engine.monitor.write_events(events)
+
+
+def mean_label_counts(batches: Sequence[Batch], tasks: Sequence[Task], world: World) -> Tensor:
+    """What the losses of every micro-step of every rank divide by (collective); see ``losses.label_counts``."""
+    counts = torch.stack([losses.label_counts(batch.labels, tasks) for batch in batches]).mean(dim=0)
+    return collectives.all_reduce_sum(counts) / world.size
+
+
+def training_loss(
+    output: ModelOutput, batch: Batch, tasks: Sequence[Task], counts: Tensor, weights: Mapping[str, float]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Each task's loss, and their weighted sum with the routers' auxiliary loss."""
+    by_task = losses.task_losses(output.predictions, batch.labels, tasks, counts)
+    return by_task, losses.weighted_sum(by_task, tasks, weights) + output.aux_loss
+
+
+def _poisonous(total: Tensor) -> Tensor:
+    """``total``; where it is not finite no gradient is either, so that no ZeRO stage takes the step on any rank.
+
+    A NaN in a label can leave the gradient finite (the sign of NaN is 0), and asking before the backward pass would
+    make the device wait for the host in every step.
+    """
+    return total * torch.where(total.detach().isfinite(), 1.0, math.nan)

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 from ase_dist.training.checkpoint import CheckpointStore
+from tests.training.tiny_runs import SCENE_SIZE, TRAIN_IMAGES, VAL_IMAGES
 
 META = {"settings": "abc", "sampler": {"epoch": 3, "seen": [1, 2]}, "best": 0.1 + 0.2, "none": None}
-SECONDS = 120  # nothing here takes more than a few; what does not end is killed and fails the test
+SECONDS = 60  # nothing here takes more than a few; what does not end is killed and fails the test
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
@@ -72,21 +73,24 @@ class World(NamedTuple):
     results: list[Any]
 
 
-def start_world(worker: Callable[[int, Path], Any], folder: Path, *, size: int = 1) -> Callable[[], World]:
+def start_world(
+    worker: Callable[[int, Path], Any], folder: Path, *, size: int = 1, seconds: float = SECONDS
+) -> Callable[[], World]:
     """Start ``worker(rank, folder)`` on ``size`` gloo ranks, without a group where that is 1; calling the result waits.
 
     The worker is a function at the top of a module.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "safetensors.torch", "pydantic", "psutil"])
+    context.set_forkserver_preload(["ase_dist.training.run"])  # and with it all that takes long to import
     folder.mkdir(parents=True, exist_ok=True)
-    processes = [context.Process(target=_enter, args=(worker, rank, size, folder)) for rank in range(size)]
+    processes = [context.Process(target=_enter, args=(worker, rank, size, folder, seconds), daemon=True)
+                 for rank in range(size)]  # fmt: skip
     for process in processes:
         process.start()
 
     def finish() -> World:
         for process in processes:
-            process.join(SECONDS)
+            process.join(seconds)
             if process.is_alive():
                 process.kill()
                 process.join()
@@ -95,12 +99,12 @@ def start_world(worker: Callable[[int, Path], Any], folder: Path, *, size: int =
     return finish
 
 
-def _enter(worker: Callable[[int, Path], Any], rank: int, size: int, folder: Path) -> None:
+def _enter(worker: Callable[[int, Path], Any], rank: int, size: int, folder: Path, seconds: float) -> None:
     torch.set_num_threads(1)
     if size > 1:
         rendezvous = f"file://{folder / 'rendezvous'}"
         dist.init_process_group(
-            "gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
+            "gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
         )
     result = worker(rank, folder)
     temporary = folder / f"result_{rank}.tmp"
@@ -113,3 +117,17 @@ def _enter(worker: Callable[[int, Path], Any], rank: int, size: int, folder: Pat
 def _result(folder: Path, rank: int) -> Any:
     path = folder / f"result_{rank}.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """The folder in which ``tiny_runs`` finds its generated scenes."""
+    from ase_dist.data.scenes.make import ensure_scenes
+
+    root = tmp_path_factory.mktemp("scenes")
+    ensure_scenes(root, train=TRAIN_IMAGES, val=VAL_IMAGES, size=SCENE_SIZE, seed=0)
+    return root

@@ -1,0 +1,54 @@
+"""What expert parallelism will put on the wire in this run: both dispatches counted, and the one that is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ase_dist.models import MultiTaskViT
+
+
+def dispatch_summary(model: MultiTaskViT, *, images: int, dispatch: str) -> dict[str, Any]:
+    """Bytes that a rank sends per micro-step, over all layers with experts, for ``images`` on each rank.
+
+    ``gather_bytes`` are exact; ``all_to_all_bytes`` expect tokens to choose among experts evenly. Empty where no
+    experts are shared between ranks.
+    """
+    layers = [module for module in model.modules() if _is_sharded(module)]
+    if not layers:
+        return {}
+    tokens = images * len(model.task_names) * tokens_per_image(model)
+    shapes = [layer.layer_shape() for layer in layers]
+    return {
+        "ep_size": shapes[0].ranks,
+        "layers": len(layers),
+        "tokens_per_rank": tokens,
+        "gather_bytes": sum(shape.gather_bytes() for shape in shapes),
+        "all_to_all_bytes": round(sum(shape.all_to_all_bytes(shape.expected_rows(tokens)) for shape in shapes)),
+        "crossover_tokens": shapes[0].crossover(),
+        "dispatch": [shape.cheaper(tokens) if dispatch == "auto" else dispatch for shape in shapes],
+    }
+
+
+def dispatch_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The summary as rows of the start-up table."""
+    return [
+        ("tokens per rank and micro-step", f"{summary['tokens_per_rank']:,}"),
+        ("sent if experts travel (gather)", f"{summary['gather_bytes'] / 1e6:.2f} MB"),
+        ("sent if tokens travel (all_to_all)", f"{summary['all_to_all_bytes'] / 1e6:.2f} MB"),
+        ("experts travel cheaper from", f"{summary['crossover_tokens']:.0f} tokens per rank"),
+        ("used", ", ".join(sorted(set(summary["dispatch"])))),
+    ]
+
+
+def tokens_per_image(model: MultiTaskViT) -> int:
+    """Tokens of one image in one task's stream, prefix tokens included."""
+    return int(model.stem.patch_embed.num_patches) + model.prefix
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    from ase_dist.moe import MoEFFN
+
+    return isinstance(module, MoEFFN) and module.shard.count > 1

@@ -1,0 +1,31 @@
+"""For all tests: no network, few threads, the accelerator that DeepSpeed finds, the real photographs and weights."""
+
+import os
+from pathlib import Path
+
+# Before torch is first imported, and for every process that a test starts.
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may reach the hub, also where there is a way to it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny, and several processes share two cores
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def device():
+    """The device of a ``single_gpu`` test: the first of the accelerator that DeepSpeed finds, CPU included."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    name = get_accelerator().device_name()
+    return torch.device(name) if name == "cpu" else torch.device(name, 0)
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder with data/ and weights/ that ASE_SHARED names, by default ../shared beside the repository."""
+    folder = Path(os.environ.get("ASE_SHARED", REPOSITORY.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no real photographs and weights at {folder}; name their folder with ASE_SHARED")
+    return folder

@@ -1,0 +1,297 @@
+"""The README against the code: its Python runs, its commands parse, its tables and names are those of the code.
+
+A command is given to the parser that would read it: the launcher's own, then the script's, then the settings tree.
+"""
+
+import importlib
+import importlib.util
+import itertools
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from timm.layers import Mlp
+
+from ase_dist import command
+from ase_dist.config import Settings, load_settings, setting_keys, shipped_configs
+from ase_dist.moe import MoEFFN
+from ase_dist.moe.sharding import Shard
+from ase_dist.training.ds_config import read_ds_config, resolve
+from ase_dist.training.guards import ExitCode
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest brings there
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [(language, text) for language, text in FENCE.findall(README)]
+PROSE = FENCE.sub("", README)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+ON_ONE_DEVICE = pytest.mark.single_gpu
+
+
+def table(header):
+    """The cells of the rows of the table whose header line begins with ``header``, code marks taken off."""
+    lines = itertools.dropwhile(lambda line: not line.startswith(header), README.splitlines())
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines))[2:]
+    assert rows, header
+    return [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in rows]
+
+
+def section(title):
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Python
+
+
+def python_blocks():
+    return [text for language, text in BLOCKS if language == "python"]
+
+
+def needs_deepspeed(block):
+    return "deepspeed.initialize" in block
+
+
+@ON_ONE_DEVICE
+@pytest.mark.parametrize("block", [block for block in python_blocks() if not needs_deepspeed(block)])
+def test_python_runs(block):
+    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(1, marks=pytest.mark.single_gpu), pytest.param(2, marks=pytest.mark.multi_gpu)]
+)
+def test_python_for_deepspeed_runs_as_a_file(ranks, tmp_path):
+    if 0 < torch.cuda.device_count() < ranks:
+        pytest.skip(f"{ranks} ranks need as many GPUs or none, here is {torch.cuda.device_count()}")
+    (block,) = filter(needs_deepspeed, python_blocks())
+    check = f"assert (world.size, model.ffn.num_local_experts) == ({ranks}, {-(-7 // ranks)})\nruntime.stop()"
+    (tmp_path / "block.py").write_text(block.replace("runtime.stop()", check))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    given = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in given}
+    process = [sys.executable, *launcher, "block.py"]
+    done = subprocess.run(process, cwd=tmp_path, env=environment, capture_output=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def commands():
+    """Every command of the bash blocks as a list of words."""
+    lines = "".join(text.replace("\\\n", " ") for language, text in BLOCKS if language == "bash").splitlines()
+    words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+    return [command for command in words if command]
+
+
+def check_pip(*words):
+    extras = PROJECT["project"]["optional-dependencies"]
+    action, flag, target = words
+    assert (action, flag) == ("install", "-e")
+    assert target == "." or re.fullmatch(r"\.\[(\w+)\]", target)[1] in extras, target
+
+
+def check_pytest(path, *options):
+    markers = [marker.split(":")[0] for marker in PROJECT["tool"]["pytest"]["ini_options"]["markers"]]
+    assert (ROOT / path).is_dir()
+    assert not options or (options[0] == "-m" and options[1] in markers and len(options) == 2), options
+
+
+def check_deepspeed(*words):
+    runner = importlib.import_module("deepspeed.launcher.runner")
+    arguments = runner.parse_args(list(words))
+    check_python(arguments.user_script, *arguments.user_args)
+
+
+def check_torchrun(*words):
+    launcher = importlib.import_module("torch.distributed.run")
+    arguments = launcher.get_args_parser().parse_args(list(words))
+    check_python(arguments.training_script, *arguments.training_script_args)
+
+
+def check_python(script, *words):
+    assert (ROOT / script).is_file(), script
+    if Path(script).name == "train.py":
+        check_train(*words)
+    elif "--help" not in words:
+        spec = importlib.util.spec_from_file_location("script", ROOT / script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.parse(list(words))
+
+
+def check_train(*words):
+    """The options are known, the config is shipped, and the settings agree with DeepSpeed's file."""
+    arguments = command.parser().parse_intermixed_args([word for word in words if word != "--help"])
+    assert arguments.config in shipped_configs()
+    path = arguments.deepspeed_config
+    assert path is None or Path(path).parent.name == "ds_configs"
+    json = read_ds_config(None if path is None else ROOT / path)
+    resolve(load_settings(arguments.config, arguments.settings), json, world=2, native_bf16=False)
+
+
+CHECKS = {
+    "pip": check_pip,
+    "pytest": check_pytest,
+    "deepspeed": check_deepspeed,
+    "torchrun": check_torchrun,
+    "python": check_python,
+}
+
+
+@ON_ONE_DEVICE
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_is_one_that_exists(words):
+    CHECKS[words[0]](*words[1:])
+
+
+@ON_ONE_DEVICE
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["python", "launch/train.py", "model.moe.num_expert=32"],
+        ["python", "launch/train.py", "--config", "pascal_ase_16"],
+        ["python", "launch/train.py", "--deepspeed_config", "ds_configs/z5.json"],
+        ["torchrun", "--nproc_per_node", "2", "launch/training.py"],
+        ["torchrun", "--number_of_ranks", "2", "launch/train.py"],
+        ["deepspeed", "--gpus", "2", "launch/train.py"],
+        ["python", "launch/make_scenes.py", "--sheet", "x.png"],
+        ["pip", "install", "-e", ".[all]"],
+        ["pytest", "tests", "-m", "one_gpu"],
+    ],
+    ids=" ".join,
+)
+def test_the_checks_of_commands_see_mistakes(words):
+    with pytest.raises((AssertionError, ValueError, SystemExit, TypeError)):
+        CHECKS[words[0]](*words[1:])
+
+
+@ON_ONE_DEVICE
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pip install -e . && deepspeed launch/train.py --deepspeed_config ds_configs/z2.json",
+        "pip install -e '.[dev]' && pytest tests",
+    ],
+)
+def test_the_two_command_lines_stand_alone(line):
+    assert f"```bash\n{line}\n```" in README
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def value_of(settings, key):
+    value = settings.model_dump(mode="json")
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+@ON_ONE_DEVICE
+def test_the_table_of_settings_is_that_of_the_code():
+    default, scenes = Settings(), load_settings("scenes")
+    for key, value, in_scenes, meaning in table("| key |"):
+        assert yaml.safe_load(value) == value_of(default, key), key
+        assert yaml.safe_load(in_scenes or value) == value_of(scenes, key), key
+        assert meaning, key
+
+
+@ON_ONE_DEVICE
+def test_exit_codes_are_those_of_the_code():
+    assert {int(code): name.upper() for code, name, _ in table("| code |")} == {code: code.name for code in ExitCode}
+
+
+@ON_ONE_DEVICE
+def test_bytes_on_the_wire_are_those_of_the_code():
+    with torch.device("meta"):
+        base = Mlp(768, 3072).bfloat16()
+    rows = []
+    for experts, ranks in itertools.product(("lora", "ffn"), (2, 4, 8)):
+        layer = MoEFFN(base, num_experts=16, k=3, num_shared=1, rank=4, experts=experts, shard=Shard(15, count=ranks))
+        shape = layer.layer_shape()
+        travelling = [shape.all_to_all_bytes(shape.expected_rows(images * 5 * 197)) / 1e6 for images in (1, 8)]
+        gathered, crossover = f"{shape.gather_bytes() / 1e6:.2f}", f"{shape.crossover():.0f}"
+        rows.append([experts, str(ranks), gathered, *(f"{value:.1f}" for value in travelling), crossover])
+    assert table("| experts | P |") == rows
+
+
+@ON_ONE_DEVICE
+def test_every_dependency_has_its_reason():
+    project = PROJECT["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    heads = [line.split(":")[0] for line in section("Dependencies").splitlines() if line.startswith("- ")]
+    named = [name for head in heads for name in re.findall(r"`([^`]+)`", head)]
+    assert sorted(named) == sorted(re.match(r"[\w-]+", requirement)[0] for requirement in wanted)
+
+
+@ON_ONE_DEVICE
+def test_the_map_has_the_layers_in_their_order():
+    layers = PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
+    names = [[name.strip().removeprefix("ase_dist.") for name in layer.split("|")] for layer in layers]
+    places = [[re.search(rf"\b{name}(?:/|\.py)", section("Map")).start() for name in layer] for layer in names]
+    assert all(max(upper) < min(lower) for upper, lower in itertools.pairwise(places))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names in the text
+
+CODE = sorted(set(re.findall(r"`([^`\n]+)`", PROSE)))
+FOLDERS = ("ase_dist/", "ds_configs/", "launch/", "tests/", ".ci/", ".github/")
+SECTIONS = {key.split(".")[0] for key in setting_keys() if "." in key}
+LAUNCHERS = {"--num_gpus"}  # whose parsers see it in a command
+
+
+@ON_ONE_DEVICE
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)]+)\)", README))))
+def test_links_and_pictures_are_there(target):
+    assert target.startswith("https://") or (ROOT / target).is_file()
+
+
+@ON_ONE_DEVICE
+def test_paths_in_the_text_are_there():
+    named = [name for name in CODE if name.startswith(FOLDERS) and " " not in name]
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@ON_ONE_DEVICE
+def test_settings_in_the_text_are_there():
+    dotted = [name for name in CODE if re.fullmatch(r"\w+(\.\w+)+(=\S*)?", name) and not name.endswith(".log")]
+    named = [name for name in dotted if name.split(".")[0] in SECTIONS]
+    assert named
+    assert [name for name in named if name.split("=")[0] not in setting_keys()] == []
+    load_settings("scenes", [name for name in named if "=" in name])
+
+
+@ON_ONE_DEVICE
+def test_options_in_the_text_are_there():
+    known = {option for action in command.parser()._actions for option in action.option_strings} | LAUNCHERS
+    assert {name for name in CODE if name.startswith("-")} <= known
+
+
+@ON_ONE_DEVICE
+def test_modules_in_the_text_are_there():
+    for name in (name for name in CODE if re.fullmatch(r"ase_dist(\.\w+)+", name)):
+        module, _, attribute = name.rpartition(".")
+        found = importlib.util.find_spec(name) if module == "ase_dist" else None
+        assert found or hasattr(importlib.import_module(module), attribute), name
+
+
+@ON_ONE_DEVICE
+def test_every_shipped_config_is_named():
+    assert [name for name in shipped_configs() if f"`{name}`" not in README] == []

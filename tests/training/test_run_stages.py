@@ -1,0 +1,159 @@
+"""One process: every shipped DeepSpeed JSON runs, resumes bit for bit, and computes what the others compute."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ase_dist.config import load_settings, settings_hash
+from tests.training.conftest import start_world
+from tests.training.tiny_runs import (
+    checkpoint,
+    close,
+    distance,
+    load_and_save,
+    losses,
+    metric_lines,
+    same_bits,
+    saved_meta,
+    tiny_run,
+    trained,
+)
+
+pytestmark = pytest.mark.single_gpu
+
+SHIPPED = ("z0", "z1", "z2", "z2_offload", "z2_bf16", "z3")
+BF16 = {"z0_in_bf16": "z0", "z1_in_bf16": "z1", "z3_in_bf16": "z3"}
+# ZeRO-3 last: DeepSpeed replaces torch's linear by its own for the rest of the process
+RUNS = {**{name: name for name in SHIPPED[:-1]}, "z0_in_bf16": "z0", "z1_in_bf16": "z1",
+        "z3": "z3", "z3_offload": "z3_offload", "z3_in_bf16": "z3"}  # fmt: skip
+FP32 = [name for name in RUNS if "bf16" not in name]
+PATHS = [("z2", "z0"), ("z0", "z1"), ("z1", "z3"), ("z3", "z2"), ("z2_offload", "z0"), ("z0", "z3_offload"),
+         ("z2_bf16", "z0"), ("z0", "z0_in_bf16"), ("z0", "z1_in_bf16"), ("z0", "z2_bf16"), ("z0", "z3_in_bf16")]  # fmt: skip
+
+
+def options(name):
+    """drop_path draws from torch's generator in every step, so that a random state not restored would show."""
+    return ["model.drop_path=0.2", f"train.bf16={str('bf16' in name).lower()}"]
+
+
+def resume(scenes, folder, name, *, source, target):
+    path = folder / source / "checkpoints" / "step_3"
+    return tiny_run(scenes, folder / target, f"resume={path}", *options(name), config=RUNS[name])
+
+
+def one_process(rank, folder):
+    """All runs of this module, one after another; the exit codes of the first ones."""
+    scenes, codes = Path((folder / "scenes").read_text()), {}
+    for name, config in RUNS.items():
+        codes[name] = tiny_run(scenes, folder / name, *options(name), "eval.every=2", config=config)
+        resume(scenes, folder, name, source=name, target=f"{name}_resumed")
+    for source, name in PATHS:
+        path, target = folder / source / "checkpoints" / "step_3", folder / f"{source}_to_{name}"
+        load_and_save(scenes, path, target, *options(name), config=RUNS[name])
+    resume(scenes, folder, "z3", source="z1", target="z1_goes_on_as_z3")
+    batches(scenes, folder)
+    return codes
+
+
+def batches(scenes, folder):
+    """The same global batch as one micro-step and as two; the routers' losses, not linear in the batch, left out."""
+    exact = ("model.moe.aux_losses={}", "train.max_steps=4")
+    for config in ("z0", "z2", "z3"):
+        tiny_run(scenes, folder / f"{config}_one", *exact, config=config)
+        two = ("train.batch_size=2", "train.gradient_accumulation_steps=2")
+        tiny_run(scenes, folder / f"{config}_two", *exact, *two, config=config)
+
+
+@pytest.fixture(scope="module")
+def runs(scenes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stages")
+    (folder / "scenes").write_text(str(scenes))
+    codes, results = start_world(one_process, folder, seconds=400)()
+    assert codes == [0]
+    return folder, results[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every stage
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_leaves_everything_behind(runs, name):
+    folder, codes = runs
+    assert codes[name] == 0
+    summary = json.loads((folder / name / "summary.json").read_text())
+    assert summary["exit"] == "done" and summary["step"] == 6
+    tasks = ["semseg", "human_parts", "saliency", "edge", "normals"]
+    assert [*summary["metrics"]] == [*summary["trivial"]] == [*summary["first_metrics"]] == tasks
+    assert summary["parameters"]["all"]["trained"] > 0 and summary["images_per_second"] > 0
+    assert summary["peak_memory_bytes"] > 1e6 and summary["train_seconds"] > 0
+    lines = metric_lines(folder / name)
+    assert [*lines] == [1, 2, 3, 4, 5, 6] and {"lr", "epoch", "expert_load", "shared_gate"} <= lines[6].keys()
+    assert [*metric_lines(folder / name, "eval")] == [2, 4, 6]
+    for file in ("env.json", "config.yaml", "ds_config.json", "train.log", "predictions/step_000006.png"):
+        assert (folder / name / file).stat().st_size > 0
+    assert "auto" not in (folder / name / "ds_config.json").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in FP32 if name != "z0"])
+def test_every_stage_computes_the_same(runs, name):
+    folder, _ = runs
+    assert close(losses(folder / name), losses(folder / "z0"), rel=1e-5)
+    assert max(distance(trained(folder / name, 6), trained(folder / "z0", 6)).values()) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "bf16" in name])
+def test_bf16_stays_close(runs, name):
+    folder, _ = runs
+    assert close(losses(folder / name), losses(folder / "z0"), rel=0.05)
+    weights = trained(folder / name, 6)
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert 0 < distance(weights, trained(folder / "z0", 6))["weight"] < 0.02
+
+
+def test_accumulated_micro_steps_are_one_batch(runs):
+    folder, _ = runs
+    for config in ("z0", "z2", "z3"):
+        one, two = folder / f"{config}_one", folder / f"{config}_two"
+        assert close(losses(two), losses(one), rel=1e-5), config
+        assert max(distance(trained(two, 4), trained(one, 4)).values()) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resume
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_three_steps_and_three_are_six(runs, name):
+    """Weights, moments, random states, batches, metrics; step 3 is in the middle of an epoch."""
+    folder, _ = runs
+    whole, resumed = folder / name, folder / f"{name}_resumed"
+    assert 0 < saved_meta(whole, 3)["sampler"]["consumed"] < 10
+    assert same_bits(checkpoint(whole, 6), checkpoint(resumed, 6)) == []
+    lines = metric_lines(whole)
+    assert metric_lines(resumed) == {step: lines[step] for step in (4, 5, 6)}
+    for key in ("sampler", "engine", "schedule", "optimizer_steps"):
+        assert saved_meta(whole, 6)[key] == saved_meta(resumed, 6)[key]
+
+
+@pytest.mark.parametrize(("source", "name"), PATHS)
+def test_another_stage_loads_every_weight_and_moment(runs, source, name):
+    folder, _ = runs
+    saved = trained(folder / source, 3)
+    assert same_bits(saved, trained(folder / f"{source}_to_{name}", 3)) == []
+    assert any(tensor.abs().max() > 0 for key, tensor in saved.items() if key.startswith("exp_avg_sq/"))
+
+
+def test_another_stage_goes_on_as_the_first_would(runs):
+    folder, _ = runs
+    expected = {step: values for step, values in losses(folder / "z1").items() if step > 3}
+    assert close(losses(folder / "z1_goes_on_as_z3"), expected, rel=1e-5)
+
+
+def test_the_written_settings_give_the_same_run(runs):
+    folder, _ = runs
+    written = load_settings(folder / "z2" / "config.yaml")
+    assert settings_hash(written) == saved_meta(folder / "z2", 3)["settings_hash"]
+    assert settings_hash(load_settings(folder / "z2" / "config.yaml", ["seed=1"])) != settings_hash(written)

@@ -1,0 +1,167 @@
+"""Runs small enough for a test: a tiny model on a few generated scenes, its checkpoints and metrics compared."""
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from ase_dist.config import load_settings
+from ase_dist.training import run, runtime
+from ase_dist.training.build import build
+from ase_dist.training.checkpoint import CheckpointStore, open_checkpoint
+from ase_dist.training.ds_config import read_ds_config, resolve
+from ase_dist.training.recorder import read_metrics
+from ase_dist.training.run_state import RunState
+
+ROOT = Path(__file__).parents[2]
+TRAIN_IMAGES, VAL_IMAGES, SCENE_SIZE = 10, 3, 40
+TINY = (
+    f"data.train_images={TRAIN_IMAGES}",
+    f"data.val_images={VAL_IMAGES}",
+    f"data.scene_size={SCENE_SIZE}",
+    "data.size=32",
+    "data.cache_in_memory=true",
+    "model.backbone=vit_tiny_patch16_224",
+    "model.backbone_args={embed_dim: 24, depth: 2, num_heads: 2}",
+    "model.pretrained=none",
+    "model.head=linear",
+    "model.moe.num_experts=5",
+    "model.moe.k=2",
+    "train.max_steps=6",
+    "train.warmup_steps=2",
+    "train.batch_size=4",
+    "train.lr=1e-3",
+    "train.log_every=1",
+    "train.threads=1",
+    "eval.at_start=false",
+    "eval.batch_size=2",
+    "eval.pictures=1",
+    "checkpoint.every=3",
+    "monitor.tensorboard=false",
+)
+
+
+def ds_config(name):
+    """A shipped DeepSpeed JSON, with the optimiser offloaded where the name ends so and there is none of that name."""
+    path = ROOT / "ds_configs" / f"{name}.json"
+    if path.is_file() or not name.endswith("_offload"):
+        return read_ds_config(path)
+    config = read_ds_config(ROOT / "ds_configs" / f"{name.removesuffix('_offload')}.json")
+    config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    return config
+
+
+def tiny_settings(scenes, output, *overrides):
+    return load_settings(None, [*TINY, f"data.root={scenes}", f"output={output}", *overrides])
+
+
+def tiny_run(scenes, output, *overrides, config="z0"):
+    """Train in this process, plots left out; the exit code. The world is the one that this process has joined."""
+    settings = tiny_settings(scenes, output, *overrides)
+    world = runtime.start(timeout=settings.guard.timeout, threads=1)
+    with mock.patch("ase_dist.training.run.draw_all"):
+        return int(run.train(settings, ds_config(config), world))
+
+
+def said(scenes, output, *overrides, config="z0"):
+    """The sentence with which a run refuses or ends, or its exit code."""
+    try:
+        return tiny_run(scenes, output, *overrides, config=config)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def load_and_save(scenes, source, target, *overrides, config="z0"):
+    """Resume from the checkpoint ``source`` and save the same step at once into the folder ``target``."""
+    settings = tiny_settings(scenes, target, f"resume={source}", *overrides)
+    world = runtime.start(timeout=60, threads=1)
+    resolved = resolve(settings, ds_config(config), world=world.size, native_bf16=False)
+    parts = build(resolved, world)
+    store = CheckpointStore(target / "checkpoints", keep=1)
+    state = RunState(resolved.settings, world, store, zero_stage=resolved.zero_stage, backbone=parts.backbone)
+    state.resume(parts.engine, parts.train_loader)
+    state.save(parts.engine, parts.train_loader)
+    parts.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run has left behind
+
+
+def checkpoint(output, step):
+    """All tensors of a checkpoint by name, random states and all."""
+    with open_checkpoint(output / "checkpoints" / f"step_{step}") as found:
+        return {name: found.tensor(name) for name in found.names()}
+
+
+def saved_meta(output, step):
+    """The meta of a checkpoint without what clocks say."""
+    with open_checkpoint(output / "checkpoints" / f"step_{step}") as found:
+        meta = json.loads(json.dumps(found.meta))
+    meta["history"].pop("train_seconds")
+    return meta
+
+
+def trained(output, step):
+    """Weights and moments alone."""
+    return {name: tensor for name, tensor in checkpoint(output, step).items() if not name.startswith("random/")}
+
+
+def same_bits(one, two):
+    """Names of the tensors that differ in any bit; NaN equals NaN."""
+    assert one.keys() == two.keys()
+    return [name for name in one if not torch.equal(one[name].nan_to_num(7.5), two[name].nan_to_num(7.5))]
+
+
+def distance(one, two):
+    """By kind of tensor (weight and the two moments) the norm of the difference over the norm."""
+    assert one.keys() == two.keys()
+    found = {}
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        a, b = (torch.cat([t[n].flatten().double() for n in sorted(t) if n.startswith(f"{kind}/")]) for t in (one, two))
+        found[kind] = float((a - b).norm() / b.norm())
+    return found
+
+
+def metric_lines(output, kind="train"):
+    """Lines of metrics.jsonl by step, without what clocks and the size of the process say."""
+    left_out = ("seconds", "images_per_second", "memory_bytes")
+    records = [record for record in read_metrics(output / "metrics.jsonl") if record["kind"] == kind]
+    return {r["step"]: {name: value for name, value in r.items() if name not in left_out} for r in records}
+
+
+def losses(output):
+    """Every loss of every step: {step: {name: loss}}."""
+    return {step: {"total": line["loss"], **line["losses"]} for step, line in metric_lines(output).items()}
+
+
+def close(one, two, *, rel):
+    """Whether two mappings of ``losses`` hold the same numbers to ``rel``."""
+    assert one.keys() == two.keys() and one
+    return all(math.isclose(one[step][name], two[step][name], rel_tol=rel, abs_tol=1e-7)
+               for step in one for name in one[step])  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+@contextlib.contextmanager
+def at_batch(number, action):
+    """While open, ``action(batch)`` is called on the ``number``-th training batch (from 1) before the loop gets it."""
+    from ase_dist.data.loader import TrainLoader
+
+    taken, real = [], TrainLoader.__next__
+
+    def next_batch(loader):
+        batch = real(loader)
+        taken.append(1)
+        if len(taken) == number:
+            action(batch)
+        return batch
+
+    with mock.patch.object(TrainLoader, "__next__", next_batch):
+        yield
