@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ase_dist.config import DEFAULT_CONFIG, load_settings, setting_keys, shipped_configs, to_yaml
+from ase_dist.config import DEFAULT_CONFIG, Settings, load_settings, setting_keys, shipped_configs, to_yaml
 
 USAGE = 2  # exit code for settings, data or checkpoints that cannot be used
 EPILOG = """examples:
@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--print-config", action="store_true", help="print the settings that would be used, and exit")
     p.add_argument("--print-keys", action="store_true", help="print the name of every setting, and exit")
     p.add_argument("--dry-run", action="store_true", help="build, take one step, print the tables, write nothing")
+    p.add_argument("--max-restarts", type=int, default=0, metavar="N", help="start again after a crash, N times")
     return p
 
 
@@ -44,12 +45,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.print_config or arguments.print_keys:
             sys.stdout.write("\n".join(setting_keys()) + "\n" if arguments.print_keys else to_yaml(settings))
             return 0
+        if arguments.max_restarts:
+            return _supervise(arguments, settings, sys.argv[1:] if argv is None else argv)
     except ValueError as error:
         return _refuse(error)
     return _train(arguments, settings)
 
 
-def _train(arguments: argparse.Namespace, settings: object) -> int:
+def _supervise(arguments: argparse.Namespace, settings: Settings, argv: Sequence[str]) -> int:
+    from ase_dist.training.restarts import supervise
+
+    again = [*_without_option(argv, "--max-restarts")]
+    return supervise(["-m", "ase_dist.command", *again], settings, restarts=arguments.max_restarts)
+
+
+def _without_option(argv: Sequence[str], option: str) -> list[str]:
+    """``argv`` without ``option VALUE`` and ``option=VALUE``."""
+    kept, is_value = [], False
+    for argument in argv:
+        if not is_value and argument != option and not argument.startswith(f"{option}="):
+            kept.append(argument)
+        is_value = argument == option
+    return kept
+
+
+def _train(arguments: argparse.Namespace, settings: Settings) -> int:
     from ase_dist.training import run
     from ase_dist.training.checkpoint import SaveError
     from ase_dist.training.ds_config import read_ds_config
@@ -57,7 +77,7 @@ def _train(arguments: argparse.Namespace, settings: object) -> int:
 
     work = run.dry_run if arguments.dry_run else run.run
     try:
-        return int(work(settings, read_ds_config(arguments.deepspeed_config)))  # type: ignore[arg-type]
+        return int(work(settings, read_ds_config(arguments.deepspeed_config)))
     except ValueError as error:
         return _refuse(error)
     except SaveError as error:
@@ -69,3 +89,7 @@ def _train(arguments: argparse.Namespace, settings: object) -> int:
 def _refuse(error: Exception, *, code: int = USAGE) -> int:
     sys.stderr.write(f"error: {error}\n")
     return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -71,6 +71,7 @@ class ModelSettings(Section):
     backbone: str = Field("vit_base_patch16_224", description="any timm vision transformer by name")
     backbone_args: dict[str, Any] = Field(default_factory=dict, description="passed to timm's constructor")
     pretrained: str = Field("none", description="'none', 'hub', 'scenes' (shipped) or a .safetensors/.pth file")
+    init_from: str | None = Field(None, description="the folder of an exported model to start from, backbone included")
     tune: Literal["adapters", "full"] = Field("adapters", description="full trains the backbone's own weights too")
     lora_rank: int = Field(4, ge=0, description="rank of the LoRA on the linears outside the experts; 0: none")
     lora_alpha: float | None = Field(None, gt=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -19,6 +19,9 @@ from ase_dist.moe import MoEFFN
 from ase_dist.seeding import derive_seed
 from ase_dist.tasks import Task
 
+if TYPE_CHECKING:
+    from ase_dist.models.init_from import Start
+
 ExpertLayer = Literal["deepspeed", "plain"]
 
 
@@ -30,27 +33,42 @@ def build_model(
     ``expert_layer``: 'deepspeed' for training under the engine; 'plain' layers need no DeepSpeed and hold all experts
     (ZeRO-3, inference). With ``model.tune=adapters`` the backbone is frozen, its norms included, as LoRA does: trained
     are experts, routers, LoRA, task embedding and heads. ``full`` trains everything, as MTL-ViT and M3ViT do.
+    ``model.init_from`` starts from an exported model, with its backbone in place of ``model.pretrained``
+    (``init_from.Start`` says what is taken).
 
     Raises ValueError naming the setting for whatever does not fit together.
     """
     chosen = settings.model
+    start = _start(chosen)
     backbone = build_backbone(
         chosen.backbone,
         size=settings.data.size,
-        weights=chosen.pretrained,
+        weights="none" if start else chosen.pretrained,
         args=chosen.backbone_args,
         drop_path=chosen.drop_path,
         seed=settings.seed,
     )
+    if start:
+        start.fill_backbone(backbone)
     _freeze(backbone)
     blocks = _build_blocks(backbone, chosen, len(tasks), seed=settings.seed, expert_layer=expert_layer)
     heads = {task.name: _build_head(backbone, chosen, task, seed=settings.seed) for task in tasks}
     model = MultiTaskViT(backbone, blocks, heads, task_embedding=chosen.task_embedding)
+    if start:
+        start.fill_adapters(model)
     if chosen.tune == "full":
         model.requires_grad_(True)
     for block in model.blocks:
         checkpoint_block(block, chosen.checkpoint_activations)
     return model
+
+
+def _start(chosen: ModelSettings) -> Start | None:
+    if chosen.init_from is None:
+        return None
+    from ase_dist.models.init_from import Start  # which reads exports, and those build models
+
+    return Start(chosen)
 
 
 def _freeze(backbone: Backbone) -> None:

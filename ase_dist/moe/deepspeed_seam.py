@@ -128,10 +128,27 @@ def write_master(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor,
         target = fragment.master.data
         if kind != "weight":
             state = _basic(engine).state[fragment.master]
-            state["step"] = torch.tensor(float(step))
+            is_torch = isinstance(_basic(engine), torch.optim.AdamW)
+            state["step"] = torch.tensor(float(step)) if is_torch else step  # DeepSpeed's own counts in an int
             target = state.setdefault(kind, torch.zeros_like(fragment.master.data))
         part = value.reshape(-1)[fragment.offset : fragment.offset + fragment.numel]
         target.view(-1)[fragment.start : fragment.start + fragment.numel].copy_(part)
+
+
+def undo_trial_step(engine: Any) -> None:
+    """Take back what ZeRO 0 in bf16 does to make room for the moments: an AdamW step with gradients of zero.
+
+    It decays the weights and counts as a step (``FP16_UnfusedOptimizer.initialize_optimizer_states``), so that a
+    resumed run, and one at any other stage, would not be the same.
+    """
+    groups = zip(getattr(engine.optimizer, "fp16_groups", ()), getattr(engine.optimizer, "fp32_groups", ()), strict=True)
+    if engine.zero_optimization():
+        return
+    with torch.no_grad():
+        for models, masters in groups:
+            for model, master in zip(models, masters, strict=True):
+                master.copy_(model)
+                _basic(engine).state.pop(master, None)
 
 
 def skip_non_finite_steps(optimizer: torch.optim.Optimizer) -> None:

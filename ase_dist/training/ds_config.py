@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ase_dist.config import Settings, TrainSettings
+from ase_dist.config import Settings, TrainSettings, build_settings
 from ase_dist.tasks import nearest
 
 AUTO = "auto"
@@ -30,7 +31,12 @@ SHARED_KEYS: dict[str, tuple[str, ...]] = {
     "betas": ("optimizer", "params", "betas"),
     "eps": ("optimizer", "params", "eps"),
 }
+OPTIMIZER_KEYS = tuple(path[-1] for path in SHARED_KEYS.values() if path[0] == "optimizer")
 REMOVED = ("elasticity", "nebula", "compression_training", "amp")  # hard errors in deepspeed 0.19
+READ_HERE = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size",
+             "bf16", "fp16", "zero_optimization", "optimizer", "scheduler", "data_types", "tensorboard", "csv_monitor",
+             "wandb", "steps_per_print")  # fmt: skip
+SECTIONS = ("bf16", "fp16", "zero_optimization", "optimizer", "tensorboard", "csv_monitor", "wandb")
 
 
 class ResolvedConfig(NamedTuple):
@@ -63,17 +69,17 @@ def read_ds_config(path: str | Path | None) -> dict[str, Any]:
 def resolve(settings: Settings, ds_config: Mapping[str, Any], *, world: int, native_bf16: bool) -> ResolvedConfig:
     """Bring both into agreement for ``world`` ranks.
 
-    Raises ValueError where they contradict each other, where a key is left over from an older DeepSpeed, and where
-    the ZeRO stage and the expert-parallel size do not go together.
+    Raises ValueError where they contradict each other, where a key is misspelt, left over from an older DeepSpeed or
+    would switch the guard against NaN off, and where the ZeRO stage and the expert-parallel size do not go together.
     """
     tree = deepcopy(dict(ds_config))
     _check_keys(tree)
     given = settings.train.model_fields_set
     values = {name: _agree(name, path, settings.train, tree, given) for name, path in SHARED_KEYS.items()}
     if values["bf16"] == AUTO:
-        values["bf16"] = native_bf16 and not _enabled(tree, "fp16")
-    train = TrainSettings.model_validate({**settings.train.model_dump(), **values})
-    settings = settings.model_copy(update={"train": train})
+        values["bf16"] = native_bf16
+    settings = _with_train(settings, values)
+    train = settings.train
     for name in ("batch_size", "gradient_accumulation_steps", "gradient_clipping", "bf16"):
         _put(tree, SHARED_KEYS[name], values[name])
     tree.pop("optimizer", None)  # built here, so that experts and decay have their groups
@@ -81,22 +87,43 @@ def resolve(settings: Settings, ds_config: Mapping[str, Any], *, world: int, nat
     _fill_zero(tree, settings)
     _fill_monitor(tree, settings)
     tree.setdefault("steps_per_print", 2**31)  # the loop reports
+    _check_filled(tree)
     return ResolvedConfig(settings, tree)
 
 
 def _check_keys(tree: dict[str, Any]) -> None:
-    for key in REMOVED:
-        if key in tree:
+    """Refuse what DeepSpeed 0.19 no longer has, what is decided elsewhere, and what it would silently ignore."""
+    for key, value in tree.items():
+        if key in REMOVED:
             raise ValueError(f"DeepSpeed JSON: {key!r} was removed from DeepSpeed in 0.19; take it out")
+        if key not in READ_HERE and (near := get_close_matches(key, READ_HERE, n=1, cutoff=0.85)):
+            raise ValueError(f"DeepSpeed JSON: there is no key {key!r}, did you mean {near[0]!r}?")
+        if key in SECTIONS and not isinstance(value, dict):
+            raise ValueError(f"DeepSpeed JSON: {key}: got {value!r}, wanted an object such as {{...}}")
     if "scheduler" in tree:
         raise ValueError("DeepSpeed JSON: 'scheduler' is set by train.schedule and train.warmup_steps; take it out")
-    optimizer = tree.get("optimizer", {})
-    kind = optimizer.get("type", "AdamW") if isinstance(optimizer, dict) else optimizer
+    _check_optimizer(tree.get("optimizer", {}))
+    _check_guarded(tree)
+
+
+def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
+    kind, params = optimizer.get("type", "AdamW"), optimizer.get("params", {})
     if kind != "AdamW":
         raise ValueError(f"DeepSpeed JSON: optimizer.type: got {kind!r}, wanted 'AdamW' (or no optimizer section)")
-    for key in optimizer.get("params", {}):
-        if key not in ("lr", "weight_decay", "betas", "eps"):
-            raise ValueError(f"DeepSpeed JSON: optimizer.params has no {key!r}{nearest(key, SHARED_KEYS)}")
+    if not isinstance(params, dict):
+        raise ValueError(f"DeepSpeed JSON: optimizer.params: got {params!r}, wanted an object such as {{...}}")
+    for key in params:
+        if key not in OPTIMIZER_KEYS:
+            raise ValueError(f"DeepSpeed JSON: optimizer.params has no {key!r}{nearest(key, OPTIMIZER_KEYS)}")
+
+
+def _check_guarded(tree: Mapping[str, Any]) -> None:
+    """Refuse what would let a gradient that is not finite reach the weights, or leave the loss scale to chance."""
+    if _enabled(tree, "fp16"):
+        raise ValueError("DeepSpeed JSON: fp16: not supported here, a step is skipped for what is finite; use bf16")
+    for path in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
+        if _get(tree, path) is False:
+            raise ValueError(f"DeepSpeed JSON: {'.'.join(path)}: the guard against NaN needs it to be true")
 
 
 def _agree(name: str, path: tuple[str, ...], train: TrainSettings, tree: dict[str, Any], given: set[str]) -> Any:
@@ -112,6 +139,16 @@ def _agree(name: str, path: tuple[str, ...], train: TrainSettings, tree: dict[st
             'set one of them, or write "auto" in the JSON'
         )
     return there
+
+
+def _with_train(settings: Settings, values: Mapping[str, Any]) -> Settings:
+    """The settings with these values of the JSON, checked like those of the command line."""
+    tree = settings.model_dump()
+    tree["train"] |= values
+    try:
+        return build_settings(tree)
+    except ValueError as error:
+        raise ValueError(f"DeepSpeed JSON against the settings: {error}") from None
 
 
 def _fill_batch(tree: dict[str, Any], train: TrainSettings, world: int) -> None:
@@ -152,6 +189,17 @@ def _fill_monitor(tree: dict[str, Any], settings: Settings) -> None:
         tree.setdefault("csv_monitor", {"enabled": True, "output_path": str(folder), "job_name": "csv"})
     if monitor.wandb:
         tree.setdefault("wandb", {"enabled": True, "project": monitor.project})
+
+
+def _check_filled(tree: Mapping[str, Any], prefix: str = "") -> None:
+    for key, value in tree.items():
+        if value == AUTO:
+            raise ValueError(
+                f'DeepSpeed JSON: {prefix}{key}: "auto" is filled in for what train.* names only; '
+                "write a value, or leave it out"
+            )
+        if isinstance(value, Mapping):
+            _check_filled(value, f"{prefix}{key}.")
 
 
 def _enabled(tree: Mapping[str, Any], key: str) -> bool:

@@ -18,6 +18,7 @@ from ase_dist.training.evaluate import Results
 from ase_dist.training.guards import ExitCode
 from ase_dist.training.history import History
 from ase_dist.training.runtime import World
+from ase_dist.training.traffic import dispatch_rows, dispatch_summary
 
 
 def start_tables(parts: Parts) -> str:
@@ -37,8 +38,20 @@ def start_tables(parts: Parts) -> str:
         ("steps", f"{parts.total_steps} of {images} images"),
         ("output", settings.output),
     ]  # fmt: skip
-    parameters = table("parameters", ("group", "total", "trained", "size"), parts.parameters.as_rows())
-    return f"{table('run', ('', ''), rows)}\n{parameters}"
+    tables = [
+        table("run", ("", ""), rows),
+        table("parameters", ("group", "total", "trained", "size"), parts.parameters.as_rows()),
+    ]
+    traffic = expert_traffic(parts)
+    if traffic:
+        tables.append(table("expert parallelism, a rank's traffic", ("", ""), dispatch_rows(traffic)))
+    return "\n".join(tables)
+
+
+def expert_traffic(parts: Parts) -> dict[str, Any]:
+    """What sharing experts costs on the wire, see ``dispatch_summary``; empty at expert-parallel size 1."""
+    settings = parts.settings
+    return dispatch_summary(parts.engine.module, images=settings.train.batch_size, dispatch=settings.model.moe.dispatch)
 
 
 class MicroStep(NamedTuple):
@@ -145,4 +158,5 @@ def summary(parts: Parts, history: History, *, step: int, code: ExitCode) -> dic
         "images_per_second": history.images / seconds if seconds else None,
         "peak_memory_bytes": memory_bytes(parts.world.device),
         "world_size": parts.world.size,
+        "expert_parallel": expert_traffic(parts) or None,
     }

@@ -134,7 +134,7 @@ class RunState:
         loader.load_state_dict(meta["sampler"])
         seam.restore_counters(engine, meta["engine"], last_epoch=meta["schedule"]["last_epoch"])
         self.step, self.history, self.is_saved = checkpoint.step, History.from_meta(meta["history"]), True
-        if meta["topology"] == self._topology():
+        if meta["topology"]["world"] == self.world.size:
             _restore_random_state({n: checkpoint.tensor(n) for n in _random_names(self.world.rank)})
 
     def _check_tensors(self, checkpoint: Checkpoint, entries: list[Entry]) -> None:

@@ -36,19 +36,14 @@ def learning_rate_factor(
 def schedule_lambda(train: TrainSettings, *, total: int) -> Callable[[int], float]:
     """The function of the step that ``torch.optim.lr_scheduler.LambdaLR`` takes, for a run of ``total`` steps.
 
-    Raises ValueError where the warm-up is longer than the run.
+    A warm-up longer than the run, as in a short trial of a long run's config, is cut to the run.
     """
-    if train.warmup_steps > total:
-        raise ValueError(
-            f"train.warmup_steps: got {train.warmup_steps}, wanted at most the {total} steps of the run; "
-            "lower train.warmup_steps or raise train.max_steps or train.epochs"
-        )
 
     def factor(step: int) -> float:
         return learning_rate_factor(
             step,
             total=total,
-            warmup=train.warmup_steps,
+            warmup=min(train.warmup_steps, total),
             schedule=train.schedule,
             min_ratio=train.min_lr_ratio,
             power=train.poly_power,

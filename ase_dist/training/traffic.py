@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from ase_dist.models import MultiTaskViT
+from ase_dist.moe import MoEFFN
 
 
 def dispatch_summary(model: MultiTaskViT, *, images: int, dispatch: str) -> dict[str, Any]:
@@ -16,7 +15,7 @@ def dispatch_summary(model: MultiTaskViT, *, images: int, dispatch: str) -> dict
     ``gather_bytes`` are exact; ``all_to_all_bytes`` expect tokens to choose among experts evenly. Empty where no
     experts are shared between ranks.
     """
-    layers = [module for module in model.modules() if _is_sharded(module)]
+    layers = [module for module in model.modules() if isinstance(module, MoEFFN) and module.shard.count > 1]
     if not layers:
         return {}
     tokens = images * len(model.task_names) * tokens_per_image(model)
@@ -46,9 +45,3 @@ def dispatch_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 def tokens_per_image(model: MultiTaskViT) -> int:
     """Tokens of one image in one task's stream, prefix tokens included."""
     return int(model.stem.patch_embed.num_patches) + model.prefix
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    from ase_dist.moe import MoEFFN
-
-    return isinstance(module, MoEFFN) and module.shard.count > 1

@@ -40,7 +40,7 @@ def options(name):
 
 def resume(scenes, folder, name, *, source, target):
     path = folder / source / "checkpoints" / "step_3"
-    return tiny_run(scenes, folder / target, f"resume={path}", *options(name), config=RUNS[name])
+    return tiny_run(scenes, folder / target, f"resume={path}", *options(name), "eval.pictures=0", config=RUNS[name])
 
 
 def one_process(rank, folder):

@@ -1,0 +1,200 @@
+"""Start a new run from an exported model: other tasks, heads, experts and image sizes are allowed, what fits is taken.
+
+The backbone must fit as a whole, in place of ``model.pretrained``. On it, all or nothing of each of these units:
+
+- the LoRA of a linear: same place, rank and scale;
+- the experts of a layer: same kind, places, N, S, rank and scale. Routers come with them, by the name of the task;
+- a head: same task name and shapes;
+- the task embedding: by the name of the task.
+
+Whatever is not taken keeps its own start, and the log says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from ase_dist.config import ModelSettings
+from ase_dist.models.backbone import Backbone
+from ase_dist.models.exported import Export, named_tensors, open_export
+from ase_dist.models.multitask import MultiTaskViT
+
+LOGGER = logging.getLogger("ase_dist")
+LAYER = re.compile(r"(blocks\.\d+)\.mlp\.(?:router\.weight|\w+\.(?:A|B|weight|bias)\.\d+)")
+LORA = re.compile(r"(.+)\.lora_[AB]")
+HEAD = re.compile(r"heads\.(\w+)\..+")
+BY_TASK = ("router.weight", "task_embedding.weight")  # one row per task
+EMBEDDING = "task embedding"
+
+
+class Start:
+    """The export that ``model.init_from`` names, and what of it a new model takes.
+
+    1. ``fill_backbone`` before experts and LoRA are built on the backbone (feed-forward experts are copies of it)
+    2. ``fill_adapters`` when the model is whole
+
+    Raises ValueError, beginning with the setting, where the export cannot be read.
+    """
+
+    def __init__(self, chosen: ModelSettings) -> None:
+        assert chosen.init_from is not None
+        try:
+            self.export: Export = open_export(chosen.init_from)
+        except ValueError as error:
+            raise ValueError(f"model.init_from: {error}") from None
+        self.chosen = chosen
+        self.tensors = dict(self.export.tensors())
+        self.bare: set[str] = set()  # blocks whose FFN the export does not have, only experts made from it
+
+    def fill_backbone(self, backbone: Backbone) -> None:
+        """Copy the backbone; the position embedding is resampled to the new grid. ValueError unless all of it fits."""
+        targets = _backbone_tensors(backbone)
+        saved = {_timm_name(name): tensor.float() for name, tensor in self.tensors.items() if _unit(name) is None}
+        if "pos_embed" in saved and "pos_embed" in targets:
+            saved["pos_embed"] = _resampled(saved["pos_embed"], targets["pos_embed"], backbone)
+        if self.export.card.model.moe.experts == "ffn":
+            lacking = [name for name in targets.keys() - saved.keys() if ".mlp." in name]
+            self.bare = {name.partition(".mlp.")[0] for name in lacking}
+            targets = {name: tensor for name, tensor in targets.items() if name not in lacking}
+        wanted, got = _shapes(targets), _shapes(saved)
+        odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
+        if odd:
+            raise ValueError(
+                f"model.init_from: {self.export.folder} has another backbone, {self.export.card.model.backbone}: "
+                f"{odd[0]!r} is {got.get(odd[0], 'missing')} for {wanted.get(odd[0], 'none')}; use its model.backbone "
+                "and model.backbone_args"
+            )
+        for name, target in targets.items():
+            target.copy_(saved[name])
+
+    def fill_adapters(self, model: MultiTaskViT) -> None:
+        """Copy the units that fit and log which do.
+
+        Raises ValueError where nothing but a backbone that was never trained fits, and where a block needs the FFN
+        that feed-forward experts have replaced.
+        """
+        units = _units(named_tensors(model))
+        taken = [unit for unit, targets in units.items() if self._fits(unit, targets) and self._copy(targets, model)]
+        lacking = sorted(self.bare - {unit.removesuffix(" experts") for unit in taken})
+        if lacking:
+            raise ValueError(
+                f"model.init_from: feed-forward experts have replaced the FFN of {lacking[0]} in {self.export.folder} "
+                "and do not fit this model; use its model.moe"
+            )
+        if not taken and self.export.card.model.tune == "adapters":
+            raise ValueError(
+                f"model.init_from: nothing of {self.export.folder} fits but its backbone, which was never trained; "
+                "use its model.moe, model.lora_rank or model.head, or model.pretrained for the backbone alone"
+            )
+        self._report(list(units), taken, model)
+
+    def _report(self, units: Sequence[str], taken: Sequence[str], model: MultiTaskViT) -> None:
+        left = [unit for unit in units if unit not in taken]
+        known = [name for name in self._source_tasks if name in model.task_names]
+        LOGGER.info(
+            "model.init_from %s: took the backbone, %s; routers and embeddings of the tasks %s; starting afresh: %s",
+            self.export.folder, _listed(taken), ", ".join(known) or "none", _listed(left))  # fmt: skip
+
+    @property
+    def _source_tasks(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.export.card.tasks)
+
+    def _fits(self, unit: str, targets: Mapping[str, Tensor]) -> bool:
+        """Whether shapes and meaning of every tensor of the unit agree."""
+        old, new = self.export.card.model, self.chosen
+        saved = {name for name in self.tensors if _unit(name) == unit}
+        if unit.endswith(" experts"):
+            agree = _expert_facts(old) == _expert_facts(new) and targets.keys() <= saved  # a shard has some of them
+        elif unit.endswith(" LoRA"):
+            scales = [_scale(model.lora_alpha, model.lora_rank) for model in (old, new)]
+            agree = scales[0] == scales[1] and targets.keys() == saved
+        else:
+            agree = targets.keys() == saved
+        return agree and all(self._same_shape(name, target) for name, target in targets.items())
+
+    def _same_shape(self, name: str, target: Tensor) -> bool:
+        first = 1 if name.endswith(BY_TASK) else 0
+        return self.tensors[name].shape[first:] == target.shape[first:]
+
+    def _copy(self, targets: Mapping[str, Tensor], model: MultiTaskViT) -> bool:
+        """Copy one unit; False where it is the task embedding and no task has a row in both."""
+        pairs = [(new, self._source_tasks.index(name)) for new, name in enumerate(model.task_names)
+                 if name in self._source_tasks]  # fmt: skip
+        for name, target in targets.items():
+            if not name.endswith(BY_TASK):
+                target.copy_(self.tensors[name])
+                continue
+            for new, old in pairs:
+                target[new].copy_(self.tensors[name][old])
+        return bool(pairs) or EMBEDDING not in (_unit(name) for name in targets)
+
+
+def _unit(name: str) -> str | None:
+    """What a tensor is taken together with, or None for the backbone's."""
+    if found := HEAD.fullmatch(name):
+        return f"{found[1]} head"
+    if name.startswith("task_embedding."):
+        return EMBEDDING
+    if found := LAYER.fullmatch(name):
+        return f"{found[1]} experts"
+    found = LORA.fullmatch(name)
+    return f"{found[1]} LoRA" if found else None
+
+
+def _units(targets: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    units: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in targets.items():
+        if (unit := _unit(name)) is not None:
+            units.setdefault(unit, {})[name] = tensor
+    return units
+
+
+def _listed(units: Sequence[str]) -> str:
+    """Heads by name, and how many of the rest: ``semseg head, LoRA of 8 linears, experts of 4 layers``."""
+    heads = [unit for unit in units if unit.endswith(" head") or unit == EMBEDDING]
+    counts = {kind: sum(unit.endswith(f" {kind}") for unit in units) for kind in ("LoRA", "experts")}
+    rest = [f"{kind} of {count} {'linears' if kind == 'LoRA' else 'layers'}" for kind, count in counts.items() if count]
+    return ", ".join([*heads, *rest]) or "nothing"
+
+
+def _expert_facts(model: ModelSettings) -> tuple[object, ...]:
+    """What must agree beside shapes for an expert to compute the same and be as much shared or routed."""
+    moe = model.moe
+    scale = _scale(moe.alpha, moe.rank) if moe.experts == "lora" else 1.0
+    return moe.experts, set(moe.adapt) if moe.experts == "lora" else None, moe.num_experts, moe.num_shared, scale
+
+
+def _scale(alpha: float | None, rank: int) -> float:
+    return 1.0 if alpha is None or rank == 0 else alpha / rank
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _backbone_tensors(backbone: Backbone) -> dict[str, Tensor]:
+    """The backbone's own tensors under timm's names."""
+    state: dict[str, Tensor] = dict(backbone.stem.state_dict())
+    for i, block in enumerate(backbone.blocks):
+        state |= {f"blocks.{i}.{name}": tensor for name, tensor in block.state_dict().items()}
+    return state | {f"norm.{name}": tensor for name, tensor in backbone.norm.state_dict().items()}
+
+
+def _timm_name(name: str) -> str:
+    """``blocks.0.mlp.base.fc1.base.weight``, under experts and LoRA, is timm's ``blocks.0.mlp.fc1.weight``."""
+    return name.removeprefix("stem.").replace(".base.", ".")
+
+
+@torch.no_grad()
+def _resampled(saved: Tensor, target: Tensor, backbone: Backbone) -> Tensor:
+    if saved.shape == target.shape or saved.shape[-1] != target.shape[-1]:
+        return saved
+    prefix = target.shape[1] - backbone.grid[0] * backbone.grid[1]  # timm's no_embed_class leaves them out
+    resampled: Tensor = resample_abs_pos_embed(saved, list(backbone.grid), num_prefix_tokens=prefix)
+    return resampled

@@ -1,0 +1,223 @@
+"""From the folder of a run to an exported model, and the proof that it scores what the run's own evaluation found."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import ase_dist
+from ase_dist.config import ModelSettings, Settings, load_settings
+from ase_dist.data.loader import build_eval_loader
+from ase_dist.data.transforms import IMAGE_MEAN, IMAGE_STD
+from ase_dist.models import MultiTaskViT, build_model
+from ase_dist.models.exported import CARD, WEIGHTS, Card, ImageFacts, load, named_tensors, sha256_of
+from ase_dist.tasks import Task, nearest, select_tasks
+from ase_dist.training.build import frozen_digest
+from ase_dist.training.checkpoint import Checkpoint
+from ase_dist.training.checkpoint.catalog import BEST, list_checkpoints, read_pointer
+from ase_dist.training.checkpoint.files import TEMPORARY, discard, fsync, make_empty, put_in_place
+from ase_dist.training.checkpoint.verify import verify
+from ase_dist.training.evaluate import Gallery, Results, evaluate
+from ase_dist.training.named_state import trained_entries
+from ase_dist.training.run_folder import write_atomic
+
+LOGGER = logging.getLogger("ase_dist")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+EXACT, ROUNDED = 1e-3, 2e-2  # by how much of itself a metric may differ: fp32 throughout, half precision somewhere
+
+
+def export_run(run: str | Path, out: str | Path, *, checkpoint: str = "newest", dtype: str = "fp32") -> Path:
+    """Write the model of a run's checkpoint into the new folder ``out``; returns that folder.
+
+    ``checkpoint`` is 'newest' (the last saved that is whole), 'best' or the path of one. The run's folder is only read.
+    Raises ValueError where the run, the checkpoint or the backbone is not what it was, and where ``out`` exists.
+    """
+    run, out = Path(run), Path(out)
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype: got {dtype!r}, wanted one of {list(DTYPES)}{nearest(dtype, DTYPES)}")
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"export: {str(out)!r} exists already; name a new folder")
+    settings = read_run(run)
+    tasks = select_tasks(settings.data.name, settings.tasks)
+    with choose_checkpoint(run, checkpoint) as found:
+        model = _rebuild(settings, tasks, found)
+        facts = {"step": found.step, "metrics": _metrics(found), "backbone": found.meta["backbone"]}
+    write_export(out, model, settings, tasks, dtype=dtype, facts=facts)
+    LOGGER.info("exported step %d of %s to %s", facts["step"], run, out)
+    return out
+
+
+def write_export(
+    out: Path,
+    model: MultiTaskViT,
+    settings: Settings,
+    tasks: tuple[Task, ...],
+    *,
+    dtype: str,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write a model with plain layers; ``facts`` are the card's step, metrics and backbone.
+
+    Both files go into a temporary folder beside ``out``, which then gets the name: all or nothing.
+    """
+    tensors = _stored(named_tensors(model), DTYPES[dtype])
+    temporary = out.with_name(f"{TEMPORARY}{out.name}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        make_empty(temporary)
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        fsync(temporary / WEIGHTS)
+        card = _card(settings, tasks, dtype=dtype, sha256=sha256_of(temporary / WEIGHTS), **facts)
+        write_atomic(temporary / CARD, card.to_json())
+        put_in_place(temporary, out)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"export: cannot write {str(out)!r} ({error}); name a folder that can be written to") from None
+    finally:
+        discard(temporary)
+
+
+def read_run(run: Path) -> Settings:
+    """The settings of a run, from its folder."""
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"export: {str(run)!r} is no run, there is no config.yaml in it; name the output= of a run")
+    return load_settings(run / "config.yaml")
+
+
+def choose_checkpoint(run: Path, wanted: str) -> Checkpoint:
+    """'newest', 'best' or a path. Damaged ones are passed over for 'newest' with a warning, else they are an error."""
+    folder = run / "checkpoints"
+    if wanted == "newest":
+        names = [listed.name for listed in list_checkpoints(folder)] if folder.is_dir() else []
+        paths = [folder / name for name in names]
+    elif wanted == "best":
+        best = read_pointer(folder, BEST)
+        paths = [] if best is None else [folder / best]
+    else:
+        paths = [Path(wanted)]
+    for path in paths:
+        manifest, problems = verify(path)
+        if manifest is not None:
+            return Checkpoint(path, manifest)
+        LOGGER.warning("checkpoint %s is damaged and is passed over: %s", path, "; ".join(problems))
+    if paths:
+        raise ValueError(f"export: {str(paths[-1])!r} is not a whole checkpoint ({problems[0]}); name another")
+    raise ValueError(f"export: {str(folder)!r} holds no checkpoint that is {wanted}; name one with --checkpoint PATH")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+def _rebuild(settings: Settings, tasks: tuple[Task, ...], checkpoint: Checkpoint) -> MultiTaskViT:
+    """The plain model with the checkpoint's weights; ValueError unless backbone and tensors are the run's own."""
+    plain = settings.model.model_copy(update={"checkpoint_activations": "none"})
+    model = build_model(settings.model_copy(update={"model": plain}), tasks, expert_layer="plain")
+    backbone: Any = checkpoint.meta["backbone"]
+    if frozen_digest(model) != backbone["sha256"]:
+        raise ValueError(
+            f"export: the frozen backbone {settings.model.backbone} that the settings give now is not the one of "
+            f"{checkpoint.path}; see that model.pretrained={settings.model.pretrained} names the same file as then"
+        )
+    entries = trained_entries(model)
+    wanted = {f"weight/{name}": entry.part_shape for entry in entries for name in entry.names}
+    saved = {name: checkpoint.shape(name) for name in checkpoint.names() if name.startswith("weight/")}
+    odd = sorted(name for name in wanted.keys() | saved.keys() if wanted.get(name) != saved.get(name))
+    if odd:
+        raise ValueError(
+            f"export: {checkpoint.path} is not of the model in config.yaml: {len(odd)} tensors differ, the first, "
+            f"{odd[0]!r}, is {saved.get(odd[0], 'missing')} for {wanted.get(odd[0], 'none')}; name another checkpoint"
+        )
+    with torch.no_grad():
+        for entry in entries:
+            entry.parameter.copy_(entry.join({name: checkpoint.tensor(f"weight/{name}") for name in entry.names}))
+    return model
+
+
+def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies as they go into the file; ValueError for a number that has no place in ``dtype``."""
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        if not found[name].isfinite().all():
+            raise ValueError(f"export: {name!r} is not finite in {dtype}; use --dtype fp32, or an earlier checkpoint")
+    return found
+
+
+def _metrics(checkpoint: Checkpoint) -> Any:
+    """What the evaluation at this very step found (summary.json has the same at the run's end), or None."""
+    history: Any = checkpoint.meta["history"]
+    return history["latest"] if history["evaluated_at"] == checkpoint.step else None
+
+
+def _card(settings: Settings, tasks: tuple[Task, ...], *, dtype: str, sha256: str, **facts: Any) -> Card:
+    image = ImageFacts(size=settings.data.size, mean=IMAGE_MEAN, std=IMAGE_STD)
+    versions = {"ase_dist": ase_dist.__version__, "torch": str(torch.__version__), "timm": timm.__version__,
+                "safetensors": safetensors.__version__}  # fmt: skip
+    return Card(
+        tasks=tasks,
+        image=image,
+        model=_alone(settings.model),
+        dtype=dtype,
+        sha256=sha256,
+        data=settings.data.name,
+        versions=versions,
+        **facts,
+    )
+
+
+def _alone(model: ModelSettings) -> ModelSettings:
+    """The settings without what only training, other ranks or other files could give."""
+    moe = model.moe.model_copy(update={"ep_size": 1, "dispatch": "auto"})
+    nothing = {"pretrained": "none", "init_from": None, "checkpoint_activations": "none", "drop_path": 0.0}
+    return model.model_copy(update={**nothing, "moe": moe})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The proof
+
+
+def check_export(run: str | Path, out: str | Path, *, device: str | None = None) -> list[str]:
+    """Evaluate the export on the run's validation data; one clause for each metric that is not the run's own.
+
+    A thousandth of a metric may be rounding, two hundredths where run or export are in half precision. ``device``
+    None: a GPU where there is one. Raises ValueError where the run has not evaluated the exported step.
+    """
+    settings = read_run(Path(run))
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load(out, device=where)
+    if not model.metrics:
+        raise ValueError(
+            f"--check: the run was not evaluated at step {model.card.step}, so there is nothing to compare with; "
+            "export the checkpoint of an evaluated step"
+        )
+    loader = build_eval_loader(settings, model.tasks, rank=0, world_size=1)
+    try:
+        evaluation = evaluate(
+            model, loader, model.tasks, device=where, gallery=Gallery(room=0), constants={}, go_on=lambda: True
+        )
+    finally:
+        loader.close()
+    assert evaluation is not None
+    is_exact = model.card.dtype == "fp32" and settings.train.bf16 is not True
+    return differences(evaluation.results, model.metrics, tolerance=EXACT if is_exact else ROUNDED)
+
+
+def differences(got: Results, wanted: Results, *, tolerance: float) -> list[str]:
+    """Metrics of ``got`` that are further from ``wanted`` than ``tolerance`` of it, or a tenth of that as a number."""
+    found = []
+    for task, metrics in wanted.items():
+        for name, value in metrics.items():
+            now = got[task][name]
+            same = math.isclose(now, value, rel_tol=tolerance, abs_tol=tolerance / 10)
+            if not same and (math.isfinite(now) or math.isfinite(value)):
+                found.append(f"{task} {name} is {now:.6g}, the run found {value:.6g}")
+    return found
