@@ -1,18 +1,23 @@
 """Train one vision transformer for many dense-prediction tasks with LoRA mixture-of-experts layers on DeepSpeed."""
 
-from typing import TYPE_CHECKING
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ase_dist.models.exported import load
+    from os import PathLike
+
+    import torch
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def __getattr__(name: str) -> object:
-    """Import ``load``, and torch with it, on demand."""
-    if name == "load":
-        from ase_dist.models.exported import load
+def load(path: str | PathLike[str], *, device: torch.device | str = "cpu") -> Any:
+    """The model in a folder that ``launch/export.py`` has written: an ``ase_dist.models.exported.ExportedModel``.
 
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    Needs no DeepSpeed. Raises ValueError where the export is missing, damaged or of a newer version.
+    """
+    # by name, and only now: every module imports this one, so that an import here would be an arrow from each to models
+    return import_module("ase_dist.models.exported").load(path, device=device)

@@ -68,10 +68,12 @@ def main() -> None:
         rows = [Row(**row) for row in json.loads(Path(folder, "rows.json").read_text())]
     _print(rows, arguments)
     if arguments.json:
+        from ase_dist.training.run_folder import write_atomic
+
         machine = {"processor": platform.processor(), "cores": os.cpu_count(), "python": platform.python_version()}
         settings = {key: value for key, value in vars(arguments).items() if key != "json"}
         result = {"settings": settings, "machine": machine, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_atomic(arguments.json, json.dumps(result, indent=2) + "\n")
 
 
 def _parse() -> argparse.Namespace:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from skimage.morphology import thin
 
 from ase_dist.data.files import Array, read_array, read_codes, read_variable, reject
 from ase_dist.data.labels import ZERO_CODE, fit_label, fit_normals, ignored_label
-from ase_dist.data.thinning import thin
 from ase_dist.tasks import IGNORE
 
 PERSON = 15  # the class id of a person in PASCAL-Part

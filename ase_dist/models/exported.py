@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,7 +111,7 @@ class ExportedModel(nn.Module):
         return self.model(images_B3SS, tasks=tasks)
 
 
-def load(path: str | Path, *, device: torch.device | str = "cpu") -> ExportedModel:
+def load(path: str | PathLike[str], *, device: torch.device | str = "cpu") -> ExportedModel:
     """The model in the folder that ``launch/export.py`` has written, in float32 however it was stored.
 
     Needs neither DeepSpeed nor a network nor any other file. ``ase_dist.data.transforms.normalise`` makes its input of
@@ -124,7 +125,7 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> ExportedMod
     return ExportedModel(model.requires_grad_(False), export.card).to(device).eval()
 
 
-def open_export(path: str | Path) -> Export:
+def open_export(path: str | PathLike[str]) -> Export:
     """Check the card and the hash of an export. Raises ValueError with one sentence that names the file."""
     folder = Path(path).expanduser()
     for name in (CARD, WEIGHTS):

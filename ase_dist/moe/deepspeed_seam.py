@@ -141,7 +141,9 @@ def undo_trial_step(engine: Any) -> None:
     It decays the weights and counts as a step (``FP16_UnfusedOptimizer.initialize_optimizer_states``), so that a
     resumed run, and one at any other stage, would not be the same.
     """
-    groups = zip(getattr(engine.optimizer, "fp16_groups", ()), getattr(engine.optimizer, "fp32_groups", ()), strict=True)
+    groups = zip(
+        getattr(engine.optimizer, "fp16_groups", ()), getattr(engine.optimizer, "fp32_groups", ()), strict=True
+    )
     if engine.zero_optimization():
         return
     with torch.no_grad():
@@ -216,7 +218,7 @@ def _fragment(optimizer: Any, parameter: nn.Parameter) -> Fragment | None:
         real = max(0, min(numel, full_shape(parameter).numel() - offset))  # the last part is padded
         return Fragment(optimizer.fp32_partitioned_groups_flat[group], start, offset, real)
     if hasattr(parameter, "_dp_group"):  # ZeRO-1, ZeRO-2 and the sharded bf16 optimiser
-        mapping = parameter._hp_mapping
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return None
         partitions = getattr(optimizer, "single_partition_of_fp32_groups", None)
@@ -235,7 +237,7 @@ def _fragment(optimizer: Any, parameter: nn.Parameter) -> Fragment | None:
 def _partition_group(parameter: nn.Parameter) -> dist.ProcessGroup | None:
     """The ranks among which ZeRO has divided the parameter; None where each has all of it."""
     if hasattr(parameter, "ds_id"):
-        return parameter.ds_process_group
+        return parameter.ds_process_group  # type: ignore[attr-defined]
     return getattr(parameter, "_dp_group", None)
 
 
@@ -243,11 +245,10 @@ def _set_model_weight(parameter: nn.Parameter, value: Tensor) -> None:
     if not hasattr(parameter, "ds_id"):
         parameter.copy_(value)
         return
-    part = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-    padded = torch.zeros(part * dist.get_world_size(parameter.ds_process_group), dtype=value.dtype, device=value.device)
+    group, own = _partition_group(parameter), parameter.ds_tensor  # type: ignore[attr-defined]
+    padded = torch.zeros(own.numel() * dist.get_world_size(group), dtype=value.dtype, device=value.device)
     padded[: value.numel()] = value.reshape(-1)
-    offset = part * dist.get_rank(parameter.ds_process_group)
-    parameter.ds_tensor.copy_(padded[offset : offset + part])  # type: ignore[attr-defined]
+    own.copy_(padded.chunk(dist.get_world_size(group))[dist.get_rank(group)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,5 +291,5 @@ def global_gradient_norm(model: nn.Module) -> Tensor:
 def _sum_of_squares(parameters: Sequence[nn.Parameter]) -> Tensor:
     if not parameters:
         return torch.zeros(())
-    norms = torch._foreach_norm([p.grad for p in parameters])
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
     return torch.stack([norm.float() for norm in norms]).square().sum()

@@ -143,8 +143,8 @@ class MoEFFN(nn.Module):
         """Use ``dispatch`` ("gather" or "all_to_all") over ``group``, whose ranks hold the routed experts in shards."""
         assert self.shard.count == collectives.group_size(group), "the shard was made for another group"
         self.group = group
-        kinds = {"gather": GatherDispatch, "all_to_all": AllToAllDispatch}
-        self.dispatch = kinds[dispatch](self.routed, group=group, shard=self.shard)
+        kind = {"gather": GatherDispatch, "all_to_all": AllToAllDispatch}[dispatch]
+        self.dispatch = kind(self.routed, group=group, shard=self.shard)  # type: ignore[assignment]
 
     def _streams(self, x: Tensor, task: TaskIndex) -> tuple[Tensor, list[int]]:
         """x as [t, T, D] and the tasks of its first axis."""

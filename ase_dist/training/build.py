@@ -53,7 +53,7 @@ def build(config: ResolvedConfig, world: World) -> Parts:
     settings = config.settings
     tasks = select_tasks(settings.data.name, settings.tasks)
     runtime.seed_everything(settings.seed, rank=world.rank)
-    place: dict[str, int] = {"rank": world.rank, "world_size": world.size}
+    place: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
     train_loader = everywhere(lambda: build_train_loader(settings, tasks, **place))
     eval_loader = everywhere(lambda: build_eval_loader(settings, tasks, **place))
     agree({"training data": data_fingerprint(train_loader.dataset),

@@ -49,7 +49,7 @@ def build_optimizer(model: nn.Module, config: ResolvedConfig, world: World) -> t
     groups = parameter_groups(model, train)
     if config.zero_stage < 3 and any(seam.is_routed(p) for p in model.parameters()):
         groups = seam.optimizer_groups(groups)
-    options = {"lr": train.lr, "betas": train.betas, "eps": train.eps}
+    options: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "eps": train.eps}
     offload = isinstance(config.deepspeed["zero_optimization"].get("offload_optimizer"), dict)
     if offload and world.device.type != "cpu" and seam.has_compiler():
         from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -127,16 +127,15 @@ def plan(
 ) -> Plan:
     """One topology; ``batch`` images per rank and micro-step, of which ``accumulation`` make a step."""
     layers = sizes.sharded(ep_size)
-    replicas = world // ep_size
     routed = sum(layer.slots * layer.expert_values for layer in layers)
     trained = sizes.dense + routed
-    divided = -(-sizes.dense // world) + -(-routed // replicas)
+    divided = -(-sizes.dense // world) + -(-routed // (world // ep_size))
     held = -(-sizes.frozen // world) + divided if zero == 3 else sizes.frozen + trained
     master = 0 if zero == 0 and sizes.width == FP32 else FP32  # ZeRO 1 to 3 keep copies of float32 weights, too
     state = master + MOMENTS * FP32
     common = {"stage": zero, "width": sizes.width, "accumulation": accumulation}
     dense_wire = reduction_bytes(sizes.dense, frozen=sizes.frozen, ranks=world, **common)
-    replica_wire = reduction_bytes(routed, ranks=replicas, **common)
+    replica_wire = reduction_bytes(routed, ranks=world // ep_size, **common)
     tokens = batch * sizes.tokens_per_image
     dispatch = dispatch_bytes(layers, tokens=tokens, accumulation=accumulation, forwards=sizes.forwards)
     compute = accumulation * batch * (sizes.forwards * sizes.forward_flops + sizes.backward_flops) / flops
@@ -332,12 +331,10 @@ def report(sizes: ModelSizes, plans: Sequence[Plan], *, tokens: int, bandwidth: 
         f"{bandwidth / 1e9:g} GB/s and {flops / 1e12:g} TFLOP/s per rank; "
         f"weights: {sizes.frozen:,} frozen, {sizes.dense:,} trained, {routed:,} of routed experts"
     )
-    memory = [
-        (p.ep_size, p.zero, p.parameters, p.trained, p.weights / MB, p.gradients / MB, p.optimizer / MB, p.memory / MB)
-        for p in plans
-    ]
+    memory = [(p.ep_size, p.zero, p.parameters, p.trained,
+               *(size / MB for size in (p.weights, p.gradients, p.optimizer, p.memory))) for p in plans]  # fmt: skip
     wire = [_wire_row(p) for p in plans]
-    titles = (f"on each of {plans[0].world} ranks (MB)", "sent by each rank per optimiser step (MB), and its time (ms)")
+    titles = f"on each of {plans[0].world} ranks (MB)", "sent by each rank per optimiser step (MB), and its time (ms)"
     held = ("EP", "ZeRO", "parameters", "trained", "weights", "gradients", "master+Adam", "sum")
     sent = ("EP", "ZeRO", "dense", "experts' replicas", *DISPATCHES, "auto", "crossover tokens",
             "compute ms", *(f"step ms, {name}" for name in ("local", *DISPATCHES)))  # fmt: skip

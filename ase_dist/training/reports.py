@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +71,10 @@ class SpanStatistics:
     ``seconds`` is for the loop to add the time of its steps to, so that evaluations do not count.
     """
 
+    _sums: Tensor | None
+    _load: Tensor | None
+    _gates: Tensor | None
+
     def __init__(self, tasks: Sequence[Task], world: World, *, moe: MoESettings) -> None:
         self.tasks, self.world, self.num_shared = tasks, world, moe.num_shared
         self.active = moe.num_experts if moe.gating == "dense" else moe.k + moe.num_shared
@@ -122,9 +126,7 @@ class SpanStatistics:
         return self._micro_steps == 0
 
     def _clear(self) -> None:
-        self._sums: Tensor | None = None
-        self._load: Tensor | None = None
-        self._gates: Tensor | None = None
+        self._sums = self._load = self._gates = None
         self._micro_steps = self._images = 0
         self.seconds = 0.0
 

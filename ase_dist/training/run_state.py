@@ -143,7 +143,7 @@ class RunState:
         saved = {name: checkpoint.shape(name) for name in checkpoint.names() if not name.startswith("random/")}
         wanted: dict[str, tuple[int, ...]] = {}
         for shapes in collectives.gather_objects(mine):
-            wanted |= shapes  # type: ignore[arg-type]
+            wanted |= shapes  # type: ignore[call-overload]
         odd = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
         if odd:
             first = odd[0]

@@ -130,7 +130,13 @@ def grid(rank, folder):
     deepspeed.init_distributed("gloo", verbose=False)
     size = dist.get_world_size()
     wanted = {accumulation: reference(size, accumulation) for accumulation in (1, 2)}
-    cases = [(0, 1, "auto", 1), (0, 2, "all_to_all", 1), (1, 2, "gather", 1), (2, 2, "all_to_all", 2), (2, 4, "auto", 1)]
+    cases = [
+        (0, 1, "auto", 1),
+        (0, 2, "all_to_all", 1),
+        (1, 2, "gather", 1),
+        (2, 2, "all_to_all", 2),
+        (2, 4, "auto", 1),
+    ]
     found = []
     for case in cases:
         found += check(*case, wanted=wanted[case[-1]])

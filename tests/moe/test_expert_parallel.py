@@ -153,7 +153,7 @@ def check_traffic(rank, folder):
     for experts in ("lora", "ffn"):
         options = ("ase", 3, 1, experts, ("fc1", "fc2"))
         _, layer = sharded(group, 4, "gather", *options)
-        x, mine = tokens_of([6, 6, 6, 6])
+        _, mine = tokens_of([6, 6, 6, 6])
         with count_traffic() as traffic:
             step(layer, mine, mine)
         if traffic.total != layer.layer_shape().gather_bytes():

@@ -3,12 +3,16 @@
 import contextlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 from ase_dist.config import load_settings
+from ase_dist.data.loader import TrainLoader
+from ase_dist.models.multitask import MultiTaskViT
+from ase_dist.moe.router import TaskRouter
 from ase_dist.training import run, runtime
 from ase_dist.training.build import build
 from ase_dist.training.checkpoint import CheckpointStore, open_checkpoint
@@ -150,18 +154,47 @@ def close(one, two, *, rel):
 
 
 @contextlib.contextmanager
-def at_batch(number, action):
-    """While open, ``action(batch)`` is called on the ``number``-th training batch (from 1) before the loop gets it."""
-    from ase_dist.data.loader import TrainLoader
-
+def before_step(actions):
+    """While open, ``actions[step](batch)`` is called on the batch of that step (from 1) before the loop gets it."""
     taken, real = [], TrainLoader.__next__
 
     def next_batch(loader):
         batch = real(loader)
         taken.append(1)
-        if len(taken) == number:
-            action(batch)
+        if len(taken) in actions:
+            actions[len(taken)](batch)
         return batch
 
     with mock.patch.object(TrainLoader, "__next__", next_batch):
+        yield
+
+
+@contextlib.contextmanager
+def not_finite(kinds):
+    """While open, step ``s`` meets NaN in its image, its normals' label, the routers' logits or the gradient alone."""
+    kind, forward, route = [""], MultiTaskViT.forward, TaskRouter.forward
+
+    def spoil(batch, what):
+        kind[0] = what
+        if what == "image":
+            batch.images[0, 1, 3, 4] = math.nan
+        if what == "label":
+            batch.labels["normals"][0, :, 0, 0] = math.nan
+
+    def spoilt_forward(model, *arguments, **options):
+        output = forward(model, *arguments, **options)
+        if kind[0] == "gradient" and torch.is_grad_enabled():
+            output.predictions["edge"].register_hook(lambda gradient: gradient * math.inf)
+        return output
+
+    def spoilt_route(router, *arguments, **options):
+        logits = route(router, *arguments, **options)
+        return logits * math.nan if kind[0] == "router" else logits
+
+    plan = {step: partial(spoil, what=kinds.get(step, "")) for step in range(1, 20)}
+    with (
+        mock.patch.object(MultiTaskViT, "forward", spoilt_forward),
+        mock.patch.object(TaskRouter, "forward", spoilt_route),
+        before_step(plan),
+    ):
         yield

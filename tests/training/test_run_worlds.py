@@ -1,0 +1,106 @@
+"""Two processes compute what one computes, and what they save is resumed by one, at any stage, experts sharded or not."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.training.conftest import start_world
+from tests.training.tiny_runs import (
+    checkpoint,
+    close,
+    distance,
+    load_and_save,
+    losses,
+    metric_lines,
+    same_bits,
+    saved_meta,
+    tiny_run,
+    trained,
+)
+
+pytestmark = pytest.mark.multi_gpu
+
+HALF = "train.batch_size=2"
+DENSE = ("z0", "z1", "z2", "z3")  # ZeRO-3 last: DeepSpeed replaces torch's linear for the rest of the process
+SHARDED = {"z2_gather": ("z2", "gather"), "z2_all_to_all": ("z2", "all_to_all"), "z0_gather": ("z0", "gather")}
+# saved by two processes there, loaded by one here
+PATHS = [(source, stage) for source in ("z2", "z2_gather") for stage in ("z0", "z1", "z3")]
+
+
+def sharded(dispatch):
+    return ("model.moe.ep_size=2", f"model.moe.dispatch={dispatch}")
+
+
+def from_step_3(folder, name):
+    return f"resume={folder / name / 'checkpoints' / 'step_3'}"
+
+
+def two(rank, folder):
+    """Every run, whole and resumed."""
+    scenes = Path((folder / "scenes").read_text())
+    runs = {name: (stage, sharded(dispatch)) for name, (stage, dispatch) in SHARDED.items()}
+    runs |= {name: (name, ()) for name in DENSE}
+    for name, (stage, more) in runs.items():
+        tiny_run(scenes, folder / name, HALF, *more, config=stage)
+        tiny_run(scenes, folder / f"{name}_resumed", HALF, *more, from_step_3(folder, name), config=stage)
+
+
+def one(rank, folder):
+    """The same global batches in one process, and what it makes of the other world's checkpoints."""
+    scenes = Path((folder / "scenes").read_text())
+    tiny_run(scenes, folder / "one", config="z0")
+    for source, stage in PATHS:
+        path = folder / source / "checkpoints" / "step_3"
+        load_and_save(scenes, path, folder / f"{source}_to_{stage}", config=stage)
+        tiny_run(scenes, folder / f"{source}_on_{stage}", from_step_3(folder, source), config=stage)
+
+
+def back(rank, folder):
+    """What one process has saved, in two with sharded experts."""
+    scenes = Path((folder / "scenes").read_text())
+    path = folder / "one" / "checkpoints" / "step_3"
+    load_and_save(scenes, path, folder / "one_to_sharded", HALF, *sharded("gather"), config="z2")
+
+
+@pytest.fixture(scope="module")
+def folder(scenes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("worlds")
+    (folder / "scenes").write_text(str(scenes))
+    for worker, size in ((two, 2), (one, 1), (back, 2)):
+        (folder / "rendezvous").unlink(missing_ok=True)
+        assert start_world(worker, folder, size=size, seconds=300)().codes == [0] * size
+    return folder
+
+
+@pytest.mark.parametrize("name", [*DENSE, *SHARDED])
+def test_two_ranks_are_one(folder, name):
+    assert close(losses(folder / name), losses(folder / "one"), rel=1e-5)
+    assert max(distance(trained(folder / name, 6), trained(folder / "one", 6)).values()) < 1e-5
+
+
+@pytest.mark.parametrize("name", [*DENSE, *SHARDED])
+def test_three_steps_and_three_are_six(folder, name):
+    whole, resumed = folder / name, folder / f"{name}_resumed"
+    assert same_bits(checkpoint(whole, 6), checkpoint(resumed, 6)) == []
+    lines = metric_lines(whole)
+    assert metric_lines(resumed) == {step: lines[step] for step in (4, 5, 6)}
+    for key in ("sampler", "engine", "schedule", "optimizer_steps"):
+        assert saved_meta(whole, 6)[key] == saved_meta(resumed, 6)[key]
+
+
+@pytest.mark.parametrize(("source", "stage"), PATHS)
+def test_one_process_resumes_what_two_have_saved(folder, source, stage):
+    saved = trained(folder / source, 3)
+    assert same_bits(saved, trained(folder / f"{source}_to_{stage}", 3)) == []
+    expected = {step: values for step, values in losses(folder / source).items() if step > 3}
+    assert close(losses(folder / f"{source}_on_{stage}"), expected, rel=1e-5)
+    assert max(distance(trained(folder / f"{source}_on_{stage}", 6), trained(folder / source, 6)).values()) < 1e-5
+
+
+def test_two_processes_shard_what_one_has_saved(folder):
+    assert same_bits(trained(folder / "one", 3), trained(folder / "one_to_sharded", 3)) == []
+
+
+def test_no_name_tells_the_topology(folder):
+    names = trained(folder / "one", 3).keys()
+    assert all(trained(folder / name, 3).keys() == names for name in [*DENSE, *SHARDED])
