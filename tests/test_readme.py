@@ -130,7 +130,10 @@ def check_python(script, *words):
         spec = importlib.util.spec_from_file_location("script", ROOT / script)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        module.parse(list(words))
+        if hasattr(module, "parse"):
+            module.parse(list(words))
+        else:
+            module.parser().parse_intermixed_args(list(words))
 
 
 def check_train(*words):

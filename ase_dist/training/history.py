@@ -55,7 +55,7 @@ class History:
 
 
 def gain(tasks: Sequence[Task], results: Results, trivial: Results) -> float:
-    """Delta_m of ``results`` over ``trivial``, percent, over the tasks where it is defined; -inf where it is nowhere."""
+    """Delta_m of ``results`` over ``trivial``, percent, over the tasks where it is defined; -inf if nowhere."""
     pairs = {task.name: (results[task.name][task.metric], trivial[task.name][task.metric]) for task in tasks}
     defined = {name: pair for name, pair in pairs.items() if all(map(math.isfinite, pair)) and pair[1] != 0}
     if not defined:

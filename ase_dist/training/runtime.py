@@ -52,7 +52,7 @@ def start(*, timeout: float, threads: int | None) -> World:
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), _local_size()
+    local_rank, local_size = int(os.environ.setdefault("LOCAL_RANK", "0")), _local_size()  # DeepSpeed reads it as well
     is_cpu = accelerator.device_name() == "cpu"
     if is_cpu:
         seam.skip_cpu_communication_build()

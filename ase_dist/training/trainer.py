@@ -141,7 +141,7 @@ class Trainer:
         self.stopping = ballot.stop
 
     def _suspicious_values(self, micro_steps: Sequence[MicroStep]) -> dict[str, Tensor]:
-        """This rank's numbers of a step that was not taken; the gradient's only where every rank's losses are finite."""
+        """This rank's numbers of a step not taken; the gradient's only where every rank's losses are finite."""
         rows = [{**micro.losses, "aux_loss": micro.aux_loss} for micro in micro_steps]
         values = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         is_finite = bool(guards.all_finite(values.values()))

@@ -187,9 +187,8 @@ def not_finite(kinds):
             output.predictions["edge"].register_hook(lambda gradient: gradient * math.inf)
         return output
 
-    def spoilt_route(router, *arguments, **options):
-        logits = route(router, *arguments, **options)
-        return logits * math.nan if kind[0] == "router" else logits
+    def spoilt_route(router, tokens, tasks):
+        return route(router, tokens * math.nan if kind[0] == "router" else tokens, tasks)  # and so are its logits
 
     plan = {step: partial(spoil, what=kinds.get(step, "")) for step in range(1, 20)}
     with (
