@@ -76,8 +76,8 @@ class ModelSettings(Section):
     lora_rank: int = Field(4, ge=0, description="rank of the LoRA on the linears outside the experts; 0: none")
     lora_alpha: float | None = Field(None, gt=0)
     task_embedding: bool = True
-    head: Literal["pup", "linear"] = "pup"
-    head_width: int = Field(256, ge=1, description="channels inside a pup head")
+    head: Literal["pup", "linear", "pup_linear"] = "pup"
+    head_width: int = Field(256, ge=1, description="channels inside the convolutions of a head")
     drop_path: float = Field(0.0, ge=0, lt=1)
     checkpoint_activations: Literal["none", "recompute", "offload"] = "none"
     moe: MoESettings = MoESettings()

@@ -25,6 +25,7 @@ Kind = Literal["classes", "mask", "edges", "normals", "depth"]
 Color = tuple[int, int, int]
 
 IGNORE = 255  # the label value that no loss and no metric counts
+EDGE_POSITIVE_WEIGHT = 0.95  # of the edge pixels in the edge loss, ASTMT's; the others have the rest
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from ase_dist.evaluation.metric import Metric, ratio
-from ase_dist.tasks import Task
+from ase_dist.tasks import EDGE_POSITIVE_WEIGHT, Task
 
 JACCARD_THRESHOLDS = tuple(k / 20 for k in range(4, 19))  # .20, .25, ... .90
 LEVELS = 256  # thresholds of the F-measure: k / 255
 BETA_SQUARED = 0.3
-EDGE_WEIGHT = 0.95  # of the positives in the edge loss; the negatives have the rest
 SMALLEST = 1e-7  # probabilities are kept this far from 0 and 1 in logarithms: float32 cannot go nearer to 1
 
 
@@ -75,7 +74,7 @@ class EdgesMetric(Metric):
     def _count(self, prediction: Tensor, label: Tensor) -> Tensor:
         true, valid = (label == 1).double(), (label <= 1).double()
         p = prediction.double().clamp(SMALLEST, 1 - SMALLEST)
-        loss = -(EDGE_WEIGHT * true * p.log() + (1 - EDGE_WEIGHT) * (valid - true) * (1 - p).log())
+        loss = -(EDGE_POSITIVE_WEIGHT * true * p.log() + (1 - EDGE_POSITIVE_WEIGHT) * (valid - true) * (1 - p).log())
         return torch.stack((valid.sum(), true.sum(), loss.sum()))
 
     def result(self) -> dict[str, float]:

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ase_dist.evaluation.binary import EDGE_WEIGHT
-from ase_dist.tasks import IGNORE, Task
+from ase_dist.tasks import EDGE_POSITIVE_WEIGHT, IGNORE, Task
 
 
 class ConstantPredictor:
@@ -68,4 +67,6 @@ def _constant(task: Task, totals: Tensor) -> Tensor:
     if task.kind == "mask":
         return torch.ones((), device=totals.device)
     pixels, edges = totals
-    return (EDGE_WEIGHT * edges / (EDGE_WEIGHT * edges + (1 - EDGE_WEIGHT) * (pixels - edges))).float()
+    positive = EDGE_POSITIVE_WEIGHT * edges
+    negative = (1 - EDGE_POSITIVE_WEIGHT) * (pixels - edges)
+    return (positive / (positive + negative)).float()

@@ -19,7 +19,7 @@ class TaskHead(nn.Module):
     def __init__(self, dim: int, *, grid: tuple[int, int]) -> None:
         super().__init__()
         self.grid = grid
-        self.norm = nn.LayerNorm(dim)
+        self.norm: nn.Module = nn.LayerNorm(dim)
 
     def grid_tokens(self, tokens_BPD: Tensor) -> Tensor:
         """The normalised tokens as an image [B, D, h, w], which lies channels-last in memory as it comes.
@@ -76,6 +76,25 @@ class LinearHead(TaskHead):
         return F.pixel_shuffle(x, self.scale)
 
 
+class PUPLinearHead(TaskHead):
+    """The linear head plus a PUP head's correction of it, at the larger of their two sizes.
+
+    The linear path learns within a few steps what the tokens already say; the convolutions, which may be narrow, add
+    what lies between the patches. For short runs on small backbones.
+    """
+
+    def __init__(self, dim: int, channels: int, *, grid: tuple[int, int], patch: int, width: int) -> None:
+        super().__init__(dim, grid=grid)
+        self.norm = nn.Identity()  # each path has its own
+        self.linear = LinearHead(dim, channels, grid=grid, patch=patch, width=width)
+        self.pup = PUPHead(dim, channels, grid=grid, patch=patch, width=width)
+
+    def forward(self, tokens_BPD: Tensor) -> Tensor:
+        """Logits [B, C, h, w] of the larger path."""
+        small, large = sorted((self.linear(tokens_BPD), self.pup(tokens_BPD)), key=lambda logits: logits.shape[-1])
+        return large + F.interpolate(small, size=large.shape[-2:], mode="bilinear", align_corners=False)
+
+
 class HeadFactory(Protocol):
     """How heads are built; ``width`` is for those with hidden channels."""
 
@@ -83,7 +102,7 @@ class HeadFactory(Protocol):
         """A head for tokens of width ``dim`` on ``grid`` patches of ``patch`` pixels."""
 
 
-HEADS: dict[str, HeadFactory] = {"pup": PUPHead, "linear": LinearHead}
+HEADS: dict[str, HeadFactory] = {"pup": PUPHead, "linear": LinearHead, "pup_linear": PUPLinearHead}
 
 
 def _double(x_BChw: Tensor) -> Tensor:

@@ -24,11 +24,11 @@ from ase_dist.tasks import Task, nearest, select_tasks
 from ase_dist.training.build import frozen_digest
 from ase_dist.training.checkpoint import Checkpoint
 from ase_dist.training.checkpoint.catalog import BEST, list_checkpoints, read_pointer
-from ase_dist.training.checkpoint.files import TEMPORARY, discard, fsync, make_empty, put_in_place
+from ase_dist.training.checkpoint.files import TEMPORARY, discard, make_empty, put_in_place
 from ase_dist.training.checkpoint.verify import verify
 from ase_dist.training.evaluate import Gallery, Results, evaluate
 from ase_dist.training.named_state import trained_entries
-from ase_dist.training.run_folder import write_atomic
+from ase_dist.training.run_folder import fsync, write_atomic
 
 LOGGER = logging.getLogger("ase_dist")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ase_dist.tasks import IGNORE, Kind, Task, nearest
+from ase_dist.tasks import EDGE_POSITIVE_WEIGHT, IGNORE, Kind, Task, nearest
 
-EDGE_POSITIVE_WEIGHT = 0.95  # ASTMT's: about one pixel in twenty is an edge
 MIN_NORM = 1e-4  # shorter normals are not stretched to unit length: bounds the gradient at a zero vector by 1e4
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from pathlib import Path
 
@@ -131,10 +130,6 @@ def one_sentence():
 
 
 @pytest.fixture(scope="session")
-def photographs():
+def photographs(shared_data):
     """The folder of real photographs in the PASCAL_MT layout, where this machine has it."""
-    shared = Path(os.environ.get("ASE_SHARED", Path(__file__).resolve().parents[3] / "shared"))
-    folder = shared / "data" / "ccp_mt"
-    if not folder.is_dir():
-        pytest.skip(f"no photographs at {folder}: set ASE_SHARED")
-    return folder
+    return shared_data / "data" / "ccp_mt"

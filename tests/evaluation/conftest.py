@@ -1,8 +1,5 @@
 """Random labels and predictions of every kind of task, and edge maps with several annotators."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -82,11 +79,8 @@ def generated_samples(count, **options):
 
 
 @pytest.fixture(scope="session")
-def photograph_labels():
+def photograph_labels(shared_data):
     """LabelMaps of the first real photographs; skips where the shared data is absent."""
     loadmat = pytest.importorskip("scipy.io").loadmat
-    shared = Path(os.environ.get("ASE_SHARED", Path(__file__).parents[3] / "shared"))
-    files = sorted((shared / "data" / "ccp_mt" / "pascal-context" / "trainval").glob("*.mat"))
-    if not files:
-        pytest.skip(f"no photographs under {shared}: set ASE_SHARED to the shared folder")
+    files = sorted((shared_data / "data" / "ccp_mt" / "pascal-context" / "trainval").glob("*.mat"))
     return [loadmat(str(file))["LabelMap"].astype(int) for file in files[:3]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -92,13 +91,9 @@ def gradients() -> Callable[[nn.Module, Tensor], dict[str, Tensor]]:
 
 
 @pytest.fixture
-def shared_weights() -> Path:
+def shared_weights(shared_data: Path) -> Path:
     """The real DINOv2 weights; the test is skipped where they are not."""
-    folder = Path(os.environ.get("ASE_SHARED", Path(__file__).parents[3] / "shared"))
-    path = folder / "weights" / "dinov2_vits14_fp16.safetensors"
-    if not path.is_file():
-        pytest.skip(f"no real weights at {path}; set ASE_SHARED to the folder that holds weights/")
-    return path
+    return shared_data / "weights" / "dinov2_vits14_fp16.safetensors"
 
 
 @pytest.fixture

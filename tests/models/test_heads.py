@@ -81,3 +81,11 @@ def test_the_linear_head_puts_a_patch_where_it_was():
     assert touched.nonzero().tolist() == [[1, 2]]
     expected = nn.functional.linear(head.norm(x[0, 5]), head.linear.weight, head.linear.bias).view(2, 4, 4)
     torch.testing.assert_close(head(x)[0, :, 4:8, 8:12], expected)
+
+
+@pytest.mark.parametrize(("patch", "side"), [(16, 48), (8, 24), (2, 6)])
+def test_the_combined_head_is_the_sum_of_its_paths(patch: int, side: int) -> None:
+    head = HEADS["pup_linear"](12, 5, grid=(3, 3), patch=patch, width=8)
+    x = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(0))
+    linear = nn.functional.interpolate(head.linear(x), size=(side, side), mode="bilinear")
+    torch.testing.assert_close(head(x), linear + head.pup(x))

@@ -1,6 +1,5 @@
 """ASEMoE under DeepSpeed's engine against plain torch in one process: ZeRO stage, group size, dispatch, clipping."""
 
-import itertools
 import os
 
 import pytest

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ase_dist.training.run_folder import fsync
+
 TEMPORARY = ".tmp-"  # being written
 ASIDE = ".old-"  # a whole folder, set aside until the one that replaces it is in place
 TRASH = ".trash-"  # being deleted
@@ -23,15 +25,6 @@ def sha256_of(path: Path) -> str:
         while count := file.readinto(block):
             digest.update(view[:count])
     return digest.hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Return when a file's bytes, or a folder's names, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def make_empty(folder: Path) -> None:
