@@ -163,8 +163,8 @@ def skip_non_finite_steps(optimizer: torch.optim.Optimizer) -> None:
 
     def step(self: torch.optim.Optimizer, closure: None = None) -> None:
         trained = [p for group in self.param_groups for p in group["params"]]
-        norms = torch._foreach_norm([p.grad for p in trained if p.grad is not None])
-        is_finite = bool(norms) and bool(torch.stack(norms).isfinite().all())  # clipping drops bad gradients
+        gradients = [p.grad for p in trained if p.grad is not None]  # none where clipping has dropped bad ones
+        is_finite = bool(gradients) and bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
         self.overflow = any_rank(not is_finite, trained[0].device)  # type: ignore[attr-defined]
         if not self.overflow:  # type: ignore[attr-defined]
             take_step(closure)
