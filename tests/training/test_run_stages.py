@@ -29,8 +29,19 @@ BF16 = {"z0_in_bf16": "z0", "z1_in_bf16": "z1", "z3_in_bf16": "z3"}
 RUNS = {**{name: name for name in SHIPPED[:-1]}, "z0_in_bf16": "z0", "z1_in_bf16": "z1",
         "z3": "z3", "z3_offload": "z3_offload", "z3_in_bf16": "z3"}  # fmt: skip
 FP32 = [name for name in RUNS if "bf16" not in name]
-PATHS = [("z2", "z0"), ("z0", "z1"), ("z1", "z3"), ("z3", "z2"), ("z2_offload", "z0"), ("z0", "z3_offload"),
-         ("z2_bf16", "z0"), ("z0", "z0_in_bf16"), ("z0", "z1_in_bf16"), ("z0", "z2_bf16"), ("z0", "z3_in_bf16")]  # fmt: skip
+PATHS = [
+    ("z2", "z0"),
+    ("z0", "z1"),
+    ("z1", "z3"),
+    ("z3", "z2"),
+    ("z2_offload", "z0"),
+    ("z0", "z3_offload"),
+    ("z2_bf16", "z0"),
+    ("z0", "z0_in_bf16"),
+    ("z0", "z1_in_bf16"),
+    ("z0", "z2_bf16"),
+    ("z0", "z3_in_bf16"),
+]
 
 
 def options(name):

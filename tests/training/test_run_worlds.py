@@ -1,4 +1,4 @@
-"""Two processes compute what one computes, and what they save is resumed by one, at any stage, experts sharded or not."""
+"""Two processes compute what one computes, and what they save one resumes, at any stage, experts sharded or not."""
 
 from pathlib import Path
 

@@ -1,0 +1,148 @@
+"""Settings: defaults, overrides, and one sentence for everything that is wrong (fault 13)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ase_dist.config import build_settings, load_settings, setting_keys, settings_hash, shipped_configs, to_yaml
+from ase_dist.tasks import PASCAL_TASKS, select_tasks
+
+pytestmark = pytest.mark.single_gpu
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments):
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_shipped_config_survives_its_own_yaml(name, tmp_path):
+    settings = load_settings(name)
+    again = tmp_path / "config.yaml"
+    again.write_text(to_yaml(settings))
+    assert load_settings(again) == settings
+    assert settings_hash(load_settings(again)) == settings_hash(settings)
+
+
+def test_the_paper_configs_are_what_their_names_say():
+    for name in ("pascal_ase_16_3_1_4", "pascal_ase_32_6_2_2", "pascal_ase_64_12_4_1"):
+        moe = load_settings(name).model.moe
+        assert name == f"pascal_ase_{moe.num_experts}_{moe.k}_{moe.num_shared}_{moe.rank}"
+        assert load_settings(name).data.size == 224 and load_settings(name).train.epochs == 40
+
+
+def test_overrides_apply_in_order_and_reach_every_depth():
+    settings = load_settings(None, ["train.lr=1e-4", "model.moe.adapt=[fc2]", "tasks=[edge,semseg]", "train.lr=2e-4",
+                                    "model.moe.num_experts=32", "model.backbone_args={depth: 2}"])  # fmt: skip
+    assert settings.train.lr == 2e-4
+    assert settings.model.moe.adapt == ("fc2",)
+    assert settings.tasks == ("edge", "semseg")
+    assert settings.model.moe.num_experts == 32
+    assert settings.model.backbone_args == {"depth": 2}
+
+
+def test_the_keys_that_scripts_rely_on_exist():
+    moe = "num_experts k num_shared rank adapt gating dispatch ep_size every_n_blocks"
+    keys = {"output", "resume", "seed", "tasks", "data.name", "data.root", "model.backbone", "model.pretrained",
+            "train.max_steps", "train.epochs", "train.batch_size", "train.lr", "eval.every", "checkpoint.every"}  # fmt: skip
+    assert keys | {f"model.moe.{key}" for key in moe.split()} <= set(setting_keys())
+
+
+def test_the_hash_ignores_where_a_run_is_kept_and_nothing_else():
+    base = settings_hash(load_settings())
+    assert settings_hash(load_settings(None, ["output=elsewhere", "resume=never"])) == base
+    assert settings_hash(load_settings(None, ["seed=1"])) != base
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("model.moe.num_expert=32", r"model.moe.num_expert: there is no such setting, did you mean 'num_experts'\?"),
+        ("num_experts=32", r"did you mean 'model.moe.num_experts'\?"),
+        ("modle.moe.k=2", r"modle: there is no such setting, did you mean 'model'\?"),
+        ("train.lr=fast", "train.lr: got 'fast'"),
+        ("train.batch_size=0", "train.batch_size: got 0"),
+        ("train.batch_size=2.5", "train.batch_size: got 2.5"),
+        ("model.moe.gating=asee", "model.moe.gating: got 'asee'"),
+        ("data.name=voc", "data.name: got 'voc'"),
+        ("tasks=[semseg,edges]", r"scenes has no task 'edges', .* did you mean 'edge'\?"),
+        ("tasks=[semseg,semseg]", "each at most once"),
+        ("tasks=[]", "at least one task"),
+        ("seed.x=1", "'seed' is a value, not a section"),
+        ("train.lr", "wanted key=value"),
+        ("=3", "wanted key=value"),
+        ("train.betas=[0.9", "is not a YAML value"),
+        ("output=!!python/object:os.system x", "is not a YAML value"),
+    ],
+)
+def test_a_wrong_override_is_one_sentence(override, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load_settings(None, ["seed=0", override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "the file is empty"),
+        ("- 1\n- 2\n", "got a list at the top"),
+        ("seed: [1\n", "not plain YAML"),
+        ("seed: !!python/object/apply:os.system ['touch ran']\n", "not plain YAML"),
+        ("trian: {lr: 1}\n", "did you mean 'train'"),
+        ("\x00\x01", "not plain YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence_and_runs_nothing(text, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load_settings(path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_unknown_config_names_the_shipped_ones():
+    with pytest.raises(ValueError, match=r"did you mean 'pascal_ase_16_3_1_4'\? \(shipped: .*scenes"):
+        load_settings("pascal_ase_16_3_1")
+
+
+def test_settings_cannot_be_changed_once_read():
+    with pytest.raises(ValueError, match="frozen"):
+        load_settings().train.lr = 1.0
+
+
+def test_an_empty_tree_is_all_defaults():
+    assert build_settings({}).model.moe.num_experts == 16
+
+
+def test_the_task_table_is_complete():
+    for task in select_tasks("pascal_context"):
+        assert len(task.palette) >= 2
+        assert task.kind != "classes" or len(task.class_names) == task.channels
+    weights = {name: task.loss_weight for name, task in PASCAL_TASKS.items()}
+    assert weights == {"semseg": 1, "human_parts": 2, "saliency": 5, "edge": 50, "normals": 10}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--print-config", "seed=3"], ["--print-keys"]])
+def test_questions_are_answered_without_torch(arguments):
+    code = (
+        "import sys; from ase_dist.command import main\n"
+        f"try:\n    code = main({arguments})\nexcept SystemExit as end:\n    code = end.code\n"
+        "assert not code and 'torch' not in sys.modules and 'deepspeed' not in sys.modules"
+    )
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    if arguments[0] == "--print-config":
+        assert yaml.safe_load(done.stdout)["seed"] == 3
+
+
+def test_a_refused_command_exits_with_2_and_one_line():
+    done = run("launch/train.py", "train.lrr=1")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "did you mean 'lr'" in done.stderr
