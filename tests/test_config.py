@@ -48,8 +48,22 @@ def test_overrides_apply_in_order_and_reach_every_depth():
 
 def test_the_keys_that_scripts_rely_on_exist():
     moe = "num_experts k num_shared rank adapt gating dispatch ep_size every_n_blocks"
-    keys = {"output", "resume", "seed", "tasks", "data.name", "data.root", "model.backbone", "model.pretrained",
-            "train.max_steps", "train.epochs", "train.batch_size", "train.lr", "eval.every", "checkpoint.every"}  # fmt: skip
+    keys = {
+        "output",
+        "resume",
+        "seed",
+        "tasks",
+        "data.name",
+        "data.root",
+        "model.backbone",
+        "model.pretrained",
+        "train.max_steps",
+        "train.epochs",
+        "train.batch_size",
+        "train.lr",
+        "eval.every",
+        "checkpoint.every",
+    }
     assert keys | {f"model.moe.{key}" for key in moe.split()} <= set(setting_keys())
 
 
