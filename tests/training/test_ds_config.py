@@ -1,88 +1,135 @@
-"""DeepSpeed's JSON and the settings: one truth, every "auto" filled in, contradictions refused (fault 13)."""
+"""Settings and DeepSpeed's JSON agree or are refused; no "auto" is left."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from ase_dist.config import load_settings
 from ase_dist.training.ds_config import read_ds_config, resolve
+from tests.training.tiny_runs import ROOT
 
 pytestmark = pytest.mark.single_gpu
+SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
 
-SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+
+def settle(tree, *overrides, world=2, native_bf16=False):
+    return resolve(load_settings(None, overrides), tree, world=world, native_bf16=native_bf16)
 
 
-def resolved(tree, *overrides, world=2, native_bf16=False):
-    return resolve(load_settings(None, list(overrides)), tree, world=world, native_bf16=native_bf16)
+def refusal(tree, *overrides, world=2):
+    with pytest.raises(ValueError) as caught:
+        settle(tree, *overrides, world=world)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_shipped_ones_are_the_promised_ones():
+    assert {path.stem for path in SHIPPED} == {"z0", "z1", "z2", "z3", "z2_offload", "z2_bf16"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_files_resolve_without_any_auto_left(path):
-    config = resolved(read_ds_config(path), "train.batch_size=3", "train.gradient_accumulation_steps=2")
+def test_every_auto_of_a_shipped_json_is_filled(path):
+    config = settle(read_ds_config(path), "train.batch_size=3", "train.gradient_accumulation_steps=4")
     assert "auto" not in json.dumps(config.deepspeed)
-    assert config.deepspeed["train_batch_size"] == 3 * 2 * 2
-    assert config.deepspeed["train_micro_batch_size_per_gpu"] == 3
-    assert str(config.zero_stage) == path.stem[1]
+    assert config.zero_stage == int(path.stem[1])
+    assert config.deepspeed["train_batch_size"] == 3 * 4 * 2
+    assert config.deepspeed["gradient_clipping"] == config.settings.train.gradient_clipping
+    assert config.settings.train.bf16 is (path.stem == "z2_bf16")
 
 
-def test_the_shipped_files_are_the_six():
-    assert [path.stem for path in SHIPPED] == ["z0", "z1", "z2", "z2_bf16", "z2_offload", "z3"]
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_follows_the_accelerator_unless_it_is_said(native):
+    auto = {"bf16": {"enabled": "auto"}}
+    assert settle(auto, native_bf16=native).settings.train.bf16 is native
+    assert settle(auto, "train.bf16=true", native_bf16=native).deepspeed["bf16"]["enabled"] is True
+    assert settle({}, "train.bf16=false", native_bf16=native).deepspeed["bf16"]["enabled"] is False
 
 
-def test_no_file_is_zero_0():
-    assert resolved(read_ds_config(None)).zero_stage == 0
+def test_without_a_json_it_is_zero_0():
+    assert settle(read_ds_config(None)).zero_stage == 0
 
 
-def test_a_value_of_the_json_becomes_the_setting():
-    tree = {"gradient_accumulation_steps": 4, "gradient_clipping": 0.5,
-            "optimizer": {"type": "AdamW", "params": {"lr": 0.004, "betas": [0.5, 0.6]}}}  # fmt: skip
-    train = resolved(tree).settings.train
-    assert (train.gradient_accumulation_steps, train.gradient_clipping, train.betas) == (4, 0.5, (0.5, 0.6))
-
-
-def test_bf16_auto_follows_the_accelerator():
-    tree = {"bf16": {"enabled": "auto"}}
-    assert resolved(tree, native_bf16=True).deepspeed["bf16"]["enabled"] is True
-    assert resolved(tree, native_bf16=False).deepspeed["bf16"]["enabled"] is False
-    assert resolved(tree, "train.bf16=true").deepspeed["bf16"]["enabled"] is True
-
-
-@pytest.mark.parametrize(
-    ("tree", "overrides", "sentence"),
-    [
-        (
-            {"gradient_clipping": 0.5},
-            ["train.gradient_clipping=1.0"],
-            "train.gradient_clipping is 1.0 and the",
-        ),
-        ({"train_micro_batch_size_per_gpu": 4}, ["train.batch_size=8"], "set one of them"),
-        ({"bf16": {"enabled": True}}, ["train.bf16=false"], "train.bf16 is False"),
-        ({"train_batch_size": 7}, [], "train_batch_size is 7, but 4 images x 1 accumulation steps x 2 ranks are 8"),
-        ({"zero_optimization": {"stage": 4}}, [], "stage: got 4"),
-        ({"zero_optimization": {"stage": 3}}, ["model.moe.ep_size=2"], "set model.moe.ep_size=1, or use stage 2"),
-        ({"scheduler": {"type": "WarmupLR"}}, [], "'scheduler' is set by train.schedule"),
-        ({"elasticity": {}}, [], "'elasticity' was removed"),
-        ({"optimizer": {"type": "Lamb"}}, [], "optimizer.type: got 'Lamb'"),
-        ({"optimizer": {"params": {"weightdecay": 1}}}, [], "did you mean 'weight_decay'"),
-    ],
-)
-def test_contradictions_and_leftovers_are_one_sentence(tree, overrides, sentence):
-    with pytest.raises(ValueError, match=sentence) as caught:
-        resolved(tree, *overrides)
-    assert "\n" not in str(caught.value)
+def test_what_stands_in_the_json_alone_becomes_the_setting():
+    tree = {
+        "gradient_clipping": 0.3,
+        "gradient_accumulation_steps": 2,
+        "optimizer": {"type": "AdamW", "params": {"eps": 1e-6, "betas": [0.8, 0.9], "weight_decay": "auto"}},
+    }
+    train = settle(tree).settings.train
+    assert (train.gradient_clipping, train.gradient_accumulation_steps) == (0.3, 2)
+    assert (train.eps, train.betas, train.weight_decay) == (1e-6, (0.8, 0.9), load_settings(None).train.weight_decay)
+    assert "optimizer" not in settle(tree).deepspeed, "groups of experts and of decay are built here"
 
 
 def test_the_same_value_in_both_is_no_contradiction():
-    assert resolved({"gradient_clipping": 0.5}, "train.gradient_clipping=0.5").settings.train.gradient_clipping == 0.5
+    assert settle({"gradient_clipping": 0.5}, "train.gradient_clipping=0.5").settings.train.gradient_clipping == 0.5
+
+
+def test_resolving_twice_is_resolving_once():
+    """The written config.yaml with the same JSON gives the same run."""
+    tree = read_ds_config(ROOT / "ds_configs" / "z2_bf16.json")
+    once = settle(tree)
+    assert resolve(once.settings, tree, world=2, native_bf16=False) == once
+
+
+def test_the_json_that_was_given_is_left_alone():
+    tree = {"bf16": {"enabled": "auto"}}
+    settle(tree)
+    assert tree == {"bf16": {"enabled": "auto"}}
+
+
+def test_the_monitor_writes_into_the_run_folder():
+    tree = settle({}, "output=here", "monitor.csv=true", "monitor.wandb=true").deepspeed
+    assert tree["tensorboard"]["output_path"] == tree["csv_monitor"]["output_path"] == "here"
+    assert tree["wandb"]["project"] == "ase_dist"
+    assert "tensorboard" not in settle({}, "monitor.tensorboard=false").deepspeed
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"), [("{", "is not JSON"), ("[1]", "holds a list, wanted an object"), (None, "cannot read")]
+    ("tree", "overrides", "words"),
+    [
+        ({"gradient_clipping": 0.5}, ["train.gradient_clipping=1"], "train.gradient_clipping is 1.0 and the DeepSpeed"),
+        ({"train_micro_batch_size_per_gpu": 4}, ["train.batch_size=8"], "train.batch_size is 8"),
+        ({"bf16": {"enabled": True}}, ["train.bf16=false"], "train.bf16 is False"),
+        ({"optimizer": {"params": {"lr": 1.0}}}, ["train.lr=0.5"], "optimizer.params.lr = 1.0"),
+        ({"train_batch_size": 7}, ["train.batch_size=4"], "train_batch_size is 7, but 4 images x 1"),
+        ({"optimizer": {"type": "Adam"}}, [], "optimizer.type: got 'Adam', wanted 'AdamW'"),
+        ({"optimizer": {"params": {"learning_rate": 1}}}, [], "optimizer.params has no 'learning_rate'"),
+        ({"optimizer": {"params": 3}}, [], "optimizer.params: got 3"),
+        ({"scheduler": {"type": "WarmupLR"}}, [], "'scheduler' is set by train.schedule"),
+        ({"elasticity": {}}, [], "'elasticity' was removed from DeepSpeed in 0.19"),
+        ({"zero_optimisation": {"stage": 2}}, [], "did you mean 'zero_optimization'?"),
+        ({"zero_optimization": 2}, [], "zero_optimization: got 2, wanted an object"),
+        ({"zero_optimization": {"stage": 4}}, [], "stage: got 4, wanted one of (0, 1, 2, 3)"),
+        ({"zero_optimization": {"stage": "2"}}, [], "stage: got '2'"),
+        ({"zero_optimization": {"stage": 3}}, ["model.moe.ep_size=2"], "set model.moe.ep_size=1, or use stage 2"),
+        ({"zero_optimization": {"stage": 2, "reduce_scatter": False}}, [], "reduce_scatter: experts under stage 2"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, [], 'reduce_bucket_size: "auto" is filled'),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, [], "the guard against NaN needs it"),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, [], "the guard against NaN needs it"),
+        ({"fp16": {"enabled": True}}, [], "fp16: not supported here"),
+        ({"bf16": True}, [], "bf16: got True, wanted an object"),
+        ({"gradient_accumulation_steps": 0}, [], "train.gradient_accumulation_steps: got 0"),
+        ({"optimizer": {"params": {"eps": "small"}}}, [], "train.eps: got 'small'"),
+    ],
 )
-def test_a_file_that_is_no_json_object(text, sentence, tmp_path):
+def test_contradictions_are_refused_in_one_sentence(tree, overrides, words):
+    assert words in refusal(tree, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "cannot read"),
+        ("", "is not JSON"),
+        ("{'a': 1}", "is not JSON"),
+        ("[1]", "holds a list, wanted an object"),
+    ],
+)
+def test_files_that_are_no_json(text, words, tmp_path):
     path = tmp_path / "ds.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError) as caught:
         read_ds_config(path)
+    assert words in str(caught.value)

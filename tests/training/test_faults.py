@@ -266,7 +266,7 @@ def test_a_signal_while_saving(pair):
         ("json", "ValueError: rank 0 and rank 1 differ in the DeepSpeed JSON"),
         ("data", "ValueError: rank 0 and rank 1 differ in training data: copy 0 and copy 1"),
         ("no data", "ValueError: rank 1: train.txt: no such list"),
-        ("experts", "holds another model: 60 tensors differ"),
+        ("experts", "is 4 x 24 there and 3 x 24 here"),
         ("heads", "holds another model"),
         ("backbone", "was trained on the backbone"),
         ("used", "already holds the metrics of a run and resume is 'never'"),
@@ -341,7 +341,8 @@ def test_the_others_end_and_name_the_rank(peers, worker):
     assert codes[0] in (ExitCode.FAILED, ExitCode.SILENT) and seconds < 100
     if worker is sleeps:
         assert codes[1] == ExitCode.SILENT
-        assert re.search(r"rank 1 on \S+ .*'data of step 2'", log)
+        # dead, silent or behind: both ranks' time is up at once; what it began last is as fresh as its last beat
+        assert re.search(r"rank 1 on \S+ (is dead|gave no sign of life|is behind).*the last thing", log), log
     else:
         assert codes[1] == -signal.SIGKILL
         assert re.search(r"rank 1 on \S+ is dead, the last thing it was known to begin is", log)

@@ -1,0 +1,77 @@
+"""The table of tasks holds together, and asking it for what is not there gets one sentence."""
+
+import numpy as np
+import pytest
+import torch
+
+from ase_dist.evaluation.metrics import build_metric
+from ase_dist.tasks import NYUD_TASKS, PASCAL_TASKS, TASKS_OF, nearest, select_tasks, voc_color
+
+pytestmark = pytest.mark.single_gpu
+ROWS = [(data, task) for data, table in TASKS_OF.items() for task in table.values()]
+
+
+@pytest.mark.parametrize(("data", "task"), ROWS)
+def test_rows_hold_together(data, task):
+    assert TASKS_OF[data][task.name] is task
+    assert task.channels == {"mask": 1, "edges": 1, "normals": 3, "depth": 1}.get(task.kind, task.channels)
+    assert task.loss_weight > 0
+    if task.kind == "classes":
+        assert len(task.class_names) == len(task.palette) == len(set(task.palette)) == task.channels
+
+
+@pytest.mark.parametrize(("data", "task"), ROWS)
+def test_the_metric_of_a_row_is_one_that_is_computed(data, task):
+    metric = build_metric(task)
+    shape = {"normals": (3, 4, 4), "depth": (1, 4, 4)}.get(task.kind, (4, 4))
+    is_float = task.kind in ("normals", "depth")
+    label = torch.ones(shape, dtype=torch.float32 if is_float else torch.uint8)
+    prediction = label if task.kind == "classes" else label.float()
+    metric.update(prediction, label)
+    assert task.metric in metric.result()
+
+
+def test_weights_are_those_of_m3vit():
+    weights = {name: task.loss_weight for name, task in PASCAL_TASKS.items()}
+    assert weights == {"semseg": 1, "human_parts": 2, "saliency": 5, "edge": 50, "normals": 10}
+
+
+def test_colours_are_those_of_pascal_voc():
+    """The devkit's own loop, written out."""
+    for index in range(256):
+        r = g = b = 0
+        number = index
+        for j in range(8):
+            r |= ((number >> 0) & 1) << (7 - j)
+            g |= ((number >> 1) & 1) << (7 - j)
+            b |= ((number >> 2) & 1) << (7 - j)
+            number >>= 3
+        assert voc_color(index) == (r, g, b)
+    assert len(np.unique([voc_color(i) for i in range(256)], axis=0)) == 256
+
+
+def test_tasks_come_in_the_order_asked_for():
+    assert [task.name for task in select_tasks("scenes", ["edge", "semseg"])] == ["edge", "semseg"]
+    assert select_tasks("pascal_context") == tuple(PASCAL_TASKS.values())
+    assert select_tasks("nyud") == tuple(NYUD_TASKS.values())
+
+
+@pytest.mark.parametrize(
+    ("data", "names", "words"),
+    [
+        ("pascal", None, "data.name: got 'pascal', wanted one of"),
+        ("scenes", ["depth"], "scenes has no task 'depth'"),
+        ("scenes", ["edges"], "did you mean 'edge'?"),
+        ("scenes", ["edge", "edge"], "each at most once"),
+        ("scenes", [], "at least one task"),
+    ],
+)
+def test_what_is_not_there(data, names, words):
+    with pytest.raises(ValueError) as caught:
+        select_tasks(data, names)
+    assert words in str(caught.value)
+
+
+def test_the_nearest_name():
+    assert nearest("semsg", PASCAL_TASKS) == ", did you mean 'semseg'?"
+    assert nearest("xyz", PASCAL_TASKS) == ""
