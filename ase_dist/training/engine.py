@@ -38,6 +38,7 @@ def initialize(model: nn.Module, config: ResolvedConfig, world: World, *, total_
         problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, problem["loc"]))
         raise ValueError(f"DeepSpeed JSON: {where}: got {problem['input']!r}; {problem['msg'].lower()}") from None
+    seam.undo_trial_step(engine)
     seam.use_true_gradient_norm(engine)
     return engine
 

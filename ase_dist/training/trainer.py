@@ -104,6 +104,7 @@ class Trainer:
         step = self.state.step + 1
         self.dog.beat(f"data of step {step}")
         batches = [next(self.train_loader).to(self.world.device) for _ in range(self._accumulation)]
+        self.dog.beat(f"label counts of step {step}")  # they wait for all ranks: who sleeps over its data is behind
         counts = mean_label_counts(batches, self.tasks, self.world)
         micro_steps = [self._micro_step(step, batch, counts) for batch in batches]
         self._judge(step, micro_steps)

@@ -60,12 +60,21 @@ def one_process(rank, folder):
     for name, config in RUNS.items():
         codes[name] = tiny_run(scenes, folder / name, *options(name), "eval.every=2", config=config)
         resume(scenes, folder, name, source=name, target=f"{name}_resumed")
+        if name == "z0":
+            start_again(scenes, folder / name, *options(name), "eval.every=2")
     for source, name in PATHS:
         path, target = folder / source / "checkpoints" / "step_3", folder / f"{source}_to_{name}"
         load_and_save(scenes, path, target, *options(name), config=RUNS[name])
     resume(scenes, folder, "z3", source="z1", target="z1_goes_on_as_z3")
     batches(scenes, folder)
     return codes
+
+
+def start_again(scenes, output, *more):
+    """Start a run that is over; what it had left behind is kept for comparison."""
+    for name in ("summary.json", "metrics.jsonl"):
+        (output / f"first_{name}").write_bytes((output / name).read_bytes())
+    tiny_run(scenes, output, *more)
 
 
 def batches(scenes, folder):
@@ -161,6 +170,21 @@ def test_another_stage_goes_on_as_the_first_would(runs):
     folder, _ = runs
     expected = {step: values for step, values in losses(folder / "z1").items() if step > 3}
     assert close(losses(folder / "z1_goes_on_as_z3"), expected, rel=1e-5)
+
+
+def test_a_run_that_is_over_stays_as_it_was(runs):
+    output = runs[0] / "z0"
+    first, again = (json.loads((output / f"{prefix}summary.json").read_text()) for prefix in ("first_", ""))
+    assert {**first, "peak_memory_bytes": 0} == {**again, "peak_memory_bytes": 0}
+    first, again = ((output / f"{prefix}metrics.jsonl").read_text().splitlines() for prefix in ("first_", ""))
+    assert again[:-1] == first and json.loads(again[-1])["kind"] == "run"
+
+
+def test_the_best_is_marked_and_kept(runs):
+    folder, _ = runs
+    best = (folder / "z2" / "checkpoints" / "best").read_text().strip()
+    summary = json.loads((folder / "z2" / "summary.json").read_text())
+    assert best == "step_6" and summary["best_step"] in (2, 4, 6)
 
 
 def test_the_written_settings_give_the_same_run(runs):
