@@ -58,10 +58,10 @@ def one_process(rank, folder):
     """All runs of this module, one after another; the exit codes of the first ones."""
     scenes, codes = Path((folder / "scenes").read_text()), {}
     for name, config in RUNS.items():
-        codes[name] = tiny_run(scenes, folder / name, *options(name), "eval.every=2", config=config)
+        codes[name] = tiny_run(scenes, folder / name, *options(name), "eval.every=3", config=config)
         resume(scenes, folder, name, source=name, target=f"{name}_resumed")
         if name == "z0":
-            start_again(scenes, folder / name, *options(name), "eval.every=2")
+            start_again(scenes, folder / name, *options(name), "eval.every=3")
     for source, name in PATHS:
         path, target = folder / source / "checkpoints" / "step_3", folder / f"{source}_to_{name}"
         load_and_save(scenes, path, target, *options(name), config=RUNS[name])
@@ -111,7 +111,7 @@ def test_a_run_leaves_everything_behind(runs, name):
     assert summary["peak_memory_bytes"] > 1e6 and summary["train_seconds"] > 0
     lines = metric_lines(folder / name)
     assert [*lines] == [1, 2, 3, 4, 5, 6] and {"lr", "epoch", "expert_load", "shared_gate"} <= lines[6].keys()
-    assert [*metric_lines(folder / name, "eval")] == [2, 4, 6]
+    assert [*metric_lines(folder / name, "eval")] == [3, 6]
     for file in ("env.json", "config.yaml", "ds_config.json", "train.log", "predictions/step_000006.png"):
         assert (folder / name / file).stat().st_size > 0
     assert "auto" not in (folder / name / "ds_config.json").read_text()
