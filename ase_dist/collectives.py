@@ -34,18 +34,6 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return total
 
 
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean of ``value`` over all ranks; its gradient is the local one, as data parallelism expects.
-
-    Data parallelism averages the ranks' gradients, so a function of the global mean has the gradient of one process
-    with the whole batch if each rank differentiates with respect to its own term.
-    """
-    if world_size() == 1:
-        return value
-    mean = all_reduce_sum(value) / world_size()
-    return value + (mean - value).detach()
-
-
 def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:

@@ -58,6 +58,11 @@ def gated(u: Tensor, gates: Tensor | None) -> Tensor:
     return (u.unflatten(-1, (gates.shape[-1], -1)) * gates.unsqueeze(-1)).flatten(-2).to(u.dtype)
 
 
+def gate_gradient(grad: Tensor, u: Tensor, gates: Tensor) -> Tensor:
+    """The gradient [..., N] of ``gated`` with respect to the gates, given that of its result, in their precision."""
+    return (grad.to(gates.dtype) * u).unflatten(-1, (gates.shape[-1], -1)).sum(dim=-1)
+
+
 def _autocast(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
@@ -92,8 +97,7 @@ class _LowRankLinear(torch.autograd.Function):
         grad_v_TR = grad_TO @ b_OR
         grad_u_TR = gated(grad_v_TR, gates_TN)
         if needs_gates:
-            products_TR = grad_v_TR.to(gates_TN.dtype) * u_TR
-            grad_gates = products_TR.unflatten(-1, (gates_TN.shape[-1], -1)).sum(dim=-1)
+            grad_gates = gate_gradient(grad_v_TR, u_TR, gates_TN)
         if needs_b:
             grad_b = grad_TO.T @ gated(u_TR, gates_TN)
 

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from ase_dist import collectives
 from ase_dist.collectives import Pending
-from ase_dist.moe.dispatch.base import FeedForward, Routed
+from ase_dist.moe.dispatch.base import FeedForward, Routed, joined
 from ase_dist.moe.experts import FFNBank, LoRABank, apply_all, grouped_ffn, lora_pairs
-from ase_dist.moe.lowrank import Activation, gated, rerun
+from ase_dist.moe.lowrank import Activation, gate_gradient, gated, rerun
 from ase_dist.moe.sharding import Shard
 
 
@@ -71,7 +71,7 @@ class AllToAllDispatch:
         journey, home_Tm, away_Mm = self._begin(tokens)
         home_gates = torch.cat([home_Tm, tokens.gates_TN[:, self._shard.routed :]], dim=1)
         away = lora_pairs(routed.tensors(), routed.places)
-        home = lora_pairs(_joined(routed, shared), routed.places)
+        home = lora_pairs(joined(routed.tensors(), shared), routed.places)
         trip = _Trip(journey, home_gates, away_Mm, home, away)
         h = _linear(tokens.x_TD, base.fc1, "fc1", trip)
         y_TD = _linear(h, base.fc2, "fc2", trip, activation=base.act)
@@ -112,11 +112,6 @@ class _Trip:
     away_gates: Tensor
     home: Mapping[str, tuple[Tensor, Tensor]]
     away: Mapping[str, tuple[Tensor, Tensor]]
-
-
-def _joined(routed: LoRABank, shared: LoRABank | None) -> dict[str, Tensor]:
-    others = {} if shared is None else shared.tensors()
-    return {name: torch.cat([t, others[name]]) if others else t for name, t in routed.tensors().items()}
 
 
 def _linear(x: Tensor, linear: nn.Module, place: str, trip: _Trip, *, activation: Activation | None = None) -> Tensor:
@@ -181,16 +176,11 @@ class _TravelLinear(torch.autograd.Function):
             grad_TO.T @ gated(u_TR, gates_TN),
             away_grad_u_MR.T @ rows_MD,
             grad_MO.T @ gated(away_u_MR, away_gates_Mm),
-            _gate_gradient(grad_v_TR, u_TR, gates_TN),
-            _gate_gradient(away_grad_v_MR, away_u_MR, away_gates_Mm),
+            gate_gradient(grad_v_TR, u_TR, gates_TN),
+            gate_gradient(away_grad_v_MR, away_u_MR, away_gates_Mm),
         )
         grad_h_TD.index_add_(0, journey.tokens_L, inbound.wait())
         return pull_back(grad_h_TD), None, None, *grads, None, None
-
-
-def _gate_gradient(grad_v: Tensor, u: Tensor, gates: Tensor) -> Tensor:
-    products = grad_v.to(gates.dtype) * u
-    return products.unflatten(-1, (gates.shape[-1], -1)).sum(dim=-1)
 
 
 def _gated_rows(x_MD: Tensor, gates_Mm: Tensor, bank: Mapping[str, Tensor], act: Activation) -> Tensor:
