@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ase_dist.config import DEFAULT_CONFIG, Settings, load_settings, setting_keys, shipped_configs, to_yaml
+from ase_dist.rows import rows
 
 USAGE = 2  # exit code for settings, data or checkpoints that cannot be used
 EPILOG = """examples:
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the config's")
     p.add_argument("--config", default=DEFAULT_CONFIG, help=f"a YAML file or one of: {', '.join(shipped_configs())}")
+    p.add_argument("--row", metavar="ROW", help=f"a row of the paper's comparison: {', '.join(rows())}")
     p.add_argument("--deepspeed", action="store_true", help="accepted for DeepSpeed's sake; it is always used")
     p.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed's JSON; without one: ZeRO 0")
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (see ``ase_dist.training.guards.ExitCode``)."""
     arguments = parser().parse_intermixed_args(argv)
     try:
-        settings = load_settings(arguments.config, arguments.settings)
+        settings = load_settings(arguments.config, arguments.settings, row=arguments.row)
         if arguments.print_config or arguments.print_keys:
             sys.stdout.write("\n".join(setting_keys()) + "\n" if arguments.print_keys else to_yaml(settings))
             return 0
@@ -74,12 +76,15 @@ def _train(arguments: argparse.Namespace, settings: Settings) -> int:
     from ase_dist.training.checkpoint import SaveError
     from ase_dist.training.ds_config import read_ds_config
     from ase_dist.training.guards import ExitCode, NonFiniteError
+    from ase_dist.training.runtime import JoinError
 
     work = run.dry_run if arguments.dry_run else run.run
     try:
         return int(work(settings, read_ds_config(arguments.deepspeed_config)))
     except ValueError as error:
         return _refuse(error)
+    except JoinError as error:
+        return _refuse(error, code=ExitCode.SILENT)
     except SaveError as error:
         return _refuse(error, code=ExitCode.NOT_SAVED)
     except NonFiniteError as error:

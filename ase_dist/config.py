@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ase_dist.rows import apply_row
 from ase_dist.tasks import nearest, select_tasks
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -56,10 +57,11 @@ class MoESettings(Section):
     experts: Literal["lora", "ffn"] = "lora"
     hidden: int | None = Field(None, ge=1, description="hidden width of an ffn expert; None: the base's over k + S")
     adapt: tuple[Literal["fc1", "fc2", "bypass"], ...] = ("fc1", "fc2")
-    gating: Literal["ase", "naive", "topk", "dense"] = "ase"
+    gating: Literal["ase", "naive", "topk", "renormalised", "separate", "dense"] = "ase"
     dispatch: Literal["auto", "local", "all_to_all", "gather"] = "auto"
     ep_size: int = Field(1, ge=1)
     every_n_blocks: int = Field(1, ge=1, description="a MoE layer in every n-th block; plain LoRA in the others")
+    shared_logit_warmup: int = Field(0, ge=0, description="steps over which the shared logits grow from 0 to full size")
     aux_losses: dict[Literal["mutual_information", "cv_squared", "switch", "z"], float] = Field(
         {"mutual_information": 0.005}, description="router regularisers and their weights"
     )
@@ -68,9 +70,12 @@ class MoESettings(Section):
 class ModelSettings(Section):
     """The backbone, its adapters and the heads."""
 
-    backbone: str = Field("vit_base_patch16_224", description="any timm vision transformer by name")
+    backbone: str = Field("vit_base_patch16_224", description="any timm vision transformer by name, or resnet18")
     backbone_args: dict[str, Any] = Field(default_factory=dict, description="passed to timm's constructor")
     pretrained: str = Field("none", description="'none', 'hub', 'scenes' (shipped) or a .safetensors/.pth file")
+    sharing: Literal["shared", "mtan", "nddr", "cross_stitch"] = Field(
+        "shared", description="ResNets only: how the tasks share features"
+    )
     init_from: str | None = Field(None, description="the folder of an exported model to start from, backbone included")
     tune: Literal["adapters", "full"] = Field("adapters", description="full trains the backbone's own weights too")
     lora_rank: int = Field(4, ge=0, description="rank of the LoRA on the linears outside the experts; 0: none")
@@ -113,6 +118,9 @@ class EvalSettings(Section):
     at_start: bool = Field(True, description="evaluate once before the first step")
     batch_size: int | None = Field(None, ge=1, description="images per device; None: as in training")
     pictures: int = Field(8, ge=0, description="validation images drawn into predictions/")
+    gradient_conflict_every: int = Field(
+        0, ge=0, description="steps between two measurements of the cosines between tasks' gradients; 0: none"
+    )
 
 
 class CheckpointSettings(Section):
@@ -159,13 +167,17 @@ class Settings(Section):
 # Reading
 
 
-def load_settings(config: str | Path | None = None, overrides: Iterable[str] = ()) -> Settings:
-    """Read a shipped config by name or a YAML file by path, then apply ``key=value`` overrides in order.
+def load_settings(
+    config: str | Path | None = None, overrides: Iterable[str] = (), *, row: str | None = None
+) -> Settings:
+    """Read a shipped config by name or a YAML file by path, change it into ``row``, then apply ``key=value`` overrides.
 
     Raises ValueError with one sentence: the key, what was got, what was wanted, and the nearest right name.
     """
     path = find_config(config or DEFAULT_CONFIG)
     tree = _read_yaml(path)
+    if row is not None:
+        apply_row(tree, row, lr=build_settings(tree).train.lr)
     for override in overrides:
         key, value = _parse_override(override)
         _set(tree, key, value)

@@ -68,7 +68,7 @@ def main() -> None:
         rows = [Row(**row) for row in json.loads(Path(folder, "rows.json").read_text())]
     _print(rows, arguments)
     if arguments.json:
-        from ase_dist.training.run_folder import write_atomic
+        from ase_dist.files import write_atomic
 
         machine = {"processor": platform.processor(), "cores": os.cpu_count(), "python": platform.python_version()}
         settings = {key: value for key, value in vars(arguments).items() if key != "json"}

@@ -51,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _plan(arguments: argparse.Namespace, settings: Settings) -> None:
     stages = _numbers("--zero", arguments.zero)
     ep_sizes = None if arguments.ep is None else _numbers("--ep", arguments.ep)
+    from ase_dist.files import write_atomic
     from ase_dist.training import plan as planning
-    from ase_dist.training.run_folder import write_atomic
+    from ase_dist.training import plan_report
 
     world, bandwidth, flops = arguments.world, arguments.bandwidth * 1e9, arguments.flops * 1e12
     ep_sizes = ep_sizes or planning.default_ep_sizes(settings, world=world, stages=stages)
@@ -60,13 +61,13 @@ def _plan(arguments: argparse.Namespace, settings: Settings) -> None:
         settings, world=world, ep_sizes=ep_sizes, stages=stages, bandwidth=bandwidth, flops=flops
     )
     tokens = settings.train.batch_size * sizes.tokens_per_image
-    sys.stdout.write(planning.report(sizes, plans, tokens=tokens, bandwidth=bandwidth, flops=flops) + "\n")
+    sys.stdout.write(plan_report.report(sizes, plans, tokens=tokens, bandwidth=bandwidth, flops=flops) + "\n")
     if arguments.plot is not None:
-        write_atomic(arguments.plot, planning.draw_crossover(sizes, ep_sizes=ep_sizes, tokens=tokens))
+        write_atomic(arguments.plot, plan_report.draw_crossover(sizes, ep_sizes=ep_sizes, tokens=tokens))
     if arguments.json is not None:
         given = {"config": arguments.config, "overrides": arguments.settings, "tokens_per_rank": tokens,
                  "bandwidth_bytes_per_second": bandwidth, "flops_per_second": flops}  # fmt: skip
-        write_atomic(arguments.json, json.dumps(planning.as_json(sizes, plans, **given), indent=2) + "\n")
+        write_atomic(arguments.json, json.dumps(plan_report.as_json(sizes, plans, **given), indent=2) + "\n")
 
 
 def _numbers(option: str, text: str) -> list[int]:

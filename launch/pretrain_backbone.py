@@ -27,9 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     from ase_dist.command import main as train
     from ase_dist.config import load_settings
+    from ase_dist.files import write_atomic
     from ase_dist.models.pretrained import FOLDER, save_backbone
     from ase_dist.training.checkpoint import open_checkpoint
-    from ase_dist.training.run_folder import write_atomic
 
     options = ["--deepspeed_config", args.deepspeed_config] if args.deepspeed_config else []
     code = train(["--config", CONFIG, *options, *args.settings])

@@ -1,6 +1,6 @@
 """Vision transformers from timm with a stream of tokens per task: backbone, adapters, heads and their sizes."""
 
-from ase_dist.models.build import build_model
+from ase_dist.models.build import MultiTaskModel, build_model
 from ase_dist.models.heads import HEADS
 from ase_dist.models.multitask import ModelOutput, MultiTaskViT
 from ase_dist.models.parameters import ParameterTable, parameter_groups, parameter_table
@@ -8,6 +8,7 @@ from ase_dist.models.parameters import ParameterTable, parameter_groups, paramet
 __all__ = [
     "HEADS",
     "ModelOutput",
+    "MultiTaskModel",
     "MultiTaskViT",
     "ParameterTable",
     "build_model",

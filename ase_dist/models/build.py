@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -14,6 +14,8 @@ from ase_dist.models.blocks import TaskBlock
 from ase_dist.models.heads import HEADS, TaskHead
 from ase_dist.models.lora import add_lora
 from ase_dist.models.multitask import MultiTaskViT
+from ase_dist.models.multitask_resnet import MultiTaskResNet, build_resnet_model
+from ase_dist.models.resnet import RESNETS, STRIDE, is_resnet
 from ase_dist.models.seeded import seeded_initialisation
 from ase_dist.moe import MoEFFN
 from ase_dist.seeding import derive_seed
@@ -23,11 +25,12 @@ if TYPE_CHECKING:
     from ase_dist.models.init_from import Start
 
 ExpertLayer = Literal["deepspeed", "plain"]
+MultiTaskModel = MultiTaskViT | MultiTaskResNet
 
 
 def build_model(
     settings: Settings, tasks: tuple[Task, ...], *, expert_layer: ExpertLayer = "deepspeed"
-) -> MultiTaskViT:
+) -> MultiTaskModel:
     """The model of ``settings`` for ``tasks``, on the CPU, every tensor a function of the seed and its own name.
 
     ``expert_layer``: 'deepspeed' for training under the engine; 'plain' layers need no DeepSpeed and hold all experts
@@ -36,8 +39,28 @@ def build_model(
     ``model.init_from`` starts from an exported model, with its backbone in place of ``model.pretrained``
     (``init_from.Start`` says what is taken).
 
+    A ResNet as ``model.backbone`` gives one of the convolutional rows, see ``multitask_resnet``.
+
     Raises ValueError naming the setting for whatever does not fit together.
     """
+    if is_resnet(settings.model.backbone):
+        return _build_resnet_model(settings, tasks)
+    if settings.model.sharing != "shared":
+        raise ValueError(
+            f"model.sharing: got {settings.model.sharing!r} for {settings.model.backbone}, wanted 'shared': the "
+            f"others are for {', '.join(RESNETS)}"
+        )
+    return _build_vit_model(settings, tasks, expert_layer)
+
+
+def _build_resnet_model(settings: Settings, tasks: tuple[Task, ...]) -> MultiTaskResNet:
+    side = settings.data.size // STRIDE
+    return build_resnet_model(
+        settings, lambda width: _build_heads(settings, tasks, HeadFacts(width, (side, side), STRIDE))
+    )
+
+
+def _build_vit_model(settings: Settings, tasks: tuple[Task, ...], expert_layer: ExpertLayer) -> MultiTaskViT:
     chosen = settings.model
     start = _start(chosen)
     backbone = build_backbone(
@@ -52,7 +75,7 @@ def build_model(
         start.fill_backbone(backbone)
     _freeze(backbone)
     blocks = _build_blocks(backbone, chosen, len(tasks), seed=settings.seed, expert_layer=expert_layer)
-    heads = {task.name: _build_head(backbone, chosen, task, seed=settings.seed) for task in tasks}
+    heads = _build_heads(settings, tasks, HeadFacts(backbone.width, backbone.grid, backbone.patch))
     model = MultiTaskViT(backbone, blocks, heads, task_embedding=chosen.task_embedding)
     if start:
         start.fill_adapters(model)
@@ -127,8 +150,20 @@ def _without_experts(layer: nn.Module, moe: MoESettings) -> tuple[nn.Module, Seq
     return (core, ()) if core.base is None else (core.base, free)
 
 
-def _build_head(backbone: Backbone, chosen: ModelSettings, task: Task, *, seed: int) -> TaskHead:
+class HeadFacts(NamedTuple):
+    """What a head must know of features: their ``width`` and ``grid``, and ``patch``, the side of a cell in pixels."""
+
+    width: int
+    grid: tuple[int, int]
+    patch: int
+
+
+def _build_heads(settings: Settings, tasks: tuple[Task, ...], facts: HeadFacts) -> dict[str, TaskHead]:
+    return {task.name: _build_head(settings.model, task, facts, seed=settings.seed) for task in tasks}
+
+
+def _build_head(chosen: ModelSettings, task: Task, facts: HeadFacts, *, seed: int) -> TaskHead:
     with seeded_initialisation(seed, "heads", task.name):
         return HEADS[chosen.head](
-            backbone.width, task.channels, grid=backbone.grid, patch=backbone.patch, width=chosen.head_width
+            facts.width, task.channels, grid=facts.grid, patch=facts.patch, width=chosen.head_width
         )

@@ -6,7 +6,6 @@ they have in a checkpoint) and ``export.json`` (the card: tasks, image size, set
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -21,14 +20,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ase_dist.config import DataSettings, ModelSettings, Settings
-from ase_dist.models.build import build_model, moe_core
-from ase_dist.models.multitask import ModelOutput, MultiTaskViT
+from ase_dist.files import sha256_of
+from ase_dist.models.build import MultiTaskModel, build_model, moe_core
+from ase_dist.models.multitask import ModelOutput
 from ase_dist.moe import MoEFFN
 from ase_dist.tasks import Task
 
 CARD, WEIGHTS = "export.json", "model.safetensors"
 VERSION = 1
-BLOCK = 1 << 20  # bytes hashed at a time
 
 
 class ImageFacts(BaseModel):
@@ -97,7 +96,7 @@ class ExportedModel(nn.Module):
     {task: {metric: value}} is what the run's evaluation found, empty where there was none; ``card`` is everything.
     """
 
-    def __init__(self, model: MultiTaskViT, card: Card) -> None:
+    def __init__(self, model: MultiTaskModel, card: Card) -> None:
         super().__init__()
         self.model, self.card = model, card
         self.tasks, self.image = card.tasks, card.image
@@ -137,7 +136,7 @@ def open_export(path: str | PathLike[str]) -> Export:
     return Export(folder, card)
 
 
-def fill(model: MultiTaskViT, export: Export) -> None:
+def fill(model: MultiTaskModel, export: Export) -> None:
     """Copy every tensor of ``export`` into the model. ValueError, and nothing copied, unless names and shapes agree."""
     targets = named_tensors(model)
     wanted = {name: tuple(tensor.shape) for name, tensor in targets.items()}
@@ -152,7 +151,7 @@ def fill(model: MultiTaskViT, export: Export) -> None:
         targets[name].copy_(tensor)
 
 
-def named_tensors(model: MultiTaskViT) -> dict[str, Tensor]:
+def named_tensors(model: MultiTaskModel) -> dict[str, Tensor]:
     """The model's own tensors by global name, detached: what is copied into one changes the model.
 
     Names are those of the plain model, and the experts stand one by one as in ``blocks.3.mlp.fc1.A.07``. With sharded
@@ -182,15 +181,6 @@ def _parts(layer: MoEFFN, name: str, tensor: Tensor) -> Iterator[tuple[str, Tens
     digits = len(str(layer.num_experts - 1))
     for row, expert in enumerate(ids):
         yield f"{rest.replace('_', '.')}.{expert:0{digits}}", tensor[row]
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(BLOCK), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_card(path: Path) -> Card:

@@ -77,7 +77,7 @@ class MultiTaskViT(nn.Module):
 
         Raises ValueError for a task that the model does not have, for none and for one named twice.
         """
-        names = self.task_names if tasks is None else self._checked(tasks)
+        names = checked_tasks(tasks, self.task_names)
         streams = [self.task_names.index(name) for name in names]
         x_tBPD, layers = self._features(images_BCHW, streams)
         predictions = {name: self.heads[name](x) for name, x in zip(names, x_tBPD.unbind(0), strict=True)}
@@ -111,13 +111,14 @@ class MultiTaskViT(nn.Module):
             return tokens_BPD.expand(len(streams), -1, -1, -1)
         return self.task_embedding(tokens_BPD, streams)  # type: ignore[no-any-return]
 
-    def _checked(self, tasks: Sequence[str]) -> tuple[str, ...]:
-        for name in tasks:
-            if name not in self.task_names:
-                raise ValueError(
-                    f"tasks: the model has no task {name!r}, wanted some of {list(self.task_names)}"
-                    f"{nearest(name, self.task_names)}"
-                )
-        if isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks):
-            raise ValueError(f"tasks: got {tasks!r}, wanted a list of at least one task, each at most once")
-        return tuple(tasks)
+
+def checked_tasks(tasks: Sequence[str] | None, have: tuple[str, ...]) -> tuple[str, ...]:
+    """The tasks asked for (None: all that a model has); ValueError for one unknown, none or one named twice."""
+    if tasks is None:
+        return have
+    for name in tasks:
+        if name not in have:
+            raise ValueError(f"tasks: the model has no task {name!r}, wanted some of {list(have)}{nearest(name, have)}")
+    if isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks):
+        raise ValueError(f"tasks: got {tasks!r}, wanted a list of at least one task, each at most once")
+    return tuple(tasks)

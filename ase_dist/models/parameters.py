@@ -10,11 +10,17 @@ from torch import nn
 from ase_dist.models.heads import TaskHead
 from ase_dist.models.lora import LoRALinear
 from ase_dist.models.multitask import TaskEmbedding
+from ase_dist.models.sharing import Sharing
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.router import TaskRouter
 
-GROUPS = ("backbone", "routed", "shared", "router", "lora", "head", "task_embedding")
-OWNERS: dict[type[nn.Module], str] = {TaskHead: "head", TaskEmbedding: "task_embedding", TaskRouter: "router"}
+GROUPS = ("backbone", "sharing", "routed", "shared", "router", "lora", "head", "task_embedding")
+OWNERS: dict[type[nn.Module], str] = {
+    TaskHead: "head",
+    TaskEmbedding: "task_embedding",
+    TaskRouter: "router",
+    Sharing: "sharing",
+}
 
 
 @dataclass

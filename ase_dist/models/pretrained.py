@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,24 +12,27 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor
+from torch import Tensor, nn
+
+from ase_dist.files import replacing
 
 FOLDER = Path(__file__).parent / "pretrained"
 SHIPPED = "scenes"
-CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "pre_logits.")
+CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "pre_logits.", "fc.")
 BACKBONE = ("stem.", "blocks.", "norm.")
 FORMATS = (".safetensors", ".pth", ".pt")
 
 
-def from_hub(name: str, options: Mapping[str, Any]) -> VisionTransformer:
+def from_hub(name: str, options: Mapping[str, Any]) -> nn.Module:
     """timm's model with its own weights; ValueError with the way out if they cannot be had."""
     try:
-        return timm.create_model(name, pretrained=True, **options)
+        net: nn.Module = timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # timm's download raises the types of three HTTP libraries, and RuntimeError
         raise ValueError(
             f"model.pretrained: 'hub' could not give the weights of {name} ({type(error).__name__}: "
             f"{_first_line(error)}); with no way to the hub, set model.pretrained=FILE to a local .safetensors or .pth"
         ) from None
+    return net
 
 
 def load(vit: VisionTransformer, source: str, *, name: str) -> None:
@@ -45,9 +47,19 @@ def load(vit: VisionTransformer, source: str, *, name: str) -> None:
         converted = checkpoint_filter_fn(read_weights(path), vit, adapt_layer_scale=True)
     except RuntimeError as error:
         raise ValueError(f"model.pretrained: {path} does not fit {name}: {_first_line(error)}") from None
-    state = {key: value for key, value in converted.items() if not key.startswith(CLASSIFIER)}
-    _check_fit(state, vit.state_dict(), path=path, name=name)
-    vit.load_state_dict(state)
+    _copy(converted, vit, path=path, name=name)
+
+
+def load_plain(net: nn.Module, source: str, *, name: str) -> None:
+    """As ``load`` for a network that is no ViT: its tensors by timm's own names, none of them converted."""
+    path = shipped_file(name) if source == SHIPPED else Path(source).expanduser()
+    _copy(read_weights(path), net, path=path, name=name)
+
+
+def _copy(weights: Mapping[str, Tensor], net: nn.Module, *, path: Path, name: str) -> None:
+    state = {key: value for key, value in weights.items() if not key.startswith(CLASSIFIER)}
+    _check_fit(state, net.state_dict(), path=path, name=name)
+    net.load_state_dict(state)
 
 
 def shipped_file(name: str) -> Path:
@@ -71,12 +83,8 @@ def save_backbone(trained: Mapping[str, Tensor], path: Path) -> None:
     if not backbone:
         raise ValueError("save_backbone: the run trained no backbone; it needs model.tune=full")
     half = {name: tensor.half().contiguous() for name, tensor in backbone.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(half, temporary, metadata={"format": "pt"})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file(half, temporary, metadata={"format": "pt"})
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -52,13 +52,42 @@ def topk(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
     return Gates(probs_TN * active_TN, active_TN, probs_TN)
 
 
+def renormalised(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
+    """Softmax over all N logits, then the active ones divided by their sum: ``joint`` again, by another route.
+
+    exp(z_i) / sum_all over sum_active exp(z_j) / sum_all is exp(z_i) / sum_active exp(z_j), so the two differ by
+    rounding alone; a row of the normalisation ablation.
+    """
+    active_TN = _top_routed(logits_TN, k=k, num_shared=num_shared)
+    probs_TN = logits_TN.softmax(dim=-1)
+    chosen_TN = probs_TN * active_TN
+    return Gates(chosen_TN / chosen_TN.sum(dim=-1, keepdim=True), active_TN, probs_TN)
+
+
+def separate(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
+    """One softmax over the k best routed logits and another over the shared ones: the gates of each sum to 1."""
+    routed = logits_TN.shape[-1] - num_shared
+    active_TN = _top_routed(logits_TN, k=k, num_shared=num_shared)
+    masked_TN = logits_TN.masked_fill(~active_TN, -torch.inf)
+    parts = [part.softmax(dim=-1) for part in masked_TN.split([routed, num_shared], dim=-1)]
+    gates_TN = torch.cat(parts, dim=-1) if k else torch.cat([torch.zeros_like(parts[0]), parts[1]], dim=-1)
+    return Gates(gates_TN, active_TN, logits_TN.softmax(dim=-1))
+
+
 def dense(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
     """Every expert active with its softmax probability; k is not used. For tests and upper bounds."""
     probs_TN = logits_TN.softmax(dim=-1)
     return Gates(probs_TN, torch.ones_like(probs_TN, dtype=torch.bool), probs_TN)
 
 
-GATINGS: dict[str, Callable[..., Gates]] = {"ase": joint, "naive": naive, "topk": topk, "dense": dense}
+GATINGS: dict[str, Callable[..., Gates]] = {
+    "ase": joint,
+    "naive": naive,
+    "topk": topk,
+    "renormalised": renormalised,
+    "separate": separate,
+    "dense": dense,
+}
 
 
 def check_gating(gating: str, *, num_experts: int, k: int, num_shared: int) -> None:

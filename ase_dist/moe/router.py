@@ -27,6 +27,7 @@ class TaskRouter(nn.Module):
     ) -> None:
         super().__init__()
         self.k, self.num_shared, self.gating = k, num_shared, gating
+        self.shared_scale: Tensor | None = None
         self.weight = nn.Parameter(torch.empty(num_tasks, num_experts, dim))
         bound = 1 / math.sqrt(dim)  # nn.Linear's initialisation
         generator = torch.Generator().manual_seed(seed)
@@ -38,9 +39,18 @@ class TaskRouter(nn.Module):
         dtype = torch.promote_types(x_tTD.dtype, torch.float32)
         every = tasks == list(range(self.weight.shape[0]))
         weight_tND = (self.weight if every else torch.stack([self.weight[i] for i in tasks])).to(dtype)
+        if self.shared_scale is not None:
+            routed_tnD, shared_tSD = weight_tND.split([weight_tND.shape[1] - self.num_shared, self.num_shared], dim=1)
+            weight_tND = torch.cat([routed_tnD, shared_tSD * self.shared_scale], dim=1)
         with torch.autocast(x_tTD.device.type, enabled=False):
             logits_tTN = torch.bmm(x_tTD.to(dtype), weight_tND.transpose(1, 2))
         return logits_tTN, GATINGS[self.gating](logits_tTN, k=self.k, num_shared=self.num_shared)
+
+    def scale_shared_logits(self, scale: float) -> None:
+        """From now on multiply the logits of the shared experts by ``scale``; at 0 all of them are 0."""
+        if self.shared_scale is None:
+            self.shared_scale = torch.ones((), device=self.weight.device, dtype=torch.float32)
+        self.shared_scale.fill_(scale)
 
 
 def router_statistics(logits_tTN: Tensor, routing: Gates, *, over_ranks: bool) -> RouterStatistics:

@@ -18,6 +18,7 @@ from ase_dist.models import ParameterTable, build_model, parameter_table
 from ase_dist.tasks import Task, select_tasks
 from ase_dist.training import engine as engines
 from ase_dist.training import runtime
+from ase_dist.training.conflict import check_conflict_settings
 from ase_dist.training.ds_config import ResolvedConfig
 from ase_dist.training.runtime import World
 
@@ -52,6 +53,7 @@ def build(config: ResolvedConfig, world: World) -> Parts:
     """Data, model and engine. Raises ValueError on all ranks where one of them cannot be had on one rank."""
     settings = config.settings
     tasks = select_tasks(settings.data.name, settings.tasks)
+    check_conflict_settings(settings, num_tasks=len(tasks), zero_stage=config.zero_stage)
     runtime.seed_everything(settings.seed, rank=world.rank)
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
     train_loader = everywhere(lambda: build_train_loader(settings, tasks, **place))

@@ -18,8 +18,9 @@ import ase_dist
 from ase_dist.config import ModelSettings, Settings, load_settings
 from ase_dist.data.loader import build_eval_loader
 from ase_dist.data.transforms import IMAGE_MEAN, IMAGE_STD
-from ase_dist.models import MultiTaskViT, build_model
-from ase_dist.models.exported import CARD, WEIGHTS, Card, ImageFacts, load, named_tensors, sha256_of
+from ase_dist.files import fsync, sha256_of, write_atomic
+from ase_dist.models import MultiTaskModel, build_model
+from ase_dist.models.exported import CARD, WEIGHTS, Card, ImageFacts, load, named_tensors
 from ase_dist.tasks import Task, nearest, select_tasks
 from ase_dist.training.build import frozen_digest
 from ase_dist.training.checkpoint import Checkpoint
@@ -28,7 +29,6 @@ from ase_dist.training.checkpoint.files import TEMPORARY, discard, make_empty, p
 from ase_dist.training.checkpoint.verify import verify
 from ase_dist.training.evaluate import Gallery, Results, evaluate
 from ase_dist.training.named_state import trained_entries
-from ase_dist.training.run_folder import fsync, write_atomic
 
 LOGGER = logging.getLogger("ase_dist")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -58,7 +58,7 @@ def export_run(run: str | Path, out: str | Path, *, checkpoint: str = "newest", 
 
 def write_export(
     out: Path,
-    model: MultiTaskViT,
+    model: MultiTaskModel,
     settings: Settings,
     tasks: tuple[Task, ...],
     *,
@@ -117,7 +117,7 @@ def choose_checkpoint(run: Path, wanted: str) -> Checkpoint:
 # The model
 
 
-def _rebuild(settings: Settings, tasks: tuple[Task, ...], checkpoint: Checkpoint) -> MultiTaskViT:
+def _rebuild(settings: Settings, tasks: tuple[Task, ...], checkpoint: Checkpoint) -> MultiTaskModel:
     """The plain model with the checkpoint's weights; ValueError unless backbone and tensors are the run's own."""
     plain = settings.model.model_copy(update={"checkpoint_activations": "none"})
     model = build_model(settings.model_copy(update={"model": plain}), tasks, expert_layer="plain")

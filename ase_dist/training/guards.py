@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ase_dist.collectives import all_reduce_sum, gather_objects, rank, world_size
-from ase_dist.training.run_folder import write_atomic
+from ase_dist.files import write_atomic
 
 STDERR = 2
 GRACE = 10.0  # seconds that a file system gets to take the last words

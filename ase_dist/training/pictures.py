@@ -20,8 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
+from ase_dist.files import write_atomic
 from ase_dist.tasks import IGNORE, Task
-from ase_dist.training.run_folder import write_atomic
 
 PerImage = Tensor | Sequence[Tensor]  # [B, ...], or B tensors of different sizes
 Tile = NDArray[np.uint8]  # [h, w, 3]

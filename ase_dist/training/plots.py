@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from ase_dist.files import write_atomic
 from ase_dist.tasks import TASKS_OF, Task
 from ase_dist.training.recorder import FILE, read_metrics
-from ase_dist.training.run_folder import write_atomic
 
 Record = Mapping[str, Any]
 Array = NDArray[np.float64]

@@ -10,6 +10,8 @@ run     tasks (names, in the model's order), data (the data set's name), shared_
 train   loss, losses {task: loss}; and where there are experts: expert_load [layers][tasks][N], the
         share of the task's tokens for which an expert was active; mean_gates [layers][tasks][N];
         shared_gate [layers][tasks], the mean over tokens of the shared experts' gates together
+conflict  cosines [tasks][tasks] between the tasks' gradients on the shared experts, cosines_by_layer
+        [layers], the mean over pairs of tasks, conflicting, the share of pairs below 0
 eval    metrics {task: {metric: value}}; trivial, of the same form, for a predictor that learned nothing
 ======  ===============================================================================================
 
@@ -25,7 +27,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from ase_dist.training.run_folder import write_atomic
+from ase_dist.files import write_atomic
 
 FILE = "metrics.jsonl"
 ARRAY_DIGITS = 5  # significant digits of numbers in arrays; layers x tasks x N of them a line fill disks

@@ -21,6 +21,8 @@ from typing import Any
 
 import psutil
 
+from ase_dist.files import write_atomic
+
 LOGGER = logging.getLogger("ase_dist")
 PACKAGES = ("ase-dist", "torch", "torchvision", "deepspeed", "timm", "numpy", "safetensors")
 LOG_FORMAT = "%(asctime)s [rank {rank}] %(levelname)s %(message)s"
@@ -110,35 +112,6 @@ def close_logs() -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
-
-
-def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Replace ``path`` by ``data`` (text as UTF-8), or leave it as it was: whoever reads never sees half a file.
-
-    Makes the parent folder where it is missing. Raises OSError, and takes its temporary file away again.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync(path.parent)  # a rename is on disk only when its folder is
-
-
-def fsync(path: Path) -> None:
-    """Return when a file's bytes, or a folder's names, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _probe(folder: Path) -> None:

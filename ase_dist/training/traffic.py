@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ase_dist.models import MultiTaskViT
+from ase_dist.models import MultiTaskModel, MultiTaskViT
 from ase_dist.moe import MoEFFN
 
 
-def dispatch_summary(model: MultiTaskViT, *, images: int, dispatch: str) -> dict[str, Any]:
+def dispatch_summary(model: MultiTaskModel, *, images: int, dispatch: str) -> dict[str, Any]:
     """Bytes that a rank sends per micro-step, over all layers with experts, for ``images`` on each rank.
 
     ``gather_bytes`` are exact; ``all_to_all_bytes`` expect tokens to choose among experts evenly. Empty where no
@@ -42,6 +42,8 @@ def dispatch_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def tokens_per_image(model: MultiTaskViT) -> int:
-    """Tokens of one image in one task's stream, prefix tokens included."""
+def tokens_per_image(model: MultiTaskModel) -> int:
+    """Tokens of one image in one task's stream, prefix tokens included; 0 for a model that has no experts to serve."""
+    if not isinstance(model, MultiTaskViT):
+        return 0
     return int(model.stem.patch_embed.num_patches) + model.prefix

@@ -17,9 +17,11 @@ from ase_dist.data.batch import Batch
 from ase_dist.data.loader import EvalLoader, TrainLoader
 from ase_dist.evaluation.constant import ConstantPredictor
 from ase_dist.models import ModelOutput
+from ase_dist.moe.router import TaskRouter
 from ase_dist.tasks import Task
 from ase_dist.training import guards, losses
 from ase_dist.training.checkpoint import SaveError
+from ase_dist.training.conflict import forward_aside, gradient_conflict
 from ase_dist.training.console import StepProgress
 from ase_dist.training.evaluate import Gallery, evaluate
 from ase_dist.training.pictures import prediction_grid, save_png
@@ -65,6 +67,8 @@ class Trainer:
         self.dog = guards.Watchdog(folder.path, timeout=settings.guard.timeout)
         self.span = SpanStatistics(tasks, world, moe=settings.model.moe)
         self.stopping = False  # agreed upon by all ranks
+        self.measured_at = 0  # the last step whose gradient conflict was recorded
+        self._routers = [module for module in engine.module.modules() if isinstance(module, TaskRouter)]
 
     def train(self) -> guards.ExitCode:
         """Run until the last step or until a rank is asked to stop."""
@@ -119,6 +123,8 @@ class Trainer:
 
     def _micro_step(self, step: int, batch: Batch, counts: Tensor) -> MicroStep:
         self.dog.beat(f"forward of step {step}")
+        self._warm_shared_logits(step)
+        self._maybe_measure_conflict(step, batch, counts)
         output: ModelOutput = self.engine(batch.images)
         by_task, total = training_loss(output, batch, self.tasks, counts, self.settings.train.loss_weights)
         self.dog.beat(f"backward of step {step}")
@@ -127,6 +133,25 @@ class Trainer:
         detached = {name: loss.detach() for name, loss in by_task.items()}
         return MicroStep(detached, total.detach(), output.aux_loss.detach(), output.expert_counts,
                          output.mean_gates, batch.names)  # fmt: skip
+
+    def _warm_shared_logits(self, step: int) -> None:
+        """Step 1 has shared logits of 0, the step after the warm-up and all later ones their full size."""
+        steps = self.settings.model.moe.shared_logit_warmup
+        if steps and self.settings.model.moe.enabled:
+            for router in self._routers:
+                router.scale_shared_logits(min(1.0, (step - 1) / steps))
+
+    def _maybe_measure_conflict(self, step: int, batch: Batch, counts: Tensor) -> None:
+        """Once a step that is due, at its first micro-step, by a forward pass of its own (see ``conflict``).
+
+        The engine's output will not do: DeepSpeed 0.19.8 takes any backward pass through it for the step's.
+        """
+        every = self.settings.eval.gradient_conflict_every
+        if every and (step == 1 or step % every == 0) and self.measured_at != step:
+            self.measured_at = step
+            output = forward_aside(self.engine.module, batch.images)
+            by_task = losses.task_losses(output.predictions, batch.labels, self.tasks, counts)
+            self.recorder.write("conflict", step=step, values=gradient_conflict(by_task, self.engine.module))
 
     def _judge(self, step: int, micro_steps: Sequence[MicroStep]) -> None:
         """Count the step, or report that it was skipped, or raise NonFiniteError; hear whether a rank is to stop."""
@@ -154,10 +179,10 @@ class Trainer:
     # Log, evaluate, save
 
     def _log(self) -> None:
-        """A line of metrics; at every checkpoint too, so that a resumed run's lines are those of one undisturbed."""
+        """A line of metrics; wherever a checkpoint may follow too, so that a resumed run's lines are the same ones."""
         step = self.state.step
         self.progress.advance(step)
-        due = step % self.settings.train.log_every == 0 or step == self.total_steps or self._save_is_due()
+        due = step % self.settings.train.log_every == 0 or self._save_is_due() or self._evaluation_is_due()
         if not due or self.span.is_empty:
             return
         values = self.span.take()
@@ -170,11 +195,14 @@ class Trainer:
         self._monitor([*events, ("train/images_per_second", values["images_per_second"], step)])
 
     def _maybe_evaluate(self) -> None:
-        every, step = self.settings.eval.every, self.state.step
-        is_start = step == 0 and self.settings.eval.at_start
-        due = is_start or step == self.total_steps or (every and step and step % every == 0)
-        if due and not self.stopping and self.state.history.evaluated_at != step:
+        is_start = self.state.step == 0 and self.settings.eval.at_start
+        if (is_start or self._evaluation_is_due()) and not self.stopping:
             self._evaluate()
+
+    def _evaluation_is_due(self) -> bool:
+        every, step = self.settings.eval.every, self.state.step
+        due = step == self.total_steps or bool(every and step and step % every == 0)
+        return due and self.state.history.evaluated_at != step
 
     def _evaluate(self) -> None:
         """Evaluate on all ranks, unless one is asked to stop; rank 0 records it and draws the pictures."""
@@ -218,8 +246,11 @@ class Trainer:
             self.state.save(self.engine, self.train_loader)
 
     def _save_is_due(self) -> bool:
+        """Also after the best evaluation so far, whose weights would be lost with the next step."""
         every, step = self.settings.checkpoint.every, self.state.step
-        return self.stopping or (step > 0 and (step == self.total_steps or bool(every and step % every == 0)))
+        is_best = self.state.history.best_step == step
+        periodic = step == self.total_steps or is_best or bool(every and step % every == 0)
+        return self.stopping or (step > 0 and periodic)
 
     def _monitor(self, events: list[tuple[str, float, int]]) -> None:
         """Scalars to TensorBoard, CSV or W&B, as DeepSpeed's JSON says; it writes on rank 0 only."""

@@ -40,7 +40,7 @@ def reference_gates(logits, *, gating, k, num_shared):
     z, shared = list(logits[:n]), list(logits[n:])
     best = sorted(range(n), key=lambda i: -z[i])[:k]
     gates = [torch.zeros_like(logits[0])] * len(logits)
-    if gating == "ase":  # Eq. 8-9
+    if gating in ("ase", "renormalised"):  # Eq. 8-9; the two are the same function
         total = sum(z[i].exp() for i in best) + sum(s.exp() for s in shared)
         for i in [*best, *range(n, len(logits))]:
             gates[i] = logits[i].exp() / total
@@ -49,6 +49,10 @@ def reference_gates(logits, *, gating, k, num_shared):
             gates[i] = z[i].exp() / sum(v.exp() for v in z)
         for i in range(n, len(logits)):
             gates[i] = torch.ones_like(logits[0])
+    elif gating == "separate":
+        for ids in (best, range(n, len(logits))):
+            for i in ids:
+                gates[i] = logits[i].exp() / sum(logits[j].exp() for j in ids)
     else:  # Eq. 1-3; dense keeps all
         for i in best if gating == "topk" else range(len(logits)):
             gates[i] = logits[i].exp() / sum(v.exp() for v in logits)

@@ -70,9 +70,29 @@ def test_the_layer_weighs_and_adds_the_losses():
     assert routed(aux_losses={})[0](x).aux_loss == 0
 
 
-@pytest.mark.parametrize("gating", ["ase", "naive", "dense"])
+@pytest.mark.parametrize("gating", ["ase", "naive", "renormalised", "separate", "dense"])
 def test_counts_and_mean_gates_are_those_of_the_gates(gating):
     layer, x, *_ = routed(gating)
     result, gates = layer(x), layer.gates(x)
     assert torch.equal(result.expert_counts, (gates > 0).sum(dim=1))
     torch.testing.assert_close(result.mean_gates, gates.mean(dim=1))
+
+
+def test_scaled_shared_logits_are_those_of_a_router_with_scaled_rows():
+    layer, x, logits, _ = routed(num_shared=2)
+    layer.router.scale_shared_logits(0.0)
+    assert not layer.router(x, [0, 1, 2])[0][..., -2:].any()
+    layer.router.scale_shared_logits(0.25)
+    got, routing = layer.router(x, [0, 1, 2])
+    torch.testing.assert_close(got, torch.cat([logits[..., :4], logits[..., 4:] / 4], dim=-1))
+    torch.testing.assert_close(routing.gates.sum(-1), torch.ones_like(routing.gates[..., 0]))
+    layer.router.scale_shared_logits(1.0)
+    assert torch.equal(layer.router(x, [0, 1, 2])[0], logits)
+
+
+def test_the_scale_reaches_the_gradient_of_shared_rows_alone():
+    layer, x, *_ = routed(num_shared=2)
+    whole = torch.autograd.grad(layer.router(x, [0, 1, 2])[0].square().sum(), layer.router.weight)[0]
+    layer.router.scale_shared_logits(0.5)
+    half = torch.autograd.grad(layer.router(x, [0, 1, 2])[0].square().sum(), layer.router.weight)[0]
+    torch.testing.assert_close(half, torch.cat([whole[:, :4], whole[:, 4:] / 4], dim=1))

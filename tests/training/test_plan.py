@@ -14,16 +14,14 @@ from ase_dist.moe.dispatch import LayerShape
 from ase_dist.tasks import select_tasks
 from ase_dist.training.plan import (
     ModelSizes,
-    as_json,
     default_ep_sizes,
     dispatch_bytes,
-    draw_crossover,
     make_plans,
     measure,
     plan,
     reduction_bytes,
-    report,
 )
+from ase_dist.training.plan_report import as_json, draw_crossover, report
 
 pytestmark = pytest.mark.single_gpu
 

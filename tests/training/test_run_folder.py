@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ase_dist.training import run_folder
-from ase_dist.training.run_folder import LOGGER, RunFolder, close_logs, environment, hide_secrets, write_atomic
+from ase_dist.training.run_folder import LOGGER, RunFolder, close_logs, environment, hide_secrets
 
 pytestmark = pytest.mark.single_gpu
 
@@ -64,30 +63,6 @@ def test_resume_never_refuses_a_folder_with_metrics(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"output=FOLDER.*resume=auto"):
         folder.refuse_used(resume="never")
     folder.refuse_used(resume="auto")
-
-
-def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "deep" / "summary.json"
-    write_atomic(path, "old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(run_folder.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomic(path, b"new")
-    assert path.read_text() == "old"
-    assert names(path.parent) == ["summary.json"]
-
-
-def test_the_data_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replacing first and syncing later loses both versions when the power goes."""
-    events: list[str] = []
-    real_fsync, real_replace = os.fsync, Path.replace
-    monkeypatch.setattr(run_folder.os, "fsync", lambda fd: (events.append("fsync"), real_fsync(fd))[1])
-    monkeypatch.setattr(Path, "replace", lambda a, b: (events.append("replace"), real_replace(a, b))[1])
-    write_atomic(tmp_path / "a", "text")
-    assert events == ["fsync", "replace", "fsync"]
 
 
 @pytest.mark.parametrize(("rank", "files"), [(0, ["rank_0.log", "train.log"]), (3, ["rank_3.log"])])

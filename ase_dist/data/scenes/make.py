@@ -8,22 +8,19 @@ from a training process whose libraries have started threads, and from a daemon.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
 import os
 import shutil
 import sys
-import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ase_dist.data.cache import cache_folder, cores, flush, follow, locked, remove
 from ase_dist.data.scenes.layout import VAL_START, make_folders, write_lists
 from ase_dist.data.scenes.render import RENDERER_VERSION
 from ase_dist.data.scenes.worker import render_here, render_in_workers
+from ase_dist.files import fsync
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +29,6 @@ STARTUP = 8  # a process takes as long to start as about so many scenes to rende
 MOST_WORKERS = (
     16  # by default: enough for hundreds of scenes a second, and a container may own fewer cores than it sees
 )
-LOG_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -56,12 +52,6 @@ class SceneSet:
         return [*range(self.train), *range(VAL_START, VAL_START + self.val)]
 
 
-def cache_folder() -> Path:
-    """Where data sets are kept unless told otherwise: ``$XDG_CACHE_HOME/ase_dist`` or ``~/.cache/ase_dist``."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "ase_dist"
-
-
 def ensure_scenes(root: Path | None, *, train: int, val: int, size: int, seed: int, workers: int | None = None) -> Path:
     """The folder of a generated data set in the layout of PASCAL_MT, made now if it is not there yet.
 
@@ -77,11 +67,10 @@ def ensure_scenes(root: Path | None, *, train: int, val: int, size: int, seed: i
     if is_complete(place, wanted):
         return place
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with _locked(parent / f".{wanted.folder}.lock", place):
+        with locked(place):
             if not is_complete(place, wanted):
-                _remove_leftovers(place)
-                _make(place, wanted, workers if workers is not None else min(_cores(), MOST_WORKERS))
+                remove([*parent.glob(f".{place.name}.making-*"), place])
+                _make(place, wanted, workers if workers is not None else min(cores(), MOST_WORKERS))
     except OSError as error:
         raise type(error)(
             f"cannot make the generated scenes in {parent}: {error.strerror or error}; "
@@ -98,11 +87,6 @@ def is_complete(place: Path, wanted: SceneSet) -> bool:
         return False
 
 
-def _cores() -> int:
-    """Cores that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _checked(wanted: SceneSet, workers: int | None) -> SceneSet:
     for name, low, high in (("train", 1, VAL_START), ("val", 1, VAL_START), ("size", 32, 4096), ("seed", 0, 2**31 - 1)):
         value = getattr(wanted, name)
@@ -111,26 +95,6 @@ def _checked(wanted: SceneSet, workers: int | None) -> SceneSet:
     if workers is not None and workers < 1:
         raise ValueError(f"scenes: workers is {workers}, wanted at least 1, or None for one for each core")
     return wanted
-
-
-@contextlib.contextmanager
-def _locked(path: Path, place: Path) -> Iterator[None]:
-    """Hold the file's lock, which dies with its holder; the file itself stays."""
-    with path.open("a", encoding="ascii") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process is making %s; waiting for it", place)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _remove_leftovers(place: Path) -> None:
-    """Remove what makers that died left beside ``place``, and a folder there that is not whole; the lock is held."""
-    for old in [*place.parent.glob(f".{place.name}.making-*"), place]:
-        if old.exists():
-            log.info("removing %s, which an interrupted process left behind", old)
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def _make(place: Path, wanted: SceneSet, workers: int) -> None:
@@ -143,44 +107,11 @@ def _make(place: Path, wanted: SceneSet, workers: int) -> None:
         workers = min(workers, -(-len(numbers) // STARTUP))
         render = render_here if workers == 1 or not sys.executable else render_in_workers
         done = render(making, seed=wanted.seed, size=wanted.size, numbers=numbers, workers=workers)
-        _report(done, len(numbers), place)
+        follow(done, len(numbers), doing="rendering", did="rendered", things="scenes", where=f"into {place}")
         (making / MANIFEST).write_text(json.dumps(asdict(wanted), indent=1) + "\n", encoding="utf-8")
-        _flush(making)
+        flush(making)
         making.replace(place)
-        _flush_one(place.parent)
+        fsync(place.parent)
     finally:
         if making.exists():
             shutil.rmtree(making, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    """Bring every file of a folder to the disk before its name does; many at a time, which file systems like better."""
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(_flush_one, [folder, *folder.rglob("*")]))
-
-
-def _flush_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _report(done: Iterable[int], total: int, place: Path) -> None:
-    """Follow the rendering: a bar on a terminal, a line now and then elsewhere."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import track
-
-        for _ in track(done, "Rendering scenes", total=total, console=Console(stderr=True)):
-            pass
-        return
-    log.info("rendering %d scenes into %s", total, place)
-    started = last = time.monotonic()
-    for count, _ in enumerate(done, start=1):
-        now = time.monotonic()
-        if now - last > LOG_EVERY:
-            log.info("rendered %d of %d scenes, %.0f a second", count, total, count / (now - started))
-            last = now
-    log.info("rendered %d scenes in %.1f s", total, time.monotonic() - started)

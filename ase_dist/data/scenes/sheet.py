@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from ase_dist.data.scenes.layout import encode_normals
 from ase_dist.data.scenes.render import Scene, render_scene
+from ase_dist.files import replacing
 from ase_dist.tasks import PASCAL_TASKS, voc_color
 
 Bytes = NDArray[np.uint8]
@@ -62,13 +62,5 @@ def _grey(values: Bytes) -> Bytes:
 
 
 def _save(sheet: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as handle:
-            sheet.save(handle, "PNG", optimize=True)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        sheet.save(temporary, "PNG", optimize=True)

@@ -1,30 +1,18 @@
-"""Files and folders that survive a crash: hashes, fsync, folders that appear, are exchanged and go in one rename."""
+"""Folders that survive a crash: they appear, are exchanged and go in one rename each."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ase_dist.training.run_folder import fsync
+from ase_dist.files import fsync
 
 TEMPORARY = ".tmp-"  # being written
 ASIDE = ".old-"  # a whole folder, set aside until the one that replaces it is in place
 TRASH = ".trash-"  # being deleted
-BLOCK = 1 << 20
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes as hexadecimal digits; reads 1 MiB at a time and lets other threads run."""
-    digest, block = hashlib.sha256(), bytearray(BLOCK)
-    view = memoryview(block)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(view[:count])
-    return digest.hexdigest()
 
 
 def make_empty(folder: Path) -> None:

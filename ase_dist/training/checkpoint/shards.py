@@ -9,10 +9,10 @@ from typing import NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ase_dist.files import fsync, sha256_of
 from ase_dist.training.checkpoint.agree import describe
-from ase_dist.training.checkpoint.files import sha256_of, wait_until
+from ase_dist.training.checkpoint.files import wait_until
 from ase_dist.training.checkpoint.manifest import SUFFIX, FileEntry, file_entry
-from ase_dist.training.run_folder import fsync
 
 Shard = tuple[str, Mapping[str, Tensor]]
 

@@ -18,6 +18,7 @@ from pydantic import JsonValue
 
 import ase_dist
 from ase_dist.collectives import rank, world_size
+from ase_dist.files import write_atomic
 from ase_dist.training.checkpoint.agree import RankError, describe, on_every_rank, on_rank_zero
 from ase_dist.training.checkpoint.catalog import (
     BEST,
@@ -40,7 +41,6 @@ from ase_dist.training.checkpoint.manifest import MANIFEST, FileEntry, json_dige
 from ase_dist.training.checkpoint.reader import Checkpoint, open_checkpoint
 from ase_dist.training.checkpoint.shards import Shard, Written, all_arrived, merge, write_shards
 from ase_dist.training.checkpoint.verify import verify
-from ase_dist.training.run_folder import write_atomic
 
 LOGGER = logging.getLogger(__name__)
 _PROBE = ".probe"
@@ -96,18 +96,27 @@ class CheckpointStore:
         self._damaged.discard(checkpoint_name(step))
         return self.folder / checkpoint_name(step)
 
-    def mark_best(self, step: int) -> None:
-        """Keep this step's checkpoint until another is marked.
+    def holds(self, step: int) -> bool:
+        """Whether there is a checkpoint of this step; it may be damaged."""
+        return on_rank_zero((self.folder / f"step_{step}" / MANIFEST).is_file)
+
+    def mark_best(self, step: int | None) -> None:
+        """Keep this step's checkpoint until another is marked; None takes the mark away.
 
         Raises on all ranks: ValueError if there is no such checkpoint, SaveError if the mark cannot be written.
         """
-        name = checkpoint_name(step)
-        if not on_rank_zero((self.folder / name / MANIFEST).is_file):
-            raise ValueError(f"mark_best: {self.folder} holds no {name}; save it first")
+        if step is not None and not self.holds(step):
+            raise ValueError(f"mark_best: {self.folder} holds no {checkpoint_name(step)}; save it first")
         try:
-            on_rank_zero(lambda: write_atomic(self.folder / BEST, f"{name}\n"))
+            on_rank_zero(lambda: self._write_mark(step))
         except RankError as error:
-            raise SaveError(f"{name} was not marked as the best: {error}; the mark before it stays") from None
+            raise SaveError(f"step {step} was not marked as the best: {error}; the mark before it stays") from None
+
+    def _write_mark(self, step: int | None) -> None:
+        if step is None:
+            (self.folder / BEST).unlink(missing_ok=True)
+        elif read_pointer(self.folder, BEST) != checkpoint_name(step):
+            write_atomic(self.folder / BEST, f"{checkpoint_name(step)}\n")
 
     @property
     def best(self) -> Path | None:

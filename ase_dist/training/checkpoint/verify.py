@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 from safetensors import SafetensorError, safe_open
 
 from ase_dist.collectives import gather_objects, rank, world_size
-from ase_dist.training.checkpoint.files import sha256_of
+from ase_dist.files import sha256_of
 from ase_dist.training.checkpoint.manifest import FileEntry, Manifest, read_manifest
 
 THREADS = 4  # per rank; hashing releases the interpreter's lock

@@ -1,0 +1,58 @@
+"""Files that survive a crash: written whole or not at all, brought to disk, hashed. Imports nothing of this package."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+BLOCK = 1 << 20  # bytes hashed at a time
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes as hexadecimal digits; reads 1 MiB at a time and lets other threads run."""
+    digest, block = hashlib.sha256(), bytearray(BLOCK)
+    view = memoryview(block)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(view[:count])
+    return digest.hexdigest()
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Replace ``path`` by ``data`` (text as UTF-8), or leave it as it was: whoever reads never sees half a file.
+
+    Makes the parent folder where it is missing. Raises OSError, and takes its temporary file away again.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path beside ``path`` for others to write to, such as ``save_file``; what stands there at the end replaces it.
+
+    Makes the parent folder where it is missing. After an error ``path`` is as it was and nothing lies beside it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        fsync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)  # a rename is on disk only when its folder is
+
+
+def fsync(path: Path) -> None:
+    """Return when a file's bytes, or a folder's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,102 @@
+"""How many floating-point operations a model takes, counted while it runs on tensors without data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import timm.layers
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from ase_dist.config import Settings
+from ase_dist.models.build import MultiTaskModel, build_model
+from ase_dist.tasks import select_tasks
+
+
+class Flops(NamedTuple):
+    """Of one image with all its tasks: two for each multiply-add of a product, a convolution or attention."""
+
+    forward: float
+    backward: float
+
+
+def bare_model(settings: Settings) -> MultiTaskModel:
+    """The model of ``settings`` on the meta device: its shapes alone; no weights are read, which change no size.
+
+    Raises ValueError as ``build_model`` does.
+    """
+    model = settings.model.model_copy(update={"pretrained": "none", "checkpoint_activations": "none"})
+    with torch.device("meta"):
+        return build_model(
+            settings.model_copy(update={"model": model}),
+            select_tasks(settings.data.name, settings.tasks),
+            expert_layer="plain",
+        )
+
+
+def count_flops(settings: Settings) -> Flops:
+    """Count one image through the model of ``settings``, forward and backward (without activation checkpointing).
+
+    LoRA experts compute densely in rank space; of feed-forward ones the active k are counted. Norms, activations,
+    biases and gates are left out, as torch's own counter does, whose formulas these are.
+    """
+    fused = timm.layers.use_fused_attn()
+    timm.layers.set_fused_attn(False)  # the counter sees attention only where it is two products
+    try:
+        model = bare_model(settings)
+    finally:
+        timm.layers.set_fused_attn(fused)
+    with FakeTensorMode():
+        _make_fake(model)
+        images = torch.empty(1, 3, settings.data.size, settings.data.size, dtype=torch.bfloat16)
+        with _Counter() as forward:
+            output = model(images)
+            total = torch.stack([p.sum() for p in output.predictions.values()]).sum() + output.aux_loss
+        with _Counter() as backward:
+            total.backward()
+    return Flops(forward.total, backward.total)
+
+
+def _grouped_mm_flops(a_shape: Any, b_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> float:
+    """Each of M rows meets one matrix: [M, K] times a bank [n, K, O], or [O, M] times [M, K] group by group."""
+    rows = a_shape[0] if len(b_shape) == 3 else a_shape[1]
+    return 2.0 * rows * b_shape[-1] * (a_shape[1] if len(b_shape) == 3 else a_shape[0])
+
+
+_FORMULAS = {  # torch (2.14) has none for these two
+    **flop_registry,
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
+    torch.ops.aten._grouped_mm: shape_wrapper(_grouped_mm_flops),
+}
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up torch's formulas; its own ``FlopCounterMode`` (2.14) fails where a backward pass calls autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Replace meta tensors by CPU tensors without data, under the fake mode that is on: autocast knows no 'meta'.
+
+    They are bf16, the one type for which torch (2.14) knows the shapes of grouped products.
+    """
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            fake = torch.empty(parameter.shape, dtype=torch.bfloat16)
+            setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
