@@ -299,3 +299,11 @@ def setting_keys(section: type[Section] = Settings, prefix: str = "") -> list[st
         else:
             keys.append(prefix + name)
     return keys
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings as one mapping by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found

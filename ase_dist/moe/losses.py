@@ -37,7 +37,9 @@ def mutual_information(stats: RouterStatistics) -> Tensor:
     joint_tN = stats.probs_tN / stats.probs_tN.shape[0]
     task_t1 = joint_tN.sum(dim=1, keepdim=True)
     expert_1N = joint_tN.sum(dim=0, keepdim=True)
-    return -(torch.xlogy(joint_tN, joint_tN) - torch.xlogy(joint_tN, task_t1 * expert_1N)).sum()
+    tiny = torch.finfo(joint_tN.dtype).tiny  # 0 log 0 = 0, and its gradient finite: naive shared experts have P = 0
+    ratio_tN = joint_tN.clamp(min=tiny).log() - (task_t1 * expert_1N).clamp(min=tiny).log()
+    return -(joint_tN * ratio_tN).sum()
 
 
 def cv_squared(stats: RouterStatistics) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ase_dist import __version__, collectives
-from ase_dist.config import Settings
+from ase_dist.config import Settings, flat
 from ase_dist.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader, data_fingerprint
 from ase_dist.models import ParameterTable, build_model, parameter_table
 from ase_dist.tasks import Task, select_tasks
@@ -127,11 +127,3 @@ def agree_on_start(settings: Settings, ds_config: Mapping[str, Any]) -> None:
     versions = {"the version of ase_dist": __version__, "the version of torch": torch.__version__}
     json_hash = hashlib.sha256(json.dumps(ds_config, sort_keys=True, default=str).encode()).hexdigest()[:16]
     agree({**flat(settings.model_dump(mode="json")), "the DeepSpeed JSON (SHA-256)": json_hash, **versions})
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of mappings as one mapping by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found

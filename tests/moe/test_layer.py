@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from ase_dist.moe import ASEMoE, MoEFFN, global_state, load_global_state
+from ase_dist.moe.losses import ROUTER_LOSSES
 from tests.moe.conftest import FFN, randomise, reference_layer
 
 pytestmark = pytest.mark.single_gpu
@@ -283,3 +284,13 @@ def test_parallelism_without_a_process_group_is_refused():
         ASEMoE(FFN(), ep_size=2, dispatch="local")
     with pytest.raises(ValueError, match="did you mean 'gather'"):
         ASEMoE(FFN(), dispatch="gathr")
+
+
+@pytest.mark.parametrize(("gating", "N", "k", "S", "r"), MODES)
+@pytest.mark.parametrize("loss", list(ROUTER_LOSSES))
+def test_every_mode_trains_with_every_router_loss(gating, N, k, S, r, loss):
+    layer = make(gating, N, k, S, r, aux_losses={loss: 0.1})
+    randomise(layer)
+    result = layer(tokens())
+    (result.output.square().mean() + result.aux_loss).backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)

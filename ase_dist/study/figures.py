@@ -1,0 +1,108 @@
+"""The plots of a study: gains by variant or along its axis, cost, shared gates, gradient conflict, heat maps."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from ase_dist.study.collect import mean_and_spread
+from ase_dist.training.plots import COLORS, DPI, STYLE
+
+Variants = Sequence[Mapping[str, Any]]
+GREY = "#666666"
+
+
+def draw(results: Mapping[str, Any], *, title: str, axis: str) -> dict[str, bytes]:
+    """PNG files by name: whatever the results have the numbers for."""
+    done = [variant for variant in results["variants"] if variant["seeds"]]
+    numbered = axis and all(variant["x"] is not None for variant in done if variant["group"])
+    plots: dict[str, Callable[[], Figure | None]] = {
+        "gains": lambda: _lines(done, "delta_m", title, axis, "Delta_m, %") if numbered else _bars(done, title),
+        "speed": lambda: _lines(done, "images_per_second", title, axis, "training images/s") if numbered else None,
+        "shared_gate": lambda: _curves(done, "shared_gate", "gate", "mean gate of the shared experts"),
+        "conflict": lambda: _curves(done, "conflict", "conflicting", "share of task pairs in conflict"),
+        "cosine": lambda: _curves(done, "conflict", "cosine", "mean cosine between tasks' gradients"),
+    }
+    drawn = {}
+    for name, plot in plots.items():
+        with rc_context(STYLE):
+            figure = plot()
+            if figure is not None:
+                drawn[f"{name}.png"] = _png(figure)
+    return drawn
+
+
+def _bars(variants: Variants, title: str) -> Figure | None:
+    """Delta_m by variant, whiskers of a standard deviation, one dot a seed (the paper's Fig. 2)."""
+    shown = [variant for variant in variants if variant["delta_m"]]
+    if not shown:
+        return None
+    figure = Figure(figsize=(7.0, 0.9 + 0.34 * len(shown)), layout="constrained")
+    ax = figure.subplots()
+    groups = list(dict.fromkeys(variant["group"] for variant in shown))
+    for y, variant in enumerate(shown):
+        mean, spread = mean_and_spread(variant["delta_m"])
+        color = COLORS[groups.index(variant["group"]) % len(COLORS)]
+        ax.barh(y, mean, xerr=spread if math.isfinite(spread) else None, color=color, alpha=0.75, height=0.66,
+                error_kw={"ecolor": "#222222", "elinewidth": 1.0, "capsize": 2.5})  # fmt: skip
+        known = [value for value in variant["delta_m"] if value is not None]
+        ax.plot(known, [y] * len(known), "o", color="#222222", markersize=2.5, zorder=3)
+    ax.set_yticks(range(len(shown)), [variant["label"] for variant in shown])
+    ax.invert_yaxis()
+    ax.axvline(0, color="#222222", linewidth=0.8)
+    ax.set(xlabel="Delta_m over the reference, %", title=title)
+    return figure
+
+
+def _lines(variants: Variants, key: str, title: str, axis: str, ylabel: str) -> Figure | None:
+    """A value along the study's axis, a line per group (Fig. 3a and 3b); a group without numbers is a dashed level."""
+    shown = [variant for variant in variants if variant[key]]
+    if not shown:
+        return None
+    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+    ax = figure.subplots()
+    for group, color in zip(dict.fromkeys(variant["group"] for variant in shown), COLORS, strict=False):
+        points = [(v["x"], *mean_and_spread(v[key])) for v in shown if v["group"] == group]
+        if points[0][0] is None:
+            ax.axhline(points[0][1], color=color, linestyle="--", linewidth=1.2, label=group)
+            continue
+        x, y, spread = (np.array(column, dtype=float) for column in zip(*sorted(points), strict=True))
+        ax.errorbar(x, y, yerr=np.nan_to_num(spread), color=color, marker="o", markersize=4, capsize=2.5, label=group)
+    xs = sorted({variant["x"] for variant in shown if variant["x"] is not None})
+    if xs and xs[0] > 0 and xs[-1] / xs[0] >= 4:
+        ax.set_xscale("log", base=2)
+        ax.minorticks_off()
+    ax.set_xticks(xs, [f"{x:g}" for x in xs])
+    ax.set(xlabel=axis, ylabel=ylabel, title=title)
+    ax.legend()
+    return figure
+
+
+def _curves(variants: Variants, kind: str, name: str, ylabel: str) -> Figure | None:
+    """A quantity over the steps, mean over seeds in bold and its range pale."""
+    shown = [variant for variant in variants if variant.get(kind, {}).get("steps")]
+    if not shown:
+        return None
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    ax = figure.subplots()
+    for variant, color in zip(shown, COLORS, strict=False):
+        steps, values = variant[kind]["steps"], np.array(variant[kind][name], dtype=float)
+        ax.plot(steps, values.mean(axis=1), color=color, marker="." if len(steps) < 30 else "", label=variant["label"])
+        ax.fill_between(steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15, linewidth=0)
+    if name == "cosine":
+        ax.axhline(0, color=GREY, linewidth=0.8)
+    ax.set(xlabel="step", ylabel=ylabel)
+    ax.legend()
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()

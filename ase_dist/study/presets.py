@@ -1,0 +1,63 @@
+"""On which data, at which size and for how long a study runs: small enough for two CPU cores, or the paper's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ase_dist.tasks import nearest
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A config, changed for a study.
+
+    ``convolutional`` are further changes for the rows on ResNets; ``pair`` two tasks that want different things;
+    ``sizes`` image sides for the study of resolution, ``steps`` the run's, None where the config's epochs say it.
+    """
+
+    config: str
+    title: str
+    steps: int
+    pair: tuple[str, str]
+    sizes: tuple[int, ...]
+    changes: dict[str, Any] = field(default_factory=dict)
+    convolutional: dict[str, Any] = field(default_factory=dict)
+
+
+QUIET = {"eval.at_start": False, "monitor.tensorboard": False, "checkpoint.keep": 1}
+
+PRESETS: dict[str, Preset] = {
+    "scenes": Preset(
+        "scenes",
+        "generated scenes",
+        steps=100,
+        pair=("semseg", "normals"),
+        sizes=(64, 96, 128, 160),
+        changes={**QUIET, "checkpoint.every": 50},
+    ),
+    "ccp": Preset(
+        "ccp",
+        "photographs of clothed people (ccp_mt)",
+        steps=75,
+        pair=("human_parts", "edge"),
+        sizes=(84, 112, 140, 168),
+        changes={**QUIET, "checkpoint.every": 25},
+    ),
+    "pascal": Preset(
+        "pascal_ase_16_3_1_4",
+        "PASCAL-Context",
+        steps=25000,  # 40 epochs of 4998 images in batches of 8
+        pair=("semseg", "normals"),
+        sizes=(224, 384, 512),
+        changes=QUIET,
+        convolutional={"model.pretrained": "hub"},
+    ),
+}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name; ValueError with the nearest one if there is none."""
+    if name not in PRESETS:
+        raise ValueError(f"--data: there is no {name!r}{nearest(name, PRESETS)} (data: {', '.join(PRESETS)})")
+    return PRESETS[name]

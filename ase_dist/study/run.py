@@ -1,0 +1,114 @@
+"""A study from beginning to end: its runs, its results, and the files that show them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ase_dist.files import write_atomic
+from ase_dist.study.collect import collect
+from ase_dist.study.figures import draw
+from ase_dist.study.jobs import Job, jobs_of, with_steps
+from ase_dist.study.presets import Preset, find_preset
+from ase_dist.study.runner import Runner, Slots
+from ase_dist.study.tables import as_csv, markdown
+from ase_dist.study.variants import Study, Variant, find_study, references
+
+LOGGER = logging.getLogger("ase_dist")
+DONE, FAILED, STOPPED = 0, 1, 75  # exit codes: all runs are done, some failed, ended by a signal
+
+
+def run_study(
+    name: str,
+    *,
+    data: str,
+    seeds: int,
+    out: Path | None = None,
+    steps: int | None = None,
+    only: Sequence[str] = (),
+    slots: Slots,
+    keep_checkpoints: bool = False,
+    train: bool = True,
+    overrides: Iterable[str] = (),
+) -> int:
+    """Run what is missing (unless ``train`` is false), then write results.json, .md and .csv and plots/*.png.
+
+    ``out`` is studies/NAME_DATA where None; ``only`` names the variants that are run and shown, with the reference.
+    Raises ValueError for whatever the runs would refuse, before the first of them starts.
+    """
+    study, preset = find_study(name), with_steps(find_preset(data), steps)
+    if seeds < 1:
+        raise ValueError(f"--seeds: got {seeds}, wanted 1 or more")
+    out = (out or Path("studies") / f"{name}_{data}").absolute()
+    variants = _chosen(study, preset, only)
+    jobs = jobs_of(variants, preset, seeds=seeds, out=out, overrides=overrides)
+    _write_facts(out, name, study, preset, variants, seeds=seeds)
+    code = DONE
+    if train:
+        runner = Runner(jobs, slots, keep_checkpoints=keep_checkpoints)
+        failed = runner.run()
+        code = STOPPED if runner.stopped else FAILED if failed else DONE
+    _write_results(out, study, preset, variants, jobs)
+    return code
+
+
+def _chosen(study: Study, preset: Preset, only: Sequence[str]) -> list[Variant]:
+    variants = study.variants(preset)
+    names = [variant.name for variant in variants]
+    for name in only:
+        if name not in names:
+            raise ValueError(f"--only: this study has no variant {name!r} (variants: {', '.join(names)})")
+    if not only:
+        return variants
+    by_reference = references(study, preset, variants)
+    wanted = {*only, *(by_reference[name] for name in only)}
+    return [variant for variant in variants if variant.name in wanted]
+
+
+def _write_facts(
+    out: Path, name: str, study: Study, preset: Preset, variants: Sequence[Variant], *, seeds: int
+) -> None:
+    facts = {
+        "name": name,
+        "title": study.title,
+        "data": preset.title,
+        "steps": preset.steps,
+        "seeds": list(range(seeds)),
+        "axis": study.axis,
+        "references": references(study, preset, variants),
+    }
+    write_atomic(out / "study.json", json.dumps(facts, indent=2) + "\n")
+
+
+def _write_results(out: Path, study: Study, preset: Preset, variants: Sequence[Variant], jobs: Sequence[Job]) -> None:
+    results = collect(variants, jobs, references(study, preset, variants))
+    text = markdown(study.title, f"{preset.title}, {preset.steps} steps a run", results)
+    write_atomic(out / "results.json", json.dumps(_storable(results), indent=2, allow_nan=False) + "\n")
+    write_atomic(out / "results.md", text)
+    write_atomic(out / "results.csv", as_csv(results))
+    for file, image in draw(results, title=f"{study.title} ({preset.title})", axis=study.axis).items():
+        write_atomic(out / "plots" / file, image)
+    _copy_heat_maps(out, study, jobs)
+    LOGGER.info("%s\nthe files are in %s", text, out)
+
+
+def _copy_heat_maps(out: Path, study: Study, jobs: Sequence[Job]) -> None:
+    """Expert activation by layer, early, midway and at the end, of one run of the variant chosen (Fig. 4)."""
+    job = next((job for job in jobs if job.variant == study.heat_map and job.is_done()), None)
+    for source in [] if job is None else sorted((job.folder / "plots").glob("expert*.png")):
+        (out / "plots").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, out / "plots" / source.name)
+
+
+def _storable(value: Any) -> Any:
+    """``value`` with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {name: _storable(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_storable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
