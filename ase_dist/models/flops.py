@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import timm.layers
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
@@ -38,27 +39,44 @@ def bare_model(settings: Settings) -> MultiTaskModel:
         )
 
 
+@contextmanager
+def on_fake_tensors(
+    settings: Settings, *, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[tuple[MultiTaskModel, Tensor]]:
+    """The model of ``settings`` and one image for it, without data: what runs inside computes shapes alone.
+
+    bf16 is the one type for which torch (2.14) knows the shapes of grouped products, which FFN experts need.
+    """
+    model = bare_model(settings)
+    with FakeTensorMode():
+        _make_fake(model, dtype)
+        yield model, torch.empty(1, 3, settings.data.size, settings.data.size, dtype=dtype)
+
+
 def count_flops(settings: Settings) -> Flops:
     """Count one image through the model of ``settings``, forward and backward (without activation checkpointing).
 
     LoRA experts compute densely in rank space; of feed-forward ones the active k are counted. Norms, activations,
     biases and gates are left out, as torch's own counter does, whose formulas these are.
     """
-    fused = timm.layers.use_fused_attn()
-    timm.layers.set_fused_attn(False)  # the counter sees attention only where it is two products
-    try:
-        model = bare_model(settings)
-    finally:
-        timm.layers.set_fused_attn(fused)
-    with FakeTensorMode():
-        _make_fake(model)
-        images = torch.empty(1, 3, settings.data.size, settings.data.size, dtype=torch.bfloat16)
+    with _unfused_attention(), on_fake_tensors(settings) as (model, image):
         with _Counter() as forward:
-            output = model(images)
+            output = model(image)
             total = torch.stack([p.sum() for p in output.predictions.values()]).sum() + output.aux_loss
         with _Counter() as backward:
             total.backward()
     return Flops(forward.total, backward.total)
+
+
+@contextmanager
+def _unfused_attention() -> Iterator[None]:
+    """timm's attention as two products while a model is built: the counter sees nothing of the fused one."""
+    fused = timm.layers.use_fused_attn()
+    timm.layers.set_fused_attn(False)
+    try:
+        yield
+    finally:
+        timm.layers.set_fused_attn(bool(fused))
 
 
 def _grouped_mm_flops(a_shape: Any, b_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> float:
@@ -89,14 +107,11 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-def _make_fake(model: nn.Module) -> None:
-    """Replace meta tensors by CPU tensors without data, under the fake mode that is on: autocast knows no 'meta'.
-
-    They are bf16, the one type for which torch (2.14) knows the shapes of grouped products.
-    """
+def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace meta tensors by CPU tensors without data, under the fake mode that is on: autocast knows no 'meta'."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            fake = torch.empty(parameter.shape, dtype=torch.bfloat16)
+            fake = torch.empty(parameter.shape, dtype=dtype)
             setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))

@@ -17,6 +17,7 @@ from ase_dist.models.flops import bare_model, count_flops
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.dispatch import LayerShape
 from ase_dist.moe.sharding import Shard
+from ase_dist.training.activations import measure_activations
 from ase_dist.training.ds_config import ZERO_STAGES, resolve
 from ase_dist.training.traffic import tokens_per_image
 
@@ -29,8 +30,9 @@ class ModelSizes:
     """What a plan needs of a model, all of it on one rank.
 
     ``frozen`` and ``dense`` (trained, without the routed experts) are elements; ``layers`` the MoE layers at size 1 in
-    the run's type; ``width`` bytes of a weight; tokens are those of all tasks; FLOPs are of one image. ``forwards`` is
-    how often a micro-step runs the blocks forward: 2 with activation checkpointing.
+    the run's type; ``width`` bytes of a weight; tokens are those of all tasks. FLOPs and ``activations``, the bytes
+    kept for the backward pass, are of one image. ``forwards`` is how often a micro-step runs the blocks forward: 2
+    with activation checkpointing.
     """
 
     frozen: int
@@ -40,6 +42,7 @@ class ModelSizes:
     tokens_per_image: int
     forward_flops: float
     backward_flops: float
+    activations: int = 0
     forwards: int = 1
 
     def sharded(self, ep_size: int) -> tuple[LayerShape, ...]:
@@ -67,6 +70,7 @@ class Plan:
     weights: int
     gradients: int
     optimizer: int
+    activations: int
     wire_dense: float
     wire_replicas: float
     wire_dispatch: Mapping[str, float]
@@ -77,8 +81,8 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Bytes of weights, gradients and optimiser state; activations come on top."""
-        return self.weights + self.gradients + self.optimizer
+        """Bytes of weights, gradients, optimiser state and what a micro-step keeps for its backward pass."""
+        return self.weights + self.gradients + self.optimizer + self.activations
 
 
 def make_plans(
@@ -141,6 +145,7 @@ def plan(
         weights=held * sizes.width,
         gradients=(divided if zero >= 2 else trained) * sizes.width,
         optimizer=(divided if zero >= 1 else trained) * state,
+        activations=batch * sizes.activations,
         wire_dense=dense_wire,
         wire_replicas=replica_wire,
         wire_dispatch=dispatch,
@@ -208,6 +213,7 @@ def measure(settings: Settings) -> ModelSizes:
         tokens_per_image=len(model.task_names) * tokens_per_image(model),
         forward_flops=flops.forward,
         backward_flops=flops.backward,
+        activations=measure_activations(settings, width=width).kept(settings.model.checkpoint_activations),
         forwards=1 if settings.model.checkpoint_activations == "none" else 2,
     )
 

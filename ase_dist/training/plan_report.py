@@ -16,8 +16,8 @@ MB = 1e6
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, by group size
 ASSUMPTIONS = (
     "Assumed: ring collectives; gradients travel in the weights' type; nothing overlaps, so step time = FLOPs / "
-    "sustained FLOP/s + bytes sent / bandwidth (latency left out); routing is even; Adam in float32; activations, "
-    "buffers and padding of ZeRO are not counted."
+    "sustained FLOP/s + bytes sent / bandwidth (latency left out); routing is even; Adam in float32; activations "
+    "are what autograd keeps of a micro-step, losses included; buffers and padding of ZeRO are not counted."
 )
 
 
@@ -29,11 +29,14 @@ def report(sizes: ModelSizes, plans: Sequence[Plan], *, tokens: int, bandwidth: 
         f"{bandwidth / 1e9:g} GB/s and {flops / 1e12:g} TFLOP/s per rank; "
         f"weights: {sizes.frozen:,} frozen, {sizes.dense:,} trained, {routed:,} of routed experts"
     )
-    memory = [(p.ep_size, p.zero, p.parameters, p.trained,
-               *(size / MB for size in (p.weights, p.gradients, p.optimizer, p.memory))) for p in plans]  # fmt: skip
+    memory = [
+        (p.ep_size, p.zero, p.parameters, p.trained,
+         *(size / MB for size in (p.weights, p.gradients, p.optimizer, p.activations, p.memory)))
+        for p in plans
+    ]  # fmt: skip
     wire = [_wire_row(p) for p in plans]
     titles = f"on each of {plans[0].world} ranks (MB)", "sent by each rank per optimiser step (MB), and its time (ms)"
-    held = ("EP", "ZeRO", "parameters", "trained", "weights", "gradients", "master+Adam", "sum")
+    held = ("EP", "ZeRO", "parameters", "trained", "weights", "gradients", "master+Adam", "activations", "sum")
     sent = ("EP", "ZeRO", "dense", "experts' replicas", *DISPATCHES, "auto", "crossover tokens",
             "compute ms", *(f"step ms, {name}" for name in ("local", *DISPATCHES)))  # fmt: skip
     return "\n".join([facts, table(titles[0], held, memory), table(titles[1], sent, wire), ASSUMPTIONS])

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.single_gpu
 LAUNCH = Path(__file__).parents[2] / "launch" / "plan.py"
 LAYER = LayerShape(routed=3, active=1, slots=3, ranks=1, row_values=10, expert_values=100, element_bytes=2)
 SIZES = ModelSizes(frozen=1000, dense=80, layers=(LAYER, LAYER), width=2, tokens_per_image=50,
-                   forward_flops=1e6, backward_flops=3e6)  # fmt: skip
+                   forward_flops=1e6, backward_flops=3e6, activations=7)  # fmt: skip
 SPEED = {"bandwidth": 1e6, "flops": 1e9}
 
 
@@ -57,7 +57,7 @@ def test_memory_by_hand():
         p = one(zero=zero)  # divided: 80 / 8 dense, 400 / 4 replicas of the experts
         assert (p.parameters, p.trained) == (held, 480)
         assert (p.weights, p.gradients, p.optimizer) == (2 * held, 2 * gradients, 12 * state)
-        assert p.memory == p.weights + p.gradients + p.optimizer
+        assert p.memory == p.weights + p.gradients + p.optimizer + 2 * 7  # of two images
     whole = one(zero=3, ep_size=1)
     assert whole.parameters == 1000 // 8 + 80 // 8 + 600 // 8
     assert (whole.gradients, whole.optimizer) == (2 * 85, 12 * 85)
