@@ -11,6 +11,7 @@ import numpy as np
 
 from ase_dist.config import Settings
 from ase_dist.evaluation.delta_m import delta_m, directions
+from ase_dist.evaluation.seeds import mean_and_spread
 from ase_dist.models.flops import count_flops
 from ase_dist.study.jobs import Job
 from ase_dist.study.variants import Variant
@@ -40,13 +41,6 @@ def collect(variants: Sequence[Variant], jobs: Sequence[Job], references: Mappin
 def task_of(results: Mapping[str, Any], name: str) -> Task:
     """The facts of a task in the results."""
     return select_tasks(str(results["data"]), (name,))[0]
-
-
-def mean_and_spread(values: Sequence[float | None]) -> tuple[float, float]:
-    """Mean and sample standard deviation over seeds; NaN where there are too few for either."""
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    mean = float(np.mean(known)) if known else math.nan
-    return mean, float(np.std(known, ddof=1)) if len(known) > 1 else math.nan
 
 
 # ---------------------------------------------------------------------------------------------------------------------

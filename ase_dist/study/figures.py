@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ase_dist.study.collect import mean_and_spread
+from ase_dist.evaluation.seeds import mean_and_spread
 from ase_dist.training.plots import COLORS, DPI, STYLE
 
 Variants = Sequence[Mapping[str, Any]]

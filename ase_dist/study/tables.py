@@ -8,7 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ase_dist.study.collect import mean_and_spread, task_of
+from ase_dist.evaluation.seeds import mean_and_spread
+from ase_dist.study.collect import task_of
 from ase_dist.tasks import Task
 
 MISSING = "-"

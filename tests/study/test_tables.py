@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ase_dist.study.collect import mean_and_spread
+from ase_dist.evaluation.seeds import mean_and_spread
 from ase_dist.study.tables import as_csv, markdown
 from ase_dist.study.variants import STUDIES, references
 

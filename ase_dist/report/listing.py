@@ -1,0 +1,131 @@
+"""The files of a run with what each is for, its checkpoints, and the commands that repeat it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ase_dist.report.text import plural, size
+
+MEANINGS = {
+    "config.yaml": "the merged settings; --config reads it again",
+    "ds_config.json": "DeepSpeed's JSON as the engine got it",
+    "env.json": "versions, commit, host, command line",
+    "train.log": "the log of rank 0",
+    "metrics.jsonl": "every number of the run",
+    "summary.json": "results, sizes, times, how it ended",
+    "predictions": "image, truth and prediction per task",
+    "plots": "the curves and heat maps as PNG",
+    "checkpoints": "portable checkpoints: safetensors and a manifest each",
+    "tensorboard": "the scalars for TensorBoard",
+    "settings": "the settings that each run was started with",
+    "runs": "a folder per variant and seed",
+    "study.json": "what was asked",
+    "results.json": "every result by variant and seed",
+    "results.md": "the table as Markdown",
+    "results.csv": "the values by seed",
+    "output.log": "what the run wrote to its terminal",
+}
+PATTERNS = {r"rank_\d+\.log": "the log of that rank", r"rank_\d+\.beat": "the last sign of life of that rank"}
+MOST = 60  # entries that are listed
+LINE = 100  # characters of a command before it goes on below
+LAUNCHER_OPTION = re.compile(r"--local[_-]rank(=.*)?$")
+
+
+class Entry(NamedTuple):
+    """A file, or a folder with all that is in it."""
+
+    name: str
+    size: str
+    meaning: str
+
+
+class Checkpoint(NamedTuple):
+    """One of the run's checkpoints; ``role`` says whether it is the newest or the best."""
+
+    name: str
+    size: str
+    role: str
+    is_whole: bool
+
+
+def list_files(folder: Path) -> tuple[list[Entry], int]:
+    """What lies in ``folder``, and how many entries more than are listed; temporary and hidden files left out."""
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    entries = [Entry(f"{path.name}/" if path.is_dir() else path.name, _describe(path), _meaning(path.name))
+               for path in paths[:MOST]]  # fmt: skip
+    return entries, max(0, len(paths) - MOST)
+
+
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
+    """The checkpoints in ``folder``, last saved first, judged by manifest and sizes; none where there is no folder."""
+    if not folder.is_dir():
+        return []
+    from ase_dist.training.checkpoint import catalog  # it imports torch, and many a run has no checkpoints
+
+    pointers = {pointer: catalog.read_pointer(folder, pointer) for pointer in (catalog.LATEST, catalog.BEST)}
+    return [
+        Checkpoint(found.name, _describe(folder / found.name),
+                   ", ".join(pointer for pointer, name in pointers.items() if name == found.name), found.is_whole)
+        for found in catalog.list_checkpoints(folder)
+    ]  # fmt: skip
+
+
+def commands(folder: Path, environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What repeats the run, with a word on each: the command as it was given, and its settings as they were merged."""
+    given = environment.get("command")
+    world = environment.get("world_size")
+    ranks = world if isinstance(world, int) else 1
+    found = []
+    if isinstance(given, list) and given:
+        found.append(("as it was started", _launched([str(word) for word in given], ranks)))
+    if (folder / "config.yaml").is_file():
+        again = ["launch/train.py", "--config", str(folder / "config.yaml")]
+        if (folder / "ds_config.json").is_file():
+            again += ["--deepspeed_config", str(folder / "ds_config.json")]
+        found.append(("from its own settings, into another folder",
+                      _launched([*again, f"output={folder}_again"], ranks)))  # fmt: skip
+    return found
+
+
+def _launched(words: Sequence[str], ranks: int) -> str:
+    """The command under a launcher where there were several ranks; which nodes they were on is not recorded."""
+    kept = [word for word in words if not LAUNCHER_OPTION.match(word)]
+    launcher = ["python"] if ranks == 1 else ["torchrun", "--nproc_per_node", str(ranks)]
+    return _folded([*launcher, *kept])
+
+
+def _folded(words: Sequence[str]) -> str:
+    """A shell command in lines of about ``LINE`` characters."""
+    lines = [shlex.quote(words[0])]
+    for word in map(shlex.quote, words[1:]):
+        if len(lines[-1]) + len(word) < LINE:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"    {word}")
+    return " \\\n".join(lines)
+
+
+def _describe(path: Path) -> str:
+    """The size of a file, the number and size of the files in a folder."""
+    if not path.is_dir():
+        return size(_bytes(path))
+    sizes = [_bytes(Path(root) / name) for root, _, names in os.walk(path) for name in names]
+    return f"{plural(len(sizes), 'file')}, {size(sum(sizes))}"
+
+
+def _bytes(path: Path) -> int:
+    """A file's size; 0 where it is gone, for a run at work replaces its files."""
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0
+
+
+def _meaning(name: str) -> str:
+    patterns = (text for pattern, text in PATTERNS.items() if re.fullmatch(pattern, name))
+    return MEANINGS.get(name) or next(patterns, "")

@@ -1,0 +1,101 @@
+"""From a folder to its page: which kind it is, the template, and the rules that keep the page to itself.
+
+The page loads nothing: its Content-Security-Policy allows pictures that are part of it, and the one style sheet and
+the one script whose hashes it names, so that text from a log or a file name could not run even if it got in as markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+import ase_dist
+from ase_dist.files import write_atomic
+from ase_dist.report import text
+from ase_dist.report.run_page import is_run, run_content
+from ase_dist.report.study_page import is_study, study_content
+
+ASSETS = Path(__file__).parent / "assets"
+DEFAULT_NAME = "report.html"
+POLICY = (
+    "default-src 'none'; img-src data:; style-src '{style}'; script-src '{script}'; base-uri 'none'; form-action 'none'"
+)
+
+
+def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page of a run's or a study's ``folder`` to ``out`` (``folder``/report.html where None); the file.
+
+    Raises ValueError with one sentence where ``folder`` is neither or ``out`` cannot be written.
+    """
+    folder = Path(folder)
+    out = folder / DEFAULT_NAME if out is None else Path(out)
+    template, content = _content(folder.absolute(), out.absolute())
+    try:
+        write_atomic(out, render(template, content))
+    except OSError as error:
+        raise ValueError(
+            f"--out: cannot write {str(out)!r} ({error.strerror or error}); name a file that can be written"
+        ) from None
+    return out
+
+
+def render(template: str, content: dict[str, Any]) -> str:
+    """The page; every value of ``content`` is escaped unless it is Markup, and one that is missing is an error."""
+    style, script = (_inline(ASSETS / name) for name in ("page.css", "page.js"))
+    return (
+        _templates()
+        .get_template(template)
+        .render(
+            content,
+            style=style,
+            script=script,
+            policy=POLICY.format(style=_hash(style), script=_hash(script)),
+            version=ase_dist.__version__,
+            made=time.strftime("%Y-%m-%d %H:%M"),
+        )
+    )
+
+
+@functools.cache
+def _templates() -> Environment:
+    """The templates, every one of which escapes."""
+    environment = Environment(
+        loader=PackageLoader("ase_dist.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {name: getattr(text, name) for name in ("significant", "plural")}
+    return environment
+
+
+def _content(folder: Path, out: Path) -> tuple[str, dict[str, Any]]:
+    kinds: list[tuple[Callable[[Path], bool], str, Callable[[], dict[str, Any]]]] = [
+        (is_study, "study.html", lambda: study_content(folder, out=out)),
+        (is_run, "run.html", lambda: run_content(folder)),
+    ]
+    for is_kind, template, content in kinds:
+        if is_kind(folder):
+            return template, content()
+    problem = "there is no such folder" if not folder.is_dir() else "it has none of the files that either leaves"
+    raise ValueError(f"{str(folder)!r} is neither a run's folder nor a study's: {problem}; name the output of a run")
+
+
+def _inline(path: Path) -> Markup:
+    """A file of ours as it stands in the page; what browsers hash is exactly this text."""
+    found = path.read_text(encoding="utf-8")
+    assert "</" not in found, f"{path.name} would end its own element"
+    return Markup(found)
+
+
+def _hash(source: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}"

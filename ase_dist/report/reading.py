@@ -1,0 +1,50 @@
+"""Reads files that may be missing, half-written or damaged; what is wrong with one is remembered as a sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ase_dist.training.recorder import FILE, read_metrics
+
+T = TypeVar("T")
+
+
+class Reader:
+    """Reads from ``folder``; ``problems`` are the sentences about what it could not read, missing files left out."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.problems: list[str] = []
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file; {} where there is none."""
+        return self.parsed(name, _object) or {}
+
+    def parsed(self, name: str, parse: Callable[[str], T]) -> T | None:
+        """What ``parse`` makes of a file's text; None where there is no such file or it makes nothing of it."""
+        path = self.folder / name
+        if not path.exists():
+            return None
+        try:
+            return parse(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            self.problems.append(f"{name} cannot be read: {' '.join(str(error).split())[:300]}.")
+            return None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; none where it is damaged before its end."""
+        try:
+            return read_metrics(self.folder / FILE)
+        except (OSError, ValueError) as error:
+            self.problems.append(f"{' '.join(str(error).split())}; the page shows no number of it.")
+            return []
+
+
+def _object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("it holds no object")
+    return found

@@ -1,0 +1,179 @@
+"""The numbers of a run for its page: what is missing, null or of another form counts as not recorded.
+
+A page must come of a run that was killed, edited or written by another version, so nothing here takes the form of a
+record for granted. The keys are those that ``ase_dist.training.recorder`` lists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ase_dist.tasks import TASKS_OF, Task
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values over steps; NaN where a value was not finite."""
+
+    steps: list[float]
+    values: list[float]
+
+    def __bool__(self) -> bool:
+        return any(math.isfinite(value) for value in self.values)
+
+    @property
+    def last(self) -> float:
+        """The last finite value, NaN where there is none."""
+        return next((value for value in reversed(self.values) if math.isfinite(value)), math.nan)
+
+    def scaled(self, factor: float) -> Series:
+        """The values in another unit."""
+        return Series(self.steps, [value * factor for value in self.values])
+
+    def smoothed(self) -> Series:
+        """The mean over a window of a twentieth of the series, shorter at the ends; NaN counts for nothing."""
+        half = len(self.values) // 40
+        values = np.array(self.values, dtype=np.float64)
+        known = np.isfinite(values)
+        sums, counts = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(known, values, 0.0), known))
+        low = np.maximum(np.arange(len(values)) - half, 0)
+        high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+        count = counts[high] - counts[low]
+        means = np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), math.nan)
+        return Series(self.steps, means.tolist())
+
+    def thinned(self, limit: int) -> Series:
+        """At most ``limit`` points: the least and the greatest of every stretch, so that no spike is lost."""
+        if len(self.values) <= limit:
+            return self
+        values = np.array(self.values, dtype=np.float64)
+        kept = {0, len(values) - 1}
+        for part in np.array_split(np.arange(len(values)), max(1, (limit - 2) // 3)):
+            known = part[np.isfinite(values[part])]
+            if len(known):
+                kept |= {int(known[values[known].argmin()]), int(known[values[known].argmax()])}
+            if len(known) < len(part):
+                kept.add(int(part[~np.isfinite(values[part])][0]))  # the gap
+        return Series([self.steps[i] for i in sorted(kept)], [self.values[i] for i in sorted(kept)])
+
+
+class Records:
+    """The records of one metrics.jsonl by kind, and what its newest "run" line says."""
+
+    def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self._records = records
+        run: Mapping[str, Any] = next((record for record in reversed(records) if record["kind"] == "run"), {})
+        self.data = str(run.get("data", ""))
+        self.tasks = _names(run.get("tasks"))
+        self.shared = sorted(value for value in _list(run.get("shared_experts")) if isinstance(value, int))
+
+    def of_kind(self, kind: str) -> list[Mapping[str, Any]]:
+        """The records of a kind, in order."""
+        return [record for record in self._records if record["kind"] == kind]
+
+    @property
+    def last_step(self) -> int:
+        """The last step that any record is about; -1 where there is none."""
+        return max((int(record["step"]) for record in self._records), default=-1)
+
+    def series(self, kind: str, *keys: str) -> Series:
+        """The numbers at the path ``keys`` of the records that have something there."""
+        found = [(record["step"], reach(record, *keys)) for record in self.of_kind(kind)]
+        pairs = [(float(step), value) for step, (is_there, value) in found if is_there]
+        return Series([step for step, _ in pairs], [number(value) for _, value in pairs])
+
+    def arrays(self, kind: str, key: str, *, ndim: int) -> dict[int, Array]:
+        """The arrays of ``ndim`` dimensions under ``key`` by step; all of the last one's shape, others are left out."""
+        found = {int(record["step"]): array(record.get(key), ndim=ndim) for record in self.of_kind(kind)}
+        whole = {step: value for step, value in found.items() if value is not None and value.size}
+        shape = whole[max(whole)].shape if whole else ()
+        return {step: value for step, value in whole.items() if value.shape == shape}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values of any form
+
+
+def number(value: Any) -> float:
+    """A finite number as a float, anything else as NaN."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    return float(value) if is_number and abs(value) < 1e300 else math.nan
+
+
+def array(value: Any, *, ndim: int) -> Array | None:
+    """Nested lists as an array, null as NaN; None where they are ragged, hold text or have other dimensions."""
+    try:
+        found = np.array(value, dtype=np.float64)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return found if found.ndim == ndim else None
+
+
+def reach(value: Any, *keys: str) -> tuple[bool, Any]:
+    """Whether there is something at the path ``keys``, and what."""
+    for key in keys:
+        if not isinstance(value, Mapping) or key not in value:
+            return False, None
+        value = value[key]
+    return True, value
+
+
+def branch(value: Any, *keys: str) -> Mapping[str, Any]:
+    """The mapping at the path ``keys``; an empty one where there is none."""
+    found = reach(value, *keys)[1]
+    return found if isinstance(found, Mapping) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _names(value: Any) -> list[str]:
+    return list(dict.fromkeys(str(name) for name in _list(value)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What the page says of a task; ``higher_is_better`` is None for one that no table has."""
+
+    name: str
+    title: str
+    metric: str
+    metric_title: str
+    higher_is_better: bool | None
+
+    @property
+    def arrow(self) -> str:
+        """Which way is better."""
+        return {True: "\u2191", False: "\u2193", None: ""}[self.higher_is_better]
+
+    @property
+    def direction(self) -> str:
+        """The same in words."""
+        return {True: "higher is better", False: "lower is better", None: ""}[self.higher_is_better]
+
+
+def task_facts(data: str, name: str, *, metrics: Sequence[str] = ()) -> TaskFacts:
+    """The task's row in the table of the data set, of any data set where that does not have it.
+
+    ``metrics`` are those that were recorded: where the row's own is not among them, or there is no row, the first
+    stands for the task and its direction is not known.
+    """
+    tables = [TASKS_OF.get(data, {}), *TASKS_OF.values()]
+    task: Task | None = next((table[name] for table in tables if name in table), None)
+    if task is not None and (task.metric in metrics or not metrics):
+        return TaskFacts(name, task.title, task.metric, task.metric_title, task.higher_is_better)
+    metric = metrics[0] if metrics else ""
+    return TaskFacts(name, task.title if task else name, metric, metric, None)

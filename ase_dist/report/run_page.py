@@ -1,0 +1,188 @@
+"""The content of a run's page, gathered from its folder; whatever cannot be read becomes a sentence on the page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ase_dist.report import curves, listing
+from ase_dist.report.heatmaps import draw_matrix, heat_maps, short
+from ase_dist.report.images import Album, Candidate, make_album
+from ase_dist.report.outcome import outcome, settle_ranks
+from ase_dist.report.ranks import RankReport, read_ranks
+from ase_dist.report.reading import Reader
+from ase_dist.report.records import Records, branch, number, reach, task_facts
+from ase_dist.report.results import gains, other_metrics, result_rows
+from ase_dist.report.settings import read_settings, settings_sections
+from ase_dist.report.text import DASH, many, plural, significant, size
+from ase_dist.training.console import clock
+
+MARKS = ("config.yaml", "metrics.jsonl", "summary.json", "env.json")  # any of them makes a folder a run's
+STEP = re.compile(r"step_(\d+)\.png")
+MOST_RANKS = 64  # rows of the table of ranks
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` looks like the output of a run."""
+    return any((folder / name).is_file() for name in MARKS)
+
+
+def run_content(folder: Path) -> dict[str, Any]:
+    """What the template ``run.html`` shows."""
+    reader = Reader(folder)
+    summary, environment = reader.json("summary.json"), reader.json("env.json")
+    settings = reader.parsed("config.yaml", read_settings) or {}
+    records = _records(reader, summary)
+    ranks = read_ranks(folder)
+    total = _total_steps(summary, settings)
+    result = outcome(summary, ranks, last_step=records.last_step, total=total)
+    settle_ranks(ranks, result)
+    rows = result_rows(records)
+    return {
+        "title": folder.name,
+        "about": _about(settings, records),
+        "outcome": result,
+        "problems": reader.problems,
+        "facts": _facts(summary, settings, environment, records, total),
+        "rows": rows,
+        "gain": gains(rows),
+        "evaluated_at": _steps_of(records, "eval"),
+        "other_metrics": other_metrics(records),
+        "album": prediction_album(folder),
+        "metric_charts": curves.metric_charts(records, rows),
+        "loss_charts": curves.loss_charts(records),
+        "course_charts": curves.course_charts(records),
+        **_experts(records),
+        "sections": settings_sections(settings) if settings else [],
+        "environment": _environment(environment),
+        "starts": [(int(r["step"]), r.get("world")) for r in records.of_kind("run")],
+        **_ranks(ranks, records, settings),
+        "files": listing.list_files(folder),
+        "checkpoints": listing.list_checkpoints(folder / "checkpoints"),
+        "commands": listing.commands(folder, environment),
+        "folder": str(folder),
+    }
+
+
+def prediction_album(folder: Path) -> Album:
+    """The grids of predictions, by step."""
+    return make_album(prediction_candidates(folder))
+
+
+def prediction_candidates(folder: Path, *, label: str = "") -> list[Candidate]:
+    """The pictures in predictions/ by step; others after them by name."""
+    found = []
+    for path in (folder / "predictions").glob("*.png"):
+        match = STEP.fullmatch(path.name)
+        order = (int(match[1]) if match else 10**12, path.name)
+        caption = f"Step {int(match[1]):,}" if match else path.stem
+        found.append((order, Candidate(path, f"{label}{caption}")))
+    return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
+
+
+def _records(reader: Reader, summary: Mapping[str, Any]) -> Records:
+    """metrics.jsonl; where it has no evaluation, that of the summary stands for it."""
+    lines = reader.metrics()
+    if not any(line["kind"] == "eval" for line in lines) and isinstance(summary.get("metrics"), dict):
+        step = summary.get("metrics_step")
+        names = list(summary["metrics"])
+        if not lines:
+            lines = [{"kind": "run", "step": 0, "tasks": names, "data": summary.get("data", "")}]
+        lines.append({"kind": "eval", "step": step if isinstance(step, int) else 0, **{
+            key: summary.get(key) for key in ("metrics", "trivial")}})  # fmt: skip
+    return Records(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def _facts(
+    summary: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    records: Records,
+    total: int | None,
+) -> list[tuple[str, str, str]]:
+    """Name, value and a smaller word beneath; what is not known is left out."""
+    step, world = max(records.last_step, 0), environment.get("world_size") or summary.get("world_size")
+    data, parameters = branch(settings, "data"), branch(summary, "parameters", "all")
+    seconds, speed = number(summary.get("train_seconds")), records.series("train", "images_per_second").last
+    memory = max(records.series("train", "memory_bytes").values, default=float("nan"))
+    found = [
+        ("Data", str(records.data or data.get("name", "")), f"{data['size']} px" if data.get("size") else ""),
+        ("Steps", f"{step:,}", f"of {total:,}" if total else ""),
+        ("Training time", clock(seconds), "h:mm:ss, evaluations left out"),
+        ("Speed", significant(number(summary.get("images_per_second") or speed), 3), "images/s"),
+        ("Peak memory", size(memory), "a rank"),
+        ("Trained", many(number(parameters.get("trained"))), f"of {many(number(parameters.get('total')))} parameters"),
+        ("Ranks", str(world or ""), _place(environment)),
+        ("Best after", f"step {summary['best_step']:,}" if isinstance(summary.get("best_step"), int) and
+         summary["best_step"] >= 0 else "", "by mean gain"),
+    ]  # fmt: skip
+    return [fact for fact in found if fact[1] and fact[1] not in (DASH, "-")]
+
+
+def _about(settings: Mapping[str, Any], records: Records) -> str:
+    """The model and its tasks in a line."""
+    model, moe = branch(settings, "model"), branch(settings, "model", "moe")
+    words = [str(model["backbone"])] if "backbone" in model else []
+    if moe.get("enabled") and "num_experts" in moe:
+        size_of = "/".join(str(moe.get(key)) for key in ("num_experts", "k", "num_shared", "rank"))
+        words.append(f"experts {size_of} (N/k/S/r), gating {moe.get('gating')}")
+    titles = [task_facts(records.data, name).title for name in records.tasks]
+    return "; ".join([*words, *([", ".join(titles)] if titles else [])])
+
+
+def _place(environment: Mapping[str, Any]) -> str:
+    device, host = environment.get("device"), environment.get("hostname")
+    return " on ".join(str(word) for word in (device, host) if word)
+
+
+def _total_steps(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> int | None:
+    steps = summary.get("total_steps") or reach(settings, "train", "max_steps")[1]
+    return steps if isinstance(steps, int) else None
+
+
+def _steps_of(records: Records, kind: str) -> list[int]:
+    return [int(record["step"]) for record in records.of_kind(kind)]
+
+
+def _experts(records: Records) -> dict[str, Any]:
+    matrix = curves.last_matrix(records)
+    return {
+        "heat": heat_maps(records),
+        "gate_charts": curves.gate_charts(records),
+        "conflict_charts": curves.conflict_charts(records),
+        "matrix": None if matrix is None else (matrix[0], draw_matrix(matrix[1], [short(t) for t in records.tasks])),
+    }
+
+
+def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of text: the packages one by one, sizes in their unit, lists as the shell writes them."""
+    rows = []
+    for key, value in environment.items():
+        if key == "packages" and isinstance(value, dict):
+            rows += [(str(name), str(version)) for name, version in value.items() if version]
+        elif key == "memory_bytes":
+            rows.append(("memory", size(number(value))))
+        elif key != "command" and value is not None:
+            rows.append((key.replace("_", " "), str(value)))
+    return rows
+
+
+def _ranks(ranks: list[RankReport], records: Records, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of ranks, those with something to say first where there are too many, and the images of each."""
+    train = branch(settings, "train")
+    batch, accumulation = train.get("batch_size"), train.get("gradient_accumulation_steps")
+    per_step = batch * accumulation if isinstance(batch, int) and isinstance(accumulation, int) else None
+    notable = sorted(ranks, key=lambda r: (not r.errors, not r.warnings, r.ended == "done", r.rank))[:MOST_RANKS]
+    left_out = len(ranks) - len(notable)
+    return {
+        "ranks": sorted(notable, key=lambda report: report.rank),
+        "ranks_left_out": f"{plural(left_out, 'more rank')} with nothing to report." if left_out else "",
+        "images_per_step": per_step,
+        "last_step": max(records.last_step, 0),
+    }

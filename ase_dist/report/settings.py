@@ -1,0 +1,100 @@
+"""The settings of a run in sections, beside the defaults and what they mean, what differs marked."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import yaml
+
+from ase_dist.config import Section, Settings, flat, setting_keys
+from ase_dist.report.records import reach
+
+GENERAL = "general"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row; values as the command line takes them. ``is_known`` is false where this version has no such key."""
+
+    key: str
+    value: str
+    default: str
+    meaning: str
+    is_known: bool
+
+    @property
+    def differs(self) -> bool:
+        """Whether the run has another value than the default."""
+        return self.is_known and self.value != self.default
+
+
+@dataclass(frozen=True)
+class SettingsSection:
+    """A branch of the tree of settings, named by its keys."""
+
+    name: str
+    rows: list[Setting]
+
+    @property
+    def changed(self) -> int:
+        """How many rows differ from their default."""
+        return sum(row.differs for row in self.rows)
+
+
+def read_settings(config: str) -> dict[str, Any]:
+    """The plain tree in the text of a config.yaml. Raises ValueError with one sentence where it is none."""
+    try:
+        tree = yaml.safe_load(config)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config.yaml is not plain YAML ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(tree, dict):
+        raise ValueError("config.yaml holds no settings")
+    return {str(key): value for key, value in tree.items()}
+
+
+def settings_sections(tree: Mapping[str, Any]) -> list[SettingsSection]:
+    """Every setting of a run, by section, in the tree's order; what a run does not name has its default."""
+    rows = [_known(key, tree) for key in setting_keys()]
+    rows += [Setting(key, as_text(value), "", "", False) for key, value in _unknown(tree).items()]
+    names = list(dict.fromkeys(_section_of(row.key) for row in rows))
+    return [SettingsSection(name, [row for row in rows if _section_of(row.key) == name]) for name in names]
+
+
+def as_text(value: Any) -> str:
+    """A value as the command line takes it: null, true, 0.001, [a, b]."""
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _section_of(key: str) -> str:
+    return key.rpartition(".")[0] or GENERAL
+
+
+def _known(key: str, tree: Mapping[str, Any]) -> Setting:
+    default = reach(_defaults(), *key.split("."))[1]
+    is_there, value = reach(tree, *key.split("."))
+    return Setting(key, as_text(value if is_there else default), as_text(default), _meaning(key), True)
+
+
+def _unknown(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that this version does not have."""
+    known = tuple(setting_keys())
+    inside = tuple(f"{key}." for key in known)
+    return {key: value for key, value in flat(tree).items() if key not in known and not key.startswith(inside)}
+
+
+@functools.cache
+def _defaults() -> Mapping[str, Any]:
+    return Settings().model_dump(mode="json")
+
+
+def _meaning(key: str) -> str:
+    """The description of the setting's field."""
+    *path, name = key.split(".")
+    section: type[Section] = Settings
+    for part in path:
+        section = cast("type[Section]", section.model_fields[part].annotation)
+    return section.model_fields[name].description or ""

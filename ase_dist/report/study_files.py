@@ -1,0 +1,90 @@
+"""The two files that a study leaves, study.json and results.json, as typed values; see ``ase_dist.study``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+Values = list[float | None]  # one per seed that is whole
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Tolerant(BaseModel):
+    """Keys that this page does not know are not read."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Facts(_Tolerant):
+    """What was asked: study.json."""
+
+    name: str = ""
+    title: str = ""
+    data: str = ""
+    steps: int | None = None
+    seeds: list[int] = []
+    reference: str = ""
+    references: dict[str, str] = {}
+
+
+class Curve(_Tolerant):
+    """A quantity over steps: at each of them a value per seed."""
+
+    steps: list[int] = []
+    conflicting: list[Values] = []
+    cosine: list[Values] = []
+    gate: list[Values] = []
+
+
+class Variant(_Tolerant):
+    """One line of the table. ``missing`` names runs that are not done."""
+
+    name: str
+    label: str = ""
+    settings: dict[str, Any] = {}
+    seeds: list[int] | None = None
+    runs: list[str] = []
+    missing: list[str] = []
+    reference: str = ""
+    metrics: dict[str, dict[str, Values]] = {}
+    delta_m: Values | None = None
+    parameters: dict[str, float] | None = None
+    flops: dict[str, float] | None = None
+    images_per_second: Values = []
+    memory_bytes: Values = []
+    conflict: Curve | None = None
+    shared_gate: Curve | None = None
+
+    @property
+    def title(self) -> str:
+        """What a reader knows it by."""
+        return self.label or self.name
+
+    @property
+    def done(self) -> int:
+        """How many seeds are whole."""
+        if self.seeds is not None:
+            return len(self.seeds)
+        lengths = [len(values) for metrics in self.metrics.values() for values in metrics.values()]
+        return max(lengths, default=0)
+
+
+class Results(_Tolerant):
+    """What was found: results.json."""
+
+    data: str = ""
+    tasks: list[str] = []
+    variants: list[Variant] = []
+
+
+def parse(text: str, model: type[Model]) -> Model:
+    """A file's text as ``model``. Raises ValueError with one sentence: where, and what is wrong there."""
+    tree = json.loads(text)
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "the top"
+        raise ValueError(f"at {where}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None

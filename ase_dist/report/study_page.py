@@ -1,0 +1,171 @@
+"""The content of a study's page: its table, its plots, and for every variant the curves and pictures of one run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ase_dist.evaluation.seeds import mean_and_spread
+from ase_dist.report import curves
+from ase_dist.report.charts import Chart, Line
+from ase_dist.report.images import BUDGET, Album, Candidate, make_album
+from ase_dist.report.listing import list_files
+from ase_dist.report.reading import Reader
+from ase_dist.report.records import Records, Series
+from ase_dist.report.results import result_rows
+from ase_dist.report.run_page import prediction_candidates
+from ase_dist.report.settings import as_text
+from ase_dist.report.study_files import Curve, Facts, Results, Values, Variant, parse
+from ase_dist.report.study_table import Row, spread_text, study_columns, study_rows, study_task
+
+MARKS = ("study.json", "results.json")
+PLOTS_BUDGET = 2_000_000  # bytes of the page's pictures; the rest is for predictions
+RUN_PAGE = "report.html"
+CURVES = {
+    "conflicting": ("Pairs of tasks in conflict", "% of pairs, mean over seeds", 100.0),
+    "cosine": ("Mean cosine between tasks' gradients", "on the shared experts, mean over seeds", 1.0),
+    "gate": ("Mean gate of the shared experts", "mean over seeds, layers and tasks", 1.0),
+}
+
+
+def is_study(folder: Path) -> bool:
+    """Whether ``folder`` looks like a study's."""
+    return any((folder / name).is_file() for name in MARKS)
+
+
+def study_content(folder: Path, *, out: Path) -> dict[str, Any]:
+    """What the template ``study.html`` shows; links are relative to the page at ``out``."""
+    reader = Reader(folder)
+    facts = reader.parsed("study.json", lambda text: parse(text, Facts)) or Facts()
+    results = reader.parsed("results.json", lambda text: parse(text, Results)) or Results()
+    columns = study_columns(results)
+    rows = study_rows(facts, results, columns)
+    plots = make_album(_plots(folder), budget=PLOTS_BUDGET)
+    grids = _grids(folder, results.variants)
+    album = make_album(grids, budget=BUDGET - PLOTS_BUDGET, most=len(grids))
+    return {
+        "title": facts.title or folder.name,
+        "facts": facts,
+        "data": facts.data or results.data,
+        "problems": reader.problems,
+        "columns": columns,
+        "rows": rows,
+        "missing": [name for variant in results.variants for name in variant.missing],
+        "state": _state(facts, results),
+        "plots": plots,
+        "charts": comparison_charts(results.variants),
+        "variants": [_variant(folder, row, results, album, reader, out) for row in rows],
+        "notes": album.notes,
+        "files": list_files(folder),
+        "folder": str(folder),
+    }
+
+
+def comparison_charts(variants: Sequence[Variant]) -> list[Chart]:
+    """Gradient conflict and shared gates of all variants that recorded them, a colour each, the spread as a band."""
+    found = []
+    for key, (title, note, factor) in CURVES.items():
+        lines: list[Line] = []
+        for variant in variants:
+            curve = variant.shared_gate if key == "gate" else variant.conflict
+            if curve is not None and (line := _line(curve, key, factor, variant.title, curves.color_of(len(lines)))):
+                lines.append(line)
+        found.append(Chart(title, lines, note=note, zero=True, legend=True))
+    return [chart for chart in found if chart]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def _state(facts: Facts, results: Results) -> tuple[str, str]:
+    """A word and its tone for the head of the page."""
+    done, wanted = sum(variant.done for variant in results.variants), len(facts.seeds) * len(results.variants)
+    if not results.variants:
+        return "no results yet", "bad"
+    if any(variant.missing for variant in results.variants) or done < wanted:
+        return f"{done} of {max(wanted, done)} seeds done", "open"
+    return "complete", "good"
+
+
+def _plots(folder: Path) -> list[Candidate]:
+    return [
+        Candidate(path, path.stem.replace("_", " "), is_drawing=True) for path in sorted(folder.glob("plots/*.png"))
+    ]
+
+
+def _line(curve: Curve, key: str, factor: float, label: str, color: str) -> Line | None:
+    by_step: list[Values] = getattr(curve, key)
+    if not curve.steps or len(by_step) != len(curve.steps):
+        return None
+    pairs = [mean_and_spread(values) for values in by_step]
+    spread = [factor * half if math.isfinite(half) else 0.0 for _, half in pairs]
+    series = Series([float(step) for step in curve.steps], [factor * mean for mean, _ in pairs])
+    return Line(series, color, label, spread=spread if any(spread) else ())
+
+
+def _grids(folder: Path, variants: Sequence[Variant]) -> list[Candidate]:
+    """The last grid of predictions of each run that stands for a variant."""
+    by_run = [prediction_candidates(folder / run, label=f"{variant.title}, {run}: ")
+              for variant in variants for run in _shown_runs(folder, variant)]  # fmt: skip
+    return [grids[-1] for grids in by_run if grids]
+
+
+def _shown_runs(folder: Path, variant: Variant) -> list[str]:
+    """The first run, and where a variant's tasks train separately those that together have all of its tasks."""
+    shown: list[str] = []
+    covered: set[str] = set()
+    for run in variant.runs:
+        tasks = _tasks_of(folder / run) or {run}
+        if not tasks <= covered and (not shown or len(tasks) < len(variant.metrics)):
+            shown.append(run)
+            covered |= tasks
+    return shown
+
+
+def _tasks_of(run: Path) -> set[str]:
+    """The tasks on the first line of a run's metrics; none where it cannot be read."""
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            return set(Records([json.loads(file.readline(1_000_000))]).tasks)
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
+
+
+def _variant(folder: Path, row: Row, results: Results, album: Album, reader: Reader, out: Path) -> dict[str, Any]:
+    """What the fold of one variant shows."""
+    variant = row.variant
+    return {
+        "row": row,
+        "settings": [(key, as_text(value)) for key, value in variant.settings.items()],
+        "runs": [(run, _link(folder / run, out), (folder / run).is_dir()) for run in variant.runs],
+        "metrics": [(study_task(results, task).title, [(metric, spread_text(v)) for metric, v in found.items()])
+                    for task, found in variant.metrics.items()],
+        "shown": [_shown(folder, run, album, reader) for run in _shown_runs(folder, variant)],
+    }  # fmt: skip
+
+
+def _shown(folder: Path, run: str, album: Album, reader: Reader) -> dict[str, Any]:
+    """The curves of a run, and its last picture where there is one and it was not left out."""
+    mine = folder / run / "predictions"
+    shot = next((shot for shot in album.shots if shot.path.parent == mine), None)
+    return {"run": run, "charts": _run_charts(folder / run, reader), "shot": shot}
+
+
+def _run_charts(run: Path, reader: Reader) -> list[Chart]:
+    mine = Reader(run)
+    records = Records(mine.metrics())
+    reader.problems += mine.problems
+    rows = [row for row in result_rows(records) if len(row.series.steps) > 1]
+    return [*curves.loss_charts(records), *curves.metric_charts(records, rows)]
+
+
+def _link(run: Path, out: Path) -> str:
+    """A run's own page as seen from this one; empty where it has none."""
+    page = run / RUN_PAGE
+    return quote(os.path.relpath(page, out.parent)) if page.is_file() else ""
