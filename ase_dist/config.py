@@ -32,7 +32,7 @@ class DataSettings(Section):
     """Which images are read, from where, and at which size."""
 
     name: Literal["scenes", "pascal_context", "nyud"] = "scenes"
-    root: Path | None = Field(None, description="the data folder; for scenes the cache folder they are made in")
+    root: Path | None = Field(None, description="the data folder, unpacked or packed; for scenes where they are made")
     size: int = Field(224, ge=16, description="side in pixels of the square that the model sees")
     augment: bool = True
     workers: int = Field(0, ge=0, description="loader processes per rank; 0 loads in the training process")
@@ -118,6 +118,7 @@ class EvalSettings(Section):
     at_start: bool = Field(True, description="evaluate once before the first step")
     batch_size: int | None = Field(None, ge=1, description="images per device; None: as in training")
     pictures: int = Field(8, ge=0, description="validation images drawn into predictions/")
+    edge_ods: bool = Field(False, description="score edges by their boundary F-measure (odsF) too, which takes longer")
     gradient_conflict_every: int = Field(
         0, ge=0, description="steps between two measurements of the cosines between tasks' gradients; 0: none"
     )
@@ -178,10 +179,12 @@ def load_settings(
     tree = _read_yaml(path)
     if row is not None:
         apply_row(tree, row, lr=build_settings(tree).train.lr)
-    for override in overrides:
-        key, value = _parse_override(override)
-        _set(tree, key, value)
-    return build_settings(tree)
+    return _overridden(tree, overrides)
+
+
+def override_settings(settings: Settings, overrides: Iterable[str]) -> Settings:
+    """``settings`` with ``key=value`` overrides applied in order; ValueError as ``load_settings``."""
+    return _overridden(settings.model_dump(mode="json"), overrides)
 
 
 def build_settings(tree: Mapping[str, Any]) -> Settings:
@@ -235,6 +238,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: got a {type(tree).__name__} at the top, wanted keys such as 'seed: 0'")
     return tree
+
+
+def _overridden(tree: dict[str, Any], overrides: Iterable[str]) -> Settings:
+    for override in overrides:
+        key, value = _parse_override(override)
+        _set(tree, key, value)
+    return build_settings(tree)
 
 
 def _parse_override(override: str) -> tuple[list[str], Any]:

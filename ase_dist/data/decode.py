@@ -12,7 +12,7 @@ import numpy as np
 from skimage.morphology import thin
 
 from ase_dist.data.files import Array, read_array, read_codes, read_variable, reject
-from ase_dist.data.labels import ZERO_CODE, fit_label, fit_normals, ignored_label
+from ase_dist.data.labels import ZERO_CODE, codes_from_normals, fit_label, fit_normals, ignored_label
 from ase_dist.tasks import IGNORE
 
 PERSON = 15  # the class id of a person in PASCAL-Part
@@ -137,21 +137,24 @@ def nyud_classes(path: Path, shape: Shape) -> Array:
 
 def depth(path: Path, shape: Shape) -> Array:
     """Metres as float32 [H, W] from a .npy or a .mat's ``depth``; values that are not finite and positive become 0."""
-    metres = read_variable(path, "depth") if path.suffix == ".mat" else read_array(path)
-    metres = metres.squeeze() if metres.ndim == 3 else metres
-    if metres.ndim != 2 or metres.dtype.kind not in "uif":
-        raise reject(path, f"an array of shape {metres.shape} and type {metres.dtype}", "a matrix of metres")
+    metres = _flat(path, read_variable(path, "depth") if path.suffix == ".mat" else read_array(path), "metres")
     metres = metres.astype(np.float32)
     return fit_label(np.where(np.isfinite(metres) & (metres > 0), metres, np.float32(0)), shape)
 
 
 def edge_picture(path: Path, shape: Shape) -> Array:
-    """1 where a black-and-white PNG is not black."""
-    return fit_label((read_codes(path, modes=("L", "1", "P"), wanted="an 8-bit grey PNG") != 0).astype(np.uint8), shape)
+    """1 where a black-and-white PNG is not black, or the matrix of a .npy not zero."""
+    if path.suffix == ".npy":
+        values = _flat(path, read_array(path), "edges, not zero where there is one")
+    else:
+        values = read_codes(path, modes=("L", "1", "P"), wanted="an 8-bit grey PNG")
+    return fit_label((values != 0).astype(np.uint8), shape)
 
 
 def normals(path: Path, shape: Shape) -> Array:
-    """Normal codes of an RGB picture: R, G, B are x, y, z."""
+    """Normal codes of an RGB picture, R, G, B being x, y, z; or of vectors [H, W, 3] in a .npy."""
+    if path.suffix == ".npy":
+        return fit_normals(_codes_of_vectors(path, read_array(path)), shape)
     rgb = read_codes(path, modes=("RGB",), wanted="an RGB picture of 8 bits a channel")
     return fit_normals(rgb, shape).copy()
 
@@ -163,6 +166,23 @@ def _person_parts(anno: Array) -> list[tuple[str, Array]]:
     """(name, mask) of every part of every person, in file order; scipy gives structs as object arrays of records."""
     persons = [thing for thing in anno[0][0][1].ravel() if int(thing[1].ravel()[0]) == PERSON]
     return [(str(part[0].ravel()[0]), np.asarray(part[1])) for person in persons for part in person[3].ravel()]
+
+
+def _flat(path: Path, values: Array, what: str) -> Array:
+    """A matrix of plain numbers, also where it is stored as [H, W, 1] or [1, H, W]."""
+    flat = values.squeeze() if values.ndim == 3 else values
+    if flat.ndim != 2 or flat.dtype.kind not in "buif":
+        raise reject(path, f"an array of shape {values.shape} and type {values.dtype}", f"a matrix of {what}")
+    return flat
+
+
+def _codes_of_vectors(path: Path, vectors: Array) -> Array:
+    wanted = "vectors [H, W, 3] with components from -1 to 1, zero where there is none"
+    if vectors.ndim != 3 or vectors.shape[2] != 3 or vectors.dtype.kind != "f":
+        raise reject(path, f"an array of shape {vectors.shape} and type {vectors.dtype}", wanted)
+    if not (np.abs(vectors) <= 1.01).all():  # 1.01: some are unit vectors in half precision; false for NaN
+        raise reject(path, f"components from {vectors.min():g} to {vectors.max():g}", wanted)
+    return codes_from_normals(vectors.astype(np.float32).transpose(2, 0, 1))
 
 
 def _check_ids(path: Path, ids: Array, *, largest: int, wanted: str) -> None:

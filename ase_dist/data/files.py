@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from collections.abc import Iterator
@@ -25,14 +26,15 @@ _BROKEN = (
 _COLOUR_MODES = ("RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr", "1")
 
 
-def read_image(path: Path) -> Array:
+def read_image(path: Path, *, content: bytes | None = None) -> Array:
     """The picture of ``path`` as uint8 [H, W, 3]; grey, palette and CMYK files are converted to RGB.
 
-    Orientation tags are not applied: labels follow the pixels as stored. Raises ValueError for a missing, corrupt or
-    truncated file and for more than 8 bits a channel.
+    Orientation tags are not applied: labels follow the pixels as stored. With ``content``, these are the file's bytes
+    and ``path`` is its name only. Raises ValueError for a missing, corrupt or truncated file and for more than 8 bits
+    a channel.
     """
     wanted = "a picture of 8 bits a channel"
-    with _reading(path, wanted), Image.open(path) as picture:
+    with _reading(path, wanted), Image.open(path if content is None else io.BytesIO(content)) as picture:
         if picture.mode not in _COLOUR_MODES:
             raise _ToldError(_sentence(path, f"Pillow's mode {picture.mode!r}", wanted))
         return np.asarray(picture.convert("RGB"))

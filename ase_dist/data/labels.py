@@ -16,6 +16,7 @@ all 127 or 128 stand for it.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,10 +33,15 @@ def ignored_value(kind: Kind) -> int:
     return {"normals": ZERO_CODE, "depth": 0}.get(kind, IGNORE)
 
 
+def compact_form(kind: Kind, shape: tuple[int, int]) -> tuple[tuple[int, ...], npt.DTypeLike]:
+    """The shape and type of the compact label of an image of ``shape`` [H, W]."""
+    return (*shape, 3) if kind == "normals" else shape, np.float32 if kind == "depth" else np.uint8
+
+
 def ignored_label(kind: Kind, shape: tuple[int, int]) -> Array:
     """A compact label for an image of ``shape`` [H, W] that says nothing anywhere."""
-    full = (*shape, 3) if kind == "normals" else shape
-    return np.full(full, ignored_value(kind), dtype=np.float32 if kind == "depth" else np.uint8)
+    full, dtype = compact_form(kind, shape)
+    return np.full(full, ignored_value(kind), dtype=dtype)
 
 
 def label_tensor(kind: Kind, compact: Array, *, turn: Array | None = None) -> Tensor:
@@ -52,10 +58,12 @@ def label_tensor(kind: Kind, compact: Array, *, turn: Array | None = None) -> Te
 
 def normals_from_codes(codes_HW3: Array, *, turn: Array | None = None) -> Array:
     """Unit vectors float32 [3, H, W], zero where the code stands for the zero vector."""
-    n = codes_HW3.transpose(2, 0, 1).astype(np.float32)
+    n = codes_HW3.transpose(2, 0, 1).astype(np.float32, order="C")
     n *= np.float32(2 / 255)
     n -= np.float32(1)
-    squared = np.einsum("chw,chw->hw", n, n)
+    squared = n[0] * n[0]
+    squared += n[1] * n[1]
+    squared += n[2] * n[2]
     inverse = np.divide(1, np.sqrt(squared), out=np.zeros_like(squared), where=squared > _ZERO_SQUARED)
     n *= inverse
     if turn is not None:

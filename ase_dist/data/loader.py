@@ -8,8 +8,9 @@ from typing import Literal
 from ase_dist.config import Settings
 from ase_dist.data.batch import Batch, EvalBatch, collate, collate_eval
 from ase_dist.data.dataset import RecordDataset, data_fingerprint
-from ase_dist.data.nyud import NYUD
-from ase_dist.data.pascal_context import PascalContext
+from ase_dist.data.kinds import KINDS
+from ase_dist.data.packed.dataset import PackedDataset
+from ase_dist.data.packed.layout import is_packed
 from ase_dist.data.prefetch import Draws, Prefetcher
 from ase_dist.data.sampler import EvalSampler, ResumableSampler
 from ase_dist.data.transforms import Transform
@@ -97,9 +98,9 @@ class EvalLoader:
 
 
 def open_dataset(settings: Settings, tasks: tuple[Task, ...], *, split: Split) -> RecordDataset:
-    """The data set that ``settings`` names; generated scenes are made first where they are not there yet.
+    """The data set that ``settings`` names, from a folder or packed; generated scenes are made first where need be.
 
-    Raises ValueError where files are missing (see RecordDataset).
+    Raises ValueError where files are missing (see FolderDataset and PackedDataset).
     """
     data = settings.data
     root = data.root
@@ -109,9 +110,10 @@ def open_dataset(settings: Settings, tasks: tuple[Task, ...], *, split: Split) -
         root = ensure_scenes(
             root, train=data.train_images, val=data.val_images, size=data.scene_size, seed=data.scene_seed
         )
-    kind = NYUD if data.name == "nyud" else PascalContext
     limit = data.limit_train if split == "train" else data.limit_val
-    return kind(root, split, tasks, limit=limit, cache_in_memory=data.cache_in_memory)
+    if root is not None and is_packed(root):
+        return PackedDataset(root, split, tasks, data=data.name, limit=limit, cache_in_memory=data.cache_in_memory)
+    return KINDS[data.name](root, split, tasks, limit=limit, cache_in_memory=data.cache_in_memory)
 
 
 def build_train_loader(settings: Settings, tasks: tuple[Task, ...], *, rank: int, world_size: int) -> TrainLoader:

@@ -105,8 +105,7 @@ class Transform:
 
     def _warp_label(self, task: Task, record: Record, warp: Warp, where: Array, outside: Array) -> Tensor:
         compact = record.labels[task.name]
-        flat = compact.reshape(-1, *compact.shape[2:])
-        warped = flat[where]
+        warped = np.take(compact.reshape(-1, *compact.shape[2:]), where, axis=0)
         warped[outside] = ignored_value(task.kind)
         if task.kind == "depth":
             warped /= np.float32(warp.scale)
@@ -136,11 +135,11 @@ def _warp_image(image: Array, matrix: Array, offset: Array, size: int) -> Tensor
 
 
 def _nearest(shape: tuple[int, int], matrix: Array, offset: Array, size: int) -> tuple[Array, Array]:
-    """Of each output pixel, row by row, the flat position of the original pixel under it, and whether it is outside."""
+    """Of each output pixel, row by row, the flat position of the original pixel under it; and which are outside."""
     centres = np.arange(size) + 0.5
     x = np.floor(matrix[0, 0] * centres + (matrix[0, 1] * centres + offset[0])[:, None]).astype(np.int32).reshape(-1)
     y = np.floor(matrix[1, 0] * centres + (matrix[1, 1] * centres + offset[1])[:, None]).astype(np.int32).reshape(-1)
-    outside = (x < 0) | (x >= shape[1]) | (y < 0) | (y >= shape[0])
-    where = y * shape[1] + x
+    outside = np.flatnonzero((x.view(np.uint32) >= shape[1]) | (y.view(np.uint32) >= shape[0]))  # negative: huge
+    where = y.astype(np.intp) * shape[1] + x
     where[outside] = 0
     return where, outside

@@ -133,3 +133,46 @@ def one_sentence():
 def photographs(shared_data):
     """The folder of real photographs in the PASCAL_MT layout, where this machine has it."""
     return shared_data / "data" / "ccp_mt"
+
+
+@pytest.fixture
+def pack(tmp_path):
+    """Packs a folder of any number of images; returns the packed data set's folder."""
+    from ase_dist.data.packed.prepare import Request, prepare
+
+    def make(root, *, data="pascal_context", out=tmp_path / "packed", **options):
+        return prepare(Request(data, root, subset=True, workers=1, **options), out)
+
+    return make
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Two images in a packed file."""
+    from ase_dist.data.packed import source
+
+    monkeypatch.setattr(source, "SHARD", 2)
+
+
+@pytest.fixture
+def six(pascal, small_shards):
+    """Five images to train on, which are three packed files, and one to validate."""
+    for i in range(5):
+        pascal.add(f"t{i}")
+    pascal.add("v0", split="val")
+    return pascal
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The files that are packed, by name, in the order of packing."""
+    from ase_dist.data.packed import jobs, shard
+
+    targets = []
+
+    def pack(job, fingerprint):
+        targets.append(job.target.name)
+        return shard.pack(job, fingerprint)
+
+    monkeypatch.setattr(jobs, "pack", pack)
+    return targets

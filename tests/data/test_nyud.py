@@ -50,6 +50,37 @@ def test_the_other_file_types(one):
     assert (record.image == 9).all()
 
 
+def test_vectors_and_edges_as_arrays(one):
+    """As the repack of MTI-Net and ATRC has them."""
+    n = np.zeros((2, 3, 3), np.float32)
+    n[0, 1], n[1, 2] = (0.6, 0, -0.8), (0, 1, 0)
+    np.save(one.path("normals/12.npy"), n)
+    np.save(one.path("edge/12.npy"), np.array([[0, 0, 1], [0, 1, 0]], np.float64)[..., None])
+    for folder in ("normals", "edge"):
+        (one.root / f"{folder}/12.png").unlink()
+    labels = NYUD(one.root, "val", ALL)[0].labels
+    np.testing.assert_array_equal(labels["edge"], [[0, 0, 1], [0, 1, 0]])
+    decoded = normals_from_codes(labels["normals"]).transpose(1, 2, 0)
+    np.testing.assert_allclose(decoded, n, atol=0.01)
+    np.testing.assert_array_equal(decoded[n.any(-1) == 0], 0)
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.zeros((3, 2, 3), np.uint8), "type uint8"),
+        (np.zeros((3, 2), np.float32), r"shape \(3, 2\)"),
+        (np.full((2, 3, 3), 127.0), "from 127 to 127"),
+        (np.full((2, 3, 3), np.nan), "from nan to nan"),
+    ],
+)
+def test_vectors_of_another_form(one, one_sentence, array, said):
+    np.save(one.path("normals/12.npy"), array)
+    with pytest.raises(ValueError, match=said) as raised:
+        NYUD(one.root, "val", ALL)[0]
+    one_sentence(raised, "normals/12.npy", "components from -1 to 1")
+
+
 def test_depth_of_another_size_is_resized(one):
     np.save(one.path("depth/12.npy"), DEPTH.repeat(2, 0).repeat(2, 1)[..., None])
     np.testing.assert_array_equal(NYUD(one.root, "val", ALL)[0].labels["depth"], METRES)

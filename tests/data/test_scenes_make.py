@@ -5,14 +5,12 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,7 @@ from ase_dist.data.pascal_context import PascalContext
 from ase_dist.data.scenes import make, worker
 from ase_dist.data.scenes.classes import CONTEXT, NORMALS_VALID, PARTS, VOC
 from ase_dist.data.scenes.layout import VAL_START, scene_id
-from ase_dist.data.scenes.make import SceneSet, cache_folder, ensure_scenes
+from ase_dist.data.scenes.make import SceneSet, ensure_scenes
 from ase_dist.data.scenes.render import render_scene
 from ase_dist.data.scenes.sheet import boundaries, contact_sheet
 from ase_dist.tasks import PASCAL_TASKS, voc_color
@@ -194,27 +192,6 @@ def test_wrong_settings_are_named(wrong: dict, word: str, tmp_path: Path, one_se
         ensure_scenes(tmp_path, **{**WANTED, **wrong})
     one_sentence(raised, word, *wrong.values())
     assert not list(tmp_path.iterdir())
-
-
-def test_the_default_place_is_the_users_cache(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "ase_dist"
-    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache/ase_dist"
-
-
-def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, caplog) -> None:
-    terminal = StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(make.sys, "stderr", terminal)
-    make._report(range(3), 3, Path("place"))
-    assert "Rendering scenes" in terminal.getvalue() and "100%" in terminal.getvalue()
-    terminal.isatty = lambda: False
-    monkeypatch.setattr(make, "LOG_EVERY", -1.0)
-    with caplog.at_level(logging.INFO):
-        make._report(range(3), 3, Path("place"))
-    assert "rendered 2 of 3 scenes" in caplog.text and "rendered 3 scenes" in caplog.text
 
 
 def test_the_contact_sheet_shows_pictures_beside_labels(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def _make(place: Path, wanted: SceneSet, workers: int) -> None:
         write_lists(making, seed=wanted.seed, train=numbers[: wanted.train], val=numbers[wanted.train :])
         workers = min(workers, -(-len(numbers) // STARTUP))
         render = render_here if workers == 1 or not sys.executable else render_in_workers
-        done = render(making, seed=wanted.seed, size=wanted.size, numbers=numbers, workers=workers)
+        done = (1 for _ in render(making, seed=wanted.seed, size=wanted.size, numbers=numbers, workers=workers))
         follow(done, len(numbers), doing="rendering", did="rendered", things="scenes", where=f"into {place}")
         (making / MANIFEST).write_text(json.dumps(asdict(wanted), indent=1) + "\n", encoding="utf-8")
         flush(making)

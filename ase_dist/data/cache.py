@@ -1,0 +1,90 @@
+"""Where prepared data sets are kept, and making one once: a lock, a clean-up, progress, bytes brought to disk.
+
+Whoever finds a data set missing makes it in a folder beside its place while the others wait for a lock, which the
+system frees if the maker dies; one rename then puts it in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ase_dist.files import fsync
+
+log = logging.getLogger(__name__)
+
+LOG_EVERY = 10.0  # seconds between lines of progress where there is no terminal
+
+
+def cache_folder() -> Path:
+    """Where data sets are kept unless told otherwise: ``$XDG_CACHE_HOME/ase_dist`` or ``~/.cache/ase_dist``."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "ase_dist"
+
+
+def cores() -> int:
+    """Cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """Hold the lock of ``place``, a hidden file beside it; the lock dies with its holder, the file itself stays.
+
+    Raises OSError where the parent folder cannot be written.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with (place.parent / f".{place.name}.lock").open("a", encoding="ascii") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process is making %s; waiting for it", place)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def remove(folders: Iterable[Path]) -> None:
+    """Remove what processes that died have left behind; the lock is held."""
+    for old in folders:
+        if old.exists():
+            log.info("removing %s, which an interrupted process left behind", old)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(folder: Path) -> None:
+    """Bring every file of a folder to the disk before its name does; many at a time, which file systems like better."""
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(fsync, [folder, *folder.rglob("*")]))
+
+
+def follow(done: Iterable[int], total: int, *, doing: str, did: str, things: str, where: str) -> None:
+    """Go through ``done``, numbers of things finished one after another: a bar on a terminal, lines elsewhere.
+
+    The words are for the lines: ``doing="rendering", did="rendered", things="scenes", where="into FOLDER"``.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task(f"{doing.capitalize()} {things}", total=total)
+            for finished in done:
+                bar.advance(task, finished)
+        return
+    log.info("%s %d %s %s", doing, total, things, where)
+    started = last = time.monotonic()
+    count = 0
+    for finished in done:
+        count, now = count + finished, time.monotonic()
+        if now - last > LOG_EVERY and count < total:
+            log.info("%s %d of %d %s, %.0f a second", did, count, total, things, count / (now - started))
+            last = now
+    log.info("%s %d %s in %.1f s", did, total, things, time.monotonic() - started)

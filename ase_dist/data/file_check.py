@@ -1,0 +1,76 @@
+"""Whether a data folder has every file that its lists and tasks need."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from ase_dist.data.dataset import leave_out
+
+Patterns = tuple[str, ...]  # alternatives, the first that exists is read; {} stands for the image's name
+
+
+class FileCheck:
+    """Compares the files that are needed with listings of the folders: one listing a folder, not one look a file."""
+
+    def __init__(self, root: Path, title: str, *, how: str = "tasks=[{}]") -> None:
+        self.root = root
+        self.title = title
+        self._how = how  # to name tasks, in advice
+        self._listings: dict[PurePosixPath, frozenset[str] | None] = {}
+
+    def folders(self, image: Patterns, labels: Mapping[str, tuple[Patterns, ...]]) -> None:
+        """Raise ValueError if the folder of the images is missing, or that of a task's labels: which to leave out."""
+        if self._absent(image):
+            raise ValueError(
+                f"{self.root}: got no folder {_folders(image)}, wanted the folder of {self.title}; "
+                "check data.root, or unpack the archive again"
+            )
+        absent = {task: folders for task, needs in labels.items() if (folders := self._absent_folders(needs))}
+        if absent:
+            folder_names = ", no folder ".join(dict.fromkeys(folder for many in absent.values() for folder in many))
+            raise ValueError(
+                f"{self.root}: this data set has no label for {', '.join(absent)} (there is no folder {folder_names}); "
+                f"{leave_out(list(absent), list(labels), how=self._how)}"
+            )
+
+    def files(self, names: Sequence[str], image: Patterns, labels: Mapping[str, tuple[Patterns, ...]]) -> None:
+        """Raise ValueError if a file is missing: what, how many, and which tasks to leave out."""
+        lacking = {
+            task: [file for need in needs for file in self._missing(names, need)] for task, needs in labels.items()
+        }
+        missing = list(
+            dict.fromkeys([*self._missing(names, image), *(file for many in lacking.values() for file in many)])
+        )
+        if missing:
+            raise ValueError(self._sentence(missing, [task for task, files in lacking.items() if files], labels))
+
+    def _sentence(self, missing: list[str], lacking: list[str], labels: Collection[str]) -> str:
+        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        advice = f", or {leave_out(lacking, list(labels), how=self._how)}" if lacking else ""
+        return (
+            f"{self.root}: {len(missing)} of the files that the list needs are missing ({first}); "
+            f"unpack the archive of {self.title} again{advice}"
+        )
+
+    def _absent_folders(self, needs: Sequence[Patterns]) -> list[str]:
+        return [_folders(patterns) for patterns in needs if self._absent(patterns)]
+
+    def _absent(self, patterns: Patterns) -> bool:
+        return all(self._listing(PurePosixPath(pattern).parent) is None for pattern in patterns)
+
+    def _missing(self, names: Sequence[str], patterns: Patterns) -> Iterator[str]:
+        places = [(self._listing(PurePosixPath(pattern).parent) or frozenset(), pattern) for pattern in patterns]
+        for name in names:
+            if not any(PurePosixPath(pattern.format(name)).name in listing for listing, pattern in places):
+                yield patterns[0].format(name)
+
+    def _listing(self, folder: PurePosixPath) -> frozenset[str] | None:
+        if folder not in self._listings:
+            path = self.root / folder
+            self._listings[folder] = frozenset(file.name for file in path.iterdir()) if path.is_dir() else None
+        return self._listings[folder]
+
+
+def _folders(patterns: Patterns) -> str:
+    return " or ".join(dict.fromkeys(str(PurePosixPath(pattern).parent) for pattern in patterns))

@@ -1,0 +1,99 @@
+"""A data set that is a folder of files: checked when opened, decoded when read, never written to.
+
+A subclass says where the files lie (``list_folder``, ``image_files``, ``label_files``) and decodes the labels
+(``decode_labels``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import ClassVar
+
+from ase_dist.data.batch import Record
+from ase_dist.data.dataset import RecordDataset
+from ase_dist.data.file_check import FileCheck, Patterns
+from ase_dist.data.files import Array, read_image
+from ase_dist.tasks import Task
+
+SPLITS = ("train", "val")
+
+
+class FolderDataset(RecordDataset):
+    """The images of one list with the labels of ``tasks``, decoded at their original size.
+
+    Opening it checks that every file which the list and the tasks need is there; with ``names``, these are taken
+    instead of the list and nothing is checked. ``limit`` keeps the first images of the list only.
+    Raises ValueError for a missing folder, list or file, and on reading for a file that does not hold what it should.
+    """
+
+    list_folder: ClassVar[str]
+    image_files: ClassVar[Patterns]
+    label_files: ClassVar[Mapping[str, tuple[Patterns, ...]]]  # by task; a label may need several files
+    counts: ClassVar[Mapping[str, int]]  # images in the published lists
+    origin: ClassVar[str]  # where it has been published
+
+    def __init__(
+        self,
+        root: Path | str | None,
+        split: str,
+        tasks: Sequence[Task],
+        *,
+        limit: int | None = None,
+        cache_in_memory: bool = False,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        if root is None or not Path(root).is_dir():
+            raise ValueError(
+                f"data.root: got {str(root)!r}, wanted the folder of {self.title}, unpacked or as "
+                "launch/prepare_data.py makes it; give data.root=PATH"
+            )
+        self.root = Path(root)
+        found = read_list(self.root / self.list_folder, split)[:limit] if names is None else names
+        super().__init__(split, tasks, found, cache_in_memory=cache_in_memory)
+        if names is None:
+            needs = {task.name: self.label_files[task.name] for task in self.tasks}
+            check = FileCheck(self.root, self.title)
+            check.folders(self.image_files, needs)
+            check.files(self.names, self.image_files, needs)
+
+    def decode_labels(self, name: str, shape: tuple[int, int]) -> dict[str, Array]:
+        """The compact label of each of ``self.tasks`` for the image ``name`` of ``shape`` [H, W]."""
+        raise NotImplementedError
+
+    def find(self, name: str, patterns: Patterns) -> Path:
+        """The first of the alternatives that exists for ``name``; the last one if none does."""
+        candidates = [self.root / pattern.format(name) for pattern in patterns]
+        return next((path for path in candidates[:-1] if path.is_file()), candidates[-1])
+
+    def label_paths(self, name: str) -> list[Path]:
+        """The files that the labels of ``name`` are decoded from, each once."""
+        needs = [patterns for task in self.tasks for patterns in self.label_files[task.name]]
+        return [self.find(name, patterns) for patterns in dict.fromkeys(needs)]
+
+    def read(self, index: int) -> Record:
+        """As RecordDataset's."""
+        name = self.names[index]
+        image = read_image(self.find(name, self.image_files))
+        return Record(index, name, image, self.decode_labels(name, (image.shape[0], image.shape[1])))
+
+
+def read_list(folder: Path, split: str) -> list[str]:
+    """The names in ``<split>.txt``, one a line; ValueError for a list that is missing, empty or damaged."""
+    path = folder / f"{split}.txt"
+    try:
+        names = path.read_text(encoding="utf-8").split()
+    except FileNotFoundError:
+        there = sorted(other.stem for other in folder.glob("*.txt")) or "none at all"
+        raise ValueError(f"{path}: no such list, found {there}; check data.root, or unpack the archive again") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: got an unreadable list ({error}), wanted one image name a line") from None
+    if not names:
+        raise ValueError(f"{path}: got an empty list, wanted one image name a line; unpack the archive again")
+    for name in names:
+        if PurePosixPath(name).name != name or "\\" in name or name == "..":
+            raise ValueError(f"{path}: got the name {name!r}, wanted names without folders; check the list")
+    if len(set(names)) != len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"{path}: got {twice!r} twice, wanted each image once; remove the second line")
+    return names

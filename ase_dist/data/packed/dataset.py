@@ -1,0 +1,108 @@
+"""Reading a packed data set: its files mapped into memory by each process that reads, labels decompressed."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ase_dist.data.batch import Record
+from ase_dist.data.dataset import RecordDataset, leave_out
+from ase_dist.data.files import Array, read_image
+from ase_dist.data.kinds import KINDS
+from ase_dist.data.packed.layout import Manifest, read_index, read_manifest, unpack_label
+from ase_dist.data.packed.verify import wrong_sizes
+from ase_dist.tasks import Task
+
+
+class _Place(NamedTuple):
+    file: Path
+    shape: tuple[int, int]
+    offsets: tuple[int, ...]
+
+
+class PackedDataset(RecordDataset):
+    """The images of one list of a packed data set; records are those of the folder that was packed, read-only.
+
+    Opening it compares the sizes of its files with the manifest's. It may be sent to other processes: each maps the
+    files for itself, and the system keeps one copy of them in memory for all.
+    Raises ValueError for a damaged folder, for another data set than ``data`` and for a task that was not packed.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        split: str,
+        tasks: Sequence[Task],
+        *,
+        data: str,
+        limit: int | None = None,
+        cache_in_memory: bool = False,
+    ) -> None:
+        self.root = Path(root)
+        manifest = read_manifest(self.root)
+        self._check(manifest, data, split, [task.name for task in tasks])
+        self.title = KINDS[data].title
+        self._pictures = manifest.pictures
+        self._fields = {name: i + 1 for i, name in enumerate(manifest.tasks)}
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._places: list[_Place] = []
+        names: list[str] = []
+        for wrong in wrong_sizes(self.root, manifest):
+            raise ValueError(f"{wrong}; make it again with launch/prepare_data.py")
+        for shard in manifest.splits[split]:
+            path = self.root / shard.file
+            index = read_index(path, sha256=shard.index_sha256)
+            names += index.names
+            self._places += [_Place(path, *where) for where in zip(index.shapes, index.offsets, strict=True)]
+        super().__init__(split, tasks, names[:limit], cache_in_memory=cache_in_memory)
+
+    def read(self, index: int) -> Record:
+        """As RecordDataset's."""
+        place, name = self._places[index], self.names[index]
+        data = memoryview(self._map(place.file))
+        try:
+            labels = {task.name: self._label(data, place, task) for task in self.tasks}
+        except ValueError as error:
+            raise ValueError(
+                f"{place.file}: got a {error} of {name!r}, wanted what was packed; "
+                "make it again with launch/prepare_data.py"
+            ) from None
+        return Record(index, name, self._image(data, place, name), labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+    def _image(self, data: memoryview, place: _Place, name: str) -> Array:
+        start, stop = place.offsets[:2]
+        if self._pictures == "files":
+            return read_image(place.file / name, content=bytes(data[start:stop]))
+        return np.frombuffer(data[start:stop], np.uint8).reshape(*place.shape, 3)
+
+    def _label(self, data: memoryview, place: _Place, task: Task) -> Array:
+        field = self._fields[task.name]
+        return unpack_label(data[place.offsets[field] : place.offsets[field + 1]], task.kind, place.shape)
+
+    def _map(self, path: Path) -> mmap.mmap:
+        if path not in self._maps:
+            with path.open("rb") as file:
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[path]
+
+    def _check(self, manifest: Manifest, data: str, split: str, tasks: list[str]) -> None:
+        if data != manifest.data:
+            raise ValueError(
+                f"data.root: {self.root} is {KINDS[manifest.data].title} packed, wanted {KINDS[data].title}; "
+                f"set data.name={manifest.data}, or name another folder"
+            )
+        if split not in manifest.splits:
+            raise ValueError(f"{self.root}: got the lists {', '.join(manifest.splits)} packed, wanted {split}")
+        absent = [task for task in tasks if task not in manifest.tasks]
+        if absent:
+            raise ValueError(
+                f"{self.root}: this data set was packed without labels for {', '.join(absent)}; "
+                f"{leave_out(absent, tasks)}, or pack them with launch/prepare_data.py"
+            )

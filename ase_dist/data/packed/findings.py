@@ -1,0 +1,52 @@
+"""What a check found, told by name: all of it, in a file where it is long, and one sentence to stop with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from ase_dist.data.folder import FolderDataset
+from ase_dist.data.packed.shard import Findings
+from ase_dist.files import write_atomic
+
+log = logging.getLogger(__name__)
+
+LONG = 20  # lines; more go into a report
+
+
+def report_path(place: Path) -> Path:
+    """The report beside the packed data set ``place``."""
+    return place.with_name(f"{place.name}.report.txt")
+
+
+def conclude(found: Sequence[Findings], root: Path, place: Path, *, kind: type[FolderDataset]) -> None:
+    """Name every file that cannot be used and every label of another size; ValueError where there is one of the first.
+
+    Up to 20 lines are logged; more are written to ``report_path(place)``, which is otherwise removed.
+    """
+    problems = list(dict.fromkeys(problem for findings in found for problem in findings.problems))
+    resized = list(dict.fromkeys(line for findings in found for line in findings.resized))
+    lines = [f"missing  {problem.line}" for problem in problems if problem.what == "missing"]
+    lines += [f"unusable {problem.line}" for problem in problems if problem.what == "unusable"]
+    lines += [f"resized  {line}" for line in resized]
+    where = _tell(lines, report_path(place))
+    if resized:
+        log.warning("%d labels are of another size than their image and are resized to it%s", len(resized), where)
+    if problems:
+        missing = sum(problem.what == "missing" for problem in problems)
+        raise ValueError(
+            f"{root}: {missing} of the files that the lists need are missing and {len(problems) - missing} cannot be "
+            f"used{where or ' (they are named above)'}; {kind.origin}, after which the same command goes on from here"
+        )
+
+
+def _tell(lines: Sequence[str], report: Path) -> str:
+    """Log or write the lines; where they are, in words."""
+    if len(lines) > LONG:
+        write_atomic(report, "\n".join(lines) + "\n")
+        return f" (all are named in {report})"
+    report.unlink(missing_ok=True)
+    for line in lines:
+        log.warning("%s", line)
+    return ""

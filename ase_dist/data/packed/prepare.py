@@ -1,0 +1,246 @@
+"""Check a data set and pack it: whoever asks at the same time waits, whoever was interrupted goes on.
+
+Everything is written into a hidden folder beside the place of the packed data set, which one rename puts in its place.
+A file packed there before, or in the packed data set that is being replaced, is taken as it is if none of the files
+that it was made from has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ase_dist.data.archive import unpack
+from ase_dist.data.cache import flush, locked, remove
+from ase_dist.data.kinds import KINDS
+from ase_dist.data.packed.findings import conclude
+from ase_dist.data.packed.jobs import run_jobs
+from ase_dist.data.packed.layout import (
+    MANIFEST,
+    DataName,
+    Manifest,
+    Pictures,
+    ShardEntry,
+    index_path,
+    is_packed,
+    read_index,
+    read_manifest,
+)
+from ase_dist.data.packed.shard import Job, is_done
+from ase_dist.data.packed.source import (
+    archive_fingerprint,
+    check_place,
+    default_place,
+    find_root,
+    is_archive,
+    plan,
+    read_lists,
+)
+from ase_dist.data.packed.verify import wrong_sizes
+from ase_dist.files import fsync, sha256_of, write_atomic
+from ase_dist.tasks import select_tasks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be packed, and how.
+
+    ``tasks`` None: all of the data set's. ``pictures`` says whether images are kept as pixels, which are read faster,
+    or as the files that they are, which take a sixth of the space. ``subset`` allows other lists than the published.
+    ``workers`` None: a process for each core that this one may use.
+    """
+
+    data: DataName
+    source: Path
+    tasks: tuple[str, ...] | None = None
+    pictures: Pictures = "pixels"
+    subset: bool = False
+    workers: int | None = None
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks to pack; ValueError for one that the data set does not have."""
+        return tuple(task.name for task in select_tasks(self.data, self.tasks))
+
+
+def prepare(request: Request, out: Path | None = None) -> Path:
+    """The folder of the packed data set, made now unless it is there and its source has not changed since.
+
+    ``out`` None: in the user's cache folder. Nothing is written into the source.
+    Raises ValueError, one sentence, where the source, its lists or any of its files cannot be used, and OSError where
+    the folder cannot be written; what was packed until then is kept for the next time.
+    """
+    archive, tasks = is_archive(request.source), request.task_names
+    place = (out or default_place(request.source, request.data)).absolute()
+    check_place(request.source, place)
+    try:
+        with locked(place):
+            if not (archive and _is_current(place, request, tasks, archive_fingerprint(request.source))):
+                _prepare(request, place, tasks, archive=archive)
+    except OSError as error:
+        raise type(error)(
+            f"cannot pack {request.source} into {place}: {error.strerror or error}; free some space there, or name "
+            "another folder with --out; the same command goes on"
+        ) from error
+    return place
+
+
+def check_only(request: Request, out: Path | None = None) -> int:
+    """Read every file of the source as packing would, and return the number of images; ValueError as ``prepare``.
+
+    Nothing is written but, where there is much to say, a report beside ``out``. An archive is unpacked there for the
+    time being.
+    """
+    archive, tasks = is_archive(request.source), request.task_names
+    place = (out or default_place(request.source, request.data)).absolute()
+    with contextlib.ExitStack() as stack:
+        folder = request.source
+        if archive:
+            folder = place.with_name(f".{place.name}.checked-{os.getpid()}")
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            unpack(request.source, folder)
+        root = find_root(folder, KINDS[request.data], named=request.source)
+        lists = read_lists(root, KINDS[request.data], subset=request.subset)
+        jobs = plan(root, request.data, lists, tasks=tasks, pictures=request.pictures, target=place)
+        findings = run_jobs(
+            [(job, None) for job in jobs], request.workers, doing="checking", did="checked", where=f"of {root}"
+        )
+        conclude(findings, root, place, kind=KINDS[request.data])
+    return sum(len(names) for names in lists.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _prepare(request: Request, place: Path, tasks: tuple[str, ...], *, archive: bool) -> None:
+    remove(place.parent.glob(f".{place.name}.old-*"))
+    folder = _unpacked(request.source, place) if archive else request.source
+    root = find_root(folder, KINDS[request.data], named=request.source)
+    _pack(request, root, place, tasks)
+    if archive:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_current(place: Path, request: Request, tasks: tuple[str, ...], fingerprint: str) -> bool:
+    """Whether ``place`` is what would be made now; ValueError where it was made from something else."""
+    if not is_packed(place):
+        return False
+    try:
+        there = read_manifest(place)
+    except ValueError as error:
+        log.info("%s; packing again", error)
+        return False
+    as_asked = (there.data, there.tasks, there.pictures) == (request.data, tasks, request.pictures)
+    if as_asked and there.fingerprint == fingerprint and not wrong_sizes(place, there):
+        log.info("%s is there already, and its source has not changed", place)
+        return True
+    if there.source != str(request.source.resolve()):
+        raise ValueError(
+            f"--out: {place} was packed from {there.source}, wanted a new folder or one packed from {request.source}; "
+            "name another, or remove it"
+        )
+    log.info("%s; packing again", _difference(request, place, as_asked=as_asked, same=there.fingerprint == fingerprint))
+    return False
+
+
+def _difference(request: Request, place: Path, *, as_asked: bool, same: bool) -> str:
+    if not as_asked:
+        return f"{place} was packed with other tasks or pictures"
+    return f"{place} lacks files" if same else f"{request.source} has changed since it was packed into {place}"
+
+
+def _unpacked(archive: Path, place: Path) -> Path:
+    """The folder that ``archive`` is unpacked to, now or by a run that was interrupted later on."""
+    folder = place.with_name(f".{place.name}.unpacked-{archive_fingerprint(archive)[:8]}")
+    remove(path for path in place.parent.glob(f".{place.name}.unpacked-*") if path != folder)
+    if not folder.is_dir():
+        log.info("unpacking %s", archive)
+        unpack(archive, folder)
+    return folder
+
+
+def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> None:
+    making = place.with_name(f".{place.name}.packing")
+    lists = read_lists(root, KINDS[request.data], subset=request.subset)
+    jobs = plan(root, request.data, lists, tasks=tasks, pictures=request.pictures, target=making)
+    stamped = [(job, job.fingerprint()) for job in jobs]
+    whole = hashlib.sha256("".join(stamp for _, stamp in stamped).encode()).hexdigest()
+    archive = request.source.is_file()
+    if not archive and _is_current(place, request, tasks, whole):
+        return
+    making.mkdir(exist_ok=True)
+    _tidy(making, [job.target for job in jobs])
+    todo = [(job, stamp) for job, stamp in stamped if not _is_packed_before(job, stamp, place)]
+    if len(todo) < len(jobs):
+        log.info("%d of %d files are packed already", len(jobs) - len(todo), len(jobs))
+    findings = run_jobs(todo, request.workers, doing="packing", did="packed", where=f"into {place}")
+    conclude(findings, root, place, kind=KINDS[request.data])
+    manifest = _manifest(request, jobs, archive_fingerprint(request.source) if archive else whole, tasks)
+    write_atomic(making / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    _put(making, place)
+
+
+def _tidy(making: Path, targets: Sequence[Path]) -> None:
+    """Remove what does not belong to this plan: half-written files, and those of another one."""
+    wanted = {*targets, *(index_path(target) for target in targets)}
+    for path in making.iterdir():
+        if path not in wanted:
+            path.unlink()
+
+
+def _is_packed_before(job: Job, fingerprint: str, place: Path) -> bool:
+    """Whether the job's file is there, or in the data set that is to be replaced: then it is linked."""
+    if is_done(job.target, fingerprint):
+        return True
+    old = place / job.target.name
+    if not is_done(old, fingerprint):
+        return False
+    try:
+        for source, target in ((old, job.target), (index_path(old), index_path(job.target))):
+            target.unlink(missing_ok=True)
+            os.link(source, target)
+    except OSError:  # a file system without links
+        return False
+    return True
+
+
+def _manifest(request: Request, jobs: Sequence[Job], fingerprint: str, tasks: tuple[str, ...]) -> Manifest:
+    splits: dict[str, list[ShardEntry]] = {}
+    for job in jobs:
+        index = read_index(job.target)
+        entry = ShardEntry(
+            file=job.target.name,
+            bytes=index.bytes,
+            sha256=index.sha256,
+            index_sha256=sha256_of(index_path(job.target)),
+        )
+        splits.setdefault(job.split, []).append(entry)
+    return Manifest(
+        data=request.data,
+        tasks=tasks,
+        pictures=request.pictures,
+        source=str(request.source.resolve()),
+        fingerprint=fingerprint,
+        software={name: importlib.metadata.version(name) for name in ("ase-dist", "pillow", "scikit-image")},
+        splits={split: tuple(entries) for split, entries in splits.items()},
+    )
+
+
+def _put(making: Path, place: Path) -> None:
+    """Rename; a data set in that place makes way first, and runs that read it keep their mapped files."""
+    flush(making)
+    old = place.with_name(f".{place.name}.old-{os.getpid()}")
+    if place.exists():
+        place.replace(old)
+    making.replace(place)
+    fsync(place.parent)
+    shutil.rmtree(old, ignore_errors=True)

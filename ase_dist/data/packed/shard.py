@@ -1,0 +1,198 @@
+"""Packing or checking a part of a list in one process: every image and label decoded, everything wrong told."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from ase_dist.data.batch import Record
+from ase_dist.data.files import read_image
+from ase_dist.data.folder import FolderDataset
+from ase_dist.data.kinds import KINDS
+from ase_dist.data.packed.layout import VERSION, Pictures, ShardIndex, index_path, pack_label, read_index
+from ase_dist.data.packed.sizes import other_sizes
+from ase_dist.files import fsync, write_atomic
+from ase_dist.tasks import select_tasks
+
+SHARD = 256  # images in a file
+
+
+@dataclass(frozen=True)
+class Job:
+    """Images ``names`` of the list ``split`` in the folder ``root``, to be packed into ``target``."""
+
+    data: str
+    root: Path
+    split: str
+    names: tuple[str, ...]
+    tasks: tuple[str, ...]
+    pictures: Pictures
+    target: Path
+
+    def open(self) -> FolderDataset:
+        """The images as a data set; nothing is checked."""
+        tasks = select_tasks(self.data, self.tasks)
+        return KINDS[self.data](self.root, self.split, tasks, names=self.names)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that the packed file depends on, the files' contents by their sizes and times."""
+        dataset = self.open()
+        stamps = [[_stamp(path) for path in needed_files(dataset, name)] for name in self.names]
+        facts = [VERSION, self.data, self.split, self.names, self.tasks, self.pictures, stamps]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that cannot be used: what is wrong (``missing`` or ``unusable``), and one line about it."""
+
+    what: str
+    line: str
+
+
+@dataclass
+class Findings:
+    """What was found in one job: files that cannot be used, and lines about labels of other sizes."""
+
+    images: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+
+
+def pack(job: Job, fingerprint: str) -> Findings:
+    """Write ``job.target`` and its index, unless something is wrong with any of the images."""
+    findings, dataset = Findings(len(job.names)), job.open()
+    with _Writer(job.target) as writer:
+        for record in _sound_records(dataset, findings):
+            if not findings.problems:
+                writer.add(record, _picture(dataset, record, job.pictures), job.tasks)
+        if not findings.problems:
+            writer.finish(fingerprint)
+    return findings
+
+
+def check(job: Job) -> Findings:
+    """The same without writing anything."""
+    findings = Findings(len(job.names))
+    for _ in _sound_records(job.open(), findings):
+        pass
+    return findings
+
+
+def is_done(path: Path, fingerprint: str) -> bool:
+    """Whether a file was packed from the same files: its index, which is written last, says so."""
+    try:
+        index = read_index(path)
+        return index.fingerprint == fingerprint and path.stat().st_size == index.bytes
+    except (ValueError, OSError):
+        return False
+
+
+def needed_files(dataset: FolderDataset, name: str) -> list[Path]:
+    """The files of one image, the picture first."""
+    return [dataset.find(name, dataset.image_files), *dataset.label_paths(name)]
+
+
+def _sound_records(dataset: FolderDataset, findings: Findings) -> Iterator[Record]:
+    for i, name in enumerate(dataset.names):
+        try:
+            record = dataset.read(i)
+        except ValueError as error:
+            findings.problems += _diagnose(dataset, name, str(error))
+            continue
+        findings.resized += other_sizes(dataset.root, dataset.label_paths(name), record.image.shape[:2])
+        yield record
+
+
+def _diagnose(dataset: FolderDataset, name: str, first: str) -> list[Problem]:
+    """Everything that is wrong with one image, where reading it stops at the first."""
+    missing = [path for path in needed_files(dataset, name) if not path.is_file()]
+    problems = [Problem("missing", str(path.relative_to(dataset.root))) for path in missing]
+    sentences = [
+        sentence for sentence in _sentences(dataset, name) if not any(str(path) in sentence for path in missing)
+    ]
+    if not missing and not sentences:
+        sentences = [first]
+    return problems + [Problem("unusable", sentence) for sentence in dict.fromkeys(sentences)]
+
+
+def _sentences(dataset: FolderDataset, name: str) -> Iterator[str]:
+    shape = (1, 1)  # where the picture tells none: the labels can be read all the same
+    try:
+        image = read_image(dataset.find(name, dataset.image_files))
+        shape = (image.shape[0], image.shape[1])
+    except ValueError as error:
+        yield str(error)
+    for task in dataset.tasks:
+        try:
+            type(dataset)(dataset.root, dataset.split, (task,), names=(name,)).decode_labels(name, shape)
+        except ValueError as error:
+            yield str(error)
+
+
+def _picture(dataset: FolderDataset, record: Record, pictures: Pictures) -> bytes | memoryview:
+    if pictures == "files":
+        return dataset.find(record.name, dataset.image_files).read_bytes()
+    return np.ascontiguousarray(record.image).data.cast("B")
+
+
+def _stamp(path: Path) -> tuple[str, int, int] | None:
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return path.name, facts.st_size, facts.st_mtime_ns
+
+
+class _Writer:
+    """Writes a .bin beside its place; ``finish`` brings it to disk, renames it and writes its index."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        self._digest = hashlib.sha256()
+        self._names: list[str] = []
+        self._shapes: list[tuple[int, int]] = []
+        self._offsets: list[tuple[int, ...]] = []
+
+    def __enter__(self) -> _Writer:
+        self._file = self._temporary.open("wb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def add(self, record: Record, picture: bytes | memoryview, tasks: tuple[str, ...]) -> None:
+        starts = [self._file.tell()]
+        for content in (picture, *(pack_label(record.labels[task]) for task in tasks)):
+            self._file.write(content)
+            self._digest.update(content)
+            starts.append(self._file.tell())
+        self._names.append(record.name)
+        self._shapes.append((record.image.shape[0], record.image.shape[1]))
+        self._offsets.append(tuple(starts))
+
+    def finish(self, fingerprint: str) -> None:
+        size = self._file.tell()
+        self._file.close()
+        fsync(self._temporary)
+        self._temporary.replace(self._target)
+        index = ShardIndex(
+            fingerprint=fingerprint,
+            bytes=size,
+            sha256=self._digest.hexdigest(),
+            names=tuple(self._names),
+            shapes=tuple(self._shapes),
+            offsets=tuple(self._offsets),
+        )
+        write_atomic(index_path(self._target), index.model_dump_json() + "\n")

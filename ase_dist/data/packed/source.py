@@ -1,0 +1,103 @@
+"""What a data set is packed from: an archive or a folder, its root, its lists, the files that it needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ase_dist.data.archive import SUFFIXES
+from ase_dist.data.cache import cache_folder
+from ase_dist.data.file_check import FileCheck
+from ase_dist.data.folder import SPLITS, FolderDataset, read_list
+from ase_dist.data.kinds import KINDS
+from ase_dist.data.packed.layout import Pictures, is_packed
+from ase_dist.data.packed.shard import SHARD, Job
+
+log = logging.getLogger(__name__)
+
+TASKS_OPTION = "--tasks {}"
+
+
+def default_place(source: Path, data: str) -> Path:
+    """The folder in the user's cache where ``source`` is packed to; another source has another."""
+    digest = hashlib.sha256(str(source.resolve()).encode()).hexdigest()
+    return cache_folder() / f"{data}-{digest[:8]}"
+
+
+def check_place(source: Path, place: Path) -> None:
+    """ValueError where packing ``source`` to ``place`` would write into the source, or replace something else."""
+    here, there = source.resolve(), place.resolve()
+    if there.is_relative_to(here) or here.is_relative_to(there):
+        raise ValueError(
+            f"--out: got {place}, wanted a folder outside {source}, into which nothing is written; name another"
+        )
+    if place.exists() and not is_packed(place) and (not place.is_dir() or any(place.iterdir())):
+        raise ValueError(f"--out: {place} is there already and no packed data set, wanted a new folder; name another")
+
+
+def is_archive(source: Path) -> bool:
+    """Whether ``source`` is a file to unpack; ValueError if it is neither that nor a folder."""
+    if source.is_dir():
+        return False
+    if source.is_file() and source.name.endswith(SUFFIXES):
+        return True
+    got = "a file of another kind" if source.is_file() else "no such file or folder"
+    raise ValueError(f"{source}: got {got}, wanted an unpacked folder or an archive ({', '.join(SUFFIXES)})")
+
+
+def archive_fingerprint(archive: Path) -> str:
+    """SHA-256 of the archive's size and time: of contents it would take minutes."""
+    facts = archive.stat()
+    return hashlib.sha256(json.dumps([facts.st_size, facts.st_mtime_ns]).encode()).hexdigest()
+
+
+def find_root(folder: Path, kind: type[FolderDataset], *, named: Path) -> Path:
+    """The data set in ``folder``: itself, or the one folder in it that has the lists. ValueError if there is none."""
+    candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+    roots = [path for path in candidates if (path / kind.list_folder).is_dir()]
+    if len(roots) == 1 or roots[:1] == [folder]:
+        return roots[0]
+    got = f"{len(roots)} data sets ({', '.join(path.name for path in roots)})" if roots else "no folder"
+    raise ValueError(f"{named}: got {got} with {kind.list_folder}, wanted that of {kind.title}; {kind.origin}")
+
+
+def read_lists(root: Path, kind: type[FolderDataset], *, subset: bool) -> dict[str, list[str]]:
+    """The names of each split; ValueError unless there are as many as published, or ``subset`` allows any number."""
+    lists = {split: read_list(root / kind.list_folder, split) for split in SPLITS}
+    got = {split: len(names) for split, names in lists.items()}
+    if not subset and got != dict(kind.counts):
+        raise ValueError(
+            f"{root}: got lists of {_counts(got)} images, wanted the {_counts(kind.counts)} of {kind.title}; "
+            f"{kind.origin}, or add --subset if these data are meant to be others"
+        )
+    both = set.intersection(*(set(names) for names in lists.values()))
+    if both:
+        log.warning(
+            "%s: %d images are in both lists, such as %s; scores on them say little", root, len(both), min(both)
+        )
+    return lists
+
+
+def plan(
+    root: Path, data: str, lists: Mapping[str, list[str]], *, tasks: Sequence[str], pictures: Pictures, target: Path
+) -> list[Job]:
+    """The jobs that pack a data set into the folder ``target``; ValueError where a task has no folder at all."""
+    kind = KINDS[data]
+    check = FileCheck(root, kind.title, how=TASKS_OPTION)
+    check.folders(kind.image_files, {task: kind.label_files[task] for task in tasks})
+    return [
+        Job(data, root, split, tuple(part), tuple(tasks), pictures, target / f"{split}-{i:03d}.bin")
+        for split, names in lists.items()
+        for i, part in enumerate(_parts(names))
+    ]
+
+
+def _parts(names: list[str]) -> list[list[str]]:
+    return [names[start : start + SHARD] for start in range(0, len(names), SHARD)]
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return " and ".join(f"{n} {split}" for split, n in counts.items())
