@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ase_dist.evaluation.seeds import mean_and_spread
+from ase_dist.evaluation.tables import markdown_table
 from ase_dist.study.collect import task_of
 from ase_dist.tasks import Task
 
@@ -23,7 +24,7 @@ def markdown(title: str, data_title: str, results: Mapping[str, Any]) -> str:
              "GFLOP an image", "images/s", "memory, GB", "seeds"]  # fmt: skip
     best = _best(variants, tasks)
     rows = [_row(variant, tasks, best) for variant in variants]
-    lines = [f"# {title}", "", _preamble(data_title, variants), "", *_table(heads, rows), ""]
+    lines = [f"# {title}", "", _preamble(data_title, variants), "", markdown_table(heads, rows), ""]
     missing = [name for variant in variants for name in variant["missing"]]
     if missing:
         lines += [f"Not done: {', '.join(missing)}.", ""]
@@ -94,11 +95,6 @@ def _best(variants: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> dict[
             found[task.name] = max(known) if task.higher_is_better else min(known)
     gains = [mean_and_spread(variant["delta_m"] or [])[0] for variant in variants]
     return {**found, "delta_m": max((gain for gain in gains if math.isfinite(gain)), default=math.nan)}
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    return lines + ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
 
 
 def _spread(pair: tuple[float, float], *, digits: int = 2, signed: bool = False) -> str:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +11,7 @@ import torch
 
 from ase_dist.data.cache import cores, follow
 from ase_dist.data.packed.shard import Findings, Job, check, pack
+from ase_dist.workers import begin_worker
 
 FEW = 64  # images that are not worth starting processes for
 
@@ -62,14 +60,6 @@ def _do(job: Job, fingerprint: str | None) -> Findings:
 
 
 def _start_worker() -> None:
-    """One thread each; Ctrl-C is the parent's affair; and no worker outlives a parent that was killed."""
+    """One thread each, beside what every worker does."""
+    begin_worker()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
