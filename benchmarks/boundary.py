@@ -27,6 +27,7 @@ from scipy.io import loadmat
 from skimage.morphology import thin
 
 from ase_dist.evaluation.boundary import evaluate_boundaries, threshold_values
+from ase_dist.files import write_atomic
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -189,12 +190,7 @@ def _write(path: Path, rows: list[Row], arguments: argparse.Namespace) -> None:
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
         "rows": [vars(row) for row in rows],
     }
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(report, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomic(path, json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

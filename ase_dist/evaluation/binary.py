@@ -59,7 +59,7 @@ class MaskMetric(Metric):
 
 
 class EdgesMetric(Metric):
-    """Edges: the value of the training loss on the validation set; ``boundary`` has the F-measure.
+    """Edges: the value of the training loss on the validation set; ``ods`` adds the boundary F-measure.
 
     - ``bce``: the mean over all valid pixels of the set of -(0.95 y log p + 0.05 (1 - y) log(1 - p)), with the natural
       logarithm and p kept 1e-7 away from 0 and 1. It is not divided by the sum of the weights.
@@ -79,5 +79,5 @@ class EdgesMetric(Metric):
 
     def result(self) -> dict[str, float]:
         """``bce`` (nats) and ``edge_share`` (percent)."""
-        pixels, edges, loss = self.totals.cpu()
+        pixels, edges, loss = self.totals[:3].cpu()
         return {"bce": ratio(loss, pixels), "edge_share": 100 * ratio(edges, pixels)}

@@ -14,8 +14,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ase_dist.evaluation.matching import Candidates, count_pairs, find_candidates, match_nearest, published_loss
+from ase_dist.evaluation.matching import Candidates, find_candidates, match_most, match_nearest
 from ase_dist.evaluation.nms import suppress_non_maxima
+from ase_dist.evaluation.outliers import missed_pairs
 from ase_dist.evaluation.thinning import WORD_BITS, Words, thin_bits
 
 Floats = NDArray[np.float64]
@@ -23,6 +24,7 @@ Mask = NDArray[np.bool_]
 Matching = Literal["exact", "published"]
 
 MATCHED_TRUE, TRUE, MATCHED_PREDICTED, PREDICTED = range(4)  # the columns of a table of counts
+FRACTIONS = 1 << 20  # counts are multiples of 1 / FRACTIONS, whose sums are exact in whatever order they are made
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def count_image(index: int, prediction: ArrayLike, annotators: Sequence[ArrayLik
     for counts, present_P in zip(counts_T4, present_TP & able_P, strict=True):
         chosen = np.flatnonzero(present_P)
         counts[MATCHED_TRUE], counts[MATCHED_PREDICTED] = _matched(candidates_K, chosen, protocol.matching)
-    return counts_T4
+    return np.rint(counts_T4 * FRACTIONS) / FRACTIONS
 
 
 def _present(prediction_HW: Floats, protocol: Protocol) -> tuple[NDArray[np.int64], Mask]:
@@ -80,19 +82,21 @@ def _present(prediction_HW: Floats, protocol: Protocol) -> tuple[NDArray[np.int6
 
 def _matched(candidates_K: list[Candidates], chosen: NDArray[np.int64], matching: Matching) -> tuple[float, float]:
     """Matched true pixels summed over annotators, and predicted pixels matched with any annotator."""
-    if len(candidates_K) == 1:
-        pairs = count_pairs(candidates_K[0], chosen)  # which pixels are matched matters only to a union
-        left = pairs - (published_loss(candidates_K[0], chosen, pairs=pairs) if matching == "published" else 0)
+    if len(candidates_K) == 1:  # which pixels are matched matters only to a union
+        partner_C = match_most(candidates_K[0], chosen)
+        pairs = np.count_nonzero(partner_C >= 0)
+        left = pairs - (missed_pairs(candidates_K[0], chosen, partner_C) if matching == "published" else 0)
         return left, left
-    matched_KC = np.stack([match_nearest(candidates, chosen) for candidates in candidates_K])
-    times_C = matched_KC.sum(axis=0)
+    partner_KC = np.stack([match_nearest(candidates, chosen) for candidates in candidates_K])
+    times_C = (partner_KC >= 0).sum(axis=0)
     true, predicted = float(times_C.sum()), float(np.count_nonzero(times_C))
     if matching == "published":
-        for candidates, matched_C in zip(candidates_K, matched_KC, strict=True):
-            pairs = int(matched_C.sum())
-            loss = published_loss(candidates, chosen, pairs=pairs)
-            true -= loss
-            predicted -= loss * np.count_nonzero(matched_C & (times_C == 1)) / max(pairs, 1)
+        for candidates, partner_C in zip(candidates_K, partner_KC, strict=True):
+            matched_C = partner_C >= 0
+            missed = missed_pairs(candidates, chosen, partner_C)
+            true -= missed
+            pairs, alone = np.count_nonzero(matched_C), np.count_nonzero(matched_C & (times_C == 1))
+            predicted -= missed * alone / max(int(pairs), 1)
     return true, predicted
 
 

@@ -8,16 +8,63 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ase_dist.evaluation.boundary_counts import Floats, Protocol, count_image
+from ase_dist.workers import begin_worker
 
 Image = tuple[int, NDArray[Any], list[NDArray[Any]]]
 
 FEW_IMAGES = 32  # not worth starting processes for (2 s), unless a number of workers is asked for
+
+
+class ImageCounter:
+    """Counts images as they are pushed, in ``workers`` other processes (0 or 1: in this one); a context manager.
+
+    ``push`` and ``drain`` give the counts of images in the order in which they were pushed, whatever the number of
+    processes. At most two images per worker wait at any time: then ``push`` waits for the oldest. Workers are spawned,
+    not forked: a process that has torch loaded holds locks and threads that a fork would break.
+    """
+
+    def __init__(self, protocol: Protocol, *, workers: int) -> None:
+        self.protocol, self.workers = protocol, workers
+        self._waiting: deque[Future[Floats]] = deque()
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> ImageCounter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def push(self, image: Image) -> list[Floats]:
+        """Count one image; the counts that are ready and due, possibly none. ValueError as ``count_image``."""
+        if self.workers <= 1:
+            return [count_image(*image, self.protocol)]
+        if self._pool is None:
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.workers, mp_context=spawn, initializer=begin_worker)
+        self._waiting.append(self._pool.submit(count_image, *image, self.protocol))
+        return [self._waiting.popleft().result()] if len(self._waiting) > 2 * self.workers else []
+
+    def drain(self) -> Iterator[Floats]:
+        """The counts of what still waits."""
+        while self._waiting:
+            yield self._waiting.popleft().result()
+
+    def close(self) -> None:
+        """Drop what still waits and end the processes."""
+        while self._waiting:
+            self._waiting.popleft().cancel()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
 
 
 def pair_images(predictions: Iterable[ArrayLike], ground_truths: Iterable[Iterable[ArrayLike]]) -> Iterator[Image]:
@@ -34,35 +81,19 @@ def pair_images(predictions: Iterable[ArrayLike], ground_truths: Iterable[Iterab
 
 
 def count_images(images: Iterator[Image], protocol: Protocol, *, workers: int | None) -> Iterator[Floats]:
-    """Counts of each image in the order of the images, whatever the number of processes."""
+    """Counts of each image in the order of the images; they are read no further ahead than ``ImageCounter`` says."""
     head = list(itertools.islice(images, FEW_IMAGES)) if workers is None else []
-    images = itertools.chain(head, images)
     if workers is None:
-        workers = 1 if len(head) < FEW_IMAGES else _cores()
-    if workers <= 1:
-        return (count_image(*image, protocol) for image in images)
-    return _count_in_processes(images, protocol, workers)
+        workers = 1 if len(head) < FEW_IMAGES else default_workers()
+    with ImageCounter(protocol, workers=workers) as counter:
+        for image in itertools.chain(head, images):
+            yield from counter.push(image)
+        yield from counter.drain()
 
 
-def _count_in_processes(images: Iterator[Image], protocol: Protocol, workers: int) -> Iterator[Floats]:
-    """Spawned, not forked: a process that has torch loaded holds locks and threads that a fork would break.
-
-    At most two images per worker wait at any time, so a generator of predictions is not read ahead into memory.
-    """
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting: deque[Future[Floats]] = deque()
-        try:
-            for image in images:
-                waiting.append(pool.submit(count_image, *image, protocol))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+def default_workers(*, processes: int = 1) -> int:
+    """Cores that this process may use, shared among ``processes`` like it; 0 where it may start none."""
+    if multiprocessing.current_process().daemon:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, cores // processes)

@@ -14,7 +14,7 @@ class PaperRow:
     """A row of the paper's PASCAL-Context table (arXiv 2510.00570): 224 x 224 pixels, 40 epochs.
 
     ``scores`` are mIoU in percent (semseg, human_parts, saliency), mean angular error in degrees (normals) and odsF in
-    percent (edge); ``delta_m`` is the printed value, ``parameters`` millions.
+    percent (edge), see ``PAPER_METRICS``; ``delta_m`` is the printed value, ``parameters`` millions.
     """
 
     method: str
@@ -26,6 +26,10 @@ class PaperRow:
 
 PAPER_HIGHER_IS_BETTER: Mapping[str, bool] = {
     "semseg": True, "normals": False, "human_parts": True, "saliency": True, "edge": True,
+}  # fmt: skip
+
+PAPER_METRICS: Mapping[str, str] = {
+    "semseg": "miou", "normals": "mean", "human_parts": "miou", "saliency": "miou", "edge": "ods_f",
 }  # fmt: skip
 
 

@@ -21,7 +21,6 @@ Mask = NDArray[np.bool_]
 
 UNMATCHED_COST = 100.0  # in radii: the published price of an outlier, which makes the number of pairs come first
 DISTANCE_UNITS = 100  # the published code rounds distances to hundredths of a pixel
-OUTLIER_DEGREE = 6  # outlier connections that the published code draws for each pixel
 
 
 @dataclass(frozen=True)
@@ -65,23 +64,23 @@ def find_candidates(predicted_P2: Ints, truth_HW: Mask, *, radius: float) -> Can
     )
 
 
-def count_pairs(candidates: Candidates, chosen_C: Ints) -> int:
-    """The greatest number of pairs that a one-to-one matching of the predicted pixels ``chosen_C`` can have."""
+def match_most(candidates: Candidates, chosen_C: Ints) -> Ints:
+    """The true pixel of each of ``chosen_C`` (-1: none) in a one-to-one matching of as many as possible."""
     pointers, positions = candidates.rows(chosen_C)
     ones = np.ones(len(positions), dtype=np.int8)
     graph = _graph(ones, candidates.true_E[positions], pointers, width=candidates.num_true)
-    return int(np.count_nonzero(maximum_bipartite_matching(graph, perm_type="column") >= 0))
+    return maximum_bipartite_matching(graph, perm_type="column").astype(np.int64)
 
 
-def match_nearest(candidates: Candidates, chosen_C: Ints) -> Mask:
-    """Which of ``chosen_C`` are matched (bool [C]) when most are and the sum of distances is then least.
+def match_nearest(candidates: Candidates, chosen_C: Ints) -> Ints:
+    """As ``match_most``, and the sum of distances is then least.
 
     Each predicted pixel gets a private stand-in at the price of staying unmatched, so that a full matching exists.
     """
     able = np.flatnonzero(candidates.counts_P[chosen_C])
-    matched_C = np.zeros(len(chosen_C), dtype=bool)
+    partner_C = np.full(len(chosen_C), -1, dtype=np.int64)
     if able.size == 0:
-        return matched_C
+        return partner_C
     pointers, positions = candidates.rows(chosen_C[able])
     cost = np.rint(candidates.distance_E[positions] * DISTANCE_UNITS) + 1  # an explicit zero is no edge to scipy
     price = math.ceil(UNMATCHED_COST * candidates.radius * DISTANCE_UNITS) + 1
@@ -93,25 +92,8 @@ def match_nearest(candidates: Candidates, chosen_C: Ints) -> Mask:
         width=candidates.num_true + able.size,
     )
     _, partner = min_weight_full_bipartite_matching(graph)
-    matched_C[able] = partner < candidates.num_true
-    return matched_C
-
-
-def published_loss(candidates: Candidates, chosen_C: Ints, *, pairs: int) -> float:
-    """How many of the ``pairs`` the published code misses on average, because its outlier graph is a random one.
-
-    That code asks for a perfect matching of both sets of matchable pixels and as many outlier nodes, where each outlier
-    node is reached by six random connections from the larger set. A node that none reaches (a share exp(-6) of them)
-    costs a pair, unless an unmatched pixel can take it. The last is an approximation: the factor 6 on the unmatched
-    fits 959 matchings of the published code within 0.01 % of the pixels.
-    """
-    _, positions = candidates.rows(chosen_C)
-    sides = (int(np.count_nonzero(candidates.counts_P[chosen_C])), np.unique(candidates.true_E[positions]).size)
-    few, many = min(sides), max(sides)
-    if few <= OUTLIER_DEGREE:
-        return 0.0
-    missed = few * (1 - OUTLIER_DEGREE / few) ** (many + OUTLIER_DEGREE * (few - pairs))
-    return float(min(missed, pairs))
+    partner_C[able] = np.where(partner < candidates.num_true, partner, -1)
+    return partner_C
 
 
 def _offsets(radius: float) -> Ints:

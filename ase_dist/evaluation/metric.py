@@ -18,7 +18,8 @@ class Metric(ABC):
     1. ``update`` adds one image to ``totals``, on the device of the prediction and without waiting for it.
     2. ``totals`` (float64, 1-D) is additive: the sum of two ranks' totals is that of all their images. Pixels are
        counted in whole numbers, exact up to 2**53.
-    3. ``result`` turns totals into named scores; a score for which nothing was counted is NaN.
+    3. ``finish`` waits for what is still being counted elsewhere; only then are ``totals`` whole.
+    4. ``result`` turns totals into named scores; a score for which nothing was counted is NaN.
     """
 
     def __init__(self, task: Task, *, size: int) -> None:
@@ -37,6 +38,12 @@ class Metric(ABC):
             )
         part = self._count(prediction, label.to(prediction.device))
         self.totals = self.totals.to(part.device) + part
+
+    def finish(self) -> None:  # noqa: B027
+        """Wait for whatever counts in other processes; most metrics have nothing there."""
+
+    def close(self) -> None:  # noqa: B027
+        """End such processes without waiting for what they count."""
 
     @abstractmethod
     def _count(self, prediction: Tensor, label: Tensor) -> Tensor:

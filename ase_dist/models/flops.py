@@ -60,10 +60,10 @@ def count_flops(settings: Settings) -> Flops:
     biases and gates are left out, as torch's own counter does, whose formulas these are.
     """
     with _unfused_attention(), on_fake_tensors(settings) as (model, image):
-        with _Counter() as forward:
+        with FlopCounter() as forward:
             output = model(image)
             total = torch.stack([p.sum() for p in output.predictions.values()]).sum() + output.aux_loss
-        with _Counter() as backward:
+        with FlopCounter() as backward:
             total.backward()
     return Flops(forward.total, backward.total)
 
@@ -85,14 +85,19 @@ def _grouped_mm_flops(a_shape: Any, b_shape: Any, *_: Any, out_shape: Any = None
     return 2.0 * rows * b_shape[-1] * (a_shape[1] if len(b_shape) == 3 else a_shape[0])
 
 
-_FORMULAS = {  # torch (2.14) has none for these two
+def _onednn_flops(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> float:
+    return 2.0 * x.numel() * weight.shape[0]
+
+
+_FORMULAS = {  # torch (2.14) has none for these
     **flop_registry,
+    "mkldnn::_linear_pointwise": _onednn_flops,
     torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
     torch.ops.aten._grouped_mm: shape_wrapper(_grouped_mm_flops),
 }
 
 
-class _Counter(TorchDispatchMode):
+class FlopCounter(TorchDispatchMode):
     """Adds up torch's formulas; its own ``FlopCounterMode`` (2.14) fails where a backward pass calls autograd."""
 
     def __init__(self) -> None:
@@ -101,7 +106,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = _FORMULAS.get(func._overloadpacket)
+        formula = _FORMULAS.get(func._overloadpacket) or _FORMULAS.get(func._schema.name)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out

@@ -117,7 +117,7 @@ class StepProgress:
         on_bar: Sequence[str] = ("loss", "images/s"),
     ) -> None:
         self.description, self.total, self.start, self.on_bar = description, total, start, tuple(on_bar)
-        self._began = time.monotonic()
+        self._began, self._tenth = time.monotonic(), 0
         self._bars = _bars(console) if console is not None else None
         self._bar = TaskID(0)
 
@@ -147,6 +147,14 @@ class StepProgress:
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         line = f"{self.description} {step}/{self.total}  {numbers}  eta {clock(self.seconds_left(step))}"
         LOGGER.info(line, extra={"is_progress": True})
+
+    def tenths(self, step: int) -> None:
+        """``step`` steps are done, in work of which each tenth is worth a line and no numbers are known."""
+        tenth, self._tenth = self._tenth, 10 * step // self.total
+        if self._tenth > tenth:
+            self.report(step, {})
+        else:
+            self.advance(step)
 
     def seconds_left(self, step: int) -> float:
         """The time that the remaining steps take at the mean speed since this run began; NaN before its first step."""

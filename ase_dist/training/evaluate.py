@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ase_dist import collectives
 from ase_dist.data.batch import EvalBatch
 from ase_dist.evaluation.constant import ConstantPredictor
 from ase_dist.evaluation.decode import decode
-from ase_dist.evaluation.metrics import Metric, build_metric
+from ase_dist.evaluation.metrics import EdgeOds, Metric, build_metric
 from ase_dist.models import ModelOutput
 from ase_dist.tasks import Task
 
@@ -57,16 +57,20 @@ def evaluate(
     gallery: Gallery,
     constants: Mapping[str, ConstantPredictor],
     go_on: Callable[[], bool],
+    edge_ods: EdgeOds | None = None,
 ) -> Evaluation | None:
     """Every task's metrics over the whole set, equal on all ranks; None where ``go_on`` said no (collective).
 
     The loader gives all ranks the same number of batches; on an empty one a rank still runs the model, on a blank
     image, because the other ranks wait for it in the collectives of the forward pass. ``go_on`` is asked after every
-    batch and must answer the same on all ranks.
+    batch and must answer the same on all ranks. ``edge_ods`` adds the boundary F-measure of edges (not the trivial
+    predictor's), counted in other processes while the model runs.
     """
-    metrics = {task.name: build_metric(task) for task in tasks}
+    metrics = {task.name: build_metric(task, edge_ods=edge_ods) for task in tasks}
     trivial = {task.name: build_metric(task) for task in tasks if task.name in constants}
-    with torch.no_grad():
+    with ExitStack() as closing, torch.no_grad():
+        for metric in metrics.values():
+            closing.callback(metric.close)
         for batch in loader:
             moved = batch.to(device)
             logits = forward(_images(moved)).predictions
@@ -77,11 +81,13 @@ def evaluate(
                 }
                 for task in tasks:
                     metrics[task.name].update(predictions[task.name], labels[task.name])
-                for name, metric in trivial.items():
-                    metric.update(_constant(constants[name], labels[name]), labels[name])
+                for name, floor in trivial.items():
+                    floor.update(_constant(constants[name], labels[name]), labels[name])
                 gallery.hang(moved.images[i], labels, predictions)
             if not go_on():
                 return None
+        for metric in metrics.values():
+            metric.finish()
     return Evaluation(_merged(metrics, device), _merged(trivial, device))
 
 
@@ -104,8 +110,8 @@ def fit_constants(
 
 def predict(task: Task, logits_1Chw: Tensor, label: Tensor) -> Tensor:
     """The decoded prediction for one image at the size of its label."""
-    resized = F.interpolate(logits_1Chw.float(), size=label.shape[-2:], mode="bilinear", align_corners=False)
-    return decode(task, resized)[0]
+    height, width = label.shape[-2:]
+    return decode(task, logits_1Chw, size=(height, width))[0]
 
 
 def _images(batch: EvalBatch) -> Tensor:

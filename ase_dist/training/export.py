@@ -15,20 +15,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import ase_dist
-from ase_dist.config import ModelSettings, Settings, load_settings
+from ase_dist.config import ModelSettings, Settings
 from ase_dist.data.loader import build_eval_loader
 from ase_dist.data.transforms import IMAGE_MEAN, IMAGE_STD
 from ase_dist.files import fsync, sha256_of, write_atomic
-from ase_dist.models import MultiTaskModel, build_model
+from ase_dist.models import MultiTaskModel
 from ase_dist.models.exported import CARD, WEIGHTS, Card, ImageFacts, load, named_tensors
 from ase_dist.tasks import Task, nearest, select_tasks
-from ase_dist.training.build import frozen_digest
 from ase_dist.training.checkpoint import Checkpoint
-from ase_dist.training.checkpoint.catalog import BEST, list_checkpoints, read_pointer
 from ase_dist.training.checkpoint.files import TEMPORARY, discard, make_empty, put_in_place
-from ase_dist.training.checkpoint.verify import verify
 from ase_dist.training.evaluate import Gallery, Results, evaluate
-from ase_dist.training.named_state import trained_entries
+from ase_dist.training.saved import choose_checkpoint, read_run, rebuild
 
 LOGGER = logging.getLogger("ase_dist")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,7 +46,7 @@ def export_run(run: str | Path, out: str | Path, *, checkpoint: str = "newest", 
     settings = read_run(run)
     tasks = select_tasks(settings.data.name, settings.tasks)
     with choose_checkpoint(run, checkpoint) as found:
-        model = _rebuild(settings, tasks, found)
+        model = rebuild(settings, tasks, found)
         facts = {"step": found.step, "metrics": _metrics(found), "backbone": found.meta["backbone"]}
     write_export(out, model, settings, tasks, dtype=dtype, facts=facts)
     LOGGER.info("exported step %d of %s to %s", facts["step"], run, out)
@@ -83,63 +80,6 @@ def write_export(
         raise ValueError(f"export: cannot write {str(out)!r} ({error}); name a folder that can be written to") from None
     finally:
         discard(temporary)
-
-
-def read_run(run: Path) -> Settings:
-    """The settings of a run, from its folder."""
-    if not (run / "config.yaml").is_file():
-        raise ValueError(f"export: {str(run)!r} is no run, there is no config.yaml in it; name the output= of a run")
-    return load_settings(run / "config.yaml")
-
-
-def choose_checkpoint(run: Path, wanted: str) -> Checkpoint:
-    """'newest', 'best' or a path. Damaged ones are passed over for 'newest' with a warning, else they are an error."""
-    folder = run / "checkpoints"
-    if wanted == "newest":
-        names = [listed.name for listed in list_checkpoints(folder)] if folder.is_dir() else []
-        paths = [folder / name for name in names]
-    elif wanted == "best":
-        best = read_pointer(folder, BEST)
-        paths = [] if best is None else [folder / best]
-    else:
-        paths = [Path(wanted)]
-    for path in paths:
-        manifest, problems = verify(path)
-        if manifest is not None:
-            return Checkpoint(path, manifest)
-        LOGGER.warning("checkpoint %s is damaged and is passed over: %s", path, "; ".join(problems))
-    if paths:
-        raise ValueError(f"export: {str(paths[-1])!r} is not a whole checkpoint ({problems[0]}); name another")
-    raise ValueError(f"export: {str(folder)!r} holds no checkpoint that is {wanted}; name one with --checkpoint PATH")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-
-
-def _rebuild(settings: Settings, tasks: tuple[Task, ...], checkpoint: Checkpoint) -> MultiTaskModel:
-    """The plain model with the checkpoint's weights; ValueError unless backbone and tensors are the run's own."""
-    plain = settings.model.model_copy(update={"checkpoint_activations": "none"})
-    model = build_model(settings.model_copy(update={"model": plain}), tasks, expert_layer="plain")
-    backbone: Any = checkpoint.meta["backbone"]
-    if frozen_digest(model) != backbone["sha256"]:
-        raise ValueError(
-            f"export: the frozen backbone {settings.model.backbone} that the settings give now is not the one of "
-            f"{checkpoint.path}; see that model.pretrained={settings.model.pretrained} names the same file as then"
-        )
-    entries = trained_entries(model)
-    wanted = {f"weight/{name}": entry.part_shape for entry in entries for name in entry.names}
-    saved = {name: checkpoint.shape(name) for name in checkpoint.names() if name.startswith("weight/")}
-    odd = sorted(name for name in wanted.keys() | saved.keys() if wanted.get(name) != saved.get(name))
-    if odd:
-        raise ValueError(
-            f"export: {checkpoint.path} is not of the model in config.yaml: {len(odd)} tensors differ, the first, "
-            f"{odd[0]!r}, is {saved.get(odd[0], 'missing')} for {wanted.get(odd[0], 'none')}; name another checkpoint"
-        )
-    with torch.no_grad():
-        for entry in entries:
-            entry.parameter.copy_(entry.join({name: checkpoint.tensor(f"weight/{name}") for name in entry.names}))
-    return model
 
 
 def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

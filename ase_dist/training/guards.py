@@ -31,6 +31,7 @@ from ase_dist.files import write_atomic
 
 STDERR = 2
 GRACE = 10.0  # seconds that a file system gets to take the last words
+END_GRACE = 30.0  # seconds that a process gets to end after it has lost a peer
 
 
 class ExitCode(IntEnum):
@@ -222,7 +223,7 @@ class Watchdog:
         self.folder, self.timeout = Path(folder), timeout
         self._interval = min(timeout / 8, 5.0)
         self._last = (time.monotonic(), 0, "starting")  # replaced as a whole: two threads use it
-        self._leaving = threading.Event()
+        self._leaving, self._insists = threading.Event(), False
         # Two threads: a file system that hangs stops the one that writes, not the one that watches.
         loops = {"watchdog": self._watch, "heartbeat": self._pulse}
         self._threads = [threading.Thread(target=loop, name=name, daemon=True) for name, loop in loops.items()]
@@ -243,9 +244,20 @@ class Watchdog:
         self._leaving.set()
         for thread in self._threads:
             thread.join(timeout=GRACE)
+        self._beat_file(rank()).unlink(missing_ok=True)
+        if self._insists:  # no thread of Python's: it may be in C++ that the process does not come to its end
+            faulthandler.dump_traceback_later(min(END_GRACE, self.timeout), exit=True, file=self._log)
+            return
         faulthandler.cancel_dump_traceback_later()
         self._log.close()
-        self._beat_file(rank()).unlink(missing_ok=True)
+
+    def insist(self) -> None:
+        """Once this is left the process has ``END_GRACE`` seconds to end, then it is ended with code 1, stacks dumped.
+
+        For a process that has lost a peer: what gloo has under way with that one can hold up its exit for as long as a
+        collective may take.
+        """
+        self._insists = True
 
     def beat(self, doing: str) -> None:
         """Say that the main thread is alive and what it begins now, such as "forward of step 12"."""

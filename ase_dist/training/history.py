@@ -17,10 +17,10 @@ NEVER = -1
 
 @dataclass
 class History:
-    """Results of the first and the latest evaluation, of the trivial predictors, and which step was the best.
+    """Results of the first and the latest evaluation, of the trivial predictors, and after which step they were best.
 
-    ``score`` ranks evaluations: Delta_m over the trivial predictors, percent. ``train_seconds`` and ``images`` (of all
-    ranks) count every start of the run.
+    ``best_score`` is Delta_m over the trivial predictors, percent; an evaluation before the first step has none.
+    ``train_seconds`` and ``images`` (of all ranks) count every start of the run.
     """
 
     first: Results | None = None
@@ -36,7 +36,7 @@ class History:
         """Keep the results of the evaluation at ``step``; ``trivial`` must be there."""
         self.first, self.latest, self.evaluated_at = self.first or results, results, step
         score = gain(tasks, results, self.trivial)
-        if score > self.best_score:
+        if step > 0 and score > self.best_score:
             self.best_step, self.best_score = step, score
 
     def to_meta(self) -> dict[str, Any]:

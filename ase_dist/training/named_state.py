@@ -37,10 +37,10 @@ class Entry:
         return tuple(seam.full_shape(self.parameter))[1 if self.is_bank else 0 :]
 
     def split(self, full: Tensor) -> dict[str, Tensor]:
-        """A tensor of the parameter's full shape by name."""
+        """A tensor of the parameter's full shape by name; experts as copies, so that each can go its own way."""
         if not self.is_bank:
             return {self.names[0]: full}
-        return {name: full[row] for row, name in enumerate(self.names)}
+        return {name: full[row].clone() for row, name in enumerate(self.names)}
 
     def join(self, parts: dict[str, Tensor]) -> Tensor:
         """The reverse of ``split``, padding rows filled with zeros."""
@@ -90,9 +90,8 @@ def _tensors(bank: LoRABank | FFNBank | None) -> Iterator[tuple[str, Tensor]]:
 
 def _wrapper_paths(model: nn.Module) -> list[str]:
     """Paths of plain layers inside DeepSpeed's face of them: ``blocks.0.mlp.moe`` is called ``blocks.0.mlp``."""
-    from ase_dist.moe.deepspeed_layer import ASEMoE
-
-    return [f"{path}.moe" if path else "moe" for path, module in model.named_modules() if isinstance(module, ASEMoE)]
+    wrappers = (path for path, module in model.named_modules() if isinstance(getattr(module, "moe", None), MoEFFN))
+    return [f"{path}.moe" if path else "moe" for path in wrappers]  # by what is in it: evaluation imports no DeepSpeed
 
 
 def _without(name: str, wrappers: list[str]) -> str:

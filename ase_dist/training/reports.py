@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ase_dist import collectives
 from ase_dist.config import MoESettings
+from ase_dist.evaluation.scores import headline, score_of
 from ase_dist.tasks import Task
 from ase_dist.training.build import Parts
 from ase_dist.training.console import table
@@ -132,13 +133,16 @@ class SpanStatistics:
 
 
 def result_table(title: str, tasks: Sequence[Task], results: Results, trivial: Results, first: Results | None) -> str:
-    """Each task's metric beside the trivial predictor's and the first evaluation's."""
+    """Each task's metric beside the trivial predictor's and the first evaluation's; odsF where it was computed."""
     rows = []
     for task in tasks:
-        arrow = "higher" if task.higher_is_better else "lower"
-        before = None if first is None else first[task.name][task.metric]
-        value = results[task.name][task.metric]
-        rows.append((task.title, task.metric_title, arrow, trivial[task.name][task.metric], before, value))
+        keys = dict.fromkeys((task.metric, headline(task, results[task.name])))
+        for key in keys:
+            score = score_of(task, key)
+            name = task.metric_title if key == task.metric else f"{score.title} {score.unit}"
+            arrow = "higher" if score.higher_is_better else "lower"
+            others = [(found or {}).get(task.name, {}).get(key) for found in (trivial, first)]
+            rows.append((task.title, name, arrow, *others, results[task.name][key]))
     return table(title, ("task", "metric", "better", "trivial", "first", "now"), rows)
 
 

@@ -65,8 +65,7 @@ class RunState:
             "schedule": {"last_epoch": engine.lr_scheduler.last_epoch},
         }
         path = self.store.save(self.step, self._shards(engine), meta=meta)
-        if self.history.best_step == self.step:
-            self.store.mark_best(self.step)
+        self._mark_best()
         self.is_saved = True
         LOGGER.info("saved step %d to %s", self.step, path)
 
@@ -80,8 +79,14 @@ class RunState:
             return False
         with checkpoint:
             self._load(checkpoint, engine, loader)
+        self._mark_best()
         LOGGER.info("resumed at step %d from %s", self.step, checkpoint.path)
         return True
+
+    def _mark_best(self) -> None:
+        """Let ``best`` name what this history found best: a run that went back may have written over another's."""
+        best = self.history.best_step
+        self.store.mark_best(best if self.store.holds(best) else None)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Saving
@@ -93,20 +98,25 @@ class RunState:
         """This rank's files, a group of parameters each; reading them is collective, in the same order on all ranks."""
         groups = groupby(trained_entries(engine.module), key=_group_name)
         for number, (group, entries) in enumerate(groups):
-            dense: dict[str, Tensor] = {}
-            sharded: dict[str, Tensor] = {}
-            for entry in entries:
-                for kind in KINDS:
-                    full = seam.read_master(engine, entry.parameter, kind)
-                    target = sharded if entry.is_sharded else dense
-                    if self._writes(entry, number):
-                        parts = entry.split(full.cpu())
-                        target |= {f"{kind}/{name}": part.contiguous() for name, part in parts.items()}
-            if dense:
-                yield group, dense
-            if sharded:
-                yield f"{group}.{sorted(sharded)[0].rsplit('.', 1)[-1]}", sharded
+            yield from self._group_files(engine, group, list(entries), number)
         yield f"random_{self.world.rank}", _random_state()
+
+    def _group_files(
+        self, engine: Any, group: str, entries: list[Entry], number: int
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """A generator of its own, so that nothing of this group is alive when the next one is read."""
+        dense: dict[str, Tensor] = {}
+        sharded: dict[str, Tensor] = {}
+        for entry in entries:
+            for kind in KINDS:
+                full = seam.read_master(engine, entry.parameter, kind).cpu()
+                if self._writes(entry, number):
+                    target = sharded if entry.is_sharded else dense
+                    target |= {f"{kind}/{name}": part for name, part in entry.split(full).items()}
+        if dense:
+            yield group, dense
+        if sharded:
+            yield f"{group}.{sorted(sharded)[0].rsplit('.', 1)[-1]}", sharded
 
     def _writes(self, entry: Entry, number: int) -> bool:
         """Replicated tensors are written by one rank, in turn by group; sharded ones by the first replica."""

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import random
 import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
+from ase_dist.cluster import launchers
+from ase_dist.cluster.cores import usable_cores
 from ase_dist.moe import deepspeed_seam as seam
 from ase_dist.seeding import derive_seed
 
 LOGGER = logging.getLogger("ase_dist")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 INT_MAX = 2**31 - 1
+PORT_KEY = "ase_dist/port"  # of the store that this attempt's ranks meet in
+
+
+class JoinError(RuntimeError):
+    """The ranks did not come together within the time limit; one sentence that says where and why."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +54,19 @@ def start(*, timeout: float, threads: int | None) -> World:
     """Join the process group that the launcher describes, or be a world of one without any launcher.
 
     ``timeout`` in seconds bounds every collective. Works under deepspeed, torchrun, and plain python, on whatever
-    accelerator DeepSpeed finds. Raises ValueError where only some of the launcher's variables are set.
+    accelerator DeepSpeed finds. Raises ValueError where only some of the launcher's variables are set, JoinError where
+    another rank does not come in time.
     """
     if not dist.is_initialized():
+        os.environ.update(launchers.task_variables(os.environ))
         _fill_launcher_variables()
-    import deepspeed
+        os.environ.update(launchers.interface_variables(os.environ))
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
     local_rank, local_size = int(os.environ.setdefault("LOCAL_RANK", "0")), _local_size()  # DeepSpeed reads it as well
+    if local_rank == 0:
+        warn_of_build_locks()
     is_cpu = accelerator.device_name() == "cpu"
     if is_cpu:
         seam.skip_cpu_communication_build()
@@ -60,9 +74,7 @@ def start(*, timeout: float, threads: int | None) -> World:
         torch.set_num_threads(threads or threads_per_rank(local_size))
     else:
         accelerator.set_device(local_rank)
-    deepspeed.init_distributed(  # takes over a process group that is there already
-        dist_backend=accelerator.communication_backend_name(), timeout=timedelta(seconds=timeout), verbose=False
-    )
+    _join(accelerator.communication_backend_name(), timeout=timeout)
     device = torch.device("cpu") if is_cpu else torch.device(accelerator.device_name(), local_rank)
     return World(
         rank=dist.get_rank(),
@@ -72,6 +84,49 @@ def start(*, timeout: float, threads: int | None) -> World:
         device=device,
         native_bf16=not is_cpu and bool(accelerator.is_bf16_supported()),
     )
+
+
+def _join(backend: str, *, timeout: float) -> None:
+    """Make the process group, or take over the one that is there already."""
+    import deepspeed
+
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
+            _join_under_torchrun(backend, limit=timedelta(seconds=timeout))
+        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout), verbose=False)
+    except RuntimeError as error:  # torch's DistError where a rank is missing, gloo's own where it went again
+        rank, size, address, port = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        reason = (str(error).splitlines() or [""])[0].rstrip(".")
+        raise JoinError(
+            f"rank {rank} of {size} could not join the others at {address}:{port} within {timeout:g} s ({reason}); "
+            "a rank that ended before it joined says why in its own output"
+        ) from None
+
+
+def _join_under_torchrun(backend: str, *, limit: timedelta) -> None:
+    """Make the group through a store of this attempt alone: torchrun has one store for all of its restarts.
+
+    In that one torch 2.14 finds the addresses of the ranks that were killed, and no restart ever comes together. So
+    rank 0 opens a new one and leaves its port in torchrun's until all have joined. A port that a rank 0 which was
+    killed meanwhile has left there refuses connections; then the others look again.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, deadline = os.environ["MASTER_ADDR"], time.monotonic() + limit.total_seconds()
+    shared = TCPStore(address, int(os.environ["MASTER_PORT"]), is_master=False, timeout=limit)
+    own: TCPStore | None = None
+    if rank == 0:
+        own = TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=limit)
+        shared.set(PORT_KEY, str(own.port))
+    while own is None:
+        try:
+            own = TCPStore(address, int(shared.get(PORT_KEY)), is_master=False, timeout=timedelta(seconds=1))
+        except DistNetworkError:
+            if time.monotonic() > deadline:
+                raise
+    own.set_timeout(limit)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
+    if rank == 0:
+        shared.delete_key(PORT_KEY)
 
 
 def stop() -> None:
@@ -89,9 +144,7 @@ def seed_everything(seed: int, *, rank: int) -> None:
 
 def threads_per_rank(local_size: int) -> int:
     """Physical cores that this process may use, shared among the ranks of its node; at least 1."""
-    physical = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return max(1, min(physical, allowed) // local_size)
+    return max(1, usable_cores() // local_size)
 
 
 def keep_freed_memory() -> None:
@@ -105,6 +158,27 @@ def keep_freed_memory() -> None:
         return
     mallopt(M_MMAP_THRESHOLD, INT_MAX)
     mallopt(M_TRIM_THRESHOLD, INT_MAX)
+
+
+def warn_of_build_locks() -> None:
+    """Name the lock files in the folder where torch compiles extensions, DeepSpeed's ops among them.
+
+    With an older torch whoever needs such an extension waits, in silence and without limit, until its lock file is
+    gone, and a process that was killed while it compiled leaves the file behind. Nothing happens where torch locks the
+    file itself (2.14 does), a lock that dies with its holder.
+    """
+    from torch.utils import cpp_extension
+
+    if not hasattr(cpp_extension, "FileBaton"):
+        return
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
+        with contextlib.suppress(FileNotFoundError):  # the compilation has just ended
+            minutes = (time.time() - lock.stat().st_mtime) / 60
+            LOGGER.warning(
+                "%s has been there for %.0f min: a start that needs %s waits until it is gone; if nothing is being "
+                "compiled any more, a killed process has left it, delete it", lock, minutes, lock.parent.name,
+            )  # fmt: skip
 
 
 def _local_size() -> int:

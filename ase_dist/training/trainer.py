@@ -15,7 +15,9 @@ from ase_dist import collectives
 from ase_dist.config import Settings
 from ase_dist.data.batch import Batch
 from ase_dist.data.loader import EvalLoader, TrainLoader
+from ase_dist.evaluation.boundary_workers import default_workers
 from ase_dist.evaluation.constant import ConstantPredictor
+from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.models import ModelOutput
 from ase_dist.moe.router import TaskRouter
 from ase_dist.tasks import Task
@@ -78,6 +80,7 @@ class Trainer:
             except Exception as error:
                 if self.world.size > 1 and not isinstance(error, AGREED_ERRORS):
                     LOGGER.exception("rank %d ends at step %d: %s", self.world.rank, self.state.step, self._suspects())
+                    self.dog.insist()
                 raise
         if self.stopping:
             LOGGER.info("stopped by a signal at step %d, saved", self.state.step)
@@ -219,7 +222,7 @@ class Trainer:
 
             evaluation = evaluate(
                 self.engine, self.eval_loader, self.tasks, device=self.world.device, gallery=gallery,
-                constants={} if history.trivial else self.constants, go_on=go_on)  # fmt: skip
+                constants={} if history.trivial else self.constants, go_on=go_on, edge_ods=self._edge_ods)  # fmt: skip
         self.engine.train()
         if evaluation is None:
             return
@@ -227,6 +230,12 @@ class Trainer:
         history.add(step, evaluation.results, self.tasks)
         self.state.is_saved = False
         self._report_evaluation(gallery)
+
+    @property
+    def _edge_ods(self) -> EdgeOds | None:
+        """How boundaries are scored, on this rank's share of the cores, or None."""
+        workers = default_workers(processes=self.world.local_size)
+        return EdgeOds(workers=workers) if self.settings.eval.edge_ods else None
 
     def _report_evaluation(self, gallery: Gallery) -> None:
         step, history = self.state.step, self.state.history

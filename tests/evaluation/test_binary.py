@@ -25,10 +25,11 @@ def saliency_result(images, device):
 
 
 def test_miou_is_the_best_threshold_of_the_mean_jaccard(device):
-    functional = pytest.importorskip("torchmetrics.functional.classification")
+    from torchmetrics.functional.classification import binary_jaccard_index
+
     images = [random_image(MASK, seed=seed, height=8 + 3 * seed) for seed in range(5)]
     means = [
-        np.mean([float(functional.binary_jaccard_index(p, y.long(), threshold=float(t), ignore_index=IGNORE))
+        np.mean([float(binary_jaccard_index(p, y.long(), threshold=float(t), ignore_index=IGNORE))
                  for p, y in images]) for t in THRESHOLDS
     ]  # fmt: skip
     result = saliency_result(images, device)
@@ -59,7 +60,8 @@ def test_maxf_is_from_the_counts_of_the_whole_set(device):
 
 
 def test_maxf_and_mae_of_one_image_agree_with_pysodmetrics(device):
-    sod = pytest.importorskip("py_sod_metrics")
+    import py_sod_metrics as sod
+
     prediction, label = random_image(MASK, seed=3, height=40, width=50)
     label = torch.where(label == IGNORE, 0, label)
     levels = (255 * prediction).round().to(torch.uint8)

@@ -37,7 +37,6 @@ def test_smoothing_is_a_convolution_with_a_mirrored_border():
 
 @pytest.mark.parametrize("radius", [1, 2])
 def test_equals_the_compiled_toolbox(radius):
-    pytest.importorskip("pyEdgeEval", reason="the oracle is not installed: pip install pyEdgeEval")
     from pyEdgeEval._lib import nms as compiled
 
     prediction, _ = edge_sample(region_labels(seed=0), seed=0)
@@ -48,7 +47,8 @@ def test_equals_the_compiled_toolbox(radius):
 
 def test_nearly_equals_the_whole_of_pyedgeeval():
     """It replaces only zeros of a second derivative by 1e-5 where the toolbox adds 1e-5: other angles, rarely."""
-    fast_nms = pytest.importorskip("pyEdgeEval.preprocess", reason="pip install pyEdgeEval").fast_nms
+    from pyEdgeEval.preprocess import fast_nms
+
     prediction, _ = edge_sample(region_labels(seed=1), seed=1)
     same = (fast_nms(prediction) > 0) == (suppress_non_maxima(prediction) > 0)
     assert same.mean() > 0.998

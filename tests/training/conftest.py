@@ -73,10 +73,27 @@ class World(NamedTuple):
     results: list[Any]
 
 
+class Running(NamedTuple):
+    """The processes of a world, in order of rank; calling it waits for their end."""
+
+    processes: list[Any]
+    folder: Path
+    seconds: float
+
+    def __call__(self) -> World:
+        for process in self.processes:
+            process.join(self.seconds)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        results = [_result(self.folder, rank) for rank in range(len(self.processes))]
+        return World([process.exitcode for process in self.processes], results)
+
+
 def start_world(
     worker: Callable[[int, Path], Any], folder: Path, *, size: int = 1, seconds: float = SECONDS
-) -> Callable[[], World]:
-    """Start ``worker(rank, folder)`` on ``size`` gloo ranks, without a group where that is 1; calling the result waits.
+) -> Running:
+    """Start ``worker(rank, folder)`` on ``size`` gloo ranks, without a group where that is 1.
 
     The worker is a function at the top of a module.
     """
@@ -87,16 +104,7 @@ def start_world(
                  for rank in range(size)]  # fmt: skip
     for process in processes:
         process.start()
-
-    def finish() -> World:
-        for process in processes:
-            process.join(seconds)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        return World([process.exitcode for process in processes], [_result(folder, rank) for rank in range(size)])
-
-    return finish
+    return Running(processes, folder, seconds)
 
 
 def _enter(worker: Callable[[int, Path], Any], rank: int, size: int, folder: Path, seconds: float) -> None:

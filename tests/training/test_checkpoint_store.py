@@ -117,7 +117,18 @@ def test_the_newest_and_the_best_are_kept(store):
 def test_only_what_is_saved_can_be_best(store):
     with pytest.raises(ValueError, match="holds no step_3"):
         store.mark_best(3)
+    assert store.best is None and not store.holds(3)
+
+
+def test_a_mark_that_is_taken_away(store):
+    save(store, 10)
+    store.mark_best(10)
+    assert store.holds(10)
+    store.mark_best(None)
+    store.mark_best(None)
     assert store.best is None
+    save(store, 20, 30)
+    assert entries(store) == ["latest", "step_20", "step_30"]
 
 
 def test_a_mark_that_cannot_be_written(store, monkeypatch):
@@ -128,7 +139,7 @@ def test_a_mark_that_cannot_be_written(store, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("ase_dist.training.checkpoint.store.write_atomic", refuse)
-    with pytest.raises(SaveError, match=r"step_20 was not marked as the best: .*No space left"):
+    with pytest.raises(SaveError, match=r"step 20 was not marked as the best: .*No space left"):
         store.mark_best(20)
     assert store.best == store.folder / "step_10"
 
@@ -190,7 +201,7 @@ def fails(store, *, step=20, shards=None, meta=META):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-@pytest.mark.parametrize("place", ["weights", "manifest", "rename"])
+@pytest.mark.parametrize("place", ["weights", "flush", "manifest", "rename"])
 def test_a_full_or_read_only_disk(store, monkeypatch, place, code):
     save(store, 10)
 
@@ -199,6 +210,8 @@ def test_a_full_or_read_only_disk(store, monkeypatch, place, code):
 
     if place == "weights":
         monkeypatch.setattr(shards, "save_file", refuse)
+    elif place == "flush":
+        monkeypatch.setattr(shards, "fsync", refuse)
     elif place == "manifest":
         monkeypatch.setattr("ase_dist.training.checkpoint.store.write_atomic", refuse)
     else:

@@ -1,21 +1,29 @@
 """The command as a person starts it: three launchers, quick answers, one sentence for a mistake, restarts."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
+import psutil
 import pytest
 
 from ase_dist import command
 from ase_dist.config import load_settings, setting_keys, to_yaml
 from ase_dist.training import restarts
-from ase_dist.training.guards import ExitCode
-from ase_dist.training.runtime import free_port
-from tests.training.tiny_runs import ROOT, TINY, losses, same_bits, trained
+from ase_dist.training.checkpoint import SaveError
+from ase_dist.training.guards import ExitCode, NonFiniteError
+from ase_dist.training.runtime import JoinError, free_port
+from tests.training.conftest import start_world
+from tests.training.tiny_runs import ROOT, TINY, checkpoint, losses, metric_lines, same_bits, trained
 
 TRAIN = str(ROOT / "launch" / "train.py")
 Z2 = ("--deepspeed_config", str(ROOT / "ds_configs" / "z2.json"))
@@ -79,31 +87,108 @@ def test_a_mistake_is_one_sentence_and_a_code(arguments, words, capsys):
     assert out == "" and error.startswith("error: ") and words in error and error.count("\n") == 1
 
 
+@pytest.mark.single_gpu
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("train.txt: no such list"), ExitCode.USAGE),
+        (SaveError("step 3 was not saved"), ExitCode.NOT_SAVED),
+        (NonFiniteError("step 3 is not finite"), ExitCode.NON_FINITE),
+        (JoinError("rank 0 of 2 could not join"), ExitCode.SILENT),
+    ],
+)
+def test_what_ends_a_run_is_one_sentence_and_its_code(error, code, capsys):
+    with mock.patch("ase_dist.training.run.run", side_effect=error):
+        assert command.main([]) == code
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Three ways to start, all at once
+# Three ways to start, all at once, in two of which a rank is killed; and two that are asked to stop
+
+STEPS, FIRST = 40, "step_4"  # enough steps after the first checkpoint for a kill to come before the last
+LONG = (f"train.max_steps={STEPS}", "checkpoint.every=4", "eval.pictures=0")
+ENDLESS = ("train.max_steps=1000000", "checkpoint.every=0")
+SECONDS = 450  # for all of them together, on a machine that has other things to do
+
+
+class Started:
+    """A run that a launcher has started in a session of its own; its output goes to a file."""
+
+    def __init__(self, folder, name, launcher, *options):
+        self.output, self.ops, self.text = folder / name, folder / f"{name}_ops", folder / f"{name}.err"
+        self.ops.mkdir()
+        self.was_killed = self.seconds_to_stop = None
+        tools = Path(sys.executable).parent
+        arguments = [*launcher, TRAIN, *Z2, *TINY, *options, f"output={self.output}"]
+        with self.text.open("w") as file:
+            self.process = subprocess.Popen(arguments, stdout=file, stderr=file, env=bare(tools, self.ops),
+                                            start_new_session=True)  # fmt: skip
+
+    def kill(self, rank):
+        """SIGKILL to a rank once there is a checkpoint to go on from."""
+        self._await(self.output / "checkpoints" / FIRST / "manifest.json")
+        self.was_killed = json.loads((self.output / f"rank_{rank}.beat").read_text())["pid"]
+        os.kill(self.was_killed, signal.SIGKILL)
+
+    def stop(self, *, group):
+        """SIGTERM to the launcher, or to its process group as a terminal and a scheduler send it."""
+        self._await(self.output / "metrics.jsonl", lines=4)  # steps have been taken
+        began = time.monotonic()
+        os.killpg(self.process.pid, signal.SIGTERM) if group else self.process.terminate()
+        self.end()
+        self.seconds_to_stop = time.monotonic() - began
+
+    def end(self):
+        self.process.wait(timeout=SECONDS)
+
+    def clear(self):
+        """Leave nothing behind where a test fails half-way: ranks of torchrun are in sessions of their own."""
+        if self.process.poll() is None:
+            family = psutil.Process(self.process.pid)
+            for process in [*family.children(recursive=True), family]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.process.wait()
+
+    def _await(self, path, *, lines=0):
+        deadline = time.monotonic() + SECONDS
+        while not (path.is_file() and path.read_text().count("\n") >= lines):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text.read_text()[-3000:]
+            time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
 def started(scenes, tmp_path_factory):
-    """By way of starting: exit code, standard error, output folder, the folder in which ops would be compiled."""
+    """What was started, by name, after all of it has ended."""
     folder = tmp_path_factory.mktemp("starts")
-    tools = Path(sys.executable).parent
-    launchers = {
-        "python": [sys.executable, TRAIN],
-        "torchrun": [str(tools / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()), TRAIN],
-        "deepspeed": [str(tools / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), TRAIN],
-        "dry": [sys.executable, TRAIN, "--dry-run"],
+    tools, data = Path(sys.executable).parent, f"data.root={scenes}"
+    torchrun = [str(tools / "torchrun"), "--nproc_per_node", "2", "--max-restarts", "3", "--master_port"]
+    deepspeed = [str(tools / "deepspeed"), "--num_gpus", "2", "--master_port"]
+    alone, half = "train.batch_size=4", "train.batch_size=2"
+    runs = {
+        "python": Started(folder, "python", [sys.executable], "--max-restarts", "2", *LONG, alone, data),
+        "torchrun": Started(folder, "torchrun", [*torchrun, str(free_port())], *LONG, half, data),
+        "deepspeed": Started(folder, "deepspeed", [*deepspeed, str(free_port())], *LONG, half, data),
+        "torchrun_stops": Started(folder, "torchrun_stops", [*torchrun, str(free_port())], *ENDLESS, half, data),
+        "deepspeed_stops": Started(folder, "deepspeed_stops", [*deepspeed, str(free_port())], *ENDLESS, half, data),
     }
-    processes = {}
-    for name, launcher in launchers.items():
-        half = "train.batch_size=4" if name in ("python", "dry") else "train.batch_size=2"
-        ops, output = folder / f"{name}_ops", folder / name
-        ops.mkdir()
-        arguments = [*launcher, *Z2, *TINY, half, f"data.root={scenes}", f"output={output}"]
-        errors = (folder / f"{name}.err").open("w+")
-        processes[name] = (subprocess.Popen(arguments, stdout=errors, stderr=errors, env=bare(tools, ops)), output, ops)
-    codes = {name: process.wait(timeout=280) for name, (process, _, _) in processes.items()}
-    return {name: (codes[name], (folder / f"{name}.err").read_text(), *processes[name][1:]) for name in launchers}
+    tasks = [
+        partial(runs["python"].kill, 0),
+        partial(runs["torchrun"].kill, 1),
+        partial(runs["torchrun_stops"].stop, group=False),
+        partial(runs["deepspeed_stops"].stop, group=True),
+    ]
+    try:
+        with ThreadPoolExecutor(len(tasks)) as pool:
+            for done in [pool.submit(task) for task in tasks]:
+                done.result()
+        for run in runs.values():
+            run.end()
+    finally:
+        for run in runs.values():
+            run.clear()
+    return runs
 
 
 def bare(tools, ops):
@@ -112,36 +197,69 @@ def bare(tools, ops):
     return {**kept, "PATH": str(tools), "TORCH_EXTENSIONS_DIR": str(ops), "PYTHONPATH": str(ROOT)}
 
 
+WAYS = ("python", "torchrun", "deepspeed")
+
+
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("way", ["python", "torchrun", "deepspeed"])
+@pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_starting_trains(started, way):
-    code, errors, output, _ = started[way]
-    assert code == 0, errors[-3000:]
-    summary = json.loads((output / "summary.json").read_text())
-    assert summary["step"] == 6 and summary["world_size"] == (1 if way == "python" else 2)
-    assert (output / "plots" / "losses.png").stat().st_size > 0
-    assert json.loads((output / "env.json").read_text())["torch_threads"] == 1
+    run = started[way]
+    assert run.process.returncode == 0, run.text.read_text()[-3000:]
+    summary = json.loads((run.output / "summary.json").read_text())
+    assert summary["step"] == STEPS and summary["world_size"] == (1 if way == "python" else 2)
+    assert (run.output / "plots" / "losses.png").stat().st_size > 0
+    assert json.loads((run.output / "env.json").read_text())["torch_threads"] == 1
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("way", ["python", "torchrun", "deepspeed", "dry"])
+@pytest.mark.parametrize("way", [*WAYS, "torchrun_stops"])
 def test_nothing_is_compiled(started, way):
-    code, _, _, ops = started[way]
-    assert code == 0 and [*ops.rglob("*")] == []
+    assert [*started[way].ops.rglob("*")] == []
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("way", ["python", "torchrun"])
+def test_after_a_rank_was_killed_the_command_goes_on_by_itself(started, way):
+    """From the newest checkpoint: nothing is lost but the steps since."""
+    run = started[way]
+    assert run.was_killed and run.process.returncode == 0
+    resumed = re.findall(r"resumed at step (\d+) from", (run.output / "train.log").read_text())
+    assert len(resumed) == 1 and 4 <= int(resumed[0]) < STEPS and int(resumed[0]) % 4 == 0
+    assert [*metric_lines(run.output)] == [*range(1, STEPS + 1)]
 
 
 @pytest.mark.multi_gpu
 def test_both_launchers_compute_the_same(started):
-    (_, _, one, _), (_, _, other, _) = started["torchrun"], started["deepspeed"]
+    """Though a rank of one of them was killed on the way."""
+    one, other = started["torchrun"].output, started["deepspeed"].output
     assert losses(one) == losses(other)
-    assert same_bits(trained(one, 6), trained(other, 6)) == []
+    assert same_bits(trained(one, STEPS), trained(other, STEPS)) == []
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("way", ["torchrun_stops", "deepspeed_stops"])
+def test_a_launcher_that_is_asked_to_stop_leaves_a_checkpoint(started, way):
+    run = started[way]
+    assert run.process.returncode != 0 and run.seconds_to_stop < 100, run.text.read_text()[-3000:]
+    summary = json.loads((run.output / "summary.json").read_text())
+    assert summary["exit"] == "stopped" and summary["step"] >= 3
+    assert (run.output / "checkpoints" / "latest").read_text() == f"step_{summary['step']}\n"
+    assert checkpoint(run.output, summary["step"])
+    assert "stopped by a signal" in (run.output / "rank_1.log").read_text()
+
+
+def dry(rank, folder):
+    options = [*Z2, *TINY, f"data.root={(folder / 'scenes').read_text()}", f"output={folder / 'run'}"]
+    return command.main(["--dry-run", *options])
 
 
 @pytest.mark.single_gpu
-def test_a_dry_run_writes_nothing(started):
-    code, errors, output, _ = started["dry"]
-    assert code == 0 and not output.exists()
-    assert "one batch, forward and backward" in errors and "task embedding" in errors
+def test_a_dry_run_writes_nothing(scenes, tmp_path, capfd):
+    (tmp_path / "scenes").write_text(str(scenes))
+    ended = start_world(dry, tmp_path, seconds=300)()
+    said = capfd.readouterr()
+    assert ended.results == [0] and not (tmp_path / "run").exists()
+    assert "one batch, forward and backward" in said.err and "task embedding" in said.err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

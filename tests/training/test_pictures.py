@@ -10,18 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ase_dist.evaluation.legend import GAP, LINE, MARGIN, TASK_GAP
 from ase_dist.tasks import IGNORE, NYUD_TASKS, PASCAL_TASKS, Task
-from ase_dist.training.pictures import (
-    GAP,
-    HATCH,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    LINE,
-    MARGIN,
-    TASK_GAP,
-    prediction_grid,
-    save_png,
-)
+from ase_dist.training.pictures import HATCH, IMAGENET_MEAN, IMAGENET_STD, prediction_grid, save_png
 
 pytestmark = pytest.mark.single_gpu
 

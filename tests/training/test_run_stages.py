@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from ase_dist.config import load_settings, settings_hash
+from ase_dist.training.checkpoint import open_checkpoint
 from tests.training.conftest import start_world
 from tests.training.tiny_runs import (
     checkpoint,
@@ -67,6 +69,7 @@ def one_process(rank, folder):
         load_and_save(scenes, path, target, *options(name), config=RUNS[name])
     resume(scenes, folder, "z3", source="z1", target="z1_goes_on_as_z3")
     batches(scenes, folder)
+    best_of(scenes, folder)
     return codes
 
 
@@ -84,6 +87,18 @@ def batches(scenes, folder):
         tiny_run(scenes, folder / f"{config}_one", *exact, config=config)
         two = ("train.batch_size=2", "train.gradient_accumulation_steps=2")
         tiny_run(scenes, folder / f"{config}_two", *exact, *two, config=config)
+
+
+def best_of(scenes, folder):
+    """Evaluations with given scores, at steps without a checkpoint of their own; the second run goes back to step 4."""
+    once = ("eval.every=2", "checkpoint.every=0", "checkpoint.keep=1", "train.log_every=4")
+    with mock.patch("ase_dist.training.history.gain", side_effect=[1.0, 3.0, 2.0]):
+        tiny_run(scenes, folder / "best", *once)
+    with mock.patch("ase_dist.training.history.gain", side_effect=[1.0, 2.0, 3.0]):
+        tiny_run(scenes, folder / "went_back", *once, "checkpoint.keep=2")
+    step_4 = folder / "went_back" / "checkpoints" / "step_4"
+    with mock.patch("ase_dist.training.history.gain", side_effect=[0.5]):
+        tiny_run(scenes, folder / "went_back", *once, "checkpoint.keep=2", f"resume={step_4}")
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +200,18 @@ def test_the_best_is_marked_and_kept(runs):
     best = (folder / "z2" / "checkpoints" / "best").read_text().strip()
     summary = json.loads((folder / "z2" / "summary.json").read_text())
     assert best == f"step_{summary['best_step']}" and best in ("step_3", "step_6")
+
+
+@pytest.mark.parametrize("name", ["best", "went_back"])
+def test_the_best_weights_are_kept_wherever_they_were_evaluated(runs, name):
+    """In the second run step 6, which was the best, was written over by a worse one."""
+    output = runs[0] / name
+    assert (output / "checkpoints" / "best").read_text() == "step_4\n"
+    assert sorted(path.name for path in (output / "checkpoints").glob("step_*")) == ["step_4", "step_6"]
+    assert json.loads((output / "summary.json").read_text())["best_step"] == 4
+    with open_checkpoint(output / "checkpoints" / "step_4") as found:
+        assert found.meta["history"]["evaluated_at"] == 4
+    assert [*metric_lines(output)] == [2, 4, 6], "a line wherever a checkpoint may follow"
 
 
 def test_the_written_settings_give_the_same_run(runs):

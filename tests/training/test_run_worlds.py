@@ -1,5 +1,6 @@
 """Two processes compute what one computes, and what they save one resumes, at any stage, experts sharded or not."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,23 @@ from tests.training.tiny_runs import (
 
 pytestmark = pytest.mark.multi_gpu
 
-HALF = "train.batch_size=2"
+HALF, QUARTER = "train.batch_size=2", "train.batch_size=1"
 DENSE = ("z0", "z1", "z2", "z3")  # ZeRO-3 last: DeepSpeed replaces torch's linear for the rest of the process
 SHARDED = {"z2_gather": ("z2", "gather"), "z2_all_to_all": ("z2", "all_to_all"), "z0_gather": ("z0", "gather")}
 # saved by two processes there, loaded by one here
 PATHS = [(source, stage) for source in ("z2", "z2_gather") for stage in ("z0", "z1", "z3")]
+
+
+# name: what was saved by one or two, the stage and the expert-parallel size of the four that load it
+TO_FOUR = {
+    "two_to_four_ep_4": ("z2_gather", "z2", 4),
+    "two_to_four_ep_2": ("z2_all_to_all", "z0", 2),
+    "two_to_four_ep_1": ("z2_gather", "z1", 1),
+    "one_to_four_ep_4": ("one", "z1", 4),
+}
+
+# many groups of about the same size
+DEEP = ("model.backbone_args={embed_dim: 24, depth: 6, num_heads: 2}", "tasks=[edge, normals]")
 
 
 def sharded(dispatch):
@@ -43,6 +56,11 @@ def two(rank, folder):
     for name, (stage, more) in runs.items():
         tiny_run(scenes, folder / name, HALF, *more, config=stage)
         tiny_run(scenes, folder / f"{name}_resumed", HALF, *more, from_step_3(folder, name), config=stage)
+    tiny_run(scenes, folder / "deep", HALF, *DEEP, *sharded("gather"), config="z2")
+    path = folder / "deep" / "checkpoints" / "step_3"
+    cases = {"z2_gather": ("z2", sharded("gather")), "z0": ("z0", ()), "z3": ("z3", ())}
+    return {name: load_and_save(scenes, path, folder / f"deep_{name}", HALF, *DEEP, *more, config=stage)
+            for name, (stage, more) in cases.items()}  # fmt: skip
 
 
 def one(rank, folder):
@@ -55,20 +73,24 @@ def one(rank, folder):
         tiny_run(scenes, folder / f"{source}_on_{stage}", from_step_3(folder, source), config=stage)
 
 
-def back(rank, folder):
-    """What one process has saved, in two with sharded experts."""
+def four(rank, folder):
+    """What one and two processes have saved, in four: each expert on a rank of its own, in pairs, and everywhere."""
     scenes = Path((folder / "scenes").read_text())
-    path = folder / "one" / "checkpoints" / "step_3"
-    load_and_save(scenes, path, folder / "one_to_sharded", HALF, *sharded("gather"), config="z2")
+    for name, (source, stage, ep_size) in TO_FOUR.items():
+        options = (QUARTER, f"model.moe.ep_size={ep_size}")
+        load_and_save(scenes, folder / source / "checkpoints" / "step_3", folder / name, *options, config=stage)
+        tiny_run(scenes, folder / f"{name}_on", *options, from_step_3(folder, source), config=stage)
 
 
 @pytest.fixture(scope="module")
 def folder(scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("worlds")
     (folder / "scenes").write_text(str(scenes))
-    for worker, size in ((two, 2), (one, 1), (back, 2)):
+    for worker, size in ((two, 2), (one, 1), (four, 4)):
         (folder / "rendezvous").unlink(missing_ok=True)
-        assert start_world(worker, folder, size=size, seconds=300)().codes == [0] * size
+        ended = start_world(worker, folder, size=size, seconds=300)()
+        assert ended.codes == [0] * size
+        (folder / f"{worker.__name__}.json").write_text(json.dumps(ended.results))
     return folder
 
 
@@ -97,8 +119,23 @@ def test_one_process_resumes_what_two_have_saved(folder, source, stage):
     assert max(distance(trained(folder / f"{source}_on_{stage}", 6), trained(folder / source, 6)).values()) < 1e-5
 
 
-def test_two_processes_shard_what_one_has_saved(folder):
-    assert same_bits(trained(folder / "one", 3), trained(folder / "one_to_sharded", 3)) == []
+@pytest.mark.parametrize("name", TO_FOUR)
+def test_four_processes_resume_what_fewer_have_saved(folder, name):
+    source = TO_FOUR[name][0]
+    assert same_bits(trained(folder / source, 3), trained(folder / name, 3)) == []
+    expected = {step: values for step, values in losses(folder / source).items() if step > 3}
+    assert close(losses(folder / f"{name}_on"), expected, rel=1e-5)
+    assert max(distance(trained(folder / f"{name}_on", 6), trained(folder / source, 6)).values()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["z2_gather", "z0", "z3"])
+def test_no_rank_holds_more_than_one_group_at_a_time(folder, name):
+    """Beside the model, while loading and while saving; a group is a block's weights and moments."""
+    for rank in json.loads((folder / "two.json").read_text()):
+        held = rank[name]
+        assert held["all"] > 5 * held["group"], "else the test could not fail"
+        assert 0 < held["saving"] <= held["group"] + held["parameter"]
+        assert 0 < held["loading"] < held["group"]
 
 
 def test_no_name_tells_the_topology(folder):

@@ -8,17 +8,22 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ase_dist.config import load_settings
 from ase_dist.data.loader import TrainLoader
 from ase_dist.models.multitask import MultiTaskViT
+from ase_dist.moe.deepspeed_seam import full_shape
 from ase_dist.moe.router import TaskRouter
 from ase_dist.training import run, runtime
 from ase_dist.training.build import build
 from ase_dist.training.checkpoint import CheckpointStore, open_checkpoint
 from ase_dist.training.ds_config import read_ds_config, resolve
+from ase_dist.training.named_state import trained_entries
 from ase_dist.training.recorder import read_metrics
-from ase_dist.training.run_state import RunState
+from ase_dist.training.run_state import KINDS, RunState, _group_name
 
 ROOT = Path(__file__).parents[2]
 TRAIN_IMAGES, VAL_IMAGES, SCENE_SIZE = 10, 3, 40
@@ -79,16 +84,56 @@ def said(scenes, output, *overrides, config="z0"):
 
 
 def load_and_save(scenes, source, target, *overrides, config="z0"):
-    """Resume from the checkpoint ``source`` and save the same step at once into the folder ``target``."""
+    """Resume from the checkpoint ``source`` and save the same step at once into the folder ``target``.
+
+    Returns bytes: the most that loading and saving held at any time beside the model, and the sizes of what is trained
+    with its moments: the largest parameter, the largest group and everything.
+    """
     settings = tiny_settings(scenes, target, f"resume={source}", *overrides)
     world = runtime.start(timeout=60, threads=1)
     resolved = resolve(settings, ds_config(config), world=world.size, native_bf16=False)
     parts = build(resolved, world)
     store = CheckpointStore(target / "checkpoints", keep=1)
     state = RunState(resolved.settings, world, store, zero_stage=resolved.zero_stage, backbone=parts.backbone)
-    state.resume(parts.engine, parts.train_loader)
-    state.save(parts.engine, parts.train_loader)
+    with LiveBytes() as loading:
+        state.resume(parts.engine, parts.train_loader)
+    with LiveBytes() as saving:
+        state.save(parts.engine, parts.train_loader)
     parts.close()
+    sizes = {}
+    for entry in trained_entries(parts.engine.module):
+        sizes.setdefault(_group_name(entry), []).append(full_shape(entry.parameter).numel() * 4 * len(KINDS))
+    groups = [sum(group) for group in sizes.values()]
+    largest = max(size for group in sizes.values() for size in group)
+    return {"loading": loading.peak, "saving": saving.peak, "parameter": largest, "group": max(groups),
+            "all": sum(groups)}  # fmt: skip
+
+
+class LiveBytes(TorchDispatchMode):
+    """``peak`` is the most bytes of tensors that were alive at the same time, of those made while it was open.
+
+    Those that outlive it, such as an optimiser's state, do not count.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self._made = 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()).data_ptr() not in given:
+                self._made[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, self._alive())
+        return result
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.peak -= self._alive()
+
+    def _alive(self):
+        return sum(size for made, size in self._made.values() if not made.expired())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from ase_dist.training.checkpoint.agree import describe
 from ase_dist.training.checkpoint.files import wait_until
 from ase_dist.training.checkpoint.manifest import SUFFIX, FileEntry, file_entry
 
+THREADS = 4  # per rank; writing to disk and hashing release the interpreter's lock
 Shard = tuple[str, Mapping[str, Tensor]]
 
 
@@ -27,23 +29,28 @@ class Written(NamedTuple):
 def write_shards(folder: Path, shards: Iterable[Shard], *, patience: float) -> list[Written]:
     """Write each ``(name, tensors)`` to ``folder``/name.safetensors, fsync it and hash what stands there.
 
+    A file is brought to disk and hashed in a thread, while the next group is being read and written.
     After a failure the iterable is still drained, without writing: its next group may hold a collective in which the
     other ranks wait. Raises ValueError with the file and the reason; an error inside the iterable passes through.
     """
-    written: list[Written] = []
+    finishing: list[tuple[str, Future[Written]]] = []
     problem = None
     if not wait_until(folder.is_dir, patience=patience):
         problem = f"{folder} is not there, though rank 0 made it; checkpoints need a folder that all nodes share"
-    for name, tensors in shards:
-        if problem is None:
-            try:
-                written.append(_write(folder, name, tensors))
-            except Exception as error:  # told to all ranks once the iterable is empty
-                problem = f"could not write {name}{SUFFIX} ({describe(error)})"
-        del tensors  # before the iterable makes the next group
-    if problem is not None:
-        raise ValueError(problem)
-    return written
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, tensors in shards:
+            if problem is None:
+                try:
+                    path = _write(folder, name, tensors)
+                    finishing.append((name, pool.submit(_finish, path, tuple(tensors))))
+                except Exception as error:  # told to all ranks once the iterable is empty
+                    problem = _could_not(name, error)
+            del tensors  # before the iterable makes the next group
+    reasons = ((name, future.exception()) for name, future in finishing)  # the pool has waited for them
+    problems = [_could_not(name, reason) for name, reason in reasons if isinstance(reason, Exception)]
+    if problem is not None or problems:
+        raise ValueError([*problems, problem][0])
+    return [future.result() for _, future in finishing]
 
 
 def merge(reports: Sequence[Sequence[Written]]) -> list[FileEntry]:
@@ -66,14 +73,21 @@ def all_arrived(folder: Path, files: Sequence[FileEntry]) -> bool:
     return all(_size(folder / entry.name) == entry.bytes for entry in files)
 
 
-def _write(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Written:
+def _write(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Path:
     file_name = f"{name}{SUFFIX}"
     file_entry(file_name, size=0, sha256="0" * 64)  # refuses a name that would leave the folder before it is opened
     path = folder / file_name
     save_file({key: _host_copy(tensor) for key, tensor in tensors.items()}, path)
+    return path
+
+
+def _finish(path: Path, tensors: tuple[str, ...]) -> Written:
     fsync(path)
-    entry = file_entry(file_name, size=path.stat().st_size, sha256=sha256_of(path))
-    return Written(entry, tuple(tensors))
+    return Written(file_entry(path.name, size=path.stat().st_size, sha256=sha256_of(path)), tensors)
+
+
+def _could_not(name: str, error: Exception) -> str:
+    return f"could not write {name}{SUFFIX} ({describe(error)})"
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

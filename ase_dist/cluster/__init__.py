@@ -1,0 +1,1 @@
+"""Cluster jobs: hostfiles, what nodes differ in, the environment they share, ssh between containers, waiting."""

@@ -1,0 +1,130 @@
+"""What a node says of itself before a job: versions, code, data, devices, cores, its interface towards the others.
+
+Run on every node by ``check``, as ``python -m ase_dist.cluster.facts JSON``; the answer is the last line it writes.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from ase_dist.cluster.cores import usable_cores
+from ase_dist.cluster.network import interface_towards
+
+PACKAGES = ("ase-dist", "torch", "torchvision", "deepspeed", "timm", "numpy", "safetensors")
+CODE = ("*.py", "*.yaml")  # of the package; caches and bytecode aside
+NO_FOLDER = "missing"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a node is asked: which interface leads to the host ``towards``, and what the folder ``data`` holds."""
+
+    towards: str = ""
+    data: str = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A node's answer. ``machine`` is the same for two names of one machine, ``data`` the digest or ``NO_FOLDER``."""
+
+    host: str
+    machine: str
+    user: str
+    python: str
+    code: str
+    devices: int
+    cores: int
+    interface: str = ""
+    address: str = ""
+    data: str = ""
+    packages: dict[str, str] = field(default_factory=dict)
+
+
+def gather(question: Question) -> Facts:
+    """This node's facts."""
+    interface = interface_towards(question.towards) if question.towards else None
+    return Facts(
+        host=platform.node(),
+        machine=_machine(),
+        user=getpass.getuser(),
+        python=platform.python_version(),
+        code=digest_code(Path(__file__).parents[1]),
+        devices=devices(),
+        cores=usable_cores(),
+        interface=interface.name if interface else "",
+        address=interface.address if interface else "",
+        data=digest_folder(Path(question.data)) if question.data else "",
+        packages={name: _version(name) for name in PACKAGES},
+    )
+
+
+def digest_code(package: Path) -> str:
+    """SHA-256 of the package's sources: names and bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in CODE for path in package.rglob(pattern)):
+        digest.update(f"{path.relative_to(package)}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def digest_folder(folder: Path) -> str:
+    """SHA-256 of the name and size of every file in a folder, or of one file; the bytes would take hours.
+
+    ``NO_FOLDER`` where nothing is there.
+    """
+    if not folder.exists():
+        return NO_FOLDER
+    digest = hashlib.sha256()
+    for name, size in [("", folder.stat().st_size)] if folder.is_file() else sorted(_files(folder)):
+        digest.update(f"{name}\0{size}\0".encode())
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> Iterable[tuple[str, int]]:
+    """Names below ``folder`` and sizes; hidden ones, which file servers and locks leave behind, aside."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(root) / name for name in names if not name.startswith(".")):
+            yield str(path.relative_to(folder)), path.stat().st_size
+
+
+def _machine() -> str:
+    """Equal for two names of one machine; a container or a network namespace is a machine of its own."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
+    except OSError:
+        return platform.node()
+
+
+def devices() -> int:
+    """Accelerators, 0 on a CPU host."""
+    import torch
+
+    return torch.accelerator.device_count() if hasattr(torch, "accelerator") else torch.cuda.device_count()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def main(arguments: list[str]) -> int:
+    """Answer the question that stands in ``arguments`` as JSON."""
+    sys.stdout.write(json.dumps(asdict(gather(Question(**json.loads(arguments[0]))))) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,83 @@
+"""Hostfiles, ``host slots=N`` a line: read, checked for what DeepSpeed, pdsh and a shell would misread, and written.
+
+DeepSpeed (0.19.8) takes any text without spaces for a host and hands it to pdsh, which expands ``n[1-3]``, and to a
+shell; it stops reading after the digits of ``slots=2x``. So names are checked here, before either sees them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from ase_dist.files import write_atomic
+
+MOST_SLOTS = 64  # of one machine: more is a typing error
+_HOST = re.compile(r"(?:[A-Za-z_][A-Za-z0-9_-]*@)?[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
+_LOCAL = ("localhost", "127.0.0.1")
+_WANTED = "wanted 'host slots=N'"
+
+
+class Node(NamedTuple):
+    """A machine of the job, and how many ranks it runs."""
+
+    host: str
+    slots: int
+
+
+def read_hostfile(path: str | Path) -> tuple[Node, ...]:
+    """The nodes of a hostfile in its order; ValueError with one sentence for the first thing that is wrong with it."""
+    nodes, problems = parse_hostfile(read_text(path), name=str(path))
+    if problems:
+        raise ValueError(problems[0])
+    return nodes
+
+
+def read_text(path: str | Path) -> str:
+    """A hostfile's text; ValueError where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise ValueError(f"hostfile: cannot read {str(path)!r} ({reason}); wanted lines such as 'n1 slots=8'") from None
+
+
+def parse_hostfile(text: str, *, name: str = "hostfile") -> tuple[tuple[Node, ...], list[str]]:
+    """The nodes of a hostfile's text, and one sentence for each line that cannot be used, ``name`` and number first."""
+    nodes: list[Node] = []
+    problems: list[str] = []
+    lines = {number: line.split("#")[0].split() for number, line in enumerate(text.splitlines(), 1)}
+    for number, words in lines.items():
+        if not words:
+            continue
+        try:
+            nodes.append(_node(words, taken={node.host: node for node in nodes}))
+        except ValueError as error:
+            problems.append(f"{name}, line {number}: {error}")
+    local = next((node.host for node in nodes if node.host in _LOCAL), None)
+    if local and len(nodes) > 1:
+        problems.append(f"{name}: {local!r} among {len(nodes)} hosts means another machine on each of them; name it")
+    if not nodes and not problems:
+        problems.append(f"{name}: got no host, {_WANTED} on at least one line")
+    return tuple(nodes), problems
+
+
+def write_hostfile(path: str | Path, nodes: Iterable[Node]) -> None:
+    """Write a hostfile, whole or not at all."""
+    write_atomic(path, "".join(f"{node.host} slots={node.slots}\n" for node in nodes))
+
+
+def _node(words: list[str], *, taken: dict[str, Node]) -> Node:
+    host, *rest = words
+    if not _HOST.fullmatch(host):
+        odd = sorted(set(re.sub(r"[A-Za-z0-9._-]", "", host)))
+        what = f"the characters {' '.join(odd)} in it" if odd else "such a beginning or end"
+        raise ValueError(f"got the host {host!r}, and {what} mean something else to a shell or to pdsh; {_WANTED}")
+    if len(rest) != 1 or not (found := re.fullmatch(r"slots=(.*)", rest[0])):
+        raise ValueError(f"got {' '.join(words)!r}, {_WANTED}")
+    if not re.fullmatch(r"[0-9]{1,9}", found[1]) or not 1 <= int(found[1]) <= MOST_SLOTS:
+        raise ValueError(f"got slots={found[1]} for {host}, wanted a whole number from 1 to {MOST_SLOTS}")
+    if host in taken:
+        raise ValueError(f"{host} is listed twice; write one line with the sum of its slots")
+    return Node(host, int(found[1]))

@@ -1,0 +1,93 @@
+"""Waiting for the other nodes, and saying for which and why."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ase_dist.cluster.hostfile import Node
+from ase_dist.files import write_atomic
+
+LOGGER = logging.getLogger("ase_dist")
+PAUSE = 1.0  # seconds between two looks
+REPEAT = 15.0  # seconds after which the same thing is said again
+CONNECT = 3.0  # seconds that a connection may take
+
+
+def wait_until(missing: Callable[[], list[str]], *, timeout: float, pause: float = PAUSE) -> None:
+    """Return when ``missing()`` is empty, its clauses are logged when they change and now and then.
+
+    Raises ValueError with them after ``timeout`` seconds.
+    """
+    began, said, said_at = time.monotonic(), "", 0.0
+    while clauses := missing():
+        waited, now = "; ".join(clauses), time.monotonic()
+        if now - began > timeout:
+            raise ValueError(f"waited {timeout:g} s in vain: {waited}")
+        if waited != said or now - said_at > REPEAT:
+            LOGGER.info("waiting: %s", waited)
+            said, said_at = waited, now
+        time.sleep(pause)
+
+
+def silent_hosts(hosts: Sequence[tuple[str, int | None]]) -> list[str]:
+    """A clause for each (host, port) whose name is unknown, or where nobody listens (port None: only the name)."""
+    return [clause for host, port in hosts if (clause := _silence(host, port))]
+
+
+def host_and_port(text: str) -> tuple[str, int | None]:
+    """``host`` or ``host:port``; ValueError for a port that is none."""
+    host, colon, port = text.partition(":")
+    if not host or (colon and not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16)):
+        raise ValueError(f"got the peer {text!r}, wanted HOST or HOST:PORT with a port from 1 to 65535")
+    return host, int(port) if colon else None
+
+
+def register(folder: Path, node: Node) -> Path:
+    """Tell those who read ``folder`` that ``node`` is there; the file to remove when it leaves."""
+    write_atomic(folder / node.host, json.dumps(node._asdict()))
+    return folder / node.host
+
+
+def registered(folder: Path) -> list[Node]:
+    """The nodes that said they are there, by name; some may have died since."""
+    found = []
+    for path in sorted(folder.glob("[!.]*")):
+        try:
+            found.append(Node(**json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError):
+            LOGGER.warning("%s is not the note of a node and is passed over", path)
+    return found
+
+
+def wait_for_nodes(folder: Path, *, count: int, port: int, timeout: float) -> tuple[Node, ...]:
+    """``count`` registered nodes that answer on ``port``, by name. Raises ValueError after ``timeout`` seconds."""
+    answering: list[Node] = []
+
+    def missing() -> list[str]:
+        silent = {node: _silence(node.host, port) for node in registered(folder)}
+        answering[:] = [node for node, clause in silent.items() if not clause]
+        if len(answering) >= count:
+            return []
+        names = ", ".join(node.host for node in answering) or "none yet"
+        return [f"{len(answering)} of {count} workers are there ({names})", *filter(None, silent.values())]
+
+    wait_until(missing, timeout=timeout)
+    return tuple(answering[:count])
+
+
+def _silence(host: str, port: int | None) -> str:
+    try:
+        if port is None:
+            socket.getaddrinfo(host, None)
+        else:
+            socket.create_connection((host, port), timeout=CONNECT).close()
+    except socket.gaierror:
+        return f"the name {host} is not known yet"
+    except OSError as error:
+        return f"{host} does not answer on port {port} ({error.strerror or error})"
+    return ""

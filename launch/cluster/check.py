@@ -1,0 +1,8 @@
+"""Check the nodes of a hostfile, write .deepspeed_env, print the first node's address; --help lists the rest."""
+
+import sys
+
+from ase_dist.cluster.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

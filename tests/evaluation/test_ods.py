@@ -1,0 +1,150 @@
+"""The boundary metric streams what ``evaluate_boundaries`` counts at once, and adds it to the cross-entropy."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from ase_dist.evaluation.boundary import evaluate_boundaries
+from ase_dist.evaluation.boundary_workers import default_workers
+from ase_dist.evaluation.metrics import EdgeOds, build_metric
+from ase_dist.evaluation.ods import SCORES, BoundaryMetric
+from ase_dist.tasks import IGNORE
+
+from .conftest import TASK_OF_KIND, generated_samples
+
+pytestmark = pytest.mark.single_gpu
+EDGES = TASK_OF_KIND["edges"]
+
+
+def images(count):
+    """(prediction, label) of generated images, as the evaluation has them."""
+    predictions, truths = generated_samples(count)
+    return [
+        (torch.from_numpy(p).float(), torch.from_numpy(t[0].astype(np.uint8)))
+        for p, t in zip(predictions, truths, strict=True)
+    ]
+
+
+def scored(pairs, device, **options):
+    metric = build_metric(EDGES, edge_ods=EdgeOds(**options))
+    for prediction, label in pairs:
+        metric.update(prediction.to(device), label.to(device))
+    metric.finish()
+    return metric
+
+
+@pytest.mark.parametrize("nms", [False, True])
+def test_equals_evaluate_boundaries(nms, device):
+    pairs = images(3)
+    found = scored(pairs, device, nms=nms, workers=0).result()
+    expected = evaluate_boundaries([p.numpy() for p, _ in pairs], [[y.numpy() == 1] for _, y in pairs], nms=nms)
+    for name in SCORES:
+        assert found[name] == pytest.approx(getattr(expected, name) * (1 if name == "ods_threshold" else 100))
+    plain = build_metric(EDGES)
+    for prediction, label in pairs:
+        plain.update(prediction.to(device), label.to(device))
+    assert {name: found[name] for name in ("bce", "edge_share")} == plain.result()
+
+
+def test_processes_and_ranks_change_no_bit(device):
+    pairs = images(5)
+    whole = scored(pairs, device, workers=0).totals[3:]
+    assert torch.equal(scored(pairs, device, workers=2).totals[3:], whole)
+    parts = [scored(part, device, workers=0).totals[3:] for part in (pairs[3:], pairs[1:3], pairs[:1])]
+    assert torch.equal(parts[0] + parts[1] + parts[2], whole)
+
+
+def test_ignored_pixels_are_neither_true_nor_predicted(device):
+    (prediction, label), (other, _) = images(2)
+    ignored = torch.zeros_like(label, dtype=torch.bool)
+    ignored[:, 60:] = True
+    hidden = torch.where(ignored, 0, prediction), torch.where(ignored, 0, label)
+    marked = (prediction, torch.where(ignored, IGNORE, label))
+    assert torch.equal(scored([marked], device, workers=0).totals[3:], scored([hidden], device, workers=0).totals[3:])
+    nowhere = (other, torch.full_like(label, IGNORE))
+    assert torch.equal(scored([marked, nowhere], device, workers=0).totals[3:],
+                       scored([marked], device, workers=0).totals[3:])  # fmt: skip
+
+
+def test_nothing_counted_is_no_score(device):
+    prediction, label = images(1)[0]
+    metric = scored([(prediction, torch.full_like(label, IGNORE))], device, workers=0)
+    assert all(math.isnan(metric.result()[name]) for name in SCORES)
+
+
+def test_closing_ends_the_processes_without_their_counts():
+    metric = build_metric(EDGES, edge_ods=EdgeOds(workers=2))
+    for prediction, label in images(3):
+        metric.update(prediction, label)
+    processes = list(metric._counter._pool._processes.values())
+    assert any(process.is_alive() for process in processes)
+    metric.close()
+    assert not any(process.is_alive() for process in processes)
+    assert not metric.totals[3:].any()
+
+
+def test_only_edges_are_scored_so():
+    assert isinstance(build_metric(EDGES, edge_ods=EdgeOds()), BoundaryMetric)
+    for kind in ("classes", "mask", "normals", "depth"):
+        task = TASK_OF_KIND[kind]
+        assert type(build_metric(task, edge_ods=EdgeOds())) is type(build_metric(task))
+
+
+def test_cores_are_shared_among_ranks():
+    assert default_workers(processes=1) >= default_workers(processes=2) >= default_workers(processes=10**6) == 1
+
+
+WORKERS = """
+import time, numpy
+from ase_dist.evaluation.boundary_counts import Protocol
+from ase_dist.evaluation.boundary_workers import ImageCounter
+
+if __name__ == "__main__":
+    counter = ImageCounter(Protocol((0.5,), max_dist=0.0075, thin=True, nms=False, matching="exact"), workers=2)
+    image = numpy.eye(40)
+    def count():
+        for i in range(4):
+            counter.push((i, image, [image > 0]))
+        return sum(counts[0, 0] for counts in counter.drain())
+    print(count(), *counter._pool._processes, flush=True)
+    input()
+    print(count(), flush=True)
+    time.sleep(600)
+"""
+
+
+def is_running(pid):
+    try:
+        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE  # that nobody has buried yet
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_workers_ignore_signals_and_end_with_their_parent(tmp_path):
+    """A launcher signals every process of a job while the parent still wants its counts; a killed one leaves nobody."""
+    script = tmp_path / "script.py"
+    script.write_text(WORKERS)
+    parent = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        first, *workers = parent.stdout.readline().split()
+        for pid in workers:
+            for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                os.kill(int(pid), name)
+        parent.stdin.write("\n")
+        parent.stdin.flush()
+        assert parent.stdout.readline().strip() == first == "160.0" and len(workers) == 2
+    finally:
+        parent.kill()
+        parent.wait()
+    deadline = time.monotonic() + 30
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(is_running, workers))

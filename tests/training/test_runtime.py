@@ -1,0 +1,124 @@
+"""The start of a process: ranks that do not come, half a launcher, and locks that a killed compilation has left."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from torch.utils import cpp_extension
+
+from ase_dist import command
+from ase_dist.training import runtime
+from ase_dist.training.guards import ExitCode
+from tests.training.conftest import start_world
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks that do not come
+
+
+def alone(rank, folder):
+    """Both processes are told of a world of two, but they wait for each other at different places."""
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in place.items()} | {"MASTER_PORT": str(runtime.free_port())})
+    errors, sys.stderr = sys.stderr, (folder / f"said_by_{rank}").open("w")
+    began = time.monotonic()
+    code = command.main([f"output={folder / 'run'}", "guard.timeout=3"])
+    sys.stderr.close()
+    sys.stderr = errors
+    return [code, (folder / f"said_by_{rank}").read_text(), time.monotonic() - began]
+
+
+@pytest.fixture(scope="module")
+def lonely(tmp_path_factory):
+    """Two worlds of one process each: rank 0 waits for rank 1, rank 1 for rank 0."""
+    folder = tmp_path_factory.mktemp("alone")
+    started = [start_world(worker, folder / worker.__name__) for worker in (rank_0_alone, rank_1_alone)]
+    return [finish().results[0] for finish in started]
+
+
+def rank_0_alone(rank, folder):
+    return alone(0, folder)
+
+
+def rank_1_alone(rank, folder):
+    return alone(1, folder)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_waits_for_a_rank_that_never_joins_ends_with_a_sentence(lonely, rank):
+    code, said, seconds = lonely[rank]
+    assert code == ExitCode.SILENT and seconds < 30
+    assert re.fullmatch(
+        rf"error: rank {rank} of 2 could not join the others at 127\.0\.0\.1:\d+ within 3 s \(.+\); "
+        r"a rank that ended before it joined says why in its own output\n",
+        said.splitlines(keepends=True)[-1],
+    )
+    assert "Traceback" not in said
+
+
+@pytest.mark.single_gpu
+def test_half_a_launcher_is_refused(monkeypatch):
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing beside RANK"):
+        runtime.start(timeout=5, threads=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Locks of compilations
+
+LOCK_AND_DIE = """
+import os, sys
+from torch.utils import cpp_extension
+from torch.utils._filelock import FileLock
+with FileLock(sys.argv[1]):
+    os.kill(os.getpid(), 9)
+"""
+
+
+def ours(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "ase_dist"]
+
+
+@pytest.fixture(params=["the variable's folder", "the default folder"])
+def lock(request, tmp_path, monkeypatch):
+    """Where torch's lock for the op cpu_adam lies."""
+    if request.param == "the default folder":
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+        monkeypatch.setattr("torch.utils.cpp_extension.get_default_build_root", lambda: str(tmp_path))
+        path = tmp_path / "py312_cpu" / "cpu_adam" / "lock"
+    else:
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+        path = tmp_path / "cpu_adam" / "lock"
+    path.parent.mkdir(parents=True)
+    return path
+
+
+@pytest.mark.single_gpu
+def test_a_lock_file_that_blocks_is_named(lock, monkeypatch, caplog):
+    monkeypatch.setattr(cpp_extension, "FileBaton", object, raising=False)  # as in a torch that waits for the file
+    runtime.warn_of_build_locks()
+    assert not ours(caplog)
+    lock.touch()
+    os.utime(lock, (time.time() - 1200,) * 2)
+    runtime.warn_of_build_locks()
+    (said,) = ours(caplog)
+    assert said.startswith(f"{lock} has been there for 20 min: a start that needs cpu_adam waits until it is gone")
+
+
+@pytest.mark.single_gpu
+@pytest.mark.skipif(hasattr(cpp_extension, "FileBaton"), reason="this torch waits for the file to go")
+def test_a_lock_that_dies_with_its_holder_is_not_mentioned(lock, caplog):
+    from torch.utils._filelock import FileLock
+
+    killed = subprocess.run([sys.executable, "-c", LOCK_AND_DIE, lock], capture_output=True, check=False)
+    assert killed.returncode == -9 and lock.exists()
+    with FileLock(str(lock), timeout=0.5):  # would raise where a dead process still held it
+        runtime.warn_of_build_locks()
+    assert not ours(caplog)
