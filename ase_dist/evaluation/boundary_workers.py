@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from ase_dist.evaluation.boundary_counts import Floats, Protocol, count_image
 from ase_dist.workers import begin_worker
 
+LOGGER = logging.getLogger("ase_dist")
 Image = tuple[int, NDArray[Any], list[NDArray[Any]]]
 
 FEW_IMAGES = 32  # not worth starting processes for (2 s), unless a number of workers is asked for
@@ -27,12 +30,13 @@ class ImageCounter:
 
     ``push`` and ``drain`` give the counts of images in the order in which they were pushed, whatever the number of
     processes. At most two images per worker wait at any time: then ``push`` waits for the oldest. Workers are spawned,
-    not forked: a process that has torch loaded holds locks and threads that a fork would break.
+    not forked: a process that has torch loaded holds locks and threads that a fork would break. Where one of them is
+    killed (by the system, for want of memory) this process counts what they left and all the rest.
     """
 
     def __init__(self, protocol: Protocol, *, workers: int) -> None:
         self.protocol, self.workers = protocol, workers
-        self._waiting: deque[Future[Floats]] = deque()
+        self._waiting: deque[tuple[Image, Future[Floats]]] = deque()
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> ImageCounter:
@@ -45,26 +49,48 @@ class ImageCounter:
 
     def push(self, image: Image) -> list[Floats]:
         """Count one image; the counts that are ready and due, possibly none. ValueError as ``count_image``."""
-        if self.workers <= 1:
-            return [count_image(*image, self.protocol)]
-        if self._pool is None:
-            spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.workers, mp_context=spawn, initializer=begin_worker)
-        self._waiting.append(self._pool.submit(count_image, *image, self.protocol))
-        return [self._waiting.popleft().result()] if len(self._waiting) > 2 * self.workers else []
+        if self.workers > 1 and self._submit(image):
+            return [self._take()] if len(self._waiting) > 2 * self.workers else []
+        return [*self.drain(), count_image(*image, self.protocol)]
 
     def drain(self) -> Iterator[Floats]:
         """The counts of what still waits."""
         while self._waiting:
-            yield self._waiting.popleft().result()
+            yield self._take()
 
     def close(self) -> None:
         """Drop what still waits and end the processes."""
         while self._waiting:
-            self._waiting.popleft().cancel()
+            self._waiting.popleft()[1].cancel()
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
+
+    def _submit(self, image: Image) -> bool:
+        """Give the image to the other processes; False where they have died."""
+        if self._pool is None:
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.workers, mp_context=spawn, initializer=begin_worker)
+        try:
+            self._waiting.append((image, self._pool.submit(count_image, *image, self.protocol)))
+        except BrokenProcessPool:
+            self._go_on_alone()
+            return False
+        return True
+
+    def _take(self) -> Floats:
+        image, future = self._waiting.popleft()
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            self._go_on_alone()
+            return count_image(*image, self.protocol)
+
+    def _go_on_alone(self) -> None:
+        if self.workers > 1:
+            LOGGER.warning("a process that counts boundaries was killed, perhaps for want of memory; counting goes on "
+                           "in this one, more slowly")  # fmt: skip
+        self.workers = 1
 
 
 def pair_images(predictions: Iterable[ArrayLike], ground_truths: Iterable[Iterable[ArrayLike]]) -> Iterator[Image]:

@@ -113,9 +113,8 @@ class ExportedModel(nn.Module):
 def load(path: str | PathLike[str], *, device: torch.device | str = "cpu") -> ExportedModel:
     """The model in the folder that ``launch/export.py`` has written, in float32 however it was stored.
 
-    Needs neither DeepSpeed nor a network nor any other file. ``ase_dist.data.transforms.normalise`` makes its input of
-    a uint8 image, ``ase_dist.evaluation.decode.decode(task, logits, size=...)`` classes, probabilities or normals of
-    its output. Raises ValueError where the export is missing, damaged or of a newer version.
+    Needs neither DeepSpeed nor a network nor any other file. It takes normalised tensors and gives raw logits;
+    ``ase_dist.load`` gives one that takes pictures too (``ase_dist.inference.predictor``). Raises ValueError where the export is missing, damaged or of a newer version.
     """
     export = open_export(path)
     settings = Settings(data=DataSettings(size=export.card.image.size), model=export.card.model)

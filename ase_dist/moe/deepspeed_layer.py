@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ase_dist import collectives
 from ase_dist.moe import deepspeed_seam as seam
+from ase_dist.moe.deepspeed_state import from_engine_names, to_engine_names
 from ase_dist.moe.layer import MoEFFN, MoEOutput, TaskIndex
 from ase_dist.moe.sharding import Shard
 from ase_dist.moe.state import global_state, load_global_state
@@ -59,6 +61,7 @@ class ASEMoE(MoE):  # type: ignore[misc]
                           aux_losses=aux_losses, seed=seed, shard=shard)  # fmt: skip
         self.dispatch_choice = "local" if ep_size == 1 else dispatch
         self._undecided = False
+        self._in_engine = False
         seam.tag_routed(self.moe.routed.parameters(), ep_size=ep_size)
         # what DeepSpeed's engine reads of a MoE layer
         self.num_experts = num_experts
@@ -74,6 +77,7 @@ class ASEMoE(MoE):  # type: ignore[misc]
             raise ValueError(
                 "use_data_before_expert_parallelism: experts are sharded over consecutive ranks; set it false"
             )
+        self._in_engine = True
         group = seam.expert_parallel_group(self.ep_size)
         self.moe.sync_statistics = True
         if self.ep_size > 1:
@@ -108,6 +112,20 @@ class ASEMoE(MoE):  # type: ignore[misc]
             self.dispatch_choice = self.moe.layer_shape().cheaper(tokens)
         self.moe.share_experts(self.moe.group, self.dispatch_choice)
         self._undecided = False
+
+    def state_dict(
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """The layer's tensors by name; in an engine, by the names that ``engine.save_checkpoint`` wants."""
+        state: dict[str, Any] = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if self._in_engine:
+            to_engine_names(state, prefix=prefix, ep_size=self.ep_size)
+        return state
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Take either kind of names; ``load_state_dict`` calls this before the children's."""
+        from_engine_names(state, prefix=prefix, ep_size=self.ep_size)
+        super()._load_from_state_dict(state, prefix, *arguments)
 
     def gates(self, x: Tensor, *, task: TaskIndex = None) -> Tensor:
         """Dense gates [tasks, ..., N] of x [tasks, ..., D]; see ``MoEFFN.gates``."""

@@ -130,7 +130,9 @@ def write_master(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor,
             state = _basic(engine).state[fragment.master]
             is_torch = isinstance(_basic(engine), torch.optim.AdamW)
             state["step"] = torch.tensor(float(step)) if is_torch else step  # DeepSpeed's own counts in an int
-            target = state.setdefault(kind, torch.zeros_like(fragment.master.data))
+            if kind not in state:
+                state[kind] = torch.zeros_like(fragment.master.data)
+            target = state[kind]
         part = value.reshape(-1)[fragment.offset : fragment.offset + fragment.numel]
         target.view(-1)[fragment.start : fragment.start + fragment.numel].copy_(part)
 

@@ -30,8 +30,7 @@ class Gates(NamedTuple):
 def joint(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
     """Adaptive shared experts, Eq. 8-9: one softmax over the k best routed logits and all shared ones."""
     active_TN = _top_routed(logits_TN, k=k, num_shared=num_shared)
-    gates_TN = logits_TN.masked_fill(~active_TN, -torch.inf).softmax(dim=-1)
-    return Gates(gates_TN, active_TN, logits_TN.softmax(dim=-1))
+    return Gates(_masked(logits_TN, active_TN).softmax(dim=-1), active_TN, logits_TN.softmax(dim=-1))
 
 
 def naive(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
@@ -68,8 +67,8 @@ def separate(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
     """One softmax over the k best routed logits and another over the shared ones: the gates of each sum to 1."""
     routed = logits_TN.shape[-1] - num_shared
     active_TN = _top_routed(logits_TN, k=k, num_shared=num_shared)
-    masked_TN = logits_TN.masked_fill(~active_TN, -torch.inf)
-    parts = [part.softmax(dim=-1) for part in masked_TN.split([routed, num_shared], dim=-1)]
+    masked = _masked(logits_TN, active_TN).split([routed, num_shared], dim=-1)
+    parts = [part.softmax(dim=-1) for part in masked]
     gates_TN = torch.cat(parts, dim=-1) if k else torch.cat([torch.zeros_like(parts[0]), parts[1]], dim=-1)
     return Gates(gates_TN, active_TN, logits_TN.softmax(dim=-1))
 
@@ -108,6 +107,11 @@ def check_gating(gating: str, *, num_experts: int, k: int, num_shared: int) -> N
             f"k: got {k}, wanted {least} to num_experts - num_shared = {routed} active routed experts; "
             "num_experts counts the shared ones"
         )
+
+
+def _masked(logits_TN: Tensor, active_TN: Tensor) -> Tensor:
+    """Minus infinity where inactive; unlike ``masked_fill`` it keeps no mask of its own for the backward pass."""
+    return torch.where(active_TN, logits_TN, -torch.inf)
 
 
 def _top_routed(logits_TN: Tensor, *, k: int, num_shared: int) -> Tensor:

@@ -163,7 +163,8 @@ class MoEFFN(nn.Module):
         return x.reshape(len(tasks), -1, self.dim), tasks
 
     def _mix(self, x_TD: Tensor, routing: Gates) -> Tensor:
-        gates_TN = (routing.gates * self.scale).flatten(0, 1)
+        gates_tTN = routing.gates if self.scale == 1.0 else routing.gates * self.scale
+        gates_TN = gates_tTN.flatten(0, 1)
         tokens = Routed(x_TD, gates_TN, routing.active.flatten(0, 1), self.k, self.num_shared)
         if isinstance(self.routed, LoRABank):
             assert self.base is not None and not isinstance(self.shared, FFNBank)

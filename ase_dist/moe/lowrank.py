@@ -14,9 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from ase_dist.moe import products
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -37,7 +39,7 @@ def lowrank_linear(
     them or into B by the caller. ``activation`` must be elementwise and deterministic: it is run again in backward.
     Under autocast, or where W itself is trained, the same formula is left to PyTorch's autograd.
     """
-    if weight_OD.requires_grad or (bias_O is not None and bias_O.requires_grad) or _autocast(x):
+    if not _is_frozen(weight_OD, bias_O) or torch.is_autocast_enabled(x.device.type):
         x = x if activation is None else activation(x)
         return add_lowrank(F.linear(x, weight_OD, bias_O), x, a_RD, b_OR, gates=gates)
     x_TD = x.reshape(-1, x.shape[-1])
@@ -63,8 +65,14 @@ def gate_gradient(grad: Tensor, u: Tensor, gates: Tensor) -> Tensor:
     return (grad.to(gates.dtype) * u).unflatten(-1, (gates.shape[-1], -1)).sum(dim=-1)
 
 
-def _autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
+    """Whether ``module`` is a plain frozen ``nn.Linear`` whose products with x keep their type: no autocast."""
+    plain = type(module) is nn.Linear and _is_frozen(module.weight, module.bias)
+    return plain and not torch.is_autocast_enabled(x.device.type)
+
+
+def _is_frozen(weight_OD: Tensor, bias_O: Tensor | None) -> bool:
+    return not weight_OD.requires_grad and (bias_O is None or not bias_O.requires_grad)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -80,9 +88,9 @@ class _LowRankLinear(torch.autograd.Function):
         activation: Activation | None,
     ) -> Tensor:
         h_TD = x_TD if activation is None else activation(x_TD)
-        u_TR = h_TD @ a_RD.T
-        y_TO = F.linear(h_TD, weight_OD, bias_O)
-        y_TO.addmm_(gated(u_TR, gates_TN), b_OR.T)
+        u_TR = products.linear(h_TD, a_RD)
+        y_TO = products.linear(h_TD, weight_OD, bias_O)
+        products.add_linear(y_TO, gated(u_TR, gates_TN), b_OR)
         ctx.save_for_backward(x_TD, weight_OD, a_RD, b_OR, gates_TN, u_TR)
         ctx.activation = activation
         return y_TO
@@ -94,19 +102,19 @@ class _LowRankLinear(torch.autograd.Function):
         needs_x, _, _, needs_a, needs_b, needs_gates, _ = ctx.needs_input_grad
         grad_x = grad_a = grad_b = grad_gates = None
 
-        grad_v_TR = grad_TO @ b_OR
+        grad_v_TR = products.linear(grad_TO, b_OR.T)
         grad_u_TR = gated(grad_v_TR, gates_TN)
         if needs_gates:
             grad_gates = gate_gradient(grad_v_TR, u_TR, gates_TN)
         if needs_b:
-            grad_b = grad_TO.T @ gated(u_TR, gates_TN)
+            grad_b = products.outer(gated(u_TR, gates_TN), grad_TO).T
 
         h_TD, pull_back = rerun(x_TD, ctx.activation, differentiate=needs_x)
         if needs_a:
-            grad_a = grad_u_TR.T @ h_TD
+            grad_a = products.outer(grad_u_TR, h_TD)
         if needs_x:
-            grad_h_TD = grad_TO @ weight_OD
-            grad_x = pull_back(grad_h_TD.addmm_(grad_u_TR, a_RD))
+            grad_h_TD = products.linear(grad_TO, weight_OD.T)
+            grad_x = pull_back(products.add_linear(grad_h_TD, grad_u_TR, a_RD.T))
         return grad_x, None, None, grad_a, grad_b, grad_gates, None
 
 

@@ -80,6 +80,21 @@ def test_nothing_counted_is_no_score(device):
     assert all(math.isnan(metric.result()[name]) for name in SCORES)
 
 
+def test_a_killed_process_loses_no_count(caplog):
+    """What waits is counted here, and so is the rest: an evaluation is not lost to the system's want of memory."""
+    pairs = images(7)
+    expected = scored(pairs, torch.device("cpu"), workers=0).totals
+    metric = build_metric(EDGES, edge_ods=EdgeOds(workers=2))
+    for i, (prediction, label) in enumerate(pairs):
+        metric.update(prediction, label)
+        if i == 2:
+            for process in list(metric._counter._pool._processes.values()):
+                process.kill()
+    metric.finish()
+    assert torch.equal(metric.totals, expected)
+    assert [record.message[:44] for record in caplog.records] == ["a process that counts boundaries was killed,"]
+
+
 def test_closing_ends_the_processes_without_their_counts():
     metric = build_metric(EDGES, edge_ods=EdgeOds(workers=2))
     for prediction, label in images(3):

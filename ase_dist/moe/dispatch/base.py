@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ase_dist.moe.experts import FFNBank, LoRABank, apply_all, apply_routed, lora_pairs
-from ase_dist.moe.lowrank import Activation, add_lowrank, lowrank_linear
+from ase_dist.moe.lora_ffn import Adapted, gated_ffn
+from ase_dist.moe.lowrank import Activation, add_lowrank, is_frozen_linear, lowrank_linear
 
 FeedForward = Any  # an nn.Module with fc1, act and fc2
 
@@ -40,8 +41,13 @@ class Dispatch(Protocol):
 def lora_ffn(tokens: Routed, base: FeedForward, bank: Mapping[str, Tensor], places: tuple[str, ...]) -> Tensor:
     """fc2(act(fc1(x))) with each adapted place's pairs of all N experts; ``bank`` holds them in global order."""
     pairs = lora_pairs(bank, places)
-    h = adapted_linear(tokens.x_TD, base.fc1, pairs.get("fc1"), tokens.gates_TN)
-    y_TD = adapted_linear(h, base.fc2, pairs.get("fc2"), tokens.gates_TN, activation=base.act)
+    if is_frozen_linear(base.fc1, tokens.x_TD) and is_frozen_linear(base.fc2, tokens.x_TD):
+        fc1, fc2 = (Adapted(fc.weight, fc.bias, *pairs.get(name, (None, None)))
+                    for name, fc in (("fc1", base.fc1), ("fc2", base.fc2)))  # fmt: skip
+        y_TD = gated_ffn(tokens.x_TD, fc1, fc2, gates_TN=tokens.gates_TN, activation=base.act)
+    else:
+        h = adapted_linear(tokens.x_TD, base.fc1, pairs.get("fc1"), tokens.gates_TN)
+        y_TD = adapted_linear(h, base.fc2, pairs.get("fc2"), tokens.gates_TN, activation=base.act)
     if "bypass" in pairs:
         y_TD = add_lowrank(y_TD, tokens.x_TD, *pairs["bypass"], gates=tokens.gates_TN)
     return y_TD

@@ -1,0 +1,82 @@
+"""The sides that need no library of experts: ours, the floor, plain LoRA, and a loop over the experts."""
+
+from __future__ import annotations
+
+import torch
+from peers.common import TASKS, Case, Side, fill
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ase_dist.moe import MoEFFN
+
+
+def frozen(case: Case) -> Side:
+    """The FFN alone: the floor."""
+    return Side(case.base, lambda x: (case.base(x), None))
+
+
+def ours(case: Case) -> Side:
+    """``MoEFFN``, its routers, gates and router loss included."""
+    N, k, S, r = case.experts
+    layer = MoEFFN(case.base, num_experts=N, k=k, num_shared=S, rank=r, num_tasks=TASKS)
+    for bank in (layer.routed, layer.shared):
+        fill(bank)
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        result = layer(x)
+        return result.output, result.aux_loss
+
+    return Side(layer, forward)
+
+
+def plain_lora(case: Case) -> Side:
+    """One LoRA pair per linear by peft, of the rank of the model's other LoRA, 4."""
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    config = LoraConfig(r=4, lora_alpha=4)
+    fc1, fc2 = (Linear(fc, "default", config=config, r=4, lora_alpha=4) for fc in (case.base.fc1, case.base.fc2))
+    module = nn.ModuleList([fc1, fc2])
+    for name, parameter in module.named_parameters():
+        if "lora" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return Side(module, lambda x: (fc2(case.base.act(fc1(x))), None))
+
+
+def index_loop(case: Case) -> Side:
+    """The same function as ours: rows sorted by expert, each expert's pair on its rows, gated sums by ``index_add_``.
+
+    It has our routers and gates, and the statistics that ours has too; only the experts are applied otherwise.
+    """
+    side = ours(case)
+    layer = side.module
+    assert isinstance(layer, MoEFFN)
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        result_gates = layer.router(x, list(range(TASKS)))[1]
+        gates_TN = result_gates.gates.flatten(0, 1)
+        x_TD = x.reshape(-1, x.shape[-1])
+        visits = _visits(result_gates.active.flatten(0, 1))
+        h = case.base.act(_looped(x_TD, case.base.fc1, "fc1", layer, gates_TN, visits))
+        return _looped(h, case.base.fc2, "fc2", layer, gates_TN, visits).view_as(x), gates_TN.sum() * 0
+
+    return Side(layer, forward)
+
+
+def _visits(active_TN: Tensor) -> list[Tensor]:
+    """The tokens of each expert, from one sort."""
+    expert_M, token_M = active_TN.T.nonzero().unbind(dim=1)
+    counts = torch.bincount(expert_M, minlength=active_TN.shape[1]).tolist()
+    return list(token_M.split(counts))
+
+
+def _looped(
+    x_TD: Tensor, linear: nn.Linear, place: str, layer: MoEFFN, gates_TN: Tensor, visits: list[Tensor]
+) -> Tensor:
+    y_TO: Tensor = linear(x_TD)
+    banks = [bank.tensors() for bank in (layer.routed, layer.shared) if bank is not None]
+    pairs = [(a, b) for bank in banks for a, b in zip(bank[f"{place}.A"], bank[f"{place}.B"], strict=True)]
+    for expert, ((a_rD, b_Or), tokens) in enumerate(zip(pairs, visits, strict=True)):
+        delta = F.linear(F.linear(x_TD[tokens], a_rD), b_Or) * gates_TN[tokens, expert].unsqueeze(-1)
+        y_TO = y_TO.index_add_(0, tokens, delta)
+    return y_TO
