@@ -114,7 +114,8 @@ def load(path: str | PathLike[str], *, device: torch.device | str = "cpu") -> Ex
     """The model in the folder that ``launch/export.py`` has written, in float32 however it was stored.
 
     Needs neither DeepSpeed nor a network nor any other file. It takes normalised tensors and gives raw logits;
-    ``ase_dist.load`` gives one that takes pictures too (``ase_dist.inference.predictor``). Raises ValueError where the export is missing, damaged or of a newer version.
+    ``ase_dist.load`` gives one that takes pictures too (``ase_dist.inference.predictor``). Raises ValueError where the
+    export is missing, damaged or of a newer version.
     """
     export = open_export(path)
     settings = Settings(data=DataSettings(size=export.card.image.size), model=export.card.model)
