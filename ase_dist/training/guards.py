@@ -30,6 +30,7 @@ from ase_dist.collectives import all_reduce_sum, gather_objects, rank, world_siz
 from ase_dist.files import write_atomic
 
 STDERR = 2
+MISSED = 3  # beats in a row without which a rank on another host, whose process cannot be looked at, counts as dead
 GRACE = 10.0  # seconds that a file system gets to take the last words
 END_GRACE = 30.0  # seconds that a process gets to end after it has lost a peer
 
@@ -263,6 +264,11 @@ class Watchdog:
         """Say that the main thread is alive and what it begins now, such as "forward of step 12"."""
         self._last = (time.monotonic(), self._last[1] + 1, doing)
 
+    @property
+    def patience(self) -> float:
+        """Seconds until a rank that has just died looks dead here, on whichever host: its last beat must grow old."""
+        return min(MISSED * self._interval + 1, self.timeout / 2)
+
     def suspects(self) -> str:
         """The other ranks that look dead, else those behind this one, with what they did last: for an error's text."""
         found = [self._suspicion(other) for other in range(world_size()) if other != rank()]
@@ -317,7 +323,7 @@ class Watchdog:
         who, last = f"rank {other} on {state['host']}", f"the last thing it was known to begin is {state['doing']!r}"
         if state["host"] == platform.node() and not _is_alive(state["pid"]):
             return True, f"{who} is dead, {last}"
-        if age > self.timeout / 2:
+        if age > MISSED * self._interval:
             return True, f"{who} gave no sign of life for {age:.0f} s, {last}"
         return False, f"{who} is behind, {last}" if state["beats"] < self._last[1] else ""
 

@@ -97,8 +97,9 @@ class Trainer:
 
     def _suspects(self) -> str:
         """Which other rank looks dead, for the log; one that just dies gets a moment to be seen dead."""
-        deadline = time.monotonic() + min(5.0, self.settings.guard.timeout / 2)
-        while "dead" not in (found := self.dog.suspects()) and time.monotonic() < deadline:
+        deadline = time.monotonic() + self.dog.patience
+        seen = ("dead", "no sign of life")
+        while not any(words in (found := self.dog.suspects()) for words in seen) and time.monotonic() < deadline:
             time.sleep(0.2)
         return found
 
