@@ -24,6 +24,8 @@ def initialize(model: nn.Module, config: ResolvedConfig, world: World, *, total_
     import deepspeed
 
     train = config.settings.train
+    if train.compile:
+        compile_blocks(model, config)
     optimizer = build_optimizer(model, config, world)
     if config.zero_stage == 0 and not train.bf16:
         seam.skip_non_finite_steps(optimizer)
@@ -41,6 +43,19 @@ def initialize(model: nn.Module, config: ResolvedConfig, world: World, *, total_
     seam.undo_trial_step(engine)
     seam.use_true_gradient_norm(engine)
     return engine
+
+
+def compile_blocks(model: nn.Module, config: ResolvedConfig) -> None:
+    """torch.compile each block (of a model without blocks the whole), in place, when it first runs; names stay.
+
+    Raises ValueError where parts of a block are exchanged while it runs.
+    """
+    mode = config.settings.model.checkpoint_activations
+    if config.zero_stage == 3 or mode != "none":
+        what = "ZeRO 3" if config.zero_stage == 3 else f"model.checkpoint_activations={mode}"
+        raise ValueError(f"train.compile: got true with {what}, which changes the blocks as they run; use one of them")
+    for module in getattr(model, "blocks", ()) or [model]:
+        module.compile()
 
 
 def build_optimizer(model: nn.Module, config: ResolvedConfig, world: World) -> torch.optim.Optimizer:

@@ -87,6 +87,7 @@ class Trainer:
         return guards.ExitCode.STOPPED if self.stopping else guards.ExitCode.DONE
 
     def _loop(self) -> None:
+        self._warm_shared_logits(self.state.step)  # as the last step left them, for an evaluation before the next
         self._maybe_evaluate()
         self._maybe_save()
         while self.state.step < self.total_steps and not self.stopping:
@@ -143,7 +144,7 @@ class Trainer:
         steps = self.settings.model.moe.shared_logit_warmup
         if steps and self.settings.model.moe.enabled:
             for router in self._routers:
-                router.scale_shared_logits(min(1.0, (step - 1) / steps))
+                router.scale_shared_logits(min(1.0, max(0.0, (step - 1) / steps)))
 
     def _maybe_measure_conflict(self, step: int, batch: Batch, counts: Tensor) -> None:
         """Once a step that is due, at its first micro-step, by a forward pass of its own (see ``conflict``).
