@@ -10,6 +10,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny, and sever
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def launcher_variables():
+    """A run in the test's own process names itself the only rank, with a port: that is for no other process."""
+    before = {name: os.environ.get(name) for name in LAUNCHER}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")

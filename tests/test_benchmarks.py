@@ -37,7 +37,7 @@ def test_layer(tmp_path):
     rows, D, H, R, N = 30, 384, 1536, 64, 16
     pairs, router = 2 * rows * R * 2 * (D + H), 2 * rows * D * N
     assert ours["forward_gflop"] - floor["forward_gflop"] == pytest.approx((pairs + router) / 1e9, rel=1e-6)
-    assert "of the frozen FFN (at most 1.25" in printed
+    assert "of the frozen FFN: at most 1.25" in printed
     assert all(reason for reason in report["skipped"].values())
 
 

@@ -45,7 +45,7 @@ def paper_reference() -> Reference:
     """The paper's single-task row, which its own Delta_m is relative to."""
     scores = {task: {PAPER_METRICS[task]: value} for task, value in PAPER_REFERENCE.scores.items()}
     name = f"{PAPER_REFERENCE.method}, {PAPER_REFERENCE.backbone} (arXiv 2510.00570)"
-    return Reference(name, "pascal_context", scores)
+    return Reference(name, "PASCAL-Context", scores)
 
 
 def compare(tasks: Sequence[Task], results: Results, reference: Reference) -> Comparison:

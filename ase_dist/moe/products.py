@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LEAST_FLOPS = 8e6  # of a product that is worth oneDNN's fixed cost of some 15 microseconds
-BAND_BYTES = 24 * 2**20  # of the rows of a product that are added at a time: what a cache may hold
+BAND_BYTES = 6 * 2**20, 24 * 2**20  # of a band of rows: shorter ones cost more time, longer ones memory
+LEAST_BANDS = 4  # as far as the bounds allow
 
 
 def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -38,11 +39,12 @@ def outer(y_TO: Tensor, x_TD: Tensor) -> Tensor:
 
 
 def bands(like_TH: Tensor) -> list[slice]:
-    """The rows of a tensor [T, H] on a CPU in equal parts of ``BAND_BYTES`` at most; elsewhere all of them at once."""
+    """The rows of a tensor [T, H] on a CPU in equal parts within ``BAND_BYTES``; elsewhere all of them at once."""
     rows, width = like_TH.shape
     if like_TH.device.type != "cpu" or not rows:
         return [slice(0, rows)]
-    count = -(-rows * width * like_TH.element_size() // BAND_BYTES)
+    total = rows * width * like_TH.element_size()
+    count = -(-total // min(max(total // LEAST_BANDS, BAND_BYTES[0]), BAND_BYTES[1]))
     size = -(-rows // max(1, min(count, rows)))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 

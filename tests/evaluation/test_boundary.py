@@ -153,6 +153,11 @@ def pyedgeeval(predictions, truths, thresholds, *, nms=False):
     return [overall["ODS_f1"], overall["OIS_f1"]], [[row["precision"], row["recall"]] for row in curve]
 
 
+def mean_of_pyedgeeval(predictions, truths, thresholds, **options):
+    """[ods_f, ois_f] over three runs: its matching draws random graphs, so that on few images one run is a sample."""
+    return np.mean([pyedgeeval(predictions, truths, thresholds, **options)[0] for _ in range(3)], axis=0)
+
+
 def ours(predictions, truths, thresholds, **options):
     scores = evaluate_boundaries(predictions, truths, thresholds=thresholds, workers=1, **options)
     return [scores.ods_f, scores.ois_f], np.stack((scores.precision, scores.recall), axis=1)
@@ -204,7 +209,7 @@ def test_the_best_matching_finds_what_the_published_code_misses(annotators):
 
 def test_agrees_with_pyedgeeval_after_suppression():
     predictions, truths = large_samples(3, shift=2.5)
-    expected, _ = pyedgeeval(predictions, truths, 5, nms=True)
+    expected = mean_of_pyedgeeval(predictions, truths, 5, nms=True)
     assert ours(predictions, truths, 5, nms=True)[0] == pytest.approx(expected, abs=1e-3)
 
 
@@ -221,7 +226,7 @@ def test_agrees_with_pyedgeeval_after_suppression():
 def test_agrees_with_pyedgeeval_on_photographs(photograph_labels, count, thresholds, options):
     labels = photograph_labels[:count]
     predictions, truths = zip(*(edge_sample(map_, seed=i, **options) for i, map_ in enumerate(labels)), strict=True)
-    expected, _ = pyedgeeval(predictions, truths, thresholds)
+    expected = mean_of_pyedgeeval(predictions, truths, thresholds)
     assert ours(predictions, truths, thresholds)[0] == pytest.approx(expected, abs=1e-3)
 
 

@@ -32,6 +32,7 @@ HALF = "train.batch_size=2"
 SHARDED = ("model.moe.ep_size=2", "model.moe.dispatch=all_to_all")
 EVERY = ("checkpoint.every=1", "checkpoint.keep=9", "eval.pictures=0")
 STAGES = ("z0", "z0_unclipped", "z1", "z2", "z2_offload", "z2_bf16", "z3")
+EXPERT_ALONE = ("z0", "z2")
 FAULTS = {2: "image", 3: "label", 4: "router", 5: "gradient"}
 
 
@@ -138,6 +139,10 @@ def nan_on_one(rank, folder, scenes):
         with not_finite({2: "label", 3: "gradient"} if rank == 1 else {}):
             tiny_run(scenes, folder / name, HALF, *EVERY, *options, "guard.non_finite=skip", "train.max_steps=4",
                      config=stage)  # fmt: skip
+    for name in EXPERT_ALONE:
+        options = (*SHARDED, "guard.non_finite=skip", "train.max_steps=3", "train.gradient_clipping=0")
+        with not_finite({2: "expert"} if rank == 1 else {}):
+            tiny_run(scenes, folder / f"expert_{name}", HALF, *EVERY, *options, config=name)
     with not_finite({2: "label"} if rank == 1 else {}):
         found["stopped"] = said(scenes, folder / "nan", HALF, *EVERY)
     return found
@@ -227,6 +232,17 @@ def test_nan_on_one_rank_skips_the_step_on_all(pair, name):
     log = (folder / name / "train.log").read_text()
     assert re.search(r"step 2 is not finite \(rank 1: normals nan, batch \['\w+', '\w+'\]\); skipped", log)
     assert [*losses(folder / name)] == [1, 4]
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("name", EXPERT_ALONE)
+def test_nan_in_one_ranks_experts_skips_the_step_on_all(pair, name):
+    """No loss and no gradient of the other rank shows it."""
+    output = pair[0] / f"expert_{name}"
+    first, second, third = (trained(output, step) for step in (1, 2, 3))
+    assert same_bits(first, second) == [] and same_bits(first, third)
+    assert all(tensor.isfinite().all() for tensor in third.values())
+    assert "step 2 is not finite (rank 0: gradient nan" in (output / "train.log").read_text()
 
 
 @pytest.mark.multi_gpu

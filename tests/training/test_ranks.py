@@ -1,20 +1,27 @@
 """Devices by name, and a process that no launcher started."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from ase_dist.training.ranks import find_device, join
+from tests.conftest import LAUNCHER
+from tests.training.conftest import start_world
 
 pytestmark = pytest.mark.single_gpu
 
 
-def test_alone_there_is_no_group(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+def alone(rank, folder):
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
     with join(device="cpu") as world:
-        assert (world.rank, world.size, world.local_size, world.device) == (0, 1, 1, torch.device("cpu"))
-        assert world.is_first and not dist.is_initialized()
+        return [world.rank, world.size, world.local_size, str(world.device), world.is_first, dist.is_initialized()]
+
+
+def test_alone_there_is_no_group(tmp_path):
+    assert start_world(alone, tmp_path)().results == [[0, 1, 1, "cpu", True, False]]
 
 
 def test_a_ranks_own_gpu_is_taken_where_none_is_named(monkeypatch):

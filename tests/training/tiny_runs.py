@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ase_dist.config import load_settings
 from ase_dist.data.loader import TrainLoader
 from ase_dist.models.multitask import MultiTaskViT
-from ase_dist.moe.deepspeed_seam import full_shape
+from ase_dist.moe.deepspeed_seam import full_shape, is_routed
 from ase_dist.moe.router import TaskRouter
 from ase_dist.training import run, runtime
 from ase_dist.training.build import build
@@ -216,7 +216,10 @@ def before_step(actions):
 
 @contextlib.contextmanager
 def not_finite(kinds):
-    """While open, step ``s`` meets NaN in its image, its normals' label, the routers' logits or the gradient alone."""
+    """While open, step ``s`` meets NaN in its image, its normals' label, the routers' logits or the gradient alone.
+
+    "expert": in the gradient of this rank's own experts, which no other rank sees.
+    """
     kind, forward, route = [""], MultiTaskViT.forward, TaskRouter.forward
 
     def spoil(batch, what):
@@ -230,6 +233,9 @@ def not_finite(kinds):
         output = forward(model, *arguments, **options)
         if kind[0] == "gradient" and torch.is_grad_enabled():
             output.predictions["edge"].register_hook(lambda gradient: gradient * math.inf)
+        if kind[0] == "expert" and torch.is_grad_enabled():
+            bank = next(parameter for parameter in model.parameters() if is_routed(parameter))
+            bank.register_hook(lambda gradient: gradient * math.inf if kind[0] == "expert" else gradient)
         return output
 
     def spoilt_route(router, tokens, tasks):
