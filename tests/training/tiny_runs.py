@@ -105,19 +105,19 @@ def load_and_save(scenes, source, target, *overrides, config="z0"):
         sizes.setdefault(_group_name(entry), []).append(full_shape(entry.parameter).numel() * 4 * len(KINDS))
     groups = [sum(group) for group in sizes.values()]
     largest = max(size for group in sizes.values() for size in group)
-    return {"loading": loading.peak, "saving": saving.peak, "parameter": largest, "group": max(groups),
+    return {"loading": loading.peak - loading.left, "saving": saving.peak, "parameter": largest, "group": max(groups),
             "all": sum(groups)}  # fmt: skip
 
 
 class LiveBytes(TorchDispatchMode):
-    """``peak`` is the most bytes of tensors that were alive at the same time, of those made while it was open.
+    """``peak`` is the most bytes of tensors alive at the same time, of those made while it was open.
 
-    Those that outlive it, such as an optimiser's state, do not count.
+    ``left`` is what outlived it, such as an optimiser's state.
     """
 
     def __init__(self):
         super().__init__()
-        self.peak, self._made = 0, {}
+        self.peak, self.left, self._made = 0, 0, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
@@ -130,7 +130,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        self.peak -= self._alive()
+        self.left = self._alive()
 
     def _alive(self):
         return sum(size for made, size in self._made.values() if not made.expired())
