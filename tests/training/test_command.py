@@ -132,11 +132,18 @@ class Started:
         os.kill(self.was_killed, signal.SIGKILL)
 
     def stop(self, *, group):
-        """SIGTERM to the launcher, or to its process group as a terminal and a scheduler send it."""
+        """SIGTERM to the launcher, or to its process group as a terminal and a scheduler send it; until all is over.
+
+        ``deepspeed`` itself ends at once, its ranks when they have saved.
+        """
         self._await(self.output / "metrics.jsonl", lines=4)  # steps have been taken
-        began = time.monotonic()
+        family, began = psutil.Process(self.process.pid).children(recursive=True), time.monotonic()
         os.killpg(self.process.pid, signal.SIGTERM) if group else self.process.terminate()
         self.end()
+        _, alive = psutil.wait_procs(family, timeout=SECONDS)
+        for process in alive:
+            process.kill()
+        assert not alive
         self.seconds_to_stop = time.monotonic() - began
 
     def end(self):
