@@ -12,6 +12,8 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ase_dist.models.doubled_conv import double, doubled_conv
+
 
 class TaskHead(nn.Module):
     """What every head is: ``head(tokens [B, P, D]) -> logits [B, C, h, w]`` for the patch grid it was built for."""
@@ -54,9 +56,9 @@ class PUPHead(TaskHead):
         """Logits [B, C, 2^stages * grid]."""
         x = self.grid_tokens(tokens_BPD)
         for stage, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = _double(x) if stage else x
-            x = F.relu(norm(conv(x)))
-        return _double(self.last(x))
+            x = doubled_conv(x, conv) if stage else conv(x)
+            x = F.relu(norm(x))
+        return double(self.last(x))
 
 
 class LinearHead(TaskHead):
@@ -103,7 +105,3 @@ class HeadFactory(Protocol):
 
 
 HEADS: dict[str, HeadFactory] = {"pup": PUPHead, "linear": LinearHead, "pup_linear": PUPLinearHead}
-
-
-def _double(x_BChw: Tensor) -> Tensor:
-    return F.interpolate(x_BChw, scale_factor=2, mode="bilinear", align_corners=False)
