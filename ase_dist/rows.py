@@ -22,6 +22,7 @@ class Row(BaseModel):
     label: str
     model: dict[str, Any]
     lr_factor: float = 1.0
+    backbone_lr_factor: float = 1.0
     separate: bool = False
 
 
@@ -42,7 +43,7 @@ def apply_row(tree: dict[str, Any], name: str, *, lr: float) -> None:
     """Change a plain tree of settings, whose learning rate is ``lr``, into the row's."""
     row = find_row(name)
     _merge(tree.setdefault("model", {}), row.model)
-    tree.setdefault("train", {})["lr"] = lr * row.lr_factor
+    tree.setdefault("train", {}).update(lr=lr * row.lr_factor, backbone_lr_factor=row.backbone_lr_factor)
     tree["output"] = f"{tree.get('output', 'runs')}_{name}"
 
 

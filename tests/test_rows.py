@@ -9,7 +9,7 @@ from ase_dist.tasks import select_tasks
 
 pytestmark = pytest.mark.single_gpu
 
-MAY_CHANGE = {"output", "train.lr"}
+MAY_CHANGE = {"output", "train.lr", "train.backbone_lr_factor"}
 
 
 def value(settings, key):
@@ -24,6 +24,7 @@ def test_a_row_builds_and_changes_the_model_alone(name):
     changed = {key for key in setting_keys() if value(base, key) != value(settings, key)}
     assert changed <= MAY_CHANGE | {key for key in setting_keys() if key.startswith("model.")}
     assert settings.train.lr == pytest.approx(base.train.lr * rows()[name].lr_factor)
+    assert settings.train.backbone_lr_factor == rows()[name].backbone_lr_factor
     model = build_model(settings, select_tasks("scenes", ("semseg", "edge")), expert_layer="plain")
     assert any(parameter.requires_grad for parameter in model.parameters())
 

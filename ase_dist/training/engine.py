@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ase_dist.config import TrainSettings
+from ase_dist.models import parameter_groups
 from ase_dist.moe import MoEFFN
 from ase_dist.moe import deepspeed_seam as seam
 from ase_dist.training.ds_config import ResolvedConfig
@@ -61,7 +62,7 @@ def compile_blocks(model: nn.Module, config: ResolvedConfig) -> None:
 def build_optimizer(model: nn.Module, config: ResolvedConfig, world: World) -> torch.optim.Optimizer:
     """AdamW over what is trained; DeepSpeed's CPU version where an accelerator offloads to the host."""
     train = config.settings.train
-    groups = parameter_groups(model, train)
+    groups = trained_groups(model, train)
     if config.zero_stage < 3 and any(seam.is_routed(p) for p in model.parameters()):
         groups = seam.optimizer_groups(groups)
     options: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "eps": train.eps}
@@ -73,18 +74,28 @@ def build_optimizer(model: nn.Module, config: ResolvedConfig, world: World) -> t
     return torch.optim.AdamW(groups, **options)
 
 
-def parameter_groups(model: nn.Module, train: TrainSettings) -> list[dict[str, Any]]:
-    """Trained parameters with and without weight decay, by name."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def trained_groups(model: nn.Module, train: TrainSettings) -> list[dict[str, Any]]:
+    """Trained parameters with and without weight decay; those of the backbone apart where their rate is another."""
+    trained = [(kind, p) for kind, p in _with_kind(model) if p.requires_grad]
     if not trained:
         raise ValueError("model: nothing is trained; enable experts, LoRA or model.tune=full")
-    decay = [p for p in trained if p.dim() > NO_DECAY_DIMS]
-    rest = [p for p in trained if p.dim() <= NO_DECAY_DIMS]
-    groups = [
-        {"name": "decay", "params": decay, "weight_decay": train.weight_decay},
-        {"name": "no_decay", "params": rest, "weight_decay": 0.0},
-    ]
+    shared_rate = train.backbone_lr_factor == 1
+    groups = []
+    for prefix, factor, part in (
+        ("", 1.0, [p for kind, p in trained if shared_rate or kind != "backbone"]),
+        ("backbone_", train.backbone_lr_factor, [p for kind, p in trained if not shared_rate and kind == "backbone"]),
+    ):
+        decay = [p for p in part if p.dim() > NO_DECAY_DIMS]
+        rest = [p for p in part if p.dim() <= NO_DECAY_DIMS]
+        lr = train.lr * factor
+        groups.append({"name": f"{prefix}decay", "params": decay, "weight_decay": train.weight_decay, "lr": lr})
+        groups.append({"name": f"{prefix}no_decay", "params": rest, "weight_decay": 0.0, "lr": lr})
     return [group for group in groups if group["params"]]
+
+
+def _with_kind(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    kinds = parameter_groups(model)
+    return [(kinds[name], parameter) for name, parameter in model.named_parameters()]
 
 
 def count_over_ranks(model: nn.Module) -> None:
