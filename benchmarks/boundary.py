@@ -11,23 +11,21 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import multiprocessing
 import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from _timing import write_report
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.io import loadmat
 from skimage.morphology import thin
 
 from ase_dist.evaluation.boundary import evaluate_boundaries, threshold_values
-from ase_dist.files import write_atomic
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -57,8 +55,7 @@ def main() -> None:
         rows.append(_timed("pyEdgeEval, 1 core", lambda: _theirs(samples, arguments, processes=1)))
         rows.append(_timed(f"pyEdgeEval, {cores} cores", lambda: _theirs(samples, arguments, processes=cores)))
     _print(rows, arguments)
-    if arguments.json:
-        _write(arguments.json, rows, arguments)
+    write_report(arguments.json, arguments, rows=[vars(row) for row in rows])
 
 
 def _parse() -> argparse.Namespace:
@@ -182,15 +179,6 @@ def _print(rows: list[Row], arguments: argparse.Namespace) -> None:
         print(f"{row.name:22}{row.seconds:9.2f}{per_image:10.1f}{row.ods_f:9.4f}{row.ois_f:9.4f}{ratio}")
     if len(rows) == 2:
         print("pyEdgeEval is not installed: nothing to compare with")
-
-
-def _write(path: Path, rows: list[Row], arguments: argparse.Namespace) -> None:
-    report = {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
-        "rows": [vars(row) for row in rows],
-    }
-    write_atomic(path, json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

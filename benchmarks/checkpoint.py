@@ -11,15 +11,14 @@ and hashed everything that is trained, with its moments, and has put the folder 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from _timing import write_report
 
 IMAGES = 16  # rendered for training; the time of a step does not depend on their number
 
@@ -37,11 +36,7 @@ def main() -> None:
         figures = _measure(arguments, world, folder)
     if world.is_first:
         _print(figures, arguments)
-        if arguments.json:
-            from ase_dist.files import write_atomic
-
-            machine = {"processor": platform.processor(), "cores": os.cpu_count(), "python": platform.python_version()}
-            write_atomic(arguments.json, json.dumps({"machine": machine, **figures}, indent=2) + "\n")
+        write_report(arguments.json, arguments, figures=figures)
     runtime.stop()
 
 

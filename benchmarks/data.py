@@ -10,9 +10,6 @@ the processor's time with all files in the system's memory, not the disk's; the 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -22,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _timing import write_report
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -35,7 +33,7 @@ from ase_dist.data.packed.layout import Pictures
 from ase_dist.data.packed.prepare import Request, prepare
 from ase_dist.data.pascal_context import PascalContext
 from ase_dist.data.transforms import Transform
-from ase_dist.files import replacing, write_atomic
+from ase_dist.files import replacing
 from ase_dist.tasks import Task, select_tasks
 
 SIZE = 224
@@ -64,8 +62,7 @@ def main() -> None:
         tasks = select_tasks("pascal_context", arguments.tasks and arguments.tasks.split(","))
         rows = _measure(_sides(root, tasks, arguments, Path(scratch)), arguments.repeats)
     _print(rows, arguments)
-    if arguments.json:
-        write_atomic(arguments.json, json.dumps(_report(rows, arguments), indent=2) + "\n")
+    write_report(arguments.json, arguments, milliseconds_per_image=[asdict(row) for row in rows])
     if arguments.plot:
         _draw(rows, arguments.plot)
 
@@ -162,14 +159,6 @@ def _print(rows: list[Row], arguments: argparse.Namespace) -> None:
         parts = f"{row.image:8.2f}{row.labels:8.2f}{row.augment:9.2f}"
         ratio = rows[0].total / row.total
         print(f"{row.name:26}{1e3 / row.total:10.0f}{row.total:8.2f}{parts}{row.kilobytes:10.0f}{ratio:14.1f}")
-
-
-def _report(rows: list[Row], arguments: argparse.Namespace) -> dict[str, object]:
-    return {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
-        "milliseconds_per_image": [asdict(row) for row in rows],
-    }
 
 
 def _draw(rows: list[Row], path: Path) -> None:

@@ -18,19 +18,16 @@ step, mean of the ranks: counted at the collectives, and for the all-reduce (a r
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import multiprocessing
-import os
-import platform
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from _ranks import on_ranks
+from _timing import write_report
 
 SHAPES = {"vit_s": (384, 1536), "vit_b": (768, 3072)}
 TOKENS, TASKS = 197, 5
@@ -55,25 +52,9 @@ class Row:
 def main() -> None:
     """Run the ranks, print the table, write JSON when asked."""
     arguments = _parse()
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that are started
-    with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
-        ranks = [context.Process(target=_enter, args=(rank, arguments, folder)) for rank in range(arguments.ranks)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            sys.exit(f"error: exit codes of the ranks: {[process.exitcode for process in ranks]}")
-        rows = [Row(**row) for row in json.loads(Path(folder, "rows.json").read_text())]
+    rows = [Row(**row) for row in on_ranks(arguments.ranks, _measure_all, arguments)]
     _print(rows, arguments)
-    if arguments.json:
-        from ase_dist.files import write_atomic
-
-        machine = {"processor": platform.processor(), "cores": os.cpu_count(), "python": platform.python_version()}
-        settings = {key: value for key, value in vars(arguments).items() if key != "json"}
-        result = {"settings": settings, "machine": machine, "rows": [asdict(row) for row in rows]}
-        write_atomic(arguments.json, json.dumps(result, indent=2) + "\n")
+    write_report(arguments.json, arguments, rows=[asdict(row) for row in rows])
 
 
 def _parse() -> argparse.Namespace:
@@ -100,25 +81,16 @@ def _parse() -> argparse.Namespace:
 # A rank
 
 
-def _enter(rank: int, arguments: argparse.Namespace, folder: str) -> None:
-    import torch
-    import torch.distributed as dist
-
+def _measure_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every shape's rows (collective)."""
     from ase_dist.moe import deepspeed_seam as seam
-    from ase_dist.training.runtime import keep_freed_memory
 
-    torch.set_num_threads(1)
-    keep_freed_memory()
     seam.skip_cpu_communication_build()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=arguments.ranks)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    rows = [row for shape in arguments.shapes for row in _measure(shape, arguments)]
-    if rank == 0:
-        Path(folder, "rows.json").write_text(json.dumps([asdict(row) for row in rows]))
-    dist.destroy_process_group()
+    return [asdict(row) for shape in arguments.shapes for row in _measure(shape, arguments)]
 
 
 def _measure(shape: str, arguments: argparse.Namespace) -> list[Row]:

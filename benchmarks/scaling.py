@@ -12,12 +12,7 @@ gradients averaged. The slope is that of a line through the logarithms: 1 is lin
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import multiprocessing
-import os
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from _ranks import on_ranks
 from _timing import Times, Watch, drawing, interleaved, median, prepare, write_report
 from peers.common import SHAPES, TASKS, Case, Experts, fill, frozen_ffn
 from peers.plain import ours
@@ -189,25 +184,13 @@ def _along(axis: str, points: Points, arguments: argparse.Namespace) -> list[Row
 
 
 def _ranks(arguments: argparse.Namespace) -> list[Row]:
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that are started
-    ms = {}
-    for count in range(1, arguments.max_ranks + 1):
-        with tempfile.TemporaryDirectory() as folder:
-            context = multiprocessing.get_context("spawn")
-            ranks = [context.Process(target=_enter, args=(rank, count, arguments, folder)) for rank in range(count)]
-            for process in ranks:
-                process.start()
-            for process in ranks:
-                process.join()
-            if any(process.exitcode for process in ranks):
-                sys.exit(f"error: exit codes of the ranks: {[process.exitcode for process in ranks]}")
-            ms[count] = json.loads(Path(folder, "ms.json").read_text())
+    counts = range(1, arguments.max_ranks + 1)
+    ms = {count: on_ranks(count, _ms_of_rank, arguments) for count in counts}
     return [Row("ranks", count, f"{count} ranks", each, each / ms[1]) for count, each in ms.items()]
 
 
-def _enter(rank: int, count: int, arguments: argparse.Namespace, folder: str) -> None:
-    prepare(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+def _ms_of_rank(arguments: argparse.Namespace) -> float:
+    """Milliseconds of a step, gradients averaged (collective)."""
     layer = ours(Case(frozen_ffn(*SHAPES[arguments.shape]), DEFAULT)).module
     x = torch.randn(TASKS, arguments.images * TOKENS, SHAPES[arguments.shape][0])
 
@@ -218,10 +201,7 @@ def _enter(rank: int, count: int, arguments: argparse.Namespace, folder: str) ->
         collectives.all_reduce_sum(torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None]))
         return watch.stop()
 
-    taken = interleaved({"step": step}, arguments.repeats)["step"]
-    if rank == 0:
-        Path(folder, "ms.json").write_text(json.dumps(1e3 * median(taken, "step")))
-    dist.destroy_process_group()
+    return 1e3 * median(interleaved({"step": step}, arguments.repeats)["step"], "step")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

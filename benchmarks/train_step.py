@@ -19,9 +19,6 @@ gradients over so many processes, started here, which is the communication.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -32,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from _parts import PARTS, Parts
+from _ranks import on_ranks
 from _timing import MB, Times, Watch, drawing, interleaved, median, peak_bytes, prepare, ratio, write_report
 from torch import nn
 
@@ -67,12 +65,9 @@ class Row:
 def main() -> None:
     """Measure both shapes, print tables and verdicts, write JSON and plot when asked."""
     arguments = _parse()
-    if arguments.ranks > 1:
-        return _start_ranks(arguments)
-    prepare(arguments.threads)
-    rows = [row for shape in arguments.shapes for row in _measure(shape, arguments)]
-    _report(rows, arguments)
-    return None
+    prepare(1 if arguments.ranks > 1 else arguments.threads)
+    rows = on_ranks(arguments.ranks, _measure_all, arguments) if arguments.ranks > 1 else _measure_all(arguments)
+    _report([Row(**row) for row in rows], arguments)
 
 
 def _parse() -> argparse.Namespace:
@@ -90,32 +85,6 @@ def _parse() -> argparse.Namespace:
     p.add_argument("--json", type=Path, help="write the figures here too")
     p.add_argument("--plot", type=Path, help="draw the parts")
     return p.parse_args()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranks
-
-
-def _start_ranks(arguments: argparse.Namespace) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that are started
-    with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
-        ranks = [context.Process(target=_enter, args=(rank, arguments, folder)) for rank in range(arguments.ranks)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            sys.exit(f"error: exit codes of the ranks: {[process.exitcode for process in ranks]}")
-
-
-def _enter(rank: int, arguments: argparse.Namespace, folder: str) -> None:
-    prepare(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=arguments.ranks)
-    rows = [row for shape in arguments.shapes for row in _measure(shape, arguments)]
-    if rank == 0:
-        _report(rows, arguments)
-    dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,6 +169,10 @@ def _row_of(settings: Settings, name: str) -> Settings:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
+
+
+def _measure_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    return [asdict(row) for shape in arguments.shapes for row in _measure(shape, arguments)]
 
 
 def _measure(shape: str, arguments: argparse.Namespace) -> list[Row]:
