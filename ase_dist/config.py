@@ -98,7 +98,9 @@ class TrainSettings(Section):
     gradient_clipping: float = Field(1.0, ge=0, description="global gradient norm; 0 switches clipping off")
     bf16: Literal["auto"] | bool = Field("auto", description="auto: where the accelerator has it natively")
     lr: float = Field(5e-4, gt=0)
-    backbone_lr_factor: float = Field(1.0, gt=0, description="the share of lr for a backbone that is trained (tune: full)")
+    backbone_lr_factor: float = Field(
+        1.0, gt=0, description="share of lr for a backbone that is trained whole"
+    )
     min_lr_ratio: float = Field(0.01, ge=0, le=1, description="the cosine ends at this share of lr")
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)

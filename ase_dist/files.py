@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 BLOCK = 1 << 20  # bytes hashed at a time
 
@@ -47,6 +49,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     fsync(path.parent)  # a rename is on disk only when its folder is
+
+
+def storable(value: Any) -> Any:
+    """Plain data with null for the floats that JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {name: storable(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [storable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fsync(path: Path) -> None:

@@ -10,10 +10,15 @@ import threading
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def begin_worker() -> None:
-    """Signals are the parent's affair (a launcher sends them to all processes), and no worker outlives its parent."""
+def ignore_signals() -> None:
+    """A launcher or a scheduler sends them to all processes of a job; the parent answers, and ends its workers."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
+
+
+def begin_worker() -> None:
+    """Signals are the parent's affair, and no worker outlives its parent."""
+    ignore_signals()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -102,6 +102,7 @@ def _parse() -> argparse.Namespace:
     p.add_argument("--repeats", type=int, default=5, help="after one that is not counted")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--without-libraries", action="store_true", help="only the sides that need none")
+    p.add_argument("--leave-out", nargs="+", default=[], metavar="SIDE", help="such as what needs too much memory here")
     p.add_argument("--json", type=Path, help="write the figures here too")
     p.add_argument("--plot", type=Path, help="draw the ratios to the frozen FFN")
     return p.parse_args()
@@ -114,14 +115,14 @@ def _sides(case: Case, few_tokens: bool, arguments: argparse.Namespace, skipped:
         sides["plain LoRA, peft"] = plain_lora(case)
         sides[LOOP] = index_loop(case)
     for peer in () if arguments.without_libraries else PEERS:
-        if peer.few_tokens == few_tokens:
+        if peer.few_tokens == few_tokens and peer.name not in arguments.leave_out:
             try:
                 sides[peer.name] = peer.side(case)
             except UnavailableError as reason:
                 skipped[f"{peer.name}, {case.experts}"] = str(reason)
     for side in sides.values():
         side.module.to(case.base.fc1.weight.dtype)
-    return sides
+    return {name: side for name, side in sides.items() if name not in arguments.leave_out}
 
 
 def _measure(shape: str, case: Case, sides: dict[str, Side], images: int, arguments: argparse.Namespace) -> list[Row]:

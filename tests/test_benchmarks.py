@@ -44,7 +44,8 @@ def test_layer(tmp_path):
 def test_train_step(tmp_path):
     printed, report = run("train_step", STEP, tmp_path)
     rows = {row["side"]: row for row in report["rows"]}
-    assert set(rows) == {"ase_16_3_1_4", "a pass per task", "mtl_vit_lora", "neither"}
+    assert set(rows) == {"ase_16_3_1_4", "a pass per task", "a pass per task, torch", "mtl_vit_lora",
+                         "mtl_vit_lora, torch", "neither"}  # fmt: skip
     parts = rows["ase_16_3_1_4"]["parts_ms"]
     assert all(parts[name] > 0 for name in ("patch embedding", "attention", "base FFN", "experts", "routers", "heads",
                                             "loss", "optimiser"))  # fmt: skip

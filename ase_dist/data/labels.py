@@ -83,7 +83,8 @@ def fit_label(label: Array, shape: tuple[int, int]) -> Array:
     """``label`` [h, w, ...] at ``shape`` [H, W]: each pixel takes the value under its centre."""
     if label.shape[:2] == shape:
         return label
-    rows, columns = (((np.arange(n) + 0.5) * (m / n)).astype(np.intp) for n, m in zip(shape, label.shape, strict=False))
+    sides = zip(shape, label.shape[:2], strict=True)
+    rows, columns = (((np.arange(n) + 0.5) * (m / n)).astype(np.intp) for n, m in sides)
     return np.ascontiguousarray(label[rows[:, None], columns])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import signal
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ase_dist.data.sampler import Draw
+from ase_dist.workers import ignore_signals
 
 Draws = list[Draw]
 
@@ -97,7 +97,7 @@ class Prefetcher(Generic[BatchT]):
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context="spawn",
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_begin_worker,
             persistent_workers=True,
             generator=torch.Generator(),  # else the loader would draw from the global one, which a resume compares
         )
@@ -147,7 +147,5 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _ignore_signals(_worker: int) -> None:
-    """Schedulers signal every process of a job; the training process saves first and ends its workers itself."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+def _begin_worker(_worker: int) -> None:
+    ignore_signals()

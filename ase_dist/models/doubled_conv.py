@@ -15,6 +15,7 @@ Letters: B images, D and O channels in and out, h w the small grid, R = B * h ro
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ class DoubledConv(torch.autograd.Function):
     def forward(ctx: Any, x_BDhw: Tensor, weight_OD33: Tensor, bias_O: Tensor) -> Tensor:
         """One row of taps after the other: channels, then the width, then the height, which sums the rows up."""
         ctx.save_for_backward(x_BDhw, weight_OD33)
-        (B, D, h, w), O = x_BDhw.shape, len(weight_OD33)
+        (B, _, h, w), O = x_BDhw.shape, len(weight_OD33)
         x_TD = _cells(x_BDhw)
         wide_RwO = x_TD.new_empty(B * h, 2 * w, O)
         y_BhwO = bias_O.expand(B, 2 * h, 2 * w, O).contiguous()
@@ -132,7 +133,7 @@ def _shifted_doubling(n: int, dtype: torch.dtype) -> Tensor:
 def _edges(n: int) -> list[tuple[int, int]]:
     count = max(1, round(n / BLOCK))
     marks = [n * i // count for i in range(count + 1)]
-    return list(zip(marks, marks[1:], strict=False))
+    return list(pairwise(marks))
 
 
 @lru_cache

@@ -144,14 +144,9 @@ def _names(value: Any) -> list[str]:
 # Tasks
 
 
-@dataclass(frozen=True)
-class TaskFacts:
-    """What the page says of a task; ``higher_is_better`` is None for one that no table has."""
+class Judged:
+    """What has a better and a worse; ``higher_is_better`` is None where that is not known."""
 
-    name: str
-    title: str
-    metric: str
-    metric_title: str
     higher_is_better: bool | None
 
     @property
@@ -163,6 +158,17 @@ class TaskFacts:
     def direction(self) -> str:
         """The same in words."""
         return {True: "higher is better", False: "lower is better", None: ""}[self.higher_is_better]
+
+
+@dataclass(frozen=True)
+class TaskFacts(Judged):
+    """What the page says of a task, which no table may have."""
+
+    name: str
+    title: str
+    metric: str
+    metric_title: str
+    higher_is_better: bool | None
 
 
 def task_facts(data: str, name: str, *, metrics: Sequence[str] = ()) -> TaskFacts:

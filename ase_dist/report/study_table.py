@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ase_dist.evaluation.seeds import mean_and_spread
-from ase_dist.report.records import TaskFacts, task_facts
+from ase_dist.report.records import Judged, TaskFacts, task_facts
 from ase_dist.report.study_files import Facts, Results, Variant
 from ase_dist.report.text import DASH, signed, significant
 
@@ -15,7 +15,7 @@ Scores = Callable[[Variant], Sequence[float | None]]
 
 
 @dataclass(frozen=True)
-class Column:
+class Column(Judged):
     """A column: heading, unit, which way is better (None: nothing is marked), a variant's value for every seed."""
 
     title: str
@@ -23,16 +23,6 @@ class Column:
     higher_is_better: bool | None
     values: Scores
     is_signed: bool = False
-
-    @property
-    def arrow(self) -> str:
-        """Which way is better."""
-        return {True: "\u2191", False: "\u2193", None: ""}[self.higher_is_better]
-
-    @property
-    def direction(self) -> str:
-        """The same in words."""
-        return {True: "higher is better", False: "lower is better", None: ""}[self.higher_is_better]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ def _lines(variants: Variants, key: str, title: str, axis: str, ylabel: str) -> 
         return None
     figure = Figure(figsize=(6.0, 4.0), layout="constrained")
     ax = figure.subplots()
-    for group, color in zip(dict.fromkeys(variant["group"] for variant in shown), COLORS, strict=False):
+    for group, color in zip(dict.fromkeys(variant["group"] for variant in shown), cycle(COLORS), strict=False):
         points = [(v["x"], *mean_and_spread(v[key])) for v in shown if v["group"] == group]
         if points[0][0] is None:
             ax.axhline(points[0][1], color=color, linestyle="--", linewidth=1.2, label=group)
@@ -91,7 +92,7 @@ def _curves(variants: Variants, kind: str, name: str, ylabel: str) -> Figure | N
         return None
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     ax = figure.subplots()
-    for variant, color in zip(shown, COLORS, strict=False):
+    for variant, color in zip(shown, cycle(COLORS), strict=False):
         steps, values = variant[kind]["steps"], np.array(variant[kind][name], dtype=float)
         ax.plot(steps, values.mean(axis=1), color=color, marker="." if len(steps) < 30 else "", label=variant["label"])
         ax.fill_between(steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15, linewidth=0)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from ase_dist.files import write_atomic
+from ase_dist.files import storable, write_atomic
 from ase_dist.study.collect import collect
 from ase_dist.study.figures import draw
 from ase_dist.study.jobs import Job, jobs_of, with_steps
@@ -88,7 +86,7 @@ def _write_facts(
 def _write_results(out: Path, study: Study, preset: Preset, variants: Sequence[Variant], jobs: Sequence[Job]) -> None:
     results = collect(variants, jobs, references(study, preset, variants))
     text = markdown(study.title, f"{preset.title}, {preset.steps} steps a run", results)
-    write_atomic(out / "results.json", json.dumps(_storable(results), indent=2, allow_nan=False) + "\n")
+    write_atomic(out / "results.json", json.dumps(storable(results), indent=2, allow_nan=False) + "\n")
     write_atomic(out / "results.md", text)
     write_atomic(out / "results.csv", as_csv(results))
     for file, image in draw(results, title=f"{study.title} ({preset.title})", axis=study.axis).items():
@@ -103,12 +101,3 @@ def _copy_heat_maps(out: Path, study: Study, jobs: Sequence[Job]) -> None:
     for source in [] if job is None else sorted((job.folder / "plots").glob("expert*.png")):
         (out / "plots").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, out / "plots" / source.name)
-
-
-def _storable(value: Any) -> Any:
-    """``value`` with null for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {name: _storable(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_storable(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

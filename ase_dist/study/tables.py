@@ -86,7 +86,7 @@ def _score(variant: Mapping[str, Any], task: Task, best: Mapping[str, float]) ->
 
 
 def _best(variants: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> dict[str, float]:
-    """The best mean of each column, among variants of the same number of tasks as the most have."""
+    """The best mean of each column."""
     found = {}
     for task in tasks:
         means = [mean_and_spread(v["metrics"].get(task.name, {}).get(task.metric, []))[0] for v in variants]

@@ -9,6 +9,7 @@ from typing import Any
 
 from ase_dist import collectives
 from ase_dist.evaluation.delta_m import delta_m, directions
+from ase_dist.files import storable
 from ase_dist.tasks import Task
 from ase_dist.training.evaluate import Results
 
@@ -42,7 +43,7 @@ class History:
     def to_meta(self) -> dict[str, Any]:
         """Plain JSON, the same on all ranks (collective: clocks differ, the first rank's holds)."""
         values = {**vars(self), "train_seconds": collectives.gather_objects(self.train_seconds)[0]}
-        return {name: _storable(value) for name, value in values.items()}
+        return {name: storable(value) for name, value in values.items()}
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> History:
@@ -63,13 +64,6 @@ def gain(tasks: Sequence[Task], results: Results, trivial: Results) -> float:
     scores, reference = ({name: pair[i] for name, pair in defined.items()} for i in (0, 1))
     chosen = [task for task in tasks if task.name in defined]
     return delta_m(scores, reference, higher_is_better=directions(chosen))
-
-
-def _storable(value: Any) -> Any:
-    """``value`` with null for what JSON has no number for."""
-    if isinstance(value, Mapping):
-        return {name: _storable(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _results(stored: Mapping[str, Mapping[str, float | None]] | None) -> Results | None:

@@ -123,7 +123,7 @@ def _compose(rows: list[list[Tile]], tasks: Sequence[Task], legends: list[Legend
     sheet = Image.new("RGB", (right + MARGIN, tops[-1] + LINE * len(lines) + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
     _titles(draw, tasks, lefts, width)
-    for top, row in zip(tops, rows, strict=False):
+    for top, row in zip(tops[:-1], rows, strict=True):
         for left, tile in zip(lefts, row, strict=True):
             sheet.paste(Image.fromarray(tile), (left, top))
     for i, line in enumerate(lines):

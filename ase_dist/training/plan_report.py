@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import cycle
 from typing import Any
 
 from ase_dist.training.console import table
@@ -60,7 +61,7 @@ def draw_crossover(sizes: ModelSizes, *, ep_sizes: Sequence[int], tokens: int) -
 
     ``tokens`` of the settings are marked by a line. Raises ValueError where no size is above 1 or no layer has experts.
     """
-    shown = sorted({size for size in ep_sizes if size > 1})[: len(COLORS)]
+    shown = sorted({size for size in ep_sizes if size > 1})
     if not shown or not sizes.layers:
         raise ValueError("--plot: there is nothing to compare without an expert-parallel size above 1; give --ep 2,4")
     from matplotlib import rc_context
@@ -71,7 +72,7 @@ def draw_crossover(sizes: ModelSizes, *, ep_sizes: Sequence[int], tokens: int) -
     with rc_context({"font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
         figure = Figure(figsize=(7.0, 4.4), layout="constrained")  # without pyplot: no display, no global state
         ax = figure.subplots()
-        for size, color in zip(shown, COLORS, strict=False):
+        for size, color in zip(shown, cycle(COLORS), strict=False):
             _draw_size(ax, sizes, size, counts, color)
         ax.axvline(tokens, color="#666666", linestyle=":", linewidth=1.2)
         ax.annotate(f"this run: {tokens:,}", (tokens, 0.02), xycoords=("data", "axes fraction"), xytext=(-4, 0),

@@ -54,12 +54,17 @@ class Recorder:
         self._file.write(_line({"kind": kind, "step": step, **values}))
         self._file.flush()
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the lines of steps beyond ``step``, which a run that resumes there will write again."""
+    def truncate_after(self, step: int, *, evaluated: bool = True) -> None:
+        """Drop the lines that a run which resumes at ``step`` will write again: those of later steps.
+
+        The evaluation of ``step`` itself is among them where its checkpoint does not know of it.
+        """
         if self._file is None:
             return
         self._file.close()
-        _rewrite(self.path, [record for record in read_metrics(self.path) if record["step"] <= step])
+        stale = {} if evaluated else {"kind": "eval", "step": step}
+        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        _rewrite(self.path, [record for record in kept if not stale or not stale.items() <= record.items()])
         self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:

@@ -122,7 +122,8 @@ def _trainer(parts: Parts, state: RunState, folder: RunFolder, console: Console 
 def _recorder(parts: Parts, state: RunState, folder: RunFolder) -> Recorder:
     """metrics.jsonl without the lines that will be written again, and a line that says what it is about."""
     recorder = Recorder(folder.path, enabled=parts.world.is_first)
-    recorder.truncate_after(state.step if state.is_saved else -1)
+    start = state.step if state.is_saved else -1
+    recorder.truncate_after(start, evaluated=state.history.evaluated_at == start)
     moe = parts.settings.model.moe
     shared = list(range(moe.num_experts - moe.num_shared, moe.num_experts)) if moe.enabled else []
     names = [task.name for task in parts.tasks]

@@ -88,13 +88,17 @@ class Trainer:
 
     def _loop(self) -> None:
         self._warm_shared_logits(self.state.step)  # as the last step left them, for an evaluation before the next
-        self._maybe_evaluate()
-        self._maybe_save()
+        self._evaluate_and_save()
         while self.state.step < self.total_steps and not self.stopping:
             self._step()
             self._log()
-            self._maybe_evaluate()
-            self._maybe_save()
+            self._evaluate_and_save()
+
+    def _evaluate_and_save(self) -> None:
+        """What is due. Saved before, too, so that nothing that befalls an evaluation costs a step."""
+        self._maybe_save()
+        self._maybe_evaluate()
+        self._maybe_save()
 
     def _suspects(self) -> str:
         """Which other rank looks dead, for the log; one that just dies gets a moment to be seen dead."""

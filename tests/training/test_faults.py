@@ -123,6 +123,25 @@ def test_one_bad_micro_step_skips_the_whole_step(nan_alone):
     assert [*metric_lines(folder / "accumulated")] == [1, 3, 4]
 
 
+def evaluation_fails(rank, folder):
+    scenes, once = scenes_of(folder), ("checkpoint.every=0", "eval.pictures=0")
+    broken = mock.patch.object(trainer, "evaluate", side_effect=RuntimeError("no memory left"))
+    with broken:
+        sentence = said(scenes, folder / "failed", *once)
+    left = trained(folder / "failed", 6)
+    tiny_run(scenes, folder / "failed", *once)
+    tiny_run(scenes, folder / "whole", *once)
+    return sentence, same_bits(left, trained(folder / "failed", 6))
+
+
+@pytest.mark.single_gpu
+def test_an_evaluation_that_fails_costs_no_step(scenes, tmp_path):
+    [(sentence, differing)] = end(start(evaluation_fails, scenes, tmp_path, size=1), codes=[0])
+    assert sentence == "RuntimeError: no memory left" and differing == []
+    assert [*metric_lines(tmp_path / "failed", "eval")] == [6]
+    assert metric_lines(tmp_path / "failed", "eval") == metric_lines(tmp_path / "whole", "eval")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Two ranks: NaN on one of them, signals, and what they must agree upon
 

@@ -96,6 +96,18 @@ def test_truncation_drops_later_steps_and_writing_goes_on(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_an_evaluation_that_the_checkpoint_does_not_know_is_dropped_too(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(4))
+    recorder = Recorder(tmp_path, enabled=True)
+    for step in (1, 3):
+        recorder.write("eval", step=step, values={})
+    recorder.truncate_after(3)
+    assert [record["step"] for record in read_metrics(recorder.path) if record["kind"] == "eval"] == [1, 3]
+    recorder.truncate_after(3, evaluated=False)
+    assert [record["step"] for record in read_metrics(recorder.path) if record["kind"] == "eval"] == [1]
+    recorder.close()
+
+
 def test_writing_after_close_does_nothing_and_no_file_has_no_records(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
     recorder = Recorder(tmp_path, enabled=True)
