@@ -37,14 +37,17 @@ def prepare(threads: int) -> None:
     keep_freed_memory()
 
 
-def interleaved(
-    sides: Mapping[str, Callable[[], Times]], repeats: int, *, pause: Callable[[], None] = lambda: None
-) -> dict[str, list[Times]]:
-    """Every side in turn in every repetition, after one that is not counted."""
+def interleaved(sides: Mapping[str, Callable[[], Times]], repeats: int, *, before: int = 0) -> dict[str, list[Times]]:
+    """Every side in turn in every repetition, after a repetition that is not counted.
+
+    ``before`` each turn so many calls of the side are not counted either: the allocator's free blocks are then those
+    that it left itself, as in a loop of nothing else.
+    """
     taken: dict[str, list[Times]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, side in sides.items():
-            pause()
+            for _ in range(before):
+                side()
             times = side()
             if repeat:
                 taken[name].append(times)
@@ -142,9 +145,14 @@ def write_report(path: Path | None, arguments: Any, **parts: object) -> None:
 
 
 @contextmanager
-def drawing(path: Path, *, columns: int, height: float = 3.6) -> Any:
-    """Axes in a row, saved to ``path`` at the end."""
-    figure = Figure(figsize=(4.6 * columns, height), layout="constrained")
-    yield figure.subplots(1, columns, squeeze=False)[0]
+def drawing(path: Path, *, panels: int, height: float = 3.6) -> Any:
+    """Axes in rows of up to four, saved to ``path`` at the end."""
+    rows = -(-panels // 4)
+    columns = -(-panels // rows)
+    figure = Figure(figsize=(4.6 * columns, height * rows), layout="constrained")
+    every = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in every[panels:]:
+        unused.axis("off")
+    yield every[:panels]
     with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png", dpi=130)

@@ -248,17 +248,23 @@ def _verdict(what: str, wall: float, processor: float, *, least: float | None = 
 
 def _draw(rows: Sequence[Row], path: Path) -> None:
     shapes = list(dict.fromkeys(row.shape for row in rows))
-    with drawing(path, columns=len(shapes)) as axes:
+    with drawing(path, panels=len(shapes)) as axes:
         for ax, shape in zip(axes, shapes, strict=True):
             own = [row for row in rows if row.shape == shape and row.side != FLOOR]
             cases = list(dict.fromkeys(row.experts for row in own))
             for side in dict.fromkeys(row.side for row in own):
-                points = [(cases.index(row.experts), row.step_ratio) for row in own if row.side == side]
-                ax.plot(*zip(*sorted(set(points)), strict=True), marker="o", label=side)
+                most = {row.experts: max(r.tokens for r in own if r.side == side and r.experts == row.experts)
+                        for row in own if row.side == side}  # fmt: skip
+                points = [(cases.index(row.experts), row.step_ratio) for row in own
+                          if row.side == side and row.tokens == most[row.experts]]  # fmt: skip
+                ax.plot(*zip(*sorted(points), strict=True), marker="o", label=side)
             ax.axhline(1.0, color="#888888", linewidth=0.8)
             ax.set_xticks(range(len(cases)), cases)
-            ax.set(yscale="log", title=shape, xlabel="N/k/S/r", ylabel="forward + backward over the frozen FFN's")
-        axes[0].legend(frameon=False, fontsize=7)
+            ax.set(yscale="log", ylim=(0.5, 30), title=shape, xlabel="N/k/S/r",
+                   ylabel="forward + backward over the frozen FFN's")  # fmt: skip
+            ax.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+            ax.minorticks_off()
+        axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 if __name__ == "__main__":

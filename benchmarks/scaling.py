@@ -215,7 +215,7 @@ def _slope(rows: Sequence[Row]) -> float:
 
 
 def _draw(rows: Sequence[Row], slopes: dict[str, float], path: Path) -> None:
-    with drawing(path, columns=len(slopes)) as axes:
+    with drawing(path, panels=len(slopes)) as axes:
         for ax, (name, slope) in zip(axes, slopes.items(), strict=True):
             own = [row for row in rows if row.axis == name]
             at, ms = np.array([row.at for row in own]), np.array([row.ms for row in own])
@@ -224,6 +224,8 @@ def _draw(rows: Sequence[Row], slopes: dict[str, float], path: Path) -> None:
             ax.loglog(at, middle * at**slope, "-", label=f"slope {slope:.2f}")
             ax.set_xticks(at, [f"{value:g}" for value in at], rotation=45)
             ax.minorticks_off()
+            reach = 1.2 * max(at.max() / at.min(), ms.max() / ms.min()) ** 0.5  # both axes span the same factor
+            ax.set_ylim((ms.min() * ms.max()) ** 0.5 / reach, (ms.min() * ms.max()) ** 0.5 * reach)
             ax.set(title=name, ylabel="ms")
             ax.legend(frameon=False)
 

@@ -84,7 +84,7 @@ def _parse() -> argparse.Namespace:
     p.add_argument("--depth", type=int, default=12, help="blocks of the backbone")
     p.add_argument("--head", default="pup", choices=("pup", "linear", "pup_linear"))
     p.add_argument("--head-width", type=int, default=256)
-    p.add_argument("--repeats", type=int, default=5, help="after one that is not counted")
+    p.add_argument("--repeats", type=int, default=5, help="after one that is not counted, each after a step of its own")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--ranks", type=int, default=1)
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks (train.compile)")
@@ -210,7 +210,7 @@ def _measure(shape: str, arguments: argparse.Namespace) -> list[Row]:
                 LORA + PLAIN: Side(_row_of(settings, LORA), loader, plain=True, model=lora.model),
                 NEITHER: Side(bare, loader),
             }
-            taken = interleaved({name: side.step for name, side in sides.items()}, arguments.repeats)
+            taken = interleaved({name: side.step for name, side in sides.items()}, arguments.repeats, before=1)
             peaks = {name: peak_bytes(side.step) for name, side in sides.items()}
             parts = {name: _parts(side) for name, side in sides.items()}
     return [_row(shape, name, sides[name], taken, peaks[name], parts[name], arguments) for name in sides]
@@ -257,7 +257,7 @@ def _report(rows: list[Row], arguments: argparse.Namespace) -> None:
 
 def _draw(rows: list[Row], path: Path) -> None:
     shapes = list(dict.fromkeys(row.shape for row in rows))
-    with drawing(path, columns=len(shapes), height=2.8) as axes:
+    with drawing(path, panels=len(shapes), height=2.8) as axes:
         for ax, shape in zip(axes, shapes, strict=True):
             group = [row for row in rows if row.shape == shape]
             left = [0.0] * len(group)
