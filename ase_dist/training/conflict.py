@@ -53,7 +53,7 @@ def gradient_conflict(losses: Mapping[str, Tensor], model: nn.Module) -> dict[st
     without a gradient there has cosine 0 with every other.
     """
     layers = [layer.shared for layer in model.modules() if isinstance(layer, MoEFFN) and layer.shared is not None]
-    gradients = [_gradients(losses, list(layer.parameters())) for layer in layers]
+    gradients = _gradients(losses, [list(layer.parameters()) for layer in layers])
     by_layer_Ltt = torch.stack([_cosines(gradient_tM) for gradient_tM in gradients])
     pairs = list(itertools.combinations(range(len(losses)), 2))
     pairs_LP = torch.stack([by_layer_Ltt[:, a, b] for a, b in pairs], dim=-1)
@@ -64,13 +64,15 @@ def gradient_conflict(losses: Mapping[str, Tensor], model: nn.Module) -> dict[st
     }
 
 
-def _gradients(losses: Mapping[str, Tensor], weights: list[nn.Parameter]) -> Tensor:
-    """[t, M] in float32, summed over the ranks."""
+def _gradients(losses: Mapping[str, Tensor], layers: list[list[nn.Parameter]]) -> list[Tensor]:
+    """[t, M] of each layer in float32, summed over the ranks; one backward pass for each task."""
+    weights = [weight for layer in layers for weight in layer]
     rows = []
     for loss in losses.values():
         found = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True, materialize_grads=True)
         rows.append(torch.cat([gradient.flatten().float() for gradient in found]))
-    return collectives.all_reduce_sum(torch.stack(rows))
+    sizes = [sum(weight.numel() for weight in layer) for layer in layers]
+    return list(collectives.all_reduce_sum(torch.stack(rows)).split(sizes, dim=-1))
 
 
 def _cosines(gradients_tM: Tensor) -> Tensor:

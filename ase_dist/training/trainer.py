@@ -69,7 +69,6 @@ class Trainer:
         self.dog = guards.Watchdog(folder.path, timeout=settings.guard.timeout)
         self.span = SpanStatistics(tasks, world, moe=settings.model.moe)
         self.stopping = False  # agreed upon by all ranks
-        self.measured_at = 0  # the last step whose gradient conflict was recorded
         self._routers = [module for module in engine.module.modules() if isinstance(module, TaskRouter)]
 
     def train(self) -> guards.ExitCode:
@@ -119,10 +118,12 @@ class Trainer:
         batches = [next(self.train_loader).to(self.world.device) for _ in range(self._accumulation)]
         self.dog.beat(f"label counts of step {step}")  # they wait for all ranks: who sleeps over its data is behind
         counts = mean_label_counts(batches, self.tasks, self.world)
+        self._warm_shared_logits(step)
+        aside = self._maybe_measure_conflict(step, batches[0], counts)
         micro_steps = [self._micro_step(step, batch, counts) for batch in batches]
         self._judge(step, micro_steps)
         self.state.advance(images=sum(len(batch.images) for batch in batches) * self.world.size)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began - aside
         self.span.seconds += seconds
         self.state.history.train_seconds += seconds
 
@@ -132,8 +133,6 @@ class Trainer:
 
     def _micro_step(self, step: int, batch: Batch, counts: Tensor) -> MicroStep:
         self.dog.beat(f"forward of step {step}")
-        self._warm_shared_logits(step)
-        self._maybe_measure_conflict(step, batch, counts)
         output: ModelOutput = self.engine(batch.images)
         by_task, total = training_loss(output, batch, self.tasks, counts, self.settings.train.loss_weights)
         self.dog.beat(f"backward of step {step}")
@@ -150,17 +149,20 @@ class Trainer:
             for router in self._routers:
                 router.scale_shared_logits(min(1.0, max(0.0, (step - 1) / steps)))
 
-    def _maybe_measure_conflict(self, step: int, batch: Batch, counts: Tensor) -> None:
-        """Once a step that is due, at its first micro-step, by a forward pass of its own (see ``conflict``).
+    def _maybe_measure_conflict(self, step: int, batch: Batch, counts: Tensor) -> float:
+        """At every step that is due, on its first micro-step, by a pass of its own; the seconds that it took.
 
         The engine's output will not do: DeepSpeed 0.19.8 takes any backward pass through it for the step's.
         """
         every = self.settings.eval.gradient_conflict_every
-        if every and (step == 1 or step % every == 0) and self.measured_at != step:
-            self.measured_at = step
-            output = forward_aside(self.engine.module, batch.images)
-            by_task = losses.task_losses(output.predictions, batch.labels, self.tasks, counts)
-            self.recorder.write("conflict", step=step, values=gradient_conflict(by_task, self.engine.module))
+        if not every or (step > 1 and step % every):
+            return 0.0
+        began = time.perf_counter()
+        self.dog.beat(f"gradient conflict of step {step}")
+        output = forward_aside(self.engine.module, batch.images)
+        by_task = losses.task_losses(output.predictions, batch.labels, self.tasks, counts)
+        self.recorder.write("conflict", step=step, values=gradient_conflict(by_task, self.engine.module))
+        return time.perf_counter() - began
 
     def _judge(self, step: int, micro_steps: Sequence[MicroStep]) -> None:
         """Count the step, or report that it was skipped, or raise NonFiniteError; hear whether a rank is to stop."""

@@ -16,7 +16,7 @@ from unittest import mock
 import psutil
 import pytest
 
-from ase_dist import command
+from ase_dist.commands import train as command
 from ase_dist.config import load_settings, setting_keys, to_yaml
 from ase_dist.training import restarts
 from ase_dist.training.checkpoint import SaveError

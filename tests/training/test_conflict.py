@@ -1,6 +1,9 @@
 """Cosines between the tasks' gradients: against one backward pass a task, over ranks, in a run, and refusals."""
 
+import json
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -32,7 +35,9 @@ class Two(torch.nn.Module):
 def test_equals_one_backward_pass_a_task():
     model, x = Two(), torch.randn(3, 7, 12, generator=torch.Generator().manual_seed(0))
     losses = {f"task{t}": model(x)[t].square().sum() * (t + 1) for t in range(3)}
-    got = gradient_conflict(losses, model)
+    with mock.patch("torch.autograd.grad", side_effect=torch.autograd.grad) as passes:
+        got = gradient_conflict(losses, model)
+    assert [call.args[0] for call in passes.call_args_list if call.args[0].dim() == 0] == list(losses.values())
     rows = []
     for t in range(3):
         model.zero_grad()
@@ -87,6 +92,17 @@ def test_a_run_measures_the_same_on_one_rank_and_on_two_that_share_experts(scene
     losses = [[line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if line["kind"] == "train"]
               for name in ("one", "plain")]  # fmt: skip
     assert losses[0] == losses[1]  # measuring changes nothing
+
+
+@pytest.mark.single_gpu
+def test_the_measurement_is_not_counted_as_training(scenes, tmp_path):
+    def slow(*arguments):
+        time.sleep(3)
+        return gradient_conflict(*arguments)
+
+    with mock.patch("ase_dist.training.trainer.gradient_conflict", slow):
+        tiny_run(scenes, tmp_path / "slow", *MEASURE)
+    assert json.loads((tmp_path / "slow" / "summary.json").read_text())["train_seconds"] < 6  # of two measurements
 
 
 @pytest.mark.single_gpu

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ase_dist.config import load_settings
-from ase_dist.training.ds_config import read_ds_config, resolve
+from ase_dist.training.ds_config import read_ds_config, resolve, shipped_ds_configs
 from tests.training.tiny_runs import ROOT
 
 pytestmark = pytest.mark.single_gpu
@@ -133,3 +133,17 @@ def test_files_that_are_no_json(text, words, tmp_path):
     with pytest.raises(ValueError) as caught:
         read_ds_config(path)
     assert words in str(caught.value)
+
+
+def test_a_shipped_file_has_a_name():
+    assert shipped_ds_configs() == [path.stem for path in SHIPPED]
+    for path in SHIPPED:
+        assert read_ds_config(path.stem) == json.loads(path.read_text())
+    with pytest.raises(ValueError, match=r"did you mean 'z2_offload'\? \(shipped: z0, z1,"):
+        read_ds_config("z2_ofload")
+
+
+def test_a_file_of_that_name_goes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "z2").write_text('{"zero_optimization": {"stage": 1}}')
+    assert read_ds_config("z2") == {"zero_optimization": {"stage": 1}}

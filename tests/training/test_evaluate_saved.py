@@ -1,6 +1,5 @@
 """``launch/evaluate.py``: run and export score what the run found, two ranks what one does; mistakes are a sentence."""
 
-import importlib
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ase_dist.commands.evaluate import main
 from ase_dist.training.evaluate_saved import Wish, data_settings
 from ase_dist.training.export import export_run
 from ase_dist.training.reference import read_reference
@@ -19,7 +19,6 @@ from ase_dist.training.saved import open_saved
 from tests.training.conftest import start_world
 from tests.training.tiny_runs import ROOT, metric_lines, tiny_run
 
-sys.path.insert(0, str(ROOT / "launch"))
 COMMAND = ROOT / "launch" / "evaluate.py"
 
 
@@ -41,7 +40,7 @@ def folder(scenes, tmp_path_factory):
 
 @pytest.fixture
 def evaluate():
-    return importlib.import_module("evaluate").main
+    return main
 
 
 @pytest.fixture

@@ -86,6 +86,8 @@ def test_environment_names_versions_and_no_variable(monkeypatch: pytest.MonkeyPa
     text = json.dumps(found)
     assert "wandb-secret-value" not in text and "s3cr3t" not in text
     assert found["command"] == ["train.py", "train.lr=1e-4", "--api-key", "***"]
+    monkeypatch.setattr("sys.argv", ["/x/ase_dist/__main__.py", "train", "seed=1"])
+    assert environment()["command"] == ["-m", "ase_dist", "train", "seed=1"]
     assert found["memory_bytes"] > 0 and found["cores_logical"] >= 1
     assert set(found["packages"]) >= {"torch", "deepspeed", "timm", "ase-dist"}
 

@@ -9,7 +9,7 @@ import time
 import pytest
 from torch.utils import cpp_extension
 
-from ase_dist import command
+from ase_dist.commands import train as command
 from ase_dist.training import runtime
 from ase_dist.training.guards import ExitCode
 from tests.training.conftest import start_world
