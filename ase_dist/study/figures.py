@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from ase_dist.training.plots import COLORS, DPI, STYLE
 
 Variants = Sequence[Mapping[str, Any]]
 GREY = "#666666"
+TITLE_WIDTH = 60  # characters in a line of it
 
 
 def draw(results: Mapping[str, Any], *, title: str, axis: str) -> dict[str, bytes]:
     """PNG files by name: whatever the results have the numbers for."""
+    title = fill(title, TITLE_WIDTH)
     done = [variant for variant in results["variants"] if variant["seeds"]]
     numbered = axis and all(variant["x"] is not None for variant in done if variant["group"])
     plots: dict[str, Callable[[], Figure | None]] = {
