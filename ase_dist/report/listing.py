@@ -84,7 +84,7 @@ def commands(folder: Path, environment: Mapping[str, Any]) -> list[tuple[str, st
     if isinstance(given, list) and given:
         found.append(("as it was started", _launched([str(word) for word in given], ranks)))
     if (folder / "config.yaml").is_file():
-        again = ["launch/train.py", "--config", str(folder / "config.yaml")]
+        again = ["-m", "ase_dist", "train", "--config", str(folder / "config.yaml")]
         if (folder / "ds_config.json").is_file():
             again += ["--deepspeed_config", str(folder / "ds_config.json")]
         found.append(("from its own settings, into another folder",

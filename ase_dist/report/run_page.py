@@ -41,7 +41,7 @@ def run_content(folder: Path) -> dict[str, Any]:
     settle_ranks(ranks, result)
     rows = result_rows(records)
     return {
-        "title": folder.name,
+        "title": _title(folder),
         "about": _about(settings, records),
         "outcome": result,
         "problems": reader.problems,
@@ -112,7 +112,7 @@ def _facts(
     seconds, speed = number(summary.get("train_seconds")), records.series("train", "images_per_second").last
     memory = max(records.series("train", "memory_bytes").values, default=float("nan"))
     found = [
-        ("Data", str(records.data or data.get("name", "")), f"{data['size']} px" if data.get("size") else ""),
+        ("Data", str(records.data or data.get("name", "")).replace("_", " "), f"{data['size']} px" if data.get("size") else ""),
         ("Steps", f"{step:,}", f"of {total:,}" if total else ""),
         ("Training time", clock(seconds), "h:mm:ss, evaluations left out"),
         ("Speed", significant(number(summary.get("images_per_second") or speed), 3), "images/s"),
@@ -123,6 +123,11 @@ def _facts(
          summary["best_step"] >= 0 else "", "by mean gain"),
     ]  # fmt: skip
     return [fact for fact in found if fact[1] and fact[1] not in (DASH, "-")]
+
+
+def _title(folder: Path) -> str:
+    """The folder's name, after that of the variant where it is a seed of a study."""
+    return f"{folder.parent.name}, {folder.name}" if folder.name.startswith("seed_") else folder.name
 
 
 def _about(settings: Mapping[str, Any], records: Records) -> str:

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import importlib.util
 import json
 import re
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ase_dist.commands import report
 from ase_dist.report.page import write_report
 from tests.report.conftest import Page, write_picture, write_run, write_study
 
@@ -144,11 +144,8 @@ def test_a_large_run_stays_below_the_limit_and_says_what_is_left_out(run_folder,
 
 @pytest.fixture(scope="module")
 def command():
-    """The main function of launch/report.py."""
-    spec = importlib.util.spec_from_file_location("launch_report", COMMAND)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *arguments: module.main([str(argument) for argument in arguments])
+    """The main function of the command."""
+    return lambda *arguments: report.main([str(argument) for argument in arguments])
 
 
 def test_the_command_writes_the_page_where_it_is_told(run_folder, tmp_path, command, caplog):
