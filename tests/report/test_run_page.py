@@ -180,4 +180,4 @@ def test_a_run_without_experts_has_no_maps(run_folder, read_page):
 def test_a_seed_of_a_study_is_named_with_its_variant(run_folder, tmp_path, read_page):
     seed = tmp_path / "ase_16_3_1_4" / "seed_2"
     shutil.copytree(run_folder, seed)
-    assert read_page(seed).root.one("h1").text == "ase_16_3_1_4, seed_2"
+    assert read_page(write_report(seed)).root.one("h1").text == "ase_16_3_1_4, seed_2"
