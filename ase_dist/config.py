@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -98,9 +98,7 @@ class TrainSettings(Section):
     gradient_clipping: float = Field(1.0, ge=0, description="global gradient norm; 0 switches clipping off")
     bf16: Literal["auto"] | bool = Field("auto", description="auto: where the accelerator has it natively")
     lr: float = Field(5e-4, gt=0)
-    backbone_lr_factor: float = Field(
-        1.0, gt=0, description="share of lr for a backbone that is trained whole"
-    )
+    backbone_lr_factor: float = Field(1.0, gt=0, description="share of lr for a backbone that is trained whole")
     min_lr_ratio: float = Field(0.01, ge=0, le=1, description="the cosine ends at this share of lr")
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -291,10 +289,15 @@ def _section(path: list[str]) -> type[Section] | None:
     section: type[Section] = Settings
     for name in path:
         field = section.model_fields.get(name)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, Section):
+        if field is None or not _is_section(field.annotation):
             return None
         section = field.annotation
     return section
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
+    """Whether a field is a branch of the tree. (To Python 3.10 dict[str, float] is a type, too, but no class.)"""
+    return isinstance(annotation, type(Section)) and issubclass(annotation, Section)
 
 
 def _elsewhere(name: str) -> str:
@@ -307,7 +310,7 @@ def setting_keys(section: type[Section] = Settings, prefix: str = "") -> list[st
     """Every dotted key of the tree, sections left out."""
     keys = []
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        if _is_section(field.annotation):
             keys += setting_keys(field.annotation, f"{prefix}{name}.")
         else:
             keys.append(prefix + name)

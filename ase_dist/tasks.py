@@ -3,15 +3,13 @@
 Every other module looks a task up here; adding a task starts with a row in this file. Labels have one form per
 kind, whatever data set they come from:
 
-=========  =======================  ==========================================================
-kind       label of one image       meaning
-=========  =======================  ==========================================================
-classes    uint8 [H, W]             class id; 255 is ignored
-mask       uint8 [H, W]             0 or 1; 255 is ignored
-edges      uint8 [H, W]             0 or 1; 255 is ignored
-normals    float32 [3, H, W]        unit vectors (x right, y down, z as stored); zero is ignored
-depth      float32 [1, H, W]        metres; zero is ignored
-=========  =======================  ==========================================================
+| kind    | label of one image | meaning                                                      |
+|---------|--------------------|--------------------------------------------------------------|
+| classes | uint8 [H, W]       | class id; 255 is ignored                                     |
+| mask    | uint8 [H, W]       | 0 or 1; 255 is ignored                                       |
+| edges   | uint8 [H, W]       | 0 or 1; 255 is ignored                                       |
+| normals | float32 [3, H, W]  | unit vectors (x right, y down, z as stored); zero is ignored |
+| depth   | float32 [1, H, W]  | metres; zero is ignored                                      |
 """
 
 from __future__ import annotations

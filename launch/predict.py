@@ -1,73 +1,8 @@
-"""Predict images with an export: a picture per task, a sheet with all of them, and raw arrays, at original size."""
+"""Predict images with an export; --help lists the options."""
 
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from rich.console import Console
-
-USAGE, SKIPPED = 2, 3
-EPILOG = """examples:
-  python launch/predict.py exports/scenes photo.jpg holiday/ --out predictions
-  python launch/predict.py exports/scenes holiday/ --out predictions --tasks semseg,edge --batch 16 --device cuda
-
-for holiday/a.jpg: a_semseg.png (pixels are class ids) and so on, a_sheet.png, and a.npz with an array per task
-exit codes: 0 all predicted, 2 something cannot be used (one sentence says what), 3 some files were skipped
-"""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options."""
-    p = argparse.ArgumentParser(
-        prog="predict.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("export", type=Path, metavar="EXPORT", help="a folder that launch/export.py has written")
-    p.add_argument(
-        "images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER", help="files, and folders with all in them"
-    )
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; made where it is missing")
-    p.add_argument("--tasks", metavar="A,B", help="only these; the streams of other tasks are not computed")
-    p.add_argument("--batch", type=int, default=8, metavar="N", help="images at a time (default %(default)s)")
-    p.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command."""
-    arguments = parser().parse_intermixed_args(argv)
-    from ase_dist.training.console import close_console, set_up_logging
-
-    console = set_up_logging(rank=0)
-    try:
-        return _predict(arguments, console)
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return USAGE
-    finally:
-        close_console()
-
-
-def _predict(arguments: argparse.Namespace, console: Console | None) -> int:
-    from ase_dist.inference.folder import choose_tasks, find_sources, predict_files
-    from ase_dist.inference.predictor import load
-    from ase_dist.training.console import LOGGER, StepProgress
-    from ase_dist.training.ranks import find_device
-
-    if arguments.batch < 1:
-        raise ValueError(f"--batch: got {arguments.batch}, wanted at least 1")
-    sources = find_sources(arguments.images, out=arguments.out)
-    model = load(arguments.export, device=find_device(arguments.device))
-    tasks = choose_tasks(model, arguments.tasks.split(",") if arguments.tasks else None)
-    with StepProgress("predict, images", total=len(sources), console=console) as progress:
-        outcome = predict_files(
-            model, sources, arguments.out, tasks=tasks, batch_size=arguments.batch, advance=progress.tenths
-        )
-    LOGGER.info("%d images in %s, %d files skipped", len(outcome.written), arguments.out, len(outcome.skipped))
-    return SKIPPED if outcome.skipped else 0
-
+from ase_dist.commands.predict import main
 
 if __name__ == "__main__":
     sys.exit(main())

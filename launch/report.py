@@ -1,44 +1,8 @@
-"""Make one self-contained HTML page of a run or a study: readable offline, on a phone and on paper."""
+"""Make one HTML page of a run or a study; --help lists the options."""
 
-from __future__ import annotations
-
-import argparse
-import logging
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-USAGE = 2  # exit code for what is no run, no study, or cannot be written
-EPILOG = """examples:
-  python launch/report.py runs/scenes
-  python launch/report.py studies/table1_scenes --out table1.html
-"""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options."""
-    p = argparse.ArgumentParser(
-        prog="report.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("folder", type=Path, metavar="RUN_OR_STUDY", help="the output folder of a run or of a study")
-    p.add_argument("--out", type=Path, metavar="FILE.html", help="where to write it (default: report.html in there)")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; exit code 0, or 2 after one sentence about what is wrong."""
-    arguments = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    from ase_dist.report.page import write_report
-
-    try:
-        out = write_report(arguments.folder, arguments.out)
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return USAGE
-    logging.info("%s, %.1f MB", out, out.stat().st_size / 1e6)
-    return 0
-
+from ase_dist.commands.report import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,75 +1,8 @@
-"""Run a study of the paper's questions: rows and settings compared over seeds, as a table and plots."""
+"""Run a study of the paper's questions; --help lists them."""
 
-from __future__ import annotations
-
-import argparse
-import logging
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from ase_dist.study.presets import PRESETS
-from ase_dist.study.variants import STUDIES
-
-USAGE = 2  # exit code for names, options and settings that cannot be used
-EPILOG = """examples:
-  python launch/study.py table1 --data scenes --seeds 3
-  python launch/study.py naive_vs_ase --data ccp data.root=ccp_mt model.pretrained=dinov2_vits14.safetensors
-  python launch/study.py topk --data pascal --jobs 8 --devices 0,1,2,3,4,5,6,7 data.root=PASCAL_MT
-
-exit codes: 0 all runs are done, 1 some failed, 2 not usable, 75 stopped by a signal; the same command goes on
-"""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options; settings may follow them."""
-    p = argparse.ArgumentParser(
-        prog="study.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("name", metavar="NAME", help=f"one of: {', '.join(STUDIES)}")
-    p.add_argument("settings", nargs="*", metavar="key=value", help="settings of every run")
-    p.add_argument("--data", default="scenes", help=f"one of: {', '.join(PRESETS)} (default %(default)s)")
-    p.add_argument("--seeds", type=int, default=3, metavar="S", help="seeds 0 to S-1 (default %(default)s)")
-    p.add_argument("--out", type=Path, metavar="DIR", help="the study's folder (default studies/NAME_DATA)")
-    p.add_argument("--steps", type=int, metavar="N", help="optimiser steps of a run (default: the data's)")
-    p.add_argument(
-        "--only", default="", metavar="VARIANT,...", help="these variants, and what they are measured against"
-    )
-    p.add_argument("--jobs", type=int, default=1, metavar="J", help="runs at once (default %(default)s)")
-    p.add_argument("--devices", default="", metavar="ID,...", help="GPUs that the runs are spread over")
-    p.add_argument("--keep-checkpoints", action="store_true", help="keep those of finished runs")
-    p.add_argument("--tables-only", action="store_true", help="train nothing, show what is done")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    arguments = parser().parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    from ase_dist.study.run import run_study
-    from ase_dist.study.runner import Slots
-
-    try:
-        return run_study(
-            arguments.name,
-            data=arguments.data,
-            seeds=arguments.seeds,
-            out=arguments.out,
-            steps=arguments.steps,
-            only=_names(arguments.only),
-            slots=Slots(arguments.jobs, tuple(_names(arguments.devices))),
-            keep_checkpoints=arguments.keep_checkpoints,
-            train=not arguments.tables_only,
-            overrides=arguments.settings,
-        )
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return USAGE
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
-
+from ase_dist.commands.study import main
 
 if __name__ == "__main__":
     sys.exit(main())

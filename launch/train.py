@@ -2,7 +2,7 @@
 
 import sys
 
-from ase_dist.command import main
+from ase_dist.commands.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -148,7 +148,7 @@ def test_an_empty_tree_is_all_defaults():
 @pytest.mark.parametrize("arguments", [["--help"], ["--print-config", "seed=3"], ["--print-keys"]])
 def test_questions_are_answered_without_torch(arguments):
     code = (
-        "import sys; from ase_dist.command import main\n"
+        "import sys; from ase_dist.commands.train import main\n"
         f"try:\n    code = main({arguments})\nexcept SystemExit as end:\n    code = end.code\n"
         "assert not code and 'torch' not in sys.modules and 'deepspeed' not in sys.modules"
     )

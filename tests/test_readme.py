@@ -18,11 +18,11 @@ import torch
 import yaml
 from timm.layers import Mlp
 
-from ase_dist import command
+from ase_dist.commands.main import COMMANDS, find_command, module_of
 from ase_dist.config import Settings, load_settings, setting_keys, shipped_configs
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.sharding import Shard
-from ase_dist.training.ds_config import read_ds_config, resolve
+from ase_dist.training.ds_config import read_ds_config, resolve, shipped_ds_configs
 from ase_dist.training.guards import ExitCode
 
 if sys.version_info >= (3, 11):
@@ -99,10 +99,15 @@ def commands():
 
 
 def check_pip(*words):
-    extras = PROJECT["project"]["optional-dependencies"]
-    action, flag, target = words
-    assert (action, flag) == ("install", "-e")
-    assert target == "." or re.fullmatch(r"\.\[(\w+)\]", target)[1] in extras, target
+    """The checkout, or a wheel that is built and installed."""
+    extras, version = PROJECT["project"]["optional-dependencies"], PROJECT["project"]["version"]
+    if words[:2] == ("install", "-e"):
+        (target,) = words[2:]
+        assert target == "." or re.fullmatch(r"\.\[(\w+)\]", target)[1] in extras, target
+    elif words[0] == "install":
+        assert words[1:] == (f"dist/ase_dist-{version}-py3-none-any.whl",)
+    else:
+        assert words == ("wheel", "--no-deps", "--wheel-dir", "dist", ".")
 
 
 def check_pytest(path, *options):
@@ -114,36 +119,40 @@ def check_pytest(path, *options):
 def check_deepspeed(*words):
     runner = importlib.import_module("deepspeed.launcher.runner")
     arguments = runner.parse_args(list(words))
-    check_python(arguments.user_script, *arguments.user_args)
+    check_python(*["-m"] * arguments.module, arguments.user_script, *arguments.user_args)
 
 
 def check_torchrun(*words):
     launcher = importlib.import_module("torch.distributed.run")
     arguments = launcher.get_args_parser().parse_args(list(words))
-    check_python(arguments.training_script, *arguments.training_script_args)
+    check_python(*["-m"] * arguments.module, arguments.training_script, *arguments.training_script_args)
 
 
 def check_python(script, *words):
-    assert (ROOT / script).is_file(), script
-    if Path(script).name == "train.py":
+    """A command by its script or by ``-m ase_dist``; of a benchmark the names of options alone."""
+    if script == "-m":
+        assert words[0] == "ase_dist"
+        name, words = find_command(words[1:])
+    else:
+        assert (ROOT / script).is_file(), script
+        name = " ".join(Path(script).with_suffix("").parts[1:])
+    if name == "train":
         check_train(*words)
+    elif script.startswith("benchmarks/"):
+        known = re.findall(r'"(--[\w-]+)"', (ROOT / script).read_text(encoding="utf-8"))
+        assert {word for word in words if word.startswith("--")} <= set(known)
     elif "--help" not in words:
-        spec = importlib.util.spec_from_file_location("script", ROOT / script)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if hasattr(module, "parse"):
-            module.parse(list(words))
-        else:
-            module.parser().parse_intermixed_args(list(words))
+        module_of(name).parser().parse_intermixed_args(list(words))
 
 
 def check_train(*words):
     """The options are known, the config is shipped, and the settings agree with DeepSpeed's file."""
-    arguments = command.parser().parse_intermixed_args([word for word in words if word != "--help"])
+    parser = module_of("train").parser()
+    arguments = parser.parse_intermixed_args([word for word in words if word != "--help"])
     assert arguments.config in shipped_configs()
     path = arguments.deepspeed_config
-    assert path is None or Path(path).parent.name == "ds_configs"
-    json = read_ds_config(None if path is None else ROOT / path)
+    assert path in {None, *shipped_ds_configs()} or Path(path).parent.name == "ds_configs"
+    json = read_ds_config(path if path in {None, *shipped_ds_configs()} else ROOT / path)
     resolve(load_settings(arguments.config, arguments.settings), json, world=2, native_bf16=False)
 
 
@@ -173,6 +182,11 @@ def test_every_command_is_one_that_exists(words):
         ["torchrun", "--number_of_ranks", "2", "launch/train.py"],
         ["deepspeed", "--gpus", "2", "launch/train.py"],
         ["python", "launch/make_scenes.py", "--sheet", "x.png"],
+        ["python", "-m", "ase_dist", "make_scene", "x"],
+        ["deepspeed", "--module", "ase_dist", "train", "--deepspeed_config", "z5"],
+        ["torchrun", "--nproc_per_node", "2", "-m", "ase_dst", "train"],
+        ["pip", "install", "dist/ase_dist-0.0.1-py3-none-any.whl"],
+        ["python", "benchmarks/layer.py", "--shape", "vit_s"],
         ["pip", "install", "-e", ".[all]"],
         ["pytest", "tests", "-m", "one_gpu"],
     ],
@@ -284,9 +298,8 @@ def test_settings_in_the_text_are_there():
 
 @ON_ONE_DEVICE
 def test_options_in_the_text_are_there():
-    scripts = [path.read_text(encoding="utf-8") for path in (ROOT / "launch").rglob("*.py")]
-    known = {option for action in command.parser()._actions for option in action.option_strings} | LAUNCHERS
-    known |= {option for script in scripts for option in re.findall(r'"(--[\w-]+)"', script)}
+    actions = [action for name in COMMANDS for action in module_of(name).parser()._actions]
+    known = {option for action in actions for option in action.option_strings} | LAUNCHERS
     assert {name.split()[0] for name in CODE if name.startswith("-")} <= known
 
 

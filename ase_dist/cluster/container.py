@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ase_dist.cluster import command, peers, ssh, worker
+from ase_dist.cluster import peers, ready, ssh, worker
 from ase_dist.cluster.environment import FILE
 from ase_dist.cluster.hostfile import read_hostfile, write_hostfile
 from ase_dist.cluster.job import Job
@@ -92,10 +92,10 @@ def _launch(arguments: argparse.Namespace) -> NoReturn:
     hostfile = arguments.state / "hosts"
     write_hostfile(hostfile, nodes)
     words = _after_dashes(arguments.command)
-    ready = command.check(hostfile, Job.of(words), env=Path.home() / FILE)
-    if ready.problems:
-        raise ValueError("; ".join(ready.problems))
-    _become(["deepspeed", "--hostfile", str(hostfile), "--master_addr", ready.master, *words])
+    checked = ready.check(hostfile, Job.of(words), env=Path.home() / FILE)
+    if checked.problems:
+        raise ValueError("; ".join(checked.problems))
+    _become(["deepspeed", "--hostfile", str(hostfile), "--master_addr", checked.master, *words])
 
 
 def _after_dashes(words: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ase_dist.config import Settings, load_settings
 
 _PLAIN = re.compile(r"[\w@%+=:,./{}\[\] -]*", re.ASCII)
+_TRAINING = re.compile(r"\S*train\.py|(-m|--module) ase_dist train")  # the first words of a training
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,18 @@ class Job:
 
     @classmethod
     def of(cls, words: Sequence[str]) -> Job:
-        """The job of ``launch/train.py ...``; of another script only the words. ValueError for wrong settings."""
-        if not words or not words[0].endswith("train.py"):
+        """The job of ``launch/train.py ...`` or ``--module ase_dist train ...``; of others only the words.
+
+        Raises ValueError for wrong settings.
+        """
+        if not any(_TRAINING.fullmatch(" ".join(words[:count])) for count in (1, 3)):
             return cls(tuple(words))
         p = argparse.ArgumentParser(add_help=False)
         p.add_argument("--config")
+        p.add_argument("--row")
         options, others = p.parse_known_args(list(words[1:]))
         overrides = [word for word in others if "=" in word and not word.startswith("-")]
-        settings = load_settings(options.config, overrides)
+        settings = load_settings(options.config, overrides, row=options.row)
         is_made = settings.data.name == "scenes"  # where it is missing, by whoever comes first
         data = "" if is_made or settings.data.root is None else str(settings.data.root)
         return cls(tuple(words), data, str(settings.output), settings.guard.timeout)

@@ -1,12 +1,10 @@
 """Labels as kept in memory and as trained on: compact numpy arrays, and the tensors of the table in ``tasks.py``.
 
-=========================  =======================  ==================================
-kind                       compact                  ignored value
-=========================  =======================  ==================================
-classes, mask, edges       uint8 [H, W]             255
-normals                    uint8 [H, W, 3] codes    the code 128 in all three channels
-depth                      float32 [H, W] metres    0
-=========================  =======================  ==================================
+| kind                 | compact               | ignored value                      |
+|----------------------|-----------------------|------------------------------------|
+| classes, mask, edges | uint8 [H, W]          | 255                                |
+| normals              | uint8 [H, W, 3] codes | the code 128 in all three channels |
+| depth                | float32 [H, W] metres | 0                                  |
 
 A code c stands for the component 2 c / 255 - 1, as in the data sets' own files: a quarter of the memory of float32,
 and a nearest-neighbour warp moves a quarter of the bytes. Eight bits have no exact zero; vectors whose components are

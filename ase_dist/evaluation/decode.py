@@ -1,14 +1,12 @@
 """From a head's raw output to what is scored, drawn and saved: the one place where logits become predictions.
 
-=========  =======================  ==========================================
-kind       decoded                  meaning
-=========  =======================  ==========================================
-classes    uint8 [B, H, W]          the class with the highest logit
-mask       float32 [B, H, W]        probability of the foreground
-edges      float32 [B, H, W]        probability of an edge
-normals    float32 [B, 3, H, W]     unit vectors
-depth      float32 [B, 1, H, W]     metres, as predicted
-=========  =======================  ==========================================
+| kind    | decoded              | meaning                          |
+|---------|----------------------|----------------------------------|
+| classes | uint8 [B, H, W]      | the class with the highest logit |
+| mask    | float32 [B, H, W]    | probability of the foreground    |
+| edges   | float32 [B, H, W]    | probability of an edge           |
+| normals | float32 [B, 3, H, W] | unit vectors                     |
+| depth   | float32 [B, 1, H, W] | metres, as predicted             |
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,7 +56,7 @@ class PUPHead(TaskHead):
         """Logits [B, C, 2^stages * grid]."""
         x = self.grid_tokens(tokens_BPD)
         for stage, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = doubled_conv(x, conv) if stage else conv(x)
+            x = doubled_conv(x, cast(nn.Conv2d, conv)) if stage else conv(x)
             x = F.relu(norm(x))
         return double(self.last(x))
 

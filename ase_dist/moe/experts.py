@@ -66,7 +66,7 @@ class FFNBank(nn.Module):
 
 
 def lora_pairs(tensors: Mapping[str, Tensor], places: Iterable[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The stacked pairs as concatenated ones: per place A [n*r, D] and B [O, n*r]."""
+    """The stacked pairs as concatenated ones: per place A [n r, D] and B [O, n r]."""
     return {p: (tensors[f"{p}.A"].flatten(0, 1), tensors[f"{p}.B"].transpose(0, 1).flatten(1)) for p in places}
 
 

@@ -111,8 +111,9 @@ def _facts(
     data, parameters = branch(settings, "data"), branch(summary, "parameters", "all")
     seconds, speed = number(summary.get("train_seconds")), records.series("train", "images_per_second").last
     memory = max(records.series("train", "memory_bytes").values, default=float("nan"))
+    name = str(records.data or data.get("name", "")).replace("_", " ")
     found = [
-        ("Data", str(records.data or data.get("name", "")).replace("_", " "), f"{data['size']} px" if data.get("size") else ""),
+        ("Data", name, f"{data['size']} px" if data.get("size") else ""),
         ("Steps", f"{step:,}", f"of {total:,}" if total else ""),
         ("Training time", clock(seconds), "h:mm:ss, evaluations left out"),
         ("Speed", significant(number(summary.get("images_per_second") or speed), 3), "images/s"),

@@ -135,7 +135,7 @@ class _Running:
         write_atomic(job.config, to_yaml(job.settings))
         job.folder.mkdir(parents=True, exist_ok=True)
         self.began = time.monotonic()
-        command = [sys.executable, "-m", "ase_dist.command", "--config", str(job.config), *_threads(job, slots)]
+        command = [sys.executable, "-m", "ase_dist", "train", "--config", str(job.config), *_threads(job, slots)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command,

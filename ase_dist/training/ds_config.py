@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ase_dist.config import Settings, TrainSettings, build_settings
 from ase_dist.tasks import nearest
 
+FOLDER = Path(__file__).parents[1] / "ds_configs"  # a link to the checkout's folder, files in an installed package
 AUTO = "auto"
 ZERO_STAGES = (0, 1, 2, 3)
 DEFAULT_STAGE = 0
@@ -51,14 +52,25 @@ class ResolvedConfig(NamedTuple):
         return int(self.deepspeed["zero_optimization"]["stage"])
 
 
+def shipped_ds_configs() -> list[str]:
+    """Names of DeepSpeed's JSONs that come with the package: z2 and others."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
 def read_ds_config(path: str | Path | None) -> dict[str, Any]:
-    """The JSON as a dictionary; an empty one (ZeRO 0) without a path. ValueError for a missing or malformed file."""
+    """The JSON as a dictionary, of a file or of a shipped one's name; an empty one (ZeRO 0) without a path.
+
+    Raises ValueError for a missing or malformed file.
+    """
     if path is None:
         return {}
+    names = shipped_ds_configs()
+    is_shipped = str(path) in names and not Path(path).is_file()
     try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+        tree = json.loads((FOLDER / f"{path}.json" if is_shipped else Path(path)).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--deepspeed_config: cannot read {str(path)!r} ({error.strerror})") from None
+        known = f"{nearest(str(path), names)} (shipped: {', '.join(names)})"
+        raise ValueError(f"--deepspeed_config: cannot read {str(path)!r} ({error.strerror}){known}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--deepspeed_config: {path} is not JSON: {error}") from None
     if not isinstance(tree, dict):

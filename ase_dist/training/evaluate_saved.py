@@ -37,7 +37,7 @@ FILES: dict[str, Callable[[Report], str]] = {
 class Wish:
     """What to evaluate, on what, and how; the options of ``launch/evaluate.py``.
 
-    ``data`` is the name of a data set or a folder in the layout of one; ``overrides`` are key=value for data.*, eval.*
+    ``data`` is the name of a data set or a folder in the layout of one; ``overrides`` are key=value for data, eval
     and tasks; ``reference`` as ``read_reference`` takes it.
     """
 

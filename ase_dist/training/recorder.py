@@ -2,18 +2,14 @@
 
 A line has ``kind`` and ``step`` and what the kind brings; the keys that ``plots`` draws are:
 
-======  ===============================================================================================
-kind    keys
-======  ===============================================================================================
-run     tasks (names, in the model's order), data (the data set's name), shared_experts (their ids);
-        one at every start
-train   loss, losses {task: loss}; and where there are experts: expert_load [layers][tasks][N], the
-        share of the task's tokens for which an expert was active; mean_gates [layers][tasks][N];
-        shared_gate [layers][tasks], the mean over tokens of the shared experts' gates together
-conflict  cosines [tasks][tasks] between the tasks' gradients on the shared experts, cosines_by_layer
-        [layers], the mean over pairs of tasks, conflicting, the share of pairs below 0
-eval    metrics {task: {metric: value}}; trivial, of the same form, for a predictor that learned nothing
-======  ===============================================================================================
+- ``run``: tasks (names, in the model's order), data (the data set's name), shared_experts (their ids); one at every
+  start.
+- ``train``: loss, losses {task: loss}; and where there are experts: expert_load [layers][tasks][N], the share of the
+  task's tokens for which an expert was active; mean_gates [layers][tasks][N]; shared_gate [layers][tasks], the mean
+  over tokens of the shared experts' gates together.
+- ``conflict``: cosines [tasks][tasks] between the tasks' gradients on the shared experts, cosines_by_layer [layers],
+  the mean over pairs of tasks, conflicting, the share of pairs below 0.
+- ``eval``: metrics {task: {metric: value}}; trivial, of the same form, for a predictor that learned nothing.
 
 Any other key is kept too (epoch, seconds, lr, images_per_second, memory). NaN and infinities are written as null.
 """

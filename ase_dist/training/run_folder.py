@@ -145,8 +145,15 @@ def environment() -> dict[str, Any]:
         "cores_physical": psutil.cpu_count(logical=False),
         "cores_logical": psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "command": hide_secrets(sys.argv),
+        "command": hide_secrets(_command()),
     }
+
+
+def _command() -> list[str]:
+    """How this process was started, in words for ``python``."""
+    script, *others = sys.argv
+    started_as_module = Path(script).parts[-2:] == ("ase_dist", "__main__.py")
+    return ["-m", "ase_dist", *others] if started_as_module else [script, *others]
 
 
 def hide_secrets(arguments: Sequence[str]) -> list[str]:

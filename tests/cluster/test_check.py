@@ -7,12 +7,13 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from ase_dist.cluster import command, shell
+from ase_dist.cluster import ready, shell
 from ase_dist.cluster.check import ask_nodes, differences, unshared
 from ase_dist.cluster.facts import NO_FOLDER, Facts, Question, digest_code, digest_folder, gather
 from ase_dist.cluster.hostfile import Node
 from ase_dist.cluster.job import Job
 from ase_dist.cluster.shell import Done
+from ase_dist.commands import cluster_check
 from tests.training.tiny_runs import ROOT
 
 pytestmark = pytest.mark.single_gpu
@@ -164,6 +165,9 @@ def test_a_job_names_its_folders():
     assert (job.data, job.output, job.timeout) == ("PASCAL_MT", "runs/x", 60.0)
     assert Job.of(["launch/train.py", "data.root=/cache"]).data == ""  # scenes are made by whoever comes first
     assert Job.of(["other.py", "data.root=x"]).output == ""
+    assert Job.of(["--module", "ase_dist", "train", "output=runs/x"]).output == "runs/x"
+    assert Job.of(["--module", "ase_dist", "evaluate", "output=runs/x"]).output == ""
+    assert Job.of(["launch/train.py", "--row", "mtl_vit"]).output == "runs/scenes_mtl_vit"
     with pytest.raises(ValueError, match="did you mean"):
         Job.of(["launch/train.py", "trian.lr=1"])
 
@@ -198,8 +202,8 @@ def hostfile(tmp_path):
 
 
 def checked(monkeypatch, hostfile, run, *job):
-    monkeypatch.setattr(command, "over_ssh", lambda port: run)
-    return command.main([str(hostfile), "--env", str(hostfile.parent / "variables"), "--", *job])
+    monkeypatch.setattr(ready, "over_ssh", lambda port: run)
+    return cluster_check.main([str(hostfile), "--env", str(hostfile.parent / "variables"), "--", *job])
 
 
 def test_a_cluster_that_is_ready(monkeypatch, hostfile, capsys):
@@ -227,11 +231,11 @@ def test_a_cluster_that_is_not_ready(monkeypatch, hostfile, capsys):
 
 
 def test_the_hostfile_alone(hostfile, capsys):
-    assert command.main([str(hostfile), "--no-ssh"]) == 0
+    assert cluster_check.main([str(hostfile), "--no-ssh"]) == 0
     assert capsys.readouterr().out == "n1\n"
     hostfile.write_text("n1 slots=8\nn1 slots=x\n")
-    assert command.main([str(hostfile), "--no-ssh"]) == 2
-    assert command.main([str(hostfile.parent / "none")]) == 2
+    assert cluster_check.main([str(hostfile), "--no-ssh"]) == 2
+    assert cluster_check.main([str(hostfile.parent / "none")]) == 2
     assert capsys.readouterr().err.count("error: ") == 2
 
 

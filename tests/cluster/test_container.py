@@ -169,8 +169,8 @@ def test_launch_says_what_is_missing(tmp_path, words, sentence):
 @NEEDS_SSH
 def test_launch_becomes_deepspeeds_launcher(tmp_path, listener, monkeypatch):
     became = []
-    ready = container.command.Ready("10.0.0.1", [])
-    monkeypatch.setattr(container.command, "check", lambda hostfile, job, env: became.append((job, env)) or ready)
+    checked = container.ready.Ready("10.0.0.1", [])
+    monkeypatch.setattr(container.ready, "check", lambda hostfile, job, env: became.append((job, env)) or checked)
     monkeypatch.setattr(container, "_become", became.append)
     peers.register(tmp_path / "cluster" / "nodes", Node("localhost", 3))
     folders = ["--cluster", str(tmp_path / "cluster"), "--state", str(tmp_path / "state"), "--port", str(listener)]

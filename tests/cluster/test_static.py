@@ -18,7 +18,8 @@ pytestmark = pytest.mark.single_gpu
 
 TOOLS = Path(sys.executable).parent
 CLUSTER, DOCKER = ROOT / "launch" / "cluster", ROOT / "docker"
-SCRIPTS = [*CLUSTER.glob("*.sh"), CLUSTER / "slurm.sbatch", *DOCKER.glob("*.sh"), ROOT / ".ci" / "run"]
+CI = [path for path in (ROOT / ".ci").iterdir() if path.suffix != ".py"]
+SCRIPTS = [*CLUSTER.glob("*.sh"), CLUSTER / "slurm.sbatch", *DOCKER.glob("*.sh"), *CI]
 COMPOSE = [DOCKER / "compose.yaml", DOCKER / "compose.gpu.yaml"]
 LOCKED = re.compile(r"^([a-z0-9-]+)==(\S+) \\$", re.MULTILINE)
 

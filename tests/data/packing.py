@@ -1,11 +1,11 @@
 """What the tests of packing share: a look at what is on disk, archives, the command."""
 
-import importlib.util
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
+from ase_dist.commands import prepare_data
 from ase_dist.data.packed.dataset import PackedDataset
 from ase_dist.data.packed.prepare import Request
 from ase_dist.tasks import select_tasks
@@ -44,7 +44,4 @@ def start(*arguments):
 
 
 def command(*arguments):
-    specification = importlib.util.spec_from_file_location("prepare_data", COMMAND)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module.main(["pascal-context", *map(str, arguments)])
+    return prepare_data.main(["pascal-context", *map(str, arguments)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ import pytest
 from PIL import Image
 from scipy.io import loadmat
 
+from ase_dist.commands import make_scenes
 from ase_dist.data.decode import NORMALS_IDS
 from ase_dist.data.pascal_context import PascalContext
 from ase_dist.data.scenes import make, worker
@@ -207,12 +207,9 @@ def test_the_contact_sheet_shows_pictures_beside_labels(tmp_path: Path) -> None:
 
 
 def test_the_command_makes_both_and_names_mistakes(tmp_path: Path, caplog) -> None:
-    specification = importlib.util.spec_from_file_location("make_scenes", REPOSITORY / "launch/make_scenes.py")
-    command = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(command)
-    assert command.main([str(tmp_path), "--train", "1", "--val", "1", "--size", "32", "--workers", "1"]) == 0
+    assert make_scenes.main([str(tmp_path), "--train", "1", "--val", "1", "--size", "32", "--workers", "1"]) == 0
     assert len(list(tmp_path.glob("scenes-*/JPEGImages/*"))) == 2
-    assert command.main(["--contact-sheet", str(tmp_path / "s.png"), "--size", "32", "--scenes", "0"]) == 0
+    assert make_scenes.main(["--contact-sheet", str(tmp_path / "s.png"), "--size", "32", "--scenes", "0"]) == 0
     assert (tmp_path / "s.png").exists()
-    assert command.main([str(tmp_path), "--train", "0"]) == 2
+    assert make_scenes.main([str(tmp_path), "--train", "0"]) == 2
     assert "train" in caplog.text

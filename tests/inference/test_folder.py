@@ -1,29 +1,27 @@
 """``launch/predict.py``: every image once under its own name, what cannot be read skipped, nothing half written."""
 
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ase_dist.commands.predict import main
 from ase_dist.inference import folder
 from ase_dist.inference.folder import find_sources
 
 from .conftest import photo
 
 pytestmark = pytest.mark.single_gpu
-sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
 TASKS = ("semseg", "human_parts", "saliency", "edge", "normals")
 ENDINGS = {".npz", "_sheet.png", *(f"_{task}.png" for task in TASKS)}
 
 
 @pytest.fixture
 def predict():
-    return importlib.import_module("predict").main
+    return main
 
 
 @pytest.fixture

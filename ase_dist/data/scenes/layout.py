@@ -1,14 +1,14 @@
 """Scenes as files, in the layout of PASCAL_MT.tgz, so that the loader of PASCAL-Context reads them as they are.
 
-=====================================  ================================================================
-``JPEGImages/<id>.jpg``                the picture, quality 95
-``semseg/VOC12/<id>.png``              palette PNG, 0..20
-``pascal-context/trainval/<id>.mat``   ``LabelMap``, uint16, Context ids
-``human_parts/<id>.mat``               ``anno``, PASCAL-Part's struct (no object without a VOC class)
-``sal_distill/<id>.png``               grey, 0 or 255
-``normals_distill/<id>.png``           RGB, n = 2 rgb / 255 - 1
-``ImageSets/Context/{train,val}.txt``  an id a line
-=====================================  ================================================================
+| file                                  | content                                                        |
+|---------------------------------------|----------------------------------------------------------------|
+| ``JPEGImages/<id>.jpg``               | the picture, quality 95                                        |
+| ``semseg/VOC12/<id>.png``             | palette PNG, 0..20                                             |
+| ``pascal-context/trainval/<id>.mat``  | ``LabelMap``, uint16, Context ids                              |
+| ``human_parts/<id>.mat``              | ``anno``, PASCAL-Part's struct (no object without a VOC class) |
+| ``sal_distill/<id>.png``              | grey, 0 or 255                                                 |
+| ``normals_distill/<id>.png``          | RGB, n = 2 rgb / 255 - 1                                       |
+| ``ImageSets/Context/{train,val}.txt`` | an id a line                                                   |
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command line of training: parse quickly, then hand over. Importing it imports no torch."""
+"""Train one vision transformer for many dense-prediction tasks with LoRA experts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ase_dist.commands.cli import command_parser, refuse
 from ase_dist.config import DEFAULT_CONFIG, Settings, load_settings, setting_keys, shipped_configs, to_yaml
 from ase_dist.rows import rows
+from ase_dist.training.ds_config import read_ds_config, shipped_ds_configs
 
-USAGE = 2  # exit code for settings, data or checkpoints that cannot be used
 EPILOG = """examples:
   deepspeed launch/train.py --deepspeed_config ds_configs/z2.json
   torchrun --nproc_per_node 2 launch/train.py --deepspeed_config ds_configs/z2.json output=runs/two
@@ -19,18 +20,17 @@ EPILOG = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of launch/train.py; what the launchers add (--local_rank) is accepted and not needed."""
-    p = argparse.ArgumentParser(
-        prog="train.py",
-        description="Train one vision transformer for many dense-prediction tasks with LoRA experts.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """The options; what the launchers add (--local_rank) is accepted and not needed."""
+    p = command_parser("train", description=__doc__, epilog=EPILOG)
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the config's")
     p.add_argument("--config", default=DEFAULT_CONFIG, help=f"a YAML file or one of: {', '.join(shipped_configs())}")
     p.add_argument("--row", metavar="ROW", help=f"a row of the paper's comparison: {', '.join(rows())}")
     p.add_argument("--deepspeed", action="store_true", help="accepted for DeepSpeed's sake; it is always used")
-    p.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed's JSON; without one: ZeRO 0")
+    p.add_argument(
+        "--deepspeed_config",
+        metavar="FILE",
+        help=f"DeepSpeed's JSON or one of: {', '.join(shipped_ds_configs())}; without: ZeRO 0",
+    )
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     p.add_argument("--print-config", action="store_true", help="print the settings that would be used, and exit")
     p.add_argument("--print-keys", action="store_true", help="print the name of every setting, and exit")
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.max_restarts:
             return _supervise(arguments, settings, sys.argv[1:] if argv is None else argv)
     except ValueError as error:
-        return _refuse(error)
+        return refuse(error)
     return _train(arguments, settings)
 
 
@@ -58,7 +58,7 @@ def _supervise(arguments: argparse.Namespace, settings: Settings, argv: Sequence
     from ase_dist.training.restarts import supervise
 
     again = [*_without_option(argv, "--max-restarts")]
-    return supervise(["-m", "ase_dist.command", *again], settings, restarts=arguments.max_restarts)
+    return supervise(["-m", "ase_dist", "train", *again], settings, restarts=arguments.max_restarts)
 
 
 def _without_option(argv: Sequence[str], option: str) -> list[str]:
@@ -74,7 +74,6 @@ def _without_option(argv: Sequence[str], option: str) -> list[str]:
 def _train(arguments: argparse.Namespace, settings: Settings) -> int:
     from ase_dist.training import run
     from ase_dist.training.checkpoint import SaveError
-    from ase_dist.training.ds_config import read_ds_config
     from ase_dist.training.guards import ExitCode, NonFiniteError
     from ase_dist.training.runtime import JoinError
 
@@ -82,19 +81,10 @@ def _train(arguments: argparse.Namespace, settings: Settings) -> int:
     try:
         return int(work(settings, read_ds_config(arguments.deepspeed_config)))
     except ValueError as error:
-        return _refuse(error)
+        return refuse(error)
     except JoinError as error:
-        return _refuse(error, code=ExitCode.SILENT)
+        return refuse(error, code=ExitCode.SILENT)
     except SaveError as error:
-        return _refuse(error, code=ExitCode.NOT_SAVED)
+        return refuse(error, code=ExitCode.NOT_SAVED)
     except NonFiniteError as error:
-        return _refuse(error, code=ExitCode.NON_FINITE)
-
-
-def _refuse(error: Exception, *, code: int = USAGE) -> int:
-    sys.stderr.write(f"error: {error}\n")
-    return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        return refuse(error, code=ExitCode.NON_FINITE)

@@ -1,0 +1,47 @@
+"""What all commands share: how their help names them, and the code of a mistake. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+USAGE = 2  # exit code for options, settings, data or models that cannot be used
+SCRIPTS = Path("launch")  # of a checkout; without one there is python -m ase_dist
+MODULE_FILE = "__main__.py"
+
+
+def command_parser(name: str, *, description: str | None, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser whose help names the command ``name`` as it was started: a script of launch/, or the package's.
+
+    The examples of ``epilog`` are written for a checkout.
+    """
+    as_module = Path(sys.argv[0]).name == MODULE_FILE
+    return argparse.ArgumentParser(
+        prog=f"python -m ase_dist {name}" if as_module else script_of(name).name,
+        description=description,
+        epilog=without_checkout(epilog) if as_module else epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def script_of(name: str) -> Path:
+    """The file below launch/ of a command: ``cluster check`` is launch/cluster/check.py."""
+    return SCRIPTS.joinpath(*name.split()).with_suffix(".py")
+
+
+def without_checkout(text: str) -> str:
+    """Command lines of a checkout as they are without one: ``-m ase_dist train`` for its script, ``z2`` for its JSON.
+
+    DeepSpeed's launcher calls -m --module.
+    """
+    text = re.sub(r"\bds_configs/(\w+)\.json", r"\1", text)
+    text = re.sub(r"\blaunch/([\w/]+)\.py", lambda found: f"-m ase_dist {found[1].replace('/', ' ')}", text)
+    return re.sub(r"(deepspeed |job=\")-m ", r"\1--module ", text)
+
+
+def refuse(error: Exception | str, *, code: int = USAGE) -> int:
+    """Say in one sentence why a command ends, and give its exit code."""
+    sys.stderr.write(f"error: {error}\n")
+    return code

@@ -1,0 +1,63 @@
+"""Evaluate a run or an export: every metric at original image size, tables in Markdown, JSON and LaTeX, Delta_m."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ase_dist.commands.cli import command_parser, refuse
+
+EPILOG = """examples:
+  python launch/evaluate.py runs/scenes --edge-ods
+  torchrun --nproc_per_node 2 launch/evaluate.py exports/ase --data PASCAL_MT --edge-ods --reference paper
+  python launch/evaluate.py runs/ase --reference runs/stl --tasks semseg,normals data.limit_val=100
+
+exit codes: 0 done, 2 something cannot be used (one sentence says what)
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options; what launchers add (--local_rank) is accepted and not needed."""
+    p = command_parser("evaluate", description=__doc__, epilog=EPILOG)
+    p.add_argument("model", type=Path, metavar="RUN_OR_EXPORT", help="the output folder of a run, or an export")
+    p.add_argument("settings", nargs="*", metavar="key=value", help="data.*, eval.* and tasks, over the model's own")
+    p.add_argument("--checkpoint", default="newest", metavar="WHICH", help="of a run: newest (default), best or a path")
+    p.add_argument("--data", metavar="NAME_OR_ROOT", help="another data set's name or folder (default: the run's)")
+    p.add_argument("--split", choices=("val", "train"), default="val", help="which list (default %(default)s)")
+    p.add_argument("--tasks", metavar="A,B", help="only these tasks; the streams of others are not computed")
+    p.add_argument("--edge-ods", action="store_true", help="the boundary F-measure (odsF, oisF) of edges too")
+    p.add_argument("--nms", action="store_true", help="suppress non-maxima of the edges before it")
+    p.add_argument("--reference", metavar="ROW", help="for Delta_m: paper (its single-task row), a run or export with "
+                                                      "saved metrics, or a JSON file")  # fmt: skip
+    p.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: RUN_OR_EXPORT/evaluation)")
+    p.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the first rank writes the files and prints the Markdown."""
+    arguments = parser().parse_intermixed_args(argv)
+    from ase_dist.evaluation.tables import to_markdown
+    from ase_dist.training.console import close_console, set_up_logging
+    from ase_dist.training.evaluate_saved import Wish, evaluate_saved, write_report
+    from ase_dist.training.ranks import join
+
+    wish = Wish(
+        arguments.model, arguments.checkpoint, arguments.data, arguments.settings,
+        arguments.tasks.split(",") if arguments.tasks else None, arguments.split, arguments.edge_ods, arguments.nms,
+        arguments.reference,
+    )  # fmt: skip
+    try:
+        with join(device=arguments.device) as world:
+            report = evaluate_saved(wish, world, console=set_up_logging(rank=world.rank))
+            if world.is_first:
+                write_report(report, arguments.out or arguments.model / "evaluation")
+                sys.stdout.write(to_markdown(report))
+    except ValueError as error:
+        return refuse(error)
+    finally:
+        close_console()
+    return 0

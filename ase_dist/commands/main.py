@@ -1,0 +1,74 @@
+"""``python -m ase_dist COMMAND ...``: the commands of launch/ by name, without a checkout. Imports no torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+
+import ase_dist
+from ase_dist.commands.cli import refuse
+from ase_dist.tasks import nearest
+
+COMMANDS = (
+    "train",
+    "evaluate",
+    "export",
+    "predict",
+    "report",
+    "study",
+    "plan",
+    "prepare_data",
+    "make_scenes",
+    "pretrain_backbone",
+    "cluster check",
+)
+HELP, VERSION = ("--help", "-h"), "--version"
+LOCAL_RANK = ("--local_rank", "--local-rank")  # which DeepSpeed's launcher puts before everything (0.19.8, --module)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the first words name; the command's exit code, 2 where there is no such command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    launched = [word for word in words[:1] if word.startswith(LOCAL_RANK)]
+    words = words[len(launched) :]
+    if not words or words[0] in HELP:
+        sys.stdout.write(_listing())
+        return 0
+    if words[0] == VERSION:
+        sys.stdout.write(f"{ase_dist.__version__}\n")
+        return 0
+    try:
+        name, others = find_command(words)
+    except ValueError as error:
+        return refuse(error)
+    code: int = module_of(name).main([*launched, *others])
+    return code
+
+
+def find_command(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that the first words name, and the other words; ValueError with the nearest one if there is none."""
+    for name in COMMANDS:
+        count = len(name.split())
+        if " ".join(words[:count]).replace("-", "_") == name:
+            return name, list(words[count:])
+    raise ValueError(f"there is no command {words[0]!r}{nearest(words[0], COMMANDS)} (commands: {', '.join(COMMANDS)})")
+
+
+def module_of(name: str) -> ModuleType:
+    """The module of a command: ``cluster check`` is ``ase_dist.commands.cluster_check``."""
+    return import_module(f"ase_dist.commands.{name.replace(' ', '_')}")
+
+
+def _listing() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {_summary(name)}" for name in COMMANDS]
+    usage = "usage: python -m ase_dist COMMAND ...    (COMMAND --help tells its options; --version)"
+    return "\n".join([usage, "", ase_dist.__doc__ or "", "", "commands:", *lines, ""])
+
+
+def _summary(name: str) -> str:
+    """The first line of the command's docstring, up to its first colon."""
+    line = (module_of(name).__doc__ or "").partition("\n")[0]
+    return line.partition(": ")[0].rstrip(".").replace("``", "")

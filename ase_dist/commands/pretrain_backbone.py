@@ -1,0 +1,62 @@
+"""Make the small backbone that ships with the package: train it on one task over scenes, keep the backbone in fp16.
+
+Run again after an interruption it goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ase_dist.commands.cli import command_parser
+
+CONFIG = "scenes_pretrain"
+EPILOG = """examples:
+  python launch/pretrain_backbone.py
+  python launch/pretrain_backbone.py --out backbone.safetensors train.max_steps=400 output=runs/backbone
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = command_parser("pretrain_backbone", description=__doc__, epilog=EPILOG)
+    p.add_argument("--out", type=Path, help="the .safetensors file (default: the package's own)")
+    p.add_argument("--deepspeed_config", metavar="FILE", help="as for train")
+    p.add_argument("settings", nargs="*", metavar="key=value", help=f"settings that override {CONFIG}'s")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, then write the weights and a JSON card beside them; the exit code of the training."""
+    arguments = parser().parse_args(argv)
+    from ase_dist.commands.train import main as train
+
+    options = ["--deepspeed_config", arguments.deepspeed_config] if arguments.deepspeed_config else []
+    return train(["--config", CONFIG, *options, *arguments.settings]) or _keep(arguments.settings, arguments.out)
+
+
+def _keep(overrides: Sequence[str], out: Path | None) -> int:
+    """The backbone of the finished run, and where it comes from."""
+    from ase_dist.config import load_settings
+    from ase_dist.files import write_atomic
+    from ase_dist.models.pretrained import FOLDER, save_backbone
+    from ase_dist.training.checkpoint import open_checkpoint
+
+    settings = load_settings(CONFIG, overrides)
+    summary = json.loads((settings.output / "summary.json").read_text())
+    out = out or FOLDER / f"{settings.model.backbone}.safetensors"
+    with open_checkpoint(settings.output / "checkpoints" / f"step_{summary['step']}") as checkpoint:
+        prefix = "weight/"
+        weights = {name.removeprefix(prefix): name for name in checkpoint.names() if name.startswith(prefix)}
+        save_backbone({name: checkpoint.tensor(source) for name, source in weights.items()}, out)
+    card = {
+        "command": f"python launch/pretrain_backbone.py {' '.join(overrides)}".strip(),
+        "data": f"{settings.data.train_images} generated scenes, seed {settings.data.scene_seed}",
+        "steps": summary["step"],
+        "semseg": {key: summary["metrics"]["semseg"][key] for key in ("miou", "accuracy")},
+        "license": "Apache-2.0, like the package; trained on generated images only",
+    }
+    write_atomic(out.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
+    return 0
