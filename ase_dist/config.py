@@ -10,11 +10,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from ase_dist.registry import GATINGS, HEADS
 from ase_dist.rows import apply_row
 from ase_dist.tasks import nearest, select_tasks
 
@@ -31,7 +32,7 @@ class Section(BaseModel):
 class DataSettings(Section):
     """Which images are read, from where, and at which size."""
 
-    name: Literal["scenes", "pascal_context", "nyud"] = "scenes"
+    name: str = Field("scenes", description="one of ase_dist.tasks.DATA_SETS")
     root: Path | None = Field(None, description="the data folder, unpacked or packed; for scenes where they are made")
     size: int = Field(224, ge=16, description="side in pixels of the square that the model sees")
     augment: bool = True
@@ -57,7 +58,7 @@ class MoESettings(Section):
     experts: Literal["lora", "ffn"] = "lora"
     hidden: int | None = Field(None, ge=1, description="hidden width of an ffn expert; None: the base's over k + S")
     adapt: tuple[Literal["fc1", "fc2", "bypass"], ...] = ("fc1", "fc2")
-    gating: Literal["ase", "naive", "topk", "renormalised", "separate", "dense"] = "ase"
+    gating: Annotated[str, AfterValidator(GATINGS.checked)] = "ase"
     dispatch: Literal["auto", "local", "all_to_all", "gather"] = "auto"
     ep_size: int = Field(1, ge=1)
     every_n_blocks: int = Field(1, ge=1, description="a MoE layer in every n-th block; plain LoRA in the others")
@@ -81,7 +82,7 @@ class ModelSettings(Section):
     lora_rank: int = Field(4, ge=0, description="rank of the LoRA on the linears outside the experts; 0: none")
     lora_alpha: float | None = Field(None, gt=0)
     task_embedding: bool = True
-    head: Literal["pup", "linear", "pup_linear"] = "pup"
+    head: Annotated[str, AfterValidator(HEADS.checked)] = "pup"
     head_width: int = Field(256, ge=1, description="channels inside the convolutions of a head")
     drop_path: float = Field(0.0, ge=0, lt=1)
     checkpoint_activations: Literal["none", "recompute", "offload"] = "none"
@@ -282,6 +283,8 @@ def _sentence(error: ValidationError) -> str:
         section = _section(where[:-1])
         names = section.model_fields if section is not None else {}
         return f"{key}: there is no such setting{nearest(where[-1], names) or _elsewhere(where[-1])}"
+    if problem["type"] == "value_error":  # of a registry, which says all that is to be said
+        return f"{key}: {problem['ctx']['error']}"
     return f"{key}: got {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 

@@ -1,6 +1,6 @@
-"""The one table of task facts: channels, loss, weight, metric and its direction, palette.
+"""The one table of task facts: channels, loss, weight, metric and its direction, palette; and that of the data sets.
 
-Every other module looks a task up here; adding a task starts with a row in this file. Labels have one form per
+Every other module looks a task up here; adding a task of a known kind is a row in this file. Labels have one form per
 kind, whatever data set they come from:
 
 | kind    | label of one image | meaning                                                      |
@@ -89,10 +89,24 @@ NYUD_TASKS: dict[str, Task] = {
     )
 }  # fmt: skip
 
-TASKS_OF: dict[str, Mapping[str, Task]] = {
-    "scenes": PASCAL_TASKS,
-    "pascal_context": PASCAL_TASKS,
-    "nyud": NYUD_TASKS,
+
+@dataclass(frozen=True)
+class DataSet:
+    """A value of ``data.name``: which tasks have labels, and what reads them.
+
+    ``reader`` is a subclass of ``ase_dist.data.folder.FolderDataset`` or, to be imported when the first image is
+    wanted, "module:Class". Images that are generated where they are missing lie in the ``layout`` of another data set.
+    """
+
+    tasks: Mapping[str, Task]
+    reader: str | type
+    layout: str | None = None
+
+
+DATA_SETS: dict[str, DataSet] = {
+    "scenes": DataSet(PASCAL_TASKS, "ase_dist.data.scenes.dataset:Scenes", layout="pascal_context"),
+    "pascal_context": DataSet(PASCAL_TASKS, "ase_dist.data.pascal_context:PascalContext"),
+    "nyud": DataSet(NYUD_TASKS, "ase_dist.data.nyud:NYUD"),
 }
 
 
@@ -102,16 +116,27 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
     return f", did you mean {match[0]!r}?" if match else ""
 
 
+def packable() -> tuple[str, ...]:
+    """Names of the data sets that can be packed: those that are not generated."""
+    return tuple(name for name, data in DATA_SETS.items() if data.layout is None)
+
+
+def find_task(data_name: str, name: str) -> Task | None:
+    """The row ``name`` of the data set, of any other where that has none or is not known; None where there is none."""
+    first = [DATA_SETS[data_name]] if data_name in DATA_SETS else []
+    return next((data.tasks[name] for data in (*first, *DATA_SETS.values()) if name in data.tasks), None)
+
+
 def select_tasks(data_name: str, names: Iterable[str] | None = None) -> tuple[Task, ...]:
     """The rows of ``names`` (all of the data set's when None), in the order asked for.
 
     Raises ValueError for an unknown data set, an unknown task or one that is named twice.
     """
-    if data_name not in TASKS_OF:
+    if data_name not in DATA_SETS:
         raise ValueError(
-            f"data.name: got {data_name!r}, wanted one of {sorted(TASKS_OF)}{nearest(data_name, TASKS_OF)}"
+            f"data.name: got {data_name!r}, wanted one of {sorted(DATA_SETS)}{nearest(data_name, DATA_SETS)}"
         )
-    table = TASKS_OF[data_name]
+    table = DATA_SETS[data_name].tasks
     chosen = list(table) if names is None else list(names)
     for name in chosen:
         if name not in table:

@@ -43,6 +43,7 @@ from ase_dist.data.batch import Batch
 from ase_dist.data.loader import build_train_loader
 from ase_dist.models import build_model, doubled_conv
 from ase_dist.moe import products
+from ase_dist.registry import HEADS
 from ase_dist.rows import apply_row
 from ase_dist.tasks import Task, select_tasks
 from ase_dist.training import losses
@@ -82,7 +83,7 @@ def _parse() -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=1, help="images a step and rank")
     p.add_argument("--size", type=int, default=224, help="side of the images")
     p.add_argument("--depth", type=int, default=12, help="blocks of the backbone")
-    p.add_argument("--head", default="pup", choices=("pup", "linear", "pup_linear"))
+    p.add_argument("--head", default="pup", choices=list(HEADS))
     p.add_argument("--head-width", type=int, default=256)
     p.add_argument("--repeats", type=int, default=5, help="after one that is not counted, each after a step of its own")
     p.add_argument("--threads", type=int, default=2)

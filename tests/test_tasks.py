@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from ase_dist.evaluation.metrics import build_metric
-from ase_dist.tasks import NYUD_TASKS, PASCAL_TASKS, TASKS_OF, nearest, select_tasks, voc_color
+from ase_dist.tasks import DATA_SETS, NYUD_TASKS, PASCAL_TASKS, find_task, nearest, select_tasks, voc_color
 
 pytestmark = pytest.mark.single_gpu
-ROWS = [(data, task) for data, table in TASKS_OF.items() for task in table.values()]
+ROWS = [(name, task) for name, data in DATA_SETS.items() for task in data.tasks.values()]
 
 
 @pytest.mark.parametrize(("data", "task"), ROWS)
 def test_rows_hold_together(data, task):
-    assert TASKS_OF[data][task.name] is task
+    assert DATA_SETS[data].tasks[task.name] is find_task(data, task.name) is task
     assert task.channels == {"mask": 1, "edges": 1, "normals": 3, "depth": 1}.get(task.kind, task.channels)
     assert task.loss_weight > 0
     if task.kind == "classes":

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ase_dist.config import Settings, load_settings
+from ase_dist.tasks import DATA_SETS
 
 _PLAIN = re.compile(r"[\w@%+=:,./{}\[\] -]*", re.ASCII)
 _TRAINING = re.compile(r"\S*train\.py|(-m|--module) ase_dist train")  # the first words of a training
@@ -36,7 +37,7 @@ class Job:
         options, others = p.parse_known_args(list(words[1:]))
         overrides = [word for word in others if "=" in word and not word.startswith("-")]
         settings = load_settings(options.config, overrides, row=options.row)
-        is_made = settings.data.name == "scenes"  # where it is missing, by whoever comes first
+        is_made = DATA_SETS[settings.data.name].layout is not None  # where it is missing, by whoever comes first
         data = "" if is_made or settings.data.root is None else str(settings.data.root)
         return cls(tuple(words), data, str(settings.output), settings.guard.timeout)
 

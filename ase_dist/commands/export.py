@@ -1,4 +1,7 @@
-"""Export the model of a run for inference: model.safetensors and export.json, read by ``ase_dist.load(OUT)``."""
+"""Export the model of a run for inference: model.safetensors and export.json, read by ``ase_dist.load(OUT)``.
+
+With --format programs beside them that run without this package: images in, logits by task out, see README.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,12 @@ from ase_dist.commands.cli import USAGE, command_parser
 def parser() -> argparse.ArgumentParser:
     """The options."""
     p = command_parser("export", description=__doc__)
-    p.add_argument("run", type=Path, help="the output folder of a run")
+    p.add_argument("run", type=Path, help="the output folder of a run; or an export, to make programs of it")
     p.add_argument("out", type=Path, help="the folder to make")
     p.add_argument("--checkpoint", default="newest", metavar="WHICH", help="newest (default), best or a path")
     p.add_argument("--dtype", default="fp32", help="fp32 (default), fp16 or bf16: how weights are stored")
+    p.add_argument("--format", metavar="A,B", help="also write programs: pt2 (torch.export), onnx (ase-dist[onnx])")
+    p.add_argument("--tasks", metavar="A,B", help="what the programs predict (default: all tasks)")
     p.add_argument("--check", action="store_true", help="evaluate the export and compare with the run's metrics")
     p.add_argument("--device", help="where to check: cpu, cuda (default: a GPU where there is one)")
     return p
@@ -25,18 +30,42 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, 1 where the check finds other metrics, 2 for what cannot be exported."""
     arguments = parser().parse_args(argv)
-    from ase_dist.training.export import check_export, export_run
-
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        out = export_run(arguments.run, arguments.out, checkpoint=arguments.checkpoint, dtype=arguments.dtype)
-        odd = check_export(arguments.run, out, device=arguments.device) if arguments.check else []
+        odd = _export(arguments)
     except ValueError as error:
         logging.error("error: %s", error)
         return USAGE
     if odd:
-        logging.error("error: %s does not score what the run found: %s", out, "; ".join(odd))
+        logging.error("error: %s does not score what the run found: %s", arguments.out, "; ".join(odd))
         return 1
     if arguments.check:
-        logging.info("%s scores what the run found", out)
+        logging.info("%s scores what the run found", arguments.out)
     return 0
+
+
+def _export(arguments: argparse.Namespace) -> list[str]:
+    """Write what is asked for; the metrics that the check found to be others."""
+    from ase_dist.inference.deploy import check_formats, deploy
+    from ase_dist.models.exported import load
+    from ase_dist.training.export import check_export, export_run
+    from ase_dist.training.saved import is_export
+
+    formats, tasks = _words(arguments.format), _words(arguments.tasks)
+    check_formats(formats or ())
+    if tasks and not formats:
+        raise ValueError("--tasks: an export holds all tasks of the model; add --format for programs of some")
+    if is_export(arguments.run):
+        if not formats or arguments.check:
+            raise ValueError(f"{str(arguments.run)!r} is an export already; give --format, and no --check")
+        source, odd = arguments.run, []
+    else:
+        source = export_run(arguments.run, arguments.out, checkpoint=arguments.checkpoint, dtype=arguments.dtype)
+        odd = check_export(arguments.run, source, device=arguments.device) if arguments.check else []
+    if formats and not odd:
+        deploy(load(source), arguments.out, formats=formats, tasks=tasks)
+    return odd
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else text.split(",")

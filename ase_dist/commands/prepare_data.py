@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ase_dist.commands.cli import USAGE, command_parser
+from ase_dist.tasks import packable
 
 INTERRUPTED = 130
 EPILOG = """examples:
@@ -26,7 +27,7 @@ EPILOG = """examples:
 def parser() -> argparse.ArgumentParser:
     """The options."""
     p = command_parser("prepare_data", description=__doc__, epilog=EPILOG)
-    p.add_argument("data", choices=("pascal-context", "nyud"), help="the layout of SRC")
+    p.add_argument("data", choices=[name.replace("_", "-") for name in packable()], help="the layout of SRC")
     p.add_argument("source", type=Path, metavar="SRC", help="an archive (.tgz, .tar.gz, .tar) or an unpacked folder")
     p.add_argument("--out", type=Path, metavar="DIR", help="where to pack to (default: a folder in the user's cache)")
     p.add_argument("--tasks", metavar="A,B", help="pack the labels of these only (default: all of the data set's)")
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from ase_dist.data.packed.layout import DataName, is_packed
+    from ase_dist.data.packed.layout import is_packed
     from ase_dist.data.packed.prepare import Request, check_only, prepare
     from ase_dist.data.packed.verify import verify
 
@@ -62,7 +63,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if is_packed(source):
         logging.info("%s: %d packed files are whole", source, verify(source))
         return
-    data: DataName = "nyud" if arguments.data == "nyud" else "pascal_context"
+    data = arguments.data.replace("-", "_")
     tasks = tuple(arguments.tasks.split(",")) if arguments.tasks else None
     request = Request(data, source, tasks, arguments.pictures, arguments.subset, arguments.workers)
     if arguments.check_only:

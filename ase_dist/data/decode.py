@@ -6,6 +6,8 @@ it (nearest; normals linear). ValueError, one sentence, for a file that does not
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from skimage.morphology import thin
 
 from ase_dist.data.files import Array, read_array, read_codes, read_variable, reject
 from ase_dist.data.labels import ZERO_CODE, codes_from_normals, fit_label, fit_normals, ignored_label
-from ase_dist.tasks import IGNORE
+from ase_dist.tasks import IGNORE, Kind, Task
 
 PERSON = 15  # the class id of a person in PASCAL-Part
 
@@ -45,6 +47,19 @@ _LARGEST_MAP_ID = 65535
 _NORMALS_VALID = np.isin(np.arange(_LARGEST_MAP_ID + 1), NORMALS_IDS)
 
 Shape = tuple[int, int]
+Decoder = Callable[[Path, Shape], Array]
+
+
+def decoder_of(task: Task) -> Decoder:
+    """What decodes the labels of a task whose data set has no decoder for it.
+
+    classes: a PNG of ids below ``task.channels``, 255 ignored; mask: a grey PNG, 1 where it is above one half; edges: a
+    PNG or .npy, 1 where it is not zero; normals: an RGB picture or vectors in a .npy; depth: metres in a .npy.
+    """
+    if task.kind == "classes":
+        return functools.partial(voc_classes, classes=task.channels)
+    others: dict[Kind, Decoder] = {"mask": saliency, "edges": edge_picture, "normals": normals, "depth": depth}
+    return others[task.kind]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """A data set that is a folder of files: checked when opened, decoded when read, never written to.
 
-A subclass says where the files lie (``list_folder``, ``image_files``, ``label_files``) and decodes the labels
-(``decode_labels``).
+Where nothing else is said, ``lists/train.txt`` and ``lists/val.txt`` name the images, one a line, ``images/NAME.jpg``
+or ``.png`` is one, and ``TASK/NAME.png`` or ``.npy`` its label, decoded by the task's kind. A subclass says what is
+otherwise: ``list_folder``, ``image_files``, ``label_files``, ``decoders``.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
+from ase_dist.config import DataSettings
 from ase_dist.data.batch import Record
 from ase_dist.data.dataset import RecordDataset
+from ase_dist.data.decode import Decoder, decoder_of
 from ase_dist.data.file_check import FileCheck, Patterns
 from ase_dist.data.files import Array, read_image
 from ase_dist.tasks import Task
@@ -27,11 +30,13 @@ class FolderDataset(RecordDataset):
     Raises ValueError for a missing folder, list or file, and on reading for a file that does not hold what it should.
     """
 
-    list_folder: ClassVar[str]
-    image_files: ClassVar[Patterns]
-    label_files: ClassVar[Mapping[str, tuple[Patterns, ...]]]  # by task; a label may need several files
-    counts: ClassVar[Mapping[str, int]]  # images in the published lists
-    origin: ClassVar[str]  # where it has been published
+    title = "a folder of images and labels"
+    list_folder: ClassVar[str] = "lists"
+    image_files: ClassVar[Patterns] = ("images/{}.jpg", "images/{}.png")
+    label_files: ClassVar[Mapping[str, tuple[Patterns, ...]]] = {}  # by task; a label may need several files
+    decoders: ClassVar[Mapping[str, Decoder]] = {}  # by task
+    counts: ClassVar[Mapping[str, int]] = {}  # images in the published lists
+    origin: ClassVar[str] = "check the folder"  # where it has been published
 
     def __init__(
         self,
@@ -52,14 +57,29 @@ class FolderDataset(RecordDataset):
         found = read_list(self.root / self.list_folder, split)[:limit] if names is None else names
         super().__init__(split, tasks, found, cache_in_memory=cache_in_memory)
         if names is None:
-            needs = {task.name: self.label_files[task.name] for task in self.tasks}
+            needs = {task.name: self.files_of(task.name) for task in self.tasks}
             check = FileCheck(self.root, self.title)
             check.folders(self.image_files, needs)
             check.files(self.names, self.image_files, needs)
 
+    @classmethod
+    def place(cls, data: DataSettings) -> Path | None:
+        """The folder that ``data`` names; a data set that can be made is made here."""
+        return data.root
+
+    @classmethod
+    def files_of(cls, task: str) -> tuple[Patterns, ...]:
+        """The files that a label of ``task`` is decoded from, the decoder's own first."""
+        return cls.label_files.get(task, ((f"{task}/{{}}.png", f"{task}/{{}}.npy"),))
+
     def decode_labels(self, name: str, shape: tuple[int, int]) -> dict[str, Array]:
         """The compact label of each of ``self.tasks`` for the image ``name`` of ``shape`` [H, W]."""
-        raise NotImplementedError
+        return {task.name: self.decode_label(task, name, shape) for task in self.tasks}
+
+    def decode_label(self, task: Task, name: str, shape: tuple[int, int]) -> Array:
+        """One of ``decode_labels``."""
+        decoder = self.decoders.get(task.name) or decoder_of(task)
+        return decoder(self.find(name, self.files_of(task.name)[0]), shape)
 
     def find(self, name: str, patterns: Patterns) -> Path:
         """The first of the alternatives that exists for ``name``; the last one if none does."""
@@ -68,7 +88,7 @@ class FolderDataset(RecordDataset):
 
     def label_paths(self, name: str) -> list[Path]:
         """The files that the labels of ``name`` are decoded from, each once."""
-        needs = [patterns for task in self.tasks for patterns in self.label_files[task.name]]
+        needs = [patterns for task in self.tasks for patterns in self.files_of(task.name)]
         return [self.find(name, patterns) for patterns in dict.fromkeys(needs)]
 
     def read(self, index: int) -> Record:

@@ -1,9 +1,16 @@
-"""The data sets that lie in folders of files, by the name that ``data.name`` has for them."""
+"""The class that reads a data set, by the name that ``data.name`` has for it."""
 
 from __future__ import annotations
 
 from ase_dist.data.folder import FolderDataset
-from ase_dist.data.nyud import NYUD
-from ase_dist.data.pascal_context import PascalContext
+from ase_dist.registry import resolve
+from ase_dist.tasks import DATA_SETS
 
-KINDS: dict[str, type[FolderDataset]] = {"scenes": PascalContext, "pascal_context": PascalContext, "nyud": NYUD}
+
+def reader_of(data: str) -> type[FolderDataset]:
+    """The reader in ``DATA_SETS``, imported now if it has not been before."""
+    reader = DATA_SETS[data].reader
+    found = resolve(reader) if isinstance(reader, str) else reader
+    if not (isinstance(found, type) and issubclass(found, FolderDataset)):
+        raise ValueError(f"DATA_SETS[{data!r}].reader: got {found!r}, wanted a subclass of FolderDataset")
+    return found

@@ -8,7 +8,7 @@ from typing import Literal
 from ase_dist.config import Settings
 from ase_dist.data.batch import Batch, EvalBatch, collate, collate_eval
 from ase_dist.data.dataset import RecordDataset, data_fingerprint
-from ase_dist.data.kinds import KINDS
+from ase_dist.data.kinds import reader_of
 from ase_dist.data.packed.dataset import PackedDataset
 from ase_dist.data.packed.layout import is_packed
 from ase_dist.data.prefetch import Draws, Prefetcher
@@ -103,17 +103,12 @@ def open_dataset(settings: Settings, tasks: tuple[Task, ...], *, split: Split) -
     Raises ValueError where files are missing (see FolderDataset and PackedDataset).
     """
     data = settings.data
-    root = data.root
-    if data.name == "scenes":
-        from ase_dist.data.scenes.make import ensure_scenes
-
-        root = ensure_scenes(
-            root, train=data.train_images, val=data.val_images, size=data.scene_size, seed=data.scene_seed
-        )
+    reader = reader_of(data.name)
+    root = reader.place(data)
     limit = data.limit_train if split == "train" else data.limit_val
     if root is not None and is_packed(root):
         return PackedDataset(root, split, tasks, data=data.name, limit=limit, cache_in_memory=data.cache_in_memory)
-    return KINDS[data.name](root, split, tasks, limit=limit, cache_in_memory=data.cache_in_memory)
+    return reader(root, split, tasks, limit=limit, cache_in_memory=data.cache_in_memory)
 
 
 def build_train_loader(settings: Settings, tasks: tuple[Task, ...], *, rank: int, world_size: int) -> TrainLoader:

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import ClassVar
 
 from ase_dist.data import decode
 from ase_dist.data.file_check import Patterns
-from ase_dist.data.files import Array
 from ase_dist.data.folder import FolderDataset
-
-_DECODERS: Mapping[str, Callable[[Path, tuple[int, int]], Array]] = {
-    "semseg": decode.nyud_classes,
-    "depth": decode.depth,
-    "normals": decode.normals,
-    "edge": decode.edge_picture,
-}
 
 
 class NYUD(FolderDataset):
@@ -35,10 +26,6 @@ class NYUD(FolderDataset):
         "normals": (("normals/{}.npy", "normals/{}.png", "normals/{}.jpg"),),
         "edge": (("edge/{}.npy", "edge/{}.png"),),
     }
+    decoders: ClassVar[Mapping[str, decode.Decoder]] = {"semseg": decode.nyud_classes}
     counts: ClassVar[Mapping[str, int]] = {"train": 795, "val": 654}
     origin = "the code of ASTMT, MTI-Net, ATRC and InvPT says where NYUD_MT.tgz is to be had"
-
-    def decode_labels(self, name: str, shape: tuple[int, int]) -> dict[str, Array]:
-        """As FolderDataset's."""
-        paths = {task.name: self.find(name, self.label_files[task.name][0]) for task in self.tasks}
-        return {task: _DECODERS[task](path, shape) for task, path in paths.items()}

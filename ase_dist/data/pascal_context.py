@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import ClassVar
 
 from ase_dist.data import decode
@@ -13,11 +12,6 @@ from ase_dist.data.files import Array
 from ase_dist.data.folder import FolderDataset
 
 _LABEL_MAP: Patterns = ("pascal-context/trainval/{}.mat",)
-_DECODERS: Mapping[str, Callable[[Path, tuple[int, int]], Array]] = {
-    "semseg": decode.voc_classes,
-    "human_parts": decode.human_parts,
-    "saliency": decode.saliency,
-}
 
 
 class PascalContext(FolderDataset):
@@ -33,6 +27,7 @@ class PascalContext(FolderDataset):
         "edge": (_LABEL_MAP,),
         "normals": (("normals_distill/{}.png",), _LABEL_MAP),
     }
+    decoders: ClassVar[Mapping[str, decode.Decoder]] = {"human_parts": decode.human_parts}
     counts: ClassVar[Mapping[str, int]] = {"train": 4998, "val": 5105}
     origin = "the code of ASTMT, MTI-Net, ATRC and InvPT says where PASCAL_MT.tgz is to be had"
 
@@ -41,11 +36,11 @@ class PascalContext(FolderDataset):
         ids = functools.cache(lambda: decode.label_map(self.find(name, _LABEL_MAP), shape))
         labels = {}
         for task in self.tasks:
-            path = self.find(name, self.label_files[task.name][0])
             if task.name == "edge":
                 labels[task.name] = decode.boundaries(ids())
             elif task.name == "normals":
+                path = self.find(name, self.files_of(task.name)[0])
                 labels[task.name] = decode.distilled_normals(path, ids())
             else:
-                labels[task.name] = _DECODERS[task.name](path, shape)
+                labels[task.name] = self.decode_label(task, name, shape)
         return labels

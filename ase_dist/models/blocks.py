@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ase_dist.moe import MoEFFN
+from ase_dist.moe.autocast import autocast as enter_autocast
 from ase_dist.moe.layer import TaskIndex
 
 
@@ -53,7 +54,7 @@ class TaskBlock(nn.Module):
         ``autocast`` is the mode of the caller, for the second run under activation checkpointing: fairscale 0.4.13
         would repeat that in float16 whatever it was, and not at all on the CPU.
         """
-        with torch.autocast(x_tBPD.device.type, dtype=autocast, enabled=autocast is not None):
+        with enter_autocast(x_tBPD.device.type, autocast):
             x_XPD = x_tBPD.flatten(0, 1)
             x_XPD = x_XPD + self.drop_path1(self.ls1(self.attn(self.norm1(x_XPD))))
             ffn_tBPD, *statistics = self._ffn(self.norm2(x_XPD).unflatten(0, x_tBPD.shape[:2]), task)

@@ -11,13 +11,14 @@ from ase_dist.config import ModelSettings, MoESettings, Settings
 from ase_dist.models.activation_checkpointing import checkpoint_block
 from ase_dist.models.backbone import Backbone, build_backbone
 from ase_dist.models.blocks import TaskBlock
-from ase_dist.models.heads import HEADS, TaskHead
+from ase_dist.models.heads import HeadFactory, TaskHead
 from ase_dist.models.lora import add_lora
 from ase_dist.models.multitask import MultiTaskViT
 from ase_dist.models.multitask_resnet import MultiTaskResNet, build_resnet_model
 from ase_dist.models.resnet import RESNETS, STRIDE, is_resnet
 from ase_dist.models.seeded import seeded_initialisation
 from ase_dist.moe import MoEFFN
+from ase_dist.registry import HEADS
 from ase_dist.seeding import derive_seed
 from ase_dist.tasks import Task
 
@@ -163,7 +164,6 @@ def _build_heads(settings: Settings, tasks: tuple[Task, ...], facts: HeadFacts) 
 
 
 def _build_head(chosen: ModelSettings, task: Task, facts: HeadFacts, *, seed: int) -> TaskHead:
+    head: HeadFactory = HEADS[chosen.head]
     with seeded_initialisation(seed, "heads", task.name):
-        return HEADS[chosen.head](
-            facts.width, task.channels, grid=facts.grid, patch=facts.patch, width=chosen.head_width
-        )
+        return head(facts.width, task.channels, grid=facts.grid, patch=facts.patch, width=chosen.head_width)

@@ -1,4 +1,4 @@
-"""Heads that turn the tokens of one task into raw logits; ``HEADS`` lists them by their name in the settings.
+"""Heads that turn the tokens of one task into raw logits; ``ase_dist.registry.HEADS`` lists them.
 
 Letters: B images, P patches, D width, C channels of the task, h w a grid.
 """
@@ -102,6 +102,3 @@ class HeadFactory(Protocol):
 
     def __call__(self, dim: int, channels: int, *, grid: tuple[int, int], patch: int, width: int) -> TaskHead:
         """A head for tokens of width ``dim`` on ``grid`` patches of ``patch`` pixels."""
-
-
-HEADS: dict[str, HeadFactory] = {"pup": PUPHead, "linear": LinearHead, "pup_linear": PUPLinearHead}

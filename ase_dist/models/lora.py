@@ -37,6 +37,15 @@ class LoRALinear(nn.Module):
         """[..., D] to [..., O]."""
         return lowrank_linear(x, self.base.weight, self.base.bias, self.lora_A, self._scaled_up())
 
+    def merged(self) -> nn.Linear:
+        """One plain linear that computes the same; frozen, its bias the base's own."""
+        base = self.base
+        with torch.device("meta"):
+            linear = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
+        linear.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+        linear.bias = base.bias
+        return linear
+
     def merged_weight(self) -> Tensor:
         """W + alpha / R * B A, [O, D]: the weight of one plain linear that computes the same; detached."""
         with torch.no_grad():
@@ -44,6 +53,15 @@ class LoRALinear(nn.Module):
 
     def _scaled_up(self) -> Tensor:
         return self.lora_B if self.scale == 1.0 else self.lora_B * self.scale
+
+
+def merge_lora(module: nn.Module) -> None:
+    """Replace every ``LoRALinear`` below ``module`` by the plain linear that computes the same."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, LoRALinear):
+            setattr(module, name, child.merged())
+        else:
+            merge_lora(child)
 
 
 def add_lora(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ase_dist.models.backbone import Backbone
 from ase_dist.models.blocks import BlockOutput, TaskBlock
 from ase_dist.models.heads import TaskHead
+from ase_dist.moe import MoEFFN
 from ase_dist.tasks import nearest
 
 
@@ -42,6 +43,10 @@ class TaskEmbedding(nn.Module):
         """The streams [t, B, P, D] of ``tasks``, numbers of rows."""
         streams_tD = torch.stack([self.weight[task] for task in tasks])
         return tokens_BPD + streams_tD[:, None, None, :]
+
+    def keep(self, tasks: Sequence[int]) -> None:
+        """Drop the vectors of all others; those of ``tasks``, no longer trained, count from 0."""
+        self.weight = nn.Parameter(self.weight.detach()[list(tasks)], requires_grad=False)
 
 
 class MultiTaskViT(nn.Module):
@@ -90,6 +95,18 @@ class MultiTaskViT(nn.Module):
             torch.stack([layer.expert_counts for layer in layers]),
             torch.stack([layer.mean_gates for layer in layers]),
         )
+
+    def keep_tasks(self, names: Sequence[str]) -> None:
+        """Drop the streams, routers and heads of all other tasks, for good; what is left is for inference."""
+        names = checked_tasks(names, self.task_names)
+        streams = [self.task_names.index(name) for name in names]
+        if self.task_embedding is not None:
+            self.task_embedding.keep(streams)
+        for block in self.blocks:
+            if isinstance(block.mlp, MoEFFN):
+                block.mlp.keep_tasks(streams)
+        self.heads = nn.ModuleDict({name: self.heads[name] for name in names})
+        self.task_names = names
 
     def _features(self, images_BCHW: Tensor, streams: list[int]) -> tuple[Tensor, list[BlockOutput]]:
         """The final patch tokens [t, B, patches, D], and the outputs of the layers with experts."""

@@ -40,6 +40,10 @@ class MultiTaskResNet(nn.Module):
         empty = torch.zeros(0, len(names), 0, device=images_BCHW.device)
         return ModelOutput(predictions, empty.sum(), empty.long(), empty)
 
+    def keep_tasks(self, names: Sequence[str]) -> None:
+        """Drop the heads of all other tasks, for good; the trunk, which may mix tasks, stays as it is."""
+        self.heads = nn.ModuleDict({name: self.heads[name] for name in checked_tasks(names, self.task_names)})
+
 
 def build_resnet_model(settings: Settings, heads_for: Callable[[int], Mapping[str, TaskHead]]) -> MultiTaskResNet:
     """The model of ``settings``, with the heads that ``heads_for`` makes for features of a width.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ase_dist.moe import products
 from ase_dist.moe.lowrank import Activation
 from ase_dist.seeding import generator
 
@@ -82,8 +83,11 @@ def apply_routed(x_TD: Tensor, gates_Tn: Tensor, active_Tn: Tensor, k: int, bank
                  act: Activation) -> Tensor:  # fmt: skip
     """Gated sum of each token's k active feed-forward experts: rows sorted by expert, two grouped products.
 
-    Dropless and without padding; shapes depend on T and k alone, so nothing is read back from the device.
+    Dropless and without padding; shapes depend on T and k alone, so nothing is read back from the device. A program
+    that is exported takes one expert after the other instead: ONNX has no grouped products.
     """
+    if products.is_exporting():
+        return apply_in_turn(x_TD, gates_Tn, active_Tn, bank, act)
     idx_Tk = active_Tn.to(torch.uint8).topk(k, dim=-1).indices
     order_M = idx_Tk.flatten().argsort(stable=True)
     expert_M, token_M = idx_Tk.flatten()[order_M], order_M // k
@@ -91,6 +95,18 @@ def apply_routed(x_TD: Tensor, gates_Tn: Tensor, active_Tn: Tensor, k: int, bank
     gate_M = gates_Tn[token_M, expert_M]
     weighted_MD = (y_MD * gate_M.unsqueeze(-1)).to(x_TD.dtype)
     return torch.zeros_like(x_TD).index_add(0, token_M, weighted_MD)
+
+
+def apply_in_turn(
+    x_TD: Tensor, gates_Tn: Tensor, active_Tn: Tensor, bank: Mapping[str, Tensor], act: Activation
+) -> Tensor:
+    """``apply_routed`` in plain operations, each expert on the tokens that it is active for, however many."""
+    y_TD = torch.zeros_like(x_TD)
+    for i, (fc1, bias1, fc2, bias2) in enumerate(zip(*bank.values(), strict=True)):
+        idx_M = active_Tn[:, i].nonzero().squeeze(1)
+        y_MD = F.linear(act(F.linear(x_TD[idx_M], fc1, bias1)), fc2, bias2)
+        y_TD = y_TD.index_add(0, idx_M, (y_MD * gates_Tn[idx_M, i].unsqueeze(-1)).to(x_TD.dtype))
+    return y_TD
 
 
 def grouped_ffn(x_MD: Tensor, expert_M: Tensor, bank: Mapping[str, Tensor], act: Activation) -> Tensor:

@@ -1,4 +1,4 @@
-"""From router logits to gates: one function per row of the paper.
+"""From router logits to gates: one function per row of the paper, listed in ``ase_dist.registry.GATINGS``.
 
 Letters: T tokens (any leading shape), N experts (routed first, the S shared last), n = N - S, k active routed experts.
 Source: "Adaptive Shared Experts with LoRA-Based Mixture of Experts for Multi-Task Learning", arXiv 2510.00570.
@@ -6,20 +6,20 @@ Source: "Adaptive Shared Experts with LoRA-Based Mixture of Experts for Multi-Ta
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ase_dist.tasks import nearest
+from ase_dist.registry import GATINGS
 
 
 class Gates(NamedTuple):
     """What a gating mode makes of logits [..., N]; all of them are dense over the experts.
 
     ``gates`` weigh the experts' outputs and are exactly 0 where ``active`` is False; ``probs`` is the full softmax
-    that the router losses look at, 0 for shared experts in the mode that gives these no probability.
+    that the router losses look at, 0 for shared experts in the mode that gives these no probability. All shared
+    experts are active, and as many routed ones for one token as for another.
     """
 
     gates: Tensor
@@ -27,9 +27,16 @@ class Gates(NamedTuple):
     probs: Tensor
 
 
+class GatingMode(Protocol):
+    """What ``GATINGS`` lists; a new one is held to ``Gates`` by ``check_gating``."""
+
+    def __call__(self, logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
+        """Gates of logits [..., N]; ValueError for a k or number of shared experts that the mode cannot have."""
+
+
 def joint(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
     """Adaptive shared experts, Eq. 8-9: one softmax over the k best routed logits and all shared ones."""
-    active_TN = _top_routed(logits_TN, k=k, num_shared=num_shared)
+    active_TN = top_routed(logits_TN, k=k, num_shared=num_shared)
     return Gates(_masked(logits_TN, active_TN).softmax(dim=-1), active_TN, logits_TN.softmax(dim=-1))
 
 
@@ -37,7 +44,7 @@ def naive(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
     """Naive shared experts, Eq. 5: softmax over the routed logits, then top-k, not renormalised; shared gates are 1."""
     routed = logits_TN.shape[-1] - num_shared
     probs_Tn = logits_TN[..., :routed].softmax(dim=-1)
-    active_TN = _top_routed(logits_TN, k=k, num_shared=num_shared)
+    active_TN = top_routed(logits_TN, k=k, num_shared=num_shared)
     shared_TS = logits_TN[..., routed:]
     gates_TN = torch.cat([probs_Tn * active_TN[..., :routed], torch.ones_like(shared_TS)], dim=-1)
     return Gates(gates_TN, active_TN, torch.cat([probs_Tn, torch.zeros_like(shared_TS)], dim=-1))
@@ -45,8 +52,12 @@ def naive(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
 
 def topk(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
     """The LoRA-MoE baseline, Eq. 1-3: softmax over all N logits, then top-k, not renormalised."""
-    assert num_shared == 0, "checked by check_gating"
-    active_TN = _top_routed(logits_TN, k=k, num_shared=0)
+    if num_shared:
+        raise ValueError(
+            f"num_shared: got {num_shared} with gating='topk', which has no shared experts; set num_shared=0, "
+            "or gating='ase' or 'naive'"
+        )
+    active_TN = top_routed(logits_TN, k=k, num_shared=0)
     probs_TN = logits_TN.softmax(dim=-1)
     return Gates(probs_TN * active_TN, active_TN, probs_TN)
 
@@ -57,7 +68,7 @@ def renormalised(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
     exp(z_i) / sum_all over sum_active exp(z_j) / sum_all is exp(z_i) / sum_active exp(z_j), so the two differ by
     rounding alone; a row of the normalisation ablation.
     """
-    active_TN = _top_routed(logits_TN, k=k, num_shared=num_shared)
+    active_TN = top_routed(logits_TN, k=k, num_shared=num_shared)
     probs_TN = logits_TN.softmax(dim=-1)
     chosen_TN = probs_TN * active_TN
     return Gates(chosen_TN / chosen_TN.sum(dim=-1, keepdim=True), active_TN, probs_TN)
@@ -66,7 +77,7 @@ def renormalised(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
 def separate(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
     """One softmax over the k best routed logits and another over the shared ones: the gates of each sum to 1."""
     routed = logits_TN.shape[-1] - num_shared
-    active_TN = _top_routed(logits_TN, k=k, num_shared=num_shared)
+    active_TN = top_routed(logits_TN, k=k, num_shared=num_shared)
     masked = _masked(logits_TN, active_TN).split([routed, num_shared], dim=-1)
     parts = [part.softmax(dim=-1) for part in masked]
     gates_TN = torch.cat(parts, dim=-1) if k else torch.cat([torch.zeros_like(parts[0]), parts[1]], dim=-1)
@@ -79,34 +90,41 @@ def dense(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
     return Gates(probs_TN, torch.ones_like(probs_TN, dtype=torch.bool), probs_TN)
 
 
-GATINGS: dict[str, Callable[..., Gates]] = {
-    "ase": joint,
-    "naive": naive,
-    "topk": topk,
-    "renormalised": renormalised,
-    "separate": separate,
-    "dense": dense,
-}
+def check_gating(gating: str, *, num_experts: int, k: int, num_shared: int) -> int:
+    """How many routed experts act on a token under this mode: k, or all of them in one that is dense.
 
-
-def check_gating(gating: str, *, num_experts: int, k: int, num_shared: int) -> None:
-    """Raise ValueError if N/k/S make no sense together under this mode."""
+    Raises ValueError if N/k/S make no sense together, and for a mode whose gates are not what ``Gates`` says.
+    """
     if gating not in GATINGS:
-        raise ValueError(f"gating: got {gating!r}, wanted one of {list(GATINGS)}{nearest(gating, GATINGS)}")
+        raise ValueError(f"gating: {GATINGS.refusal(gating)}")
     if not 0 <= num_shared <= num_experts:
         raise ValueError(f"num_shared: got {num_shared}, wanted 0 to num_experts = {num_experts}")
-    if gating == "topk" and num_shared:
-        raise ValueError(
-            f"num_shared: got {num_shared} with gating='topk', which has no shared experts; set num_shared=0, "
-            "or gating='ase' or 'naive'"
-        )
     routed = num_experts - num_shared
     least = 0 if num_shared else 1
-    if gating != "dense" and not least <= k <= routed:
+    if not least <= k <= routed:
         raise ValueError(
             f"k: got {k}, wanted {least} to num_experts - num_shared = {routed} active routed experts; "
             "num_experts counts the shared ones"
         )
+    return _tried(gating, num_experts=num_experts, k=k, num_shared=num_shared)
+
+
+def _tried(gating: str, *, num_experts: int, k: int, num_shared: int) -> int:
+    """``check_gating`` of a mode by what it makes of three tokens: logits that rise, that fall, and equal ones."""
+    rising_N = torch.linspace(-1, 1, num_experts, device="cpu", dtype=torch.float32)
+    logits_TN = torch.stack([rising_N, rising_N.flip(0), torch.zeros_like(rising_N)])
+    found = GATINGS[gating](logits_TN, k=k, num_shared=num_shared)
+    counts_T = found.active[:, : num_experts - num_shared].sum(dim=1).tolist()
+    rules = {
+        "gates, active and probs are as large as the logits": all(t.shape == logits_TN.shape for t in found),
+        "gates are 0 where an expert is inactive": not bool(found.gates[~found.active].any()),
+        "shared experts, the last, are active": bool(found.active[:, num_experts - num_shared :].all()),
+        "every token has as many active routed experts": len(set(counts_T)) == 1,
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise ValueError(f"gating: {gating!r} breaks a rule of ase_dist.moe.gating.Gates: {rule}")
+    return int(counts_T[0])
 
 
 def _masked(logits_TN: Tensor, active_TN: Tensor) -> Tensor:
@@ -114,7 +132,7 @@ def _masked(logits_TN: Tensor, active_TN: Tensor) -> Tensor:
     return torch.where(active_TN, logits_TN, -torch.inf)
 
 
-def _top_routed(logits_TN: Tensor, *, k: int, num_shared: int) -> Tensor:
+def top_routed(logits_TN: Tensor, *, k: int, num_shared: int) -> Tensor:
     """Mask [..., N]: the k largest routed logits (exactly k, also under ties) and all shared experts."""
     routed = logits_TN.shape[-1] - num_shared
     active_TN = torch.zeros_like(logits_TN, dtype=torch.bool)

@@ -72,11 +72,10 @@ class MoEFFN(nn.Module):
         shard: Shard | None = None,
     ) -> None:
         super().__init__()
-        check_gating(gating, num_experts=num_experts, k=k, num_shared=num_shared)
+        self.k = check_gating(gating, num_experts=num_experts, k=k, num_shared=num_shared)
         check_base(base)
         self.num_experts, self.num_shared, self.num_tasks = num_experts, num_shared, num_tasks
         routed = num_experts - num_shared
-        self.k = routed if gating == "dense" else k
         self.dim: int = base.fc1.in_features
         self.aux_losses = dict({"mutual_information": 0.005} if aux_losses is None else aux_losses)
         check_aux_losses(self.aux_losses)
@@ -125,6 +124,11 @@ class MoEFFN(nn.Module):
         x_tTD, tasks = self._streams(x, task)
         routing: Gates = self.router(x_tTD, tasks)[1]
         return routing.gates.view(*x.shape[:-1], self.num_experts)
+
+    def keep_tasks(self, tasks: Sequence[int]) -> None:
+        """Drop the routers of all other tasks, for good; those of ``tasks``, no longer trained, count from 0."""
+        self.router.weight = nn.Parameter(self.router.weight.detach()[list(tasks)], requires_grad=False)
+        self.num_tasks = len(tasks)
 
     def layer_shape(self) -> LayerShape:
         """The sizes from which the cost of a dispatch follows."""

@@ -37,9 +37,10 @@ def lowrank_linear(
 
     ``gates`` [..., N] weigh N equal groups of R / N columns (None: all 1); a scale such as alpha / r is folded into
     them or into B by the caller. ``activation`` must be elementwise and deterministic: it is run again in backward.
-    Under autocast, or where W itself is trained, the same formula is left to PyTorch's autograd.
+    Under autocast, or where W itself is trained, the same formula is left to PyTorch's autograd; and in a program that
+    is exported to run elsewhere.
     """
-    if not _is_frozen(weight_OD, bias_O) or torch.is_autocast_enabled(x.device.type):
+    if not _is_frozen(weight_OD, bias_O) or not products.are_ours(x):
         x = x if activation is None else activation(x)
         return add_lowrank(F.linear(x, weight_OD, bias_O), x, a_RD, b_OR, gates=gates)
     x_TD = x.reshape(-1, x.shape[-1])
@@ -66,9 +67,8 @@ def gate_gradient(grad: Tensor, u: Tensor, gates: Tensor) -> Tensor:
 
 
 def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
-    """Whether ``module`` is a plain frozen ``nn.Linear`` whose products with x keep their type: no autocast."""
-    plain = type(module) is nn.Linear and _is_frozen(module.weight, module.bias)
-    return plain and not torch.is_autocast_enabled(x.device.type)
+    """Whether ``module`` is a plain frozen ``nn.Linear`` whose products with x are for hand-written autograd."""
+    return type(module) is nn.Linear and _is_frozen(module.weight, module.bias) and products.are_ours(x)
 
 
 def _is_frozen(weight_OD: Tensor, bias_O: Tensor | None) -> bool:

@@ -17,6 +17,19 @@ BAND_BYTES = 6 * 2**20, 24 * 2**20  # of a band of rows: shorter ones cost more 
 LEAST_BANDS = 4  # as far as the bounds allow
 
 
+def are_ours(x: Tensor) -> bool:
+    """Whether products with x may be taken from PyTorch's hands: neither under autocast nor in ``torch.export``.
+
+    What is exported runs elsewhere and must hold plain operations only, with no band that depends on this batch.
+    """
+    return not torch.is_autocast_enabled(x.device.type) and not is_exporting()
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is tracing; before torch 2.7 any tracer, which it cannot tell apart."""
+    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
+
+
 def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + bias, [T, O]; any of them may be a transposed view."""
     if _by_onednn(x_TD, weight_OD):

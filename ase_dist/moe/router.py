@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ase_dist import collectives
-from ase_dist.moe.gating import GATINGS, Gates
+from ase_dist.moe.autocast import autocast
+from ase_dist.moe.gating import Gates
 from ase_dist.moe.losses import RouterStatistics
+from ase_dist.registry import GATINGS
 
 
 class TaskRouter(nn.Module):
@@ -42,7 +44,7 @@ class TaskRouter(nn.Module):
         if self.shared_scale is not None:
             routed_tnD, shared_tSD = weight_tND.split([weight_tND.shape[1] - self.num_shared, self.num_shared], dim=1)
             weight_tND = torch.cat([routed_tnD, shared_tSD * self.shared_scale], dim=1)
-        with torch.autocast(x_tTD.device.type, enabled=False):
+        with autocast(x_tTD.device.type, None):
             logits_tTN = torch.bmm(x_tTD.to(dtype), weight_tND.transpose(1, 2))
         return logits_tTN, GATINGS[self.gating](logits_tTN, k=self.k, num_shared=self.num_shared)
 

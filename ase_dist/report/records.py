@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ase_dist.tasks import TASKS_OF, Task
+from ase_dist.tasks import find_task
 
 Array = NDArray[np.float64]
 
@@ -177,8 +177,7 @@ def task_facts(data: str, name: str, *, metrics: Sequence[str] = ()) -> TaskFact
     ``metrics`` are those that were recorded: where the row's own is not among them, or there is no row, the first
     stands for the task and its direction is not known.
     """
-    tables = [TASKS_OF.get(data, {}), *TASKS_OF.values()]
-    task: Task | None = next((table[name] for table in tables if name in table), None)
+    task = find_task(data, name)
     if task is not None and (task.metric in metrics or not metrics):
         return TaskFacts(name, task.title, task.metric, task.metric_title, task.higher_is_better)
     metric = metrics[0] if metrics else ""

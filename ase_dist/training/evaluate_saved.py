@@ -19,7 +19,7 @@ from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.evaluation.ods import MAX_DIST, THRESHOLDS
 from ase_dist.evaluation.tables import Report, to_json, to_latex, to_markdown
 from ase_dist.files import write_atomic
-from ase_dist.tasks import TASKS_OF, Task, nearest, select_tasks
+from ase_dist.tasks import DATA_SETS, Task, nearest, select_tasks
 from ase_dist.training.console import StepProgress
 from ase_dist.training.evaluate import Gallery, Results, evaluate
 from ase_dist.training.reference import read_reference
@@ -100,13 +100,13 @@ def _data_overrides(data: str | None, settings: Settings) -> list[str]:
     """A name is another data set, at its own default place; else a folder, read as the model's kind of data."""
     if data is None:
         return []
-    if data in TASKS_OF:
+    if data in DATA_SETS:
         return [f"data.name={data}"] if data == settings.data.name else [f"data.name={data}", "data.root=null"]
     if not Path(data).is_dir():
         raise ValueError(
-            f"--data: {data!r} is neither a folder nor one of {', '.join(TASKS_OF)}{nearest(data, TASKS_OF)}"
+            f"--data: {data!r} is neither a folder nor one of {', '.join(DATA_SETS)}{nearest(data, DATA_SETS)}"
         )
-    name = "pascal_context" if settings.data.name == "scenes" else settings.data.name  # scenes have its layout
+    name = DATA_SETS[settings.data.name].layout or settings.data.name
     return [f"data.name={name}", f"data.root='{data}'"]
 
 

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ase_dist.files import write_atomic
-from ase_dist.tasks import TASKS_OF, Task
+from ase_dist.tasks import Task, find_task
 from ase_dist.training.recorder import FILE, read_metrics
 
 Record = Mapping[str, Any]
@@ -273,9 +273,8 @@ def _first_middle_last(records: Sequence[Record]) -> list[Record]:
 
 
 def _task(run: Record, name: str) -> Task | None:
-    """The task's row in the table of the run's data set; of any data set where the run does not say which."""
-    tables = [TASKS_OF[run["data"]]] if run.get("data") in TASKS_OF else list(TASKS_OF.values())
-    return next((table[name] for table in tables if name in table), None)
+    """The task's row in the table of the run's data set, else of any."""
+    return find_task(str(run.get("data", "")), name)
 
 
 def _title(run: Record, name: str) -> str:

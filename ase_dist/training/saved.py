@@ -42,7 +42,7 @@ def open_saved(path: str | Path, *, checkpoint: str = "newest", device: torch.de
     """
     path = Path(path)
     if not is_run(path):
-        if not (path / CARD).is_file():
+        if not is_export(path):
             raise ValueError(f"{str(path)!r} is neither a run nor an export: it holds no {CONFIG} and no {CARD}")
         if checkpoint != "newest":
             raise ValueError(f"--checkpoint: {str(path)!r} is an export, which holds one model; leave the option out")
@@ -57,6 +57,11 @@ def open_saved(path: str | Path, *, checkpoint: str = "newest", device: torch.de
 def is_run(path: Path) -> bool:
     """Whether ``path`` looks like the folder of a run."""
     return (path / CONFIG).is_file()
+
+
+def is_export(path: Path) -> bool:
+    """Whether ``path`` looks like the folder of an export."""
+    return (path / CARD).is_file()
 
 
 def _open_export(path: Path, device: torch.device) -> Saved:

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ase_dist.models.heads import HEADS, LinearHead, PUPHead
+from ase_dist.models.heads import LinearHead, PUPHead
+from ase_dist.registry import HEADS
 
 pytestmark = pytest.mark.single_gpu
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ase_dist.models.lora import LoRALinear, add_lora
+from ase_dist.models.lora import LoRALinear, add_lora, merge_lora
 
 pytestmark = pytest.mark.single_gpu
 
@@ -93,3 +93,15 @@ def test_add_lora_takes_only_the_named_linears_and_none_at_rank_0():
 def test_refuses_rank_0():
     with pytest.raises(ValueError, match="rank: got 0, wanted 1 or more"):
         LoRALinear(linear(), rank=0, seed=0)
+
+
+def test_merged_models_compute_the_same_with_plain_linears(x):
+    model = nn.Sequential(nn.Sequential(linear(), nn.GELU()), linear(1, 10, 6, bias=False))
+    add_lora(model[0], rank=3, alpha=6.0, seed=1)
+    add_lora(model, rank=2, alpha=None, seed=2)
+    for layer in (model[0][0], model[1]):
+        nn.init.normal_(layer.lora_B, generator=torch.Generator().manual_seed(4))
+    wanted = model(x)
+    merge_lora(model)
+    assert type(model[0][0]) is nn.Linear and type(model[1]) is nn.Linear and model[1].bias is None
+    torch.testing.assert_close(model(x), wanted)

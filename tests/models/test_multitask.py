@@ -150,3 +150,17 @@ def test_the_fake_device_catches_a_tensor_left_on_the_cpu(device, model_for, ima
     model.task_embedding.register_forward_hook(lambda _, inputs, output: output.cpu())
     with fake_device(model, images(), device) as inputs, pytest.raises(RuntimeError, match="same device"):
         model(inputs)
+
+
+def test_a_model_that_keeps_some_tasks_predicts_them_as_before_and_holds_no_others(model_for, stirred, images):
+    model = stirred(model_for(tasks=["semseg", "edge", "normals"])).eval()
+    wanted = model(images(), tasks=["normals", "semseg"])
+    model.keep_tasks(["normals", "semseg"])
+    found = model(images())
+    assert list(found.predictions) == list(model.task_names) == ["normals", "semseg"] == list(model.heads)
+    for name, logits in wanted.predictions.items():
+        torch.testing.assert_close(found.predictions[name], logits)
+    torch.testing.assert_close(found.mean_gates, wanted.mean_gates)
+    assert model.task_embedding.weight.shape[0] == model.blocks[0].mlp.router.weight.shape[0] == 2
+    with pytest.raises(ValueError, match="no task 'edge'"):
+        model(images(), tasks=["edge"])

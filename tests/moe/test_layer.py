@@ -91,6 +91,31 @@ def test_ffn_experts_equal_the_per_token_reference(gating, N, k, S, r):
 
 
 @pytest.mark.parametrize("experts", ["lora", "ffn"])
+@pytest.mark.parametrize(("gating", "N", "k", "S", "r"), MODES)
+def test_what_is_exported_computes_the_same_in_plain_operations(gating, N, k, S, r, experts, monkeypatch):
+    layer = make(gating, N, k, S, r, experts=experts, hidden=8)
+    output = layer(tokens()).output
+    has_own_steps = any(name.startswith("_") for name in autograd_names(output.grad_fn))
+    assert has_own_steps is (experts == "lora" or k > 0)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    plain = layer(tokens()).output
+    assert not [name for name in autograd_names(plain.grad_fn) if name.startswith("_")]
+    monkeypatch.undo()
+    torch.testing.assert_close(plain, output, rtol=1e-10, atol=1e-12)
+
+
+def autograd_names(node):
+    """The names of the steps that led to a tensor; those of hand-written ones begin with an underscore."""
+    found, todo = set(), [node]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    return {type(node).__name__ for node in found}
+
+
+@pytest.mark.parametrize("experts", ["lora", "ffn"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
 def test_lower_precision_differs_by_its_rounding_only(dtype, tolerance, experts):
     layer = make("ase", 6, 2, 1, 3, dtype=dtype, experts=experts, hidden=8)

@@ -122,6 +122,20 @@ def test_the_command_exports_and_checks(runs, tmp_path, command, caplog):
     assert command(arguments) == 2 and "exists already" in caplog.text
 
 
+def test_the_command_writes_programs_beside_the_export(runs, tmp_path, command, caplog):
+    caplog.set_level(logging.INFO)
+    assert command([str(runs / "run"), str(tmp_path / "out"), "--format", "pt2", "--tasks", "edge,normals"]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {exported.CARD, exported.WEIGHTS, "model.pt2"}
+    model = ase_dist.load(tmp_path / "out")
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = torch.export.load(tmp_path / "out" / "model.pt2").module()(images)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.image.mean, model.image.std))
+    wanted = model((images - mean) / std, tasks=["edge", "normals"]).predictions
+    assert list(found) == list(wanted)
+    for name, logits in wanted.items():
+        torch.testing.assert_close(found[name], logits, rtol=1e-3, atol=1e-4)
+
+
 def test_metrics_that_differ_are_exit_code_1(runs, copy, tmp_path, command, caplog):
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace("limit_val: null", "limit_val: 1"))

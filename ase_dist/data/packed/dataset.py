@@ -12,7 +12,7 @@ import numpy as np
 from ase_dist.data.batch import Record
 from ase_dist.data.dataset import RecordDataset, leave_out
 from ase_dist.data.files import Array, read_image
-from ase_dist.data.kinds import KINDS
+from ase_dist.data.kinds import reader_of
 from ase_dist.data.packed.layout import Manifest, read_index, read_manifest, unpack_label
 from ase_dist.data.packed.verify import wrong_sizes
 from ase_dist.tasks import Task
@@ -45,7 +45,7 @@ class PackedDataset(RecordDataset):
         self.root = Path(root)
         manifest = read_manifest(self.root)
         self._check(manifest, data, split, [task.name for task in tasks])
-        self.title = KINDS[data].title
+        self.title = reader_of(data).title
         self._pictures = manifest.pictures
         self._fields = {name: i + 1 for i, name in enumerate(manifest.tasks)}
         self._maps: dict[Path, mmap.mmap] = {}
@@ -95,7 +95,7 @@ class PackedDataset(RecordDataset):
     def _check(self, manifest: Manifest, data: str, split: str, tasks: list[str]) -> None:
         if data != manifest.data:
             raise ValueError(
-                f"data.root: {self.root} is {KINDS[manifest.data].title} packed, wanted {KINDS[data].title}; "
+                f"data.root: {self.root} is {reader_of(manifest.data).title} packed, wanted {reader_of(data).title}; "
                 f"set data.name={manifest.data}, or name another folder"
             )
         if split not in manifest.splits:

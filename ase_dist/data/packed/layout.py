@@ -18,22 +18,30 @@ from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import zstandard
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ase_dist.data.files import Array
 from ase_dist.data.labels import compact_form
-from ase_dist.tasks import Kind
+from ase_dist.tasks import Kind, packable
 
 MANIFEST = "packed.json"
 VERSION = 1  # raised also when decode.py gives other labels: what was packed before is then packed again
 LEVEL = 9  # of compression; higher ones take longer and save little
 
-DataName = Literal["pascal_context", "nyud"]
 Pictures = Literal["pixels", "files"]
 FileName = Annotated[str, Field(pattern=r"^[a-z]+-[0-9]+\.bin$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 RecordT = TypeVar("RecordT", bound="_Record")
+
+
+def _checked(name: str) -> str:
+    if name not in packable():
+        raise ValueError(f"got the data set {name!r}, wanted one of {', '.join(packable())}")
+    return name
+
+
+DataName = Annotated[str, AfterValidator(_checked)]
 
 
 class _Record(BaseModel):

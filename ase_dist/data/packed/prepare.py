@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ase_dist.data.archive import unpack
 from ase_dist.data.cache import flush, locked, remove
-from ase_dist.data.kinds import KINDS
+from ase_dist.data.kinds import reader_of
 from ase_dist.data.packed.findings import conclude
 from ase_dist.data.packed.jobs import run_jobs
 from ase_dist.data.packed.layout import (
@@ -108,13 +108,13 @@ def check_only(request: Request, out: Path | None = None) -> int:
             folder = place.with_name(f".{place.name}.checked-{os.getpid()}")
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             unpack(request.source, folder)
-        root = find_root(folder, KINDS[request.data], named=request.source)
-        lists = read_lists(root, KINDS[request.data], subset=request.subset)
+        root = find_root(folder, reader_of(request.data), named=request.source)
+        lists = read_lists(root, reader_of(request.data), subset=request.subset)
         jobs = plan(root, request.data, lists, tasks=tasks, pictures=request.pictures, target=place)
         findings = run_jobs(
             [(job, None) for job in jobs], request.workers, doing="checking", did="checked", where=f"of {root}"
         )
-        conclude(findings, root, place, kind=KINDS[request.data])
+        conclude(findings, root, place, kind=reader_of(request.data))
     return sum(len(names) for names in lists.values())
 
 
@@ -124,7 +124,7 @@ def check_only(request: Request, out: Path | None = None) -> int:
 def _prepare(request: Request, place: Path, tasks: tuple[str, ...], *, archive: bool) -> None:
     remove(place.parent.glob(f".{place.name}.old-*"))
     folder = _unpacked(request.source, place) if archive else request.source
-    root = find_root(folder, KINDS[request.data], named=request.source)
+    root = find_root(folder, reader_of(request.data), named=request.source)
     _pack(request, root, place, tasks)
     if archive:
         shutil.rmtree(folder, ignore_errors=True)
@@ -170,7 +170,7 @@ def _unpacked(archive: Path, place: Path) -> Path:
 
 def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> None:
     making = place.with_name(f".{place.name}.packing")
-    lists = read_lists(root, KINDS[request.data], subset=request.subset)
+    lists = read_lists(root, reader_of(request.data), subset=request.subset)
     jobs = plan(root, request.data, lists, tasks=tasks, pictures=request.pictures, target=making)
     stamped = [(job, job.fingerprint()) for job in jobs]
     whole = hashlib.sha256("".join(stamp for _, stamp in stamped).encode()).hexdigest()
@@ -183,7 +183,7 @@ def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> 
     if len(todo) < len(jobs):
         log.info("%d of %d files are packed already", len(jobs) - len(todo), len(jobs))
     findings = run_jobs(todo, request.workers, doing="packing", did="packed", where=f"into {place}")
-    conclude(findings, root, place, kind=KINDS[request.data])
+    conclude(findings, root, place, kind=reader_of(request.data))
     manifest = _manifest(request, jobs, archive_fingerprint(request.source) if archive else whole, tasks)
     write_atomic(making / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     _put(making, place)

@@ -15,7 +15,7 @@ import numpy as np
 from ase_dist.data.batch import Record
 from ase_dist.data.files import read_image
 from ase_dist.data.folder import FolderDataset
-from ase_dist.data.kinds import KINDS
+from ase_dist.data.kinds import reader_of
 from ase_dist.data.packed.layout import VERSION, Pictures, ShardIndex, index_path, pack_label, read_index
 from ase_dist.data.packed.sizes import other_sizes
 from ase_dist.files import fsync, write_atomic
@@ -39,7 +39,7 @@ class Job:
     def open(self) -> FolderDataset:
         """The images as a data set; nothing is checked."""
         tasks = select_tasks(self.data, self.tasks)
-        return KINDS[self.data](self.root, self.split, tasks, names=self.names)
+        return reader_of(self.data)(self.root, self.split, tasks, names=self.names)
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that the packed file depends on, the files' contents by their sizes and times."""

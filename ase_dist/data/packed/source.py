@@ -12,7 +12,7 @@ from ase_dist.data.archive import SUFFIXES
 from ase_dist.data.cache import cache_folder
 from ase_dist.data.file_check import FileCheck
 from ase_dist.data.folder import SPLITS, FolderDataset, read_list
-from ase_dist.data.kinds import KINDS
+from ase_dist.data.kinds import reader_of
 from ase_dist.data.packed.layout import Pictures, is_packed
 from ase_dist.data.packed.shard import SHARD, Job
 
@@ -68,7 +68,7 @@ def read_lists(root: Path, kind: type[FolderDataset], *, subset: bool) -> dict[s
     """The names of each split; ValueError unless there are as many as published, or ``subset`` allows any number."""
     lists = {split: read_list(root / kind.list_folder, split) for split in SPLITS}
     got = {split: len(names) for split, names in lists.items()}
-    if not subset and got != dict(kind.counts):
+    if kind.counts and not subset and got != dict(kind.counts):
         raise ValueError(
             f"{root}: got lists of {_counts(got)} images, wanted the {_counts(kind.counts)} of {kind.title}; "
             f"{kind.origin}, or add --subset if these data are meant to be others"
@@ -85,9 +85,9 @@ def plan(
     root: Path, data: str, lists: Mapping[str, list[str]], *, tasks: Sequence[str], pictures: Pictures, target: Path
 ) -> list[Job]:
     """The jobs that pack a data set into the folder ``target``; ValueError where a task has no folder at all."""
-    kind = KINDS[data]
+    kind = reader_of(data)
     check = FileCheck(root, kind.title, how=TASKS_OPTION)
-    check.folders(kind.image_files, {task: kind.label_files[task] for task in tasks})
+    check.folders(kind.image_files, {task: kind.files_of(task) for task in tasks})
     return [
         Job(data, root, split, tuple(part), tuple(tasks), pictures, target / f"{split}-{i:03d}.bin")
         for split, names in lists.items()
