@@ -16,6 +16,7 @@ def test_it_times_three_sides_and_their_parts(tmp_path, monkeypatch, capsys):
     specification = importlib.util.spec_from_file_location("benchmark_of_data", SCRIPT)
     module = importlib.util.module_from_spec(specification)
     monkeypatch.setitem(sys.modules, "benchmark_of_data", module)
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as where it is run as a script
     specification.loader.exec_module(module)
     options = [
         "--images",
