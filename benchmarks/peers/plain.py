@@ -78,5 +78,5 @@ def _looped(
     pairs = [(a, b) for bank in banks for a, b in zip(bank[f"{place}.A"], bank[f"{place}.B"], strict=True)]
     for expert, ((a_rD, b_Or), tokens) in enumerate(zip(pairs, visits, strict=True)):
         delta = F.linear(F.linear(x_TD[tokens], a_rD), b_Or) * gates_TN[tokens, expert].unsqueeze(-1)
-        y_TO = y_TO.index_add_(0, tokens, delta)
+        y_TO = y_TO.index_add_(0, tokens, delta.to(y_TO.dtype))
     return y_TO
