@@ -6,6 +6,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -90,6 +91,9 @@ class ImageCounter:
         if self.workers > 1:
             LOGGER.warning("a process that counts boundaries was killed, perhaps for want of memory; counting goes on "
                            "in this one, more slowly")  # fmt: skip
+            # until Python 3.11.5 (gh-94777) the pool waits for ever for the dead to read what it has for them
+            if self._pool is not None and sys.version_info < (3, 11, 5):
+                self._pool._call_queue._reader.close()  # type: ignore[attr-defined]
         self.workers = 1
 
 

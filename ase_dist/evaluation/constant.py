@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ase_dist.evaluation.decode import unit_vectors
 from ase_dist.tasks import EDGE_POSITIVE_WEIGHT, IGNORE, Task
 
 
@@ -50,7 +51,7 @@ def _count(task: Task, label: Tensor) -> Tensor:
         slot = torch.where(label == IGNORE, task.channels, label.long()).flatten()
         return torch.bincount(slot, minlength=task.channels + 1)[: task.channels].double()
     if task.kind == "normals":
-        return F.normalize(label.double(), dim=0).sum(dim=(1, 2))
+        return unit_vectors(label, dim=0).sum(dim=(1, 2), dtype=torch.float64)
     if task.kind == "depth":
         return torch.stack(((label > 0).sum().double(), label.double().sum()))
     return torch.stack(((label <= 1).sum(), (label == 1).sum())).double()

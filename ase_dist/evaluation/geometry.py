@@ -87,7 +87,7 @@ class DepthMetric(Metric):
 def _angle(a_3HW: Tensor, b_3HW: Tensor) -> Tensor:
     """Degrees between vectors, [H, W]; from sine and cosine, because arccos loses half the digits near 0."""
     cosine = (a_3HW * b_3HW).sum(dim=0)
-    sine = torch.linalg.vector_norm(torch.linalg.cross(a_3HW, b_3HW, dim=0), dim=0)
+    sine = torch.linalg.cross(a_3HW, b_3HW, dim=0).square().sum(dim=0).sqrt()  # vector_norm is slow along dim 0
     nowhere = (a_3HW == 0).all(dim=0)
     return torch.where(nowhere, 90.0, torch.rad2deg(torch.atan2(sine, cosine)))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ase_dist.evaluation.decode import decode
+from ase_dist.evaluation.decode import decode, unit_vectors
 
 from .conftest import TASK_OF_KIND
 
@@ -53,3 +53,11 @@ def test_logits_are_resized_before_they_are_decoded(kind, device):
 def test_wrong_channels_are_named():
     with pytest.raises(ValueError, match=r"human_parts: got logits \[2, 3, 4, 4\], wanted \[B, 7, H, W\]"):
         decode(TASK_OF_KIND["classes"], torch.zeros(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_unit_vectors_are_torchs(dim):
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)) * 1e3
+    x[..., 0] = 0
+    torch.testing.assert_close(unit_vectors(x, dim=dim), torch.nn.functional.normalize(x, dim=dim))
+    assert unit_vectors(x, dim=dim)[..., 0].eq(0).all()
