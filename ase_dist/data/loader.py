@@ -16,7 +16,15 @@ from ase_dist.data.sampler import EvalSampler, ResumableSampler
 from ase_dist.data.transforms import Transform
 from ase_dist.tasks import Task
 
-__all__ = ["EvalLoader", "TrainLoader", "build_eval_loader", "build_train_loader", "data_fingerprint", "open_dataset"]
+__all__ = [
+    "EvalLoader",
+    "TrainLoader",
+    "build_eval_loader",
+    "build_train_loader",
+    "data_fingerprint",
+    "first_images",
+    "open_dataset",
+]
 
 Split = Literal["train", "val"]
 
@@ -127,9 +135,18 @@ def build_eval_loader(
 ) -> EvalLoader:
     """The evaluation batches of one rank: each image on exactly one rank, batches of the same number on all."""
     dataset = open_dataset(settings, tasks, split=split)
+    return _eval_loader(dataset, settings, len(dataset), rank=rank, world_size=world_size)
+
+
+def first_images(loader: TrainLoader, settings: Settings, *, limit: int, rank: int, world_size: int) -> EvalLoader:
+    """One pass over the first ``limit`` training images as they are; what it decodes is kept for ``loader``."""
+    return _eval_loader(loader.dataset, settings, min(limit, len(loader.dataset)), rank=rank, world_size=world_size)
+
+
+def _eval_loader(dataset: RecordDataset, settings: Settings, images: int, *, rank: int, world_size: int) -> EvalLoader:
     batch_size = settings.eval.batch_size or settings.train.batch_size
-    sampler = EvalSampler(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
-    fetch = _EvalFetch(dataset, Transform(settings.data.size, tasks=tasks, augment=False))
+    sampler = EvalSampler(images, batch_size=batch_size, rank=rank, world_size=world_size)
+    fetch = _EvalFetch(dataset, Transform(settings.data.size, tasks=dataset.tasks, augment=False))
     return EvalLoader(dataset, sampler, Prefetcher(fetch, plan=sampler.__iter__, workers=settings.data.workers))
 
 

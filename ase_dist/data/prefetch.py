@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
+import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -17,6 +20,7 @@ from ase_dist.data.sampler import Draw
 from ase_dist.workers import ignore_signals
 
 Draws = list[Draw]
+LAST = -1000  # of what multiprocessing does at the end of a process
 
 
 class Pinnable(Protocol):
@@ -149,3 +153,10 @@ def _unchanged(batch: Any) -> Any:
 
 def _begin_worker(_worker: int) -> None:
     ignore_signals()
+    Finalize(None, _end_at_once, exitpriority=LAST)
+
+
+def _end_at_once() -> None:
+    """End without the interpreter's clean-up: a batch that is being sent meanwhile would abort it (torch 2.14)."""
+    if sys.exc_info()[0] is None:
+        os._exit(0)

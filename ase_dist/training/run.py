@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from ase_dist.config import MonitorSettings, Settings, to_yaml
-from ase_dist.data.loader import build_eval_loader
+from ase_dist.data.loader import first_images
 from ase_dist.evaluation.constant import ConstantPredictor
 from ase_dist.training import runtime
 from ase_dist.training.build import Parts, agree_on_start, build, everywhere
@@ -20,7 +20,6 @@ from ase_dist.training.console import StepProgress, close_console, set_up_loggin
 from ase_dist.training.ds_config import resolve
 from ase_dist.training.evaluate import fit_constants
 from ase_dist.training.guards import ExitCode
-from ase_dist.training.plots import draw_all
 from ase_dist.training.recorder import Recorder
 from ase_dist.training.reports import start_tables, summary
 from ase_dist.training.run_folder import RunFolder, close_logs
@@ -29,7 +28,7 @@ from ase_dist.training.runtime import World
 from ase_dist.training.trainer import Trainer, mean_label_counts, training_loss
 
 LOGGER = logging.getLogger("ase_dist")
-TRIVIAL_IMAGES = 256  # training images that the trivial predictors are fitted on
+TRIVIAL_IMAGES = 128  # training images that the trivial predictors are fitted on
 
 
 def run(settings: Settings, ds_config: Mapping[str, Any]) -> ExitCode:
@@ -134,10 +133,8 @@ def _recorder(parts: Parts, state: RunState, folder: RunFolder) -> Recorder:
 
 def _constants(parts: Parts) -> dict[str, ConstantPredictor]:
     """The trivial predictors, fitted on the first training images, which all ranks share among them."""
-    data = parts.settings.data
-    limit = min(data.limit_train or TRIVIAL_IMAGES, TRIVIAL_IMAGES)
-    settings = parts.settings.model_copy(update={"data": data.model_copy(update={"limit_train": limit})})
-    loader = build_eval_loader(settings, parts.tasks, rank=parts.world.rank, world_size=parts.world.size, split="train")
+    place = {"rank": parts.world.rank, "world_size": parts.world.size}
+    loader = first_images(parts.train_loader, parts.settings, limit=TRIVIAL_IMAGES, **place)
     constants = fit_constants(loader, parts.tasks, device=parts.world.device)
     loader.close()
     return constants
@@ -148,6 +145,8 @@ def _conclude(folder: RunFolder, parts: Parts, state: RunState, code: ExitCode) 
     if parts.world.is_first:
         folder.write_summary(summary(parts, state.history, step=state.step, code=code))
         if code is ExitCode.DONE:
+            from ase_dist.training.plots import draw_all  # matplotlib would delay the start
+
             draw_all(folder.path)
         LOGGER.info("the run's files are in %s", folder.path)
 

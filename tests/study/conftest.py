@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from ase_dist.study import presets, runner
-from ase_dist.training import run, runtime
+from ase_dist.training import plots, run, runtime
 from tests.training.conftest import scenes  # noqa: F401  (the fixture)
 from tests.training.tiny_runs import TINY
 
@@ -67,6 +67,6 @@ def in_process(monkeypatch):
 
     monkeypatch.setattr(runner, "_Running", Running)
     monkeypatch.setattr(runner, "POLL", 0.0)
-    monkeypatch.setattr(run, "draw_all", lambda folder: [])
+    monkeypatch.setattr(plots, "draw_all", lambda folder: [])
     yield names
     logging.getLogger("ase_dist").handlers.clear()

@@ -71,7 +71,7 @@ def tiny_run(scenes, output, *overrides, config="z0"):
     """Train in this process, plots left out; the exit code. The world is the one that this process has joined."""
     settings = tiny_settings(scenes, output, *overrides)
     world = runtime.start(timeout=settings.guard.timeout, threads=1)
-    with mock.patch("ase_dist.training.run.draw_all"):
+    with mock.patch("ase_dist.training.plots.draw_all"):
         return int(run.train(settings, ds_config(config), world))
 
 
