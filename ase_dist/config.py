@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeGuard
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from ase_dist.problems import first_problem
 from ase_dist.registry import GATINGS, HEADS
 from ase_dist.rows import apply_row
 from ase_dist.tasks import nearest, select_tasks
@@ -276,16 +277,15 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
 
 def _sentence(error: ValidationError) -> str:
     """The first problem of a validation as one sentence."""
-    problem = error.errors(include_url=False)[0]
-    where = [str(part) for part in problem["loc"]]
-    key = ".".join(where)
-    if problem["type"] == "extra_forbidden":
-        section = _section(where[:-1])
+    problem = first_problem(error)
+    if problem.kind == "extra_forbidden":
+        *path, name = problem.keys
+        section = _section(path)
         names = section.model_fields if section is not None else {}
-        return f"{key}: there is no such setting{nearest(where[-1], names) or _elsewhere(where[-1])}"
-    if problem["type"] == "value_error":  # of a registry, which says all that is to be said
-        return f"{key}: {problem['ctx']['error']}"
-    return f"{key}: got {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        return f"{problem.where}: there is no such setting{nearest(name, names) or _elsewhere(name)}"
+    if problem.kind == "value_error":  # of a registry, which says all that is to be said
+        return f"{problem.where}: {problem.why}"
+    return f"{problem.where}: got {problem.got!r}; {problem.why}"
 
 
 def _section(path: list[str]) -> type[Section] | None:

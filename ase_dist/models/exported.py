@@ -24,6 +24,7 @@ from ase_dist.files import sha256_of
 from ase_dist.models.build import MultiTaskModel, build_model, moe_core
 from ase_dist.models.multitask import ModelOutput
 from ase_dist.moe import MoEFFN
+from ase_dist.problems import first_problem
 from ase_dist.tasks import Task
 
 CARD, WEIGHTS = "export.json", "model.safetensors"
@@ -194,6 +195,5 @@ def _read_card(path: Path) -> Card:
     try:
         return Card.model_validate(tree)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "the file"
-        raise ValueError(f"{path}: {where}: {problem['msg']}; export or copy it again") from None
+        problem = first_problem(error)
+        raise ValueError(f"{path}: {problem.where or 'the file'}: {problem.why}; export or copy it again") from None

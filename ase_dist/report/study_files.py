@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ase_dist.problems import first_problem
+
 Values = list[float | None]  # one per seed that is whole
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -85,6 +87,5 @@ def parse(text: str, model: type[Model]) -> Model:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "the top"
-        raise ValueError(f"at {where}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
+        problem = first_problem(error)
+        raise ValueError(f"at {problem.where or 'the top'}: {problem.why}") from None

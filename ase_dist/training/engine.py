@@ -13,6 +13,7 @@ from ase_dist.config import TrainSettings
 from ase_dist.models import parameter_groups
 from ase_dist.moe import MoEFFN
 from ase_dist.moe import deepspeed_seam as seam
+from ase_dist.problems import first_problem
 from ase_dist.training.ds_config import ResolvedConfig
 from ase_dist.training.runtime import World
 from ase_dist.training.schedule import schedule_lambda
@@ -38,9 +39,8 @@ def initialize(model: nn.Module, config: ResolvedConfig, world: World, *, total_
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config.deepspeed, dist_init_required=False
         )
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise ValueError(f"DeepSpeed JSON: {where}: got {problem['input']!r}; {problem['msg'].lower()}") from None
+        problem = first_problem(error)
+        raise ValueError(f"DeepSpeed JSON: {problem.where}: got {problem.got!r}; {problem.why}") from None
     seam.undo_trial_step(engine)
     seam.use_true_gradient_norm(engine)
     return engine

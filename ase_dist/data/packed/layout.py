@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ase_dist.data.files import Array
 from ase_dist.data.labels import compact_form
+from ase_dist.problems import first_problem
 from ase_dist.tasks import Kind, packable
 
 MANIFEST = "packed.json"
@@ -132,7 +133,7 @@ def _read(form: type[RecordT], path: Path, *, sha256: str | None = None) -> Reco
             raise ValueError("it is not what its manifest says")
         return form.model_validate_json(content)
     except (OSError, ValueError) as error:  # pydantic's is a ValueError too
-        reason = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
+        reason = first_problem(error).why if isinstance(error, ValidationError) else error
         raise ValueError(
             f"{path}: got an unreadable part of a packed data set ({reason}), wanted it whole; "
             "make it again with launch/prepare_data.py"

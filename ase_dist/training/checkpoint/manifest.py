@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from ase_dist.problems import first_problem
+
 MANIFEST = "manifest.json"
 SUFFIX = ".safetensors"
 FORMAT_VERSION = 1
@@ -78,7 +80,7 @@ def make_manifest(
         )
         manifest.to_bytes()
     except ValidationError as error:
-        raise ValueError(f"the checkpoint's {_first_problem(error)}") from None
+        raise ValueError(f"the checkpoint's {_clause(error)}") from None
     except ValueError as error:
         raise ValueError(f"the checkpoint's meta is not plain JSON: {error}") from None
     return manifest
@@ -119,15 +121,15 @@ def _parse(data: bytes) -> Manifest:
     try:
         manifest = Manifest.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(f"{MANIFEST}: {_first_problem(error)}") from None
+        raise ValueError(f"{MANIFEST}: {_clause(error)}") from None
     if len({entry.name for entry in manifest.files}) != len(manifest.files):
         raise ValueError(f"{MANIFEST}: names a file twice")
     return manifest
 
 
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()} (got {problem['input']!r:.80})"
+def _clause(error: ValidationError) -> str:
+    problem = first_problem(error)
+    return f"{problem.where}: {problem.why} (got {problem.got!r:.80})"
 
 
 def json_digest(value: JsonValue | Mapping[str, Any]) -> str:
