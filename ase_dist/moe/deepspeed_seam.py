@@ -6,6 +6,7 @@ Written for deepspeed 0.19.4 and newer, tried with 0.19.8.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import MethodType
@@ -172,6 +173,26 @@ def skip_non_finite_steps(optimizer: torch.optim.Optimizer) -> None:
             take_step(closure)
 
     optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+
+
+def skip_non_finite_zero_steps(engine: Any) -> None:
+    """Let ZeRO 1 to 3 of DeepSpeed before 0.19.8 skip a step whose gradients are not finite, whatever the precision.
+
+    Those versions look for such gradients in fp16 only (stages 1 and 2 in bf16 too); newer ones see them by the norm.
+    """
+    zero = engine.optimizer
+    if not engine.zero_optimization() or hasattr(sys.modules[type(zero).__module__], "is_invalid_grad_norm"):
+        return
+    if engine.zero_optimization_stage() < 3:
+        zero.check_grad_overflow = True
+        return
+    update_scale = zero._overflow_check_and_loss_scale_update
+
+    def check_first() -> bool:
+        zero.check_overflow()
+        return bool(update_scale())
+
+    zero._overflow_check_and_loss_scale_update = check_first
 
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")  # of the engine

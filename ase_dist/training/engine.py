@@ -43,6 +43,7 @@ def initialize(model: nn.Module, config: ResolvedConfig, world: World, *, total_
         raise ValueError(f"DeepSpeed JSON: {problem.where}: got {problem.got!r}; {problem.why}") from None
     seam.undo_trial_step(engine)
     seam.use_true_gradient_norm(engine)
+    seam.skip_non_finite_zero_steps(engine)
     return engine
 
 
