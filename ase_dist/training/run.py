@@ -158,5 +158,5 @@ def _take_one_step(parts: Parts) -> None:
     by_task, total = training_loss(output, batch, parts.tasks, counts, parts.settings.train.loss_weights)
     parts.engine.backward(total)
     parts.engine.step()
-    rows = [(name, float(value)) for name, value in by_task.items()]
+    rows = [(name, float(value.detach())) for name, value in by_task.items()]
     LOGGER.info("\n%s", table("one batch, forward and backward", ("task", "loss"), rows))
