@@ -36,8 +36,8 @@ from _timing import (
     write_report,
 )
 from peers.common import SHAPES, TASKS, Case, Experts, Side, UnavailableError, frozen_ffn
-from peers.libraries import PEERS
-from peers.plain import frozen, index_loop, ours, plain_lora
+from peers.libraries import PEERS, PLAIN_LORA
+from peers.plain import frozen, index_loop, ours
 from torch import Tensor, nn
 
 from ase_dist.models.flops import FlopCounter
@@ -112,9 +112,8 @@ def _sides(case: Case, few_tokens: bool, arguments: argparse.Namespace, skipped:
     """The sides that are compared on as many tokens; those that cannot be go into ``skipped`` with the reason."""
     sides = {FLOOR: frozen(case), OURS: ours(case)}
     if not few_tokens:
-        sides["plain LoRA, peft"] = plain_lora(case)
         sides[LOOP] = index_loop(case)
-    for peer in () if arguments.without_libraries else PEERS:
+    for peer in (PLAIN_LORA, *(() if arguments.without_libraries else PEERS)):
         if peer.few_tokens == few_tokens and peer.name not in arguments.leave_out:
             try:
                 sides[peer.name] = peer.side(case)

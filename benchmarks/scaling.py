@@ -1,4 +1,4 @@
-"""How the cost of a step grows with the work: tokens, experts, rank, tasks, image size and ranks.
+"""How the cost of a step grows with tokens, experts (N * r constant, or all of rank 1), rank, tasks, image size, ranks.
 
     python benchmarks/scaling.py [--axes tokens experts] [--json out.json] [--plot out.png]
 
@@ -34,7 +34,7 @@ from ase_dist.training.console import table
 
 TOKENS, DEFAULT = 197, Experts(16, 3, 1, 4)
 Step = Callable[[], Times]
-BARS = {"tokens": (0.9, 1.1), "experts, N * r constant": (-0.1, 0.1)}
+BARS = {"tokens": (0.9, 1.1), "experts": (-0.1, 0.1)}
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,11 @@ def _model_step(shape: str, size: int) -> Step:
 
 AXES: dict[str, Callable[[argparse.Namespace], Points]] = {
     "tokens": _tokens,
-    "experts, N * r constant": _experts,
-    "experts of rank 1": _more_experts,
+    "experts": _experts,
+    "experts_of_rank_1": _more_experts,
     "rank": _rank,
     "tasks": _tasks,
-    "image size": _size,
+    "image_size": _size,
 }
 
 

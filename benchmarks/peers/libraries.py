@@ -1,7 +1,7 @@
-"""The libraries that bring a layer of LoRA experts, or one that such experts fit into; each by its own classes.
+"""Plain LoRA by peft, and the libraries that bring a layer of LoRA experts, or one that such experts fit into.
 
-Where a library has no shared experts its k is our k + S, so that as many experts are active per token. Dropout, which
-two of them insist on, is taken out, in their favour.
+Each by its own classes. Where a library has no shared experts its k is our k + S, so that as many experts are active
+per token. Dropout, which two of them insist on, is taken out, in their favour.
 """
 
 from __future__ import annotations
@@ -161,6 +161,20 @@ def mixlora(case: Case) -> Side:
     return Side(trained, lambda x: (block(rows_of(x)).view_as(x), None))
 
 
+def plain_lora(case: Case) -> Side:
+    """One LoRA pair per linear by peft, of the rank of the model's other LoRA, 4."""
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    config = LoraConfig(r=4, lora_alpha=4)
+    fc1, fc2 = (Linear(fc, "default", config=config, r=4, lora_alpha=4) for fc in (case.base.fc1, case.base.fc2))
+    module = nn.ModuleList([fc1, fc2])
+    for name, parameter in module.named_parameters():
+        if "lora" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return Side(module, lambda x: (fc2(case.base.act(fc1(x))), None))
+
+
 def xlora(case: Case) -> Side:
     """peft's X-LoRA layers: every expert on every token, scaled by a softmax over all of them, top-k kept."""
     from peft import LoraConfig
@@ -223,6 +237,7 @@ class _TutelExperts(nn.Module):
         return torch.stack([expert(rows) for expert, rows in zip(self.experts, x, strict=True)])
 
 
+PLAIN_LORA = Peer("plain LoRA, peft", plain_lora, linear_wise=True)
 PEERS = (
     Peer("MoE-PEFT MoLA", mola, linear_wise=True),
     Peer("MixLoRA", mixlora, linear_wise=False),

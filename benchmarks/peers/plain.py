@@ -1,4 +1,4 @@
-"""The sides that need no library of experts: ours, the floor, plain LoRA, and a loop over the experts."""
+"""The sides that need no library: ours, the floor, and a loop over the experts."""
 
 from __future__ import annotations
 
@@ -27,20 +27,6 @@ def ours(case: Case) -> Side:
         return result.output, result.aux_loss
 
     return Side(layer, forward)
-
-
-def plain_lora(case: Case) -> Side:
-    """One LoRA pair per linear by peft, of the rank of the model's other LoRA, 4."""
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
-
-    config = LoraConfig(r=4, lora_alpha=4)
-    fc1, fc2 = (Linear(fc, "default", config=config, r=4, lora_alpha=4) for fc in (case.base.fc1, case.base.fc2))
-    module = nn.ModuleList([fc1, fc2])
-    for name, parameter in module.named_parameters():
-        if "lora" in name:
-            nn.init.normal_(parameter, std=0.02)
-    return Side(module, lambda x: (fc2(case.base.act(fc1(x))), None))
 
 
 def index_loop(case: Case) -> Side:
