@@ -41,6 +41,12 @@ def test_layer(tmp_path):
     assert all(reason for reason in report["skipped"].values())
 
 
+def test_layer_in_bfloat16(tmp_path):
+    printed, report = run("layer", [*LAYER, "--dtype", "bfloat16", "--without-libraries"], tmp_path)
+    assert {row["side"] for row in report["rows"]} == {"frozen FFN", "ours", "loop over experts", "plain LoRA, peft"}
+    assert "bfloat16" in json.dumps(report) and "ours" in printed
+
+
 def test_train_step(tmp_path):
     printed, report = run("train_step", STEP, tmp_path)
     rows = {row["side"]: row for row in report["rows"]}
