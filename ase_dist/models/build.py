@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -11,10 +11,12 @@ from ase_dist.config import ModelSettings, MoESettings, Settings
 from ase_dist.models.activation_checkpointing import checkpoint_block
 from ase_dist.models.backbone import Backbone, build_backbone
 from ase_dist.models.blocks import TaskBlock
+from ase_dist.models.global_names import moe_core
 from ase_dist.models.heads import HeadFactory, TaskHead
+from ase_dist.models.init_from import Start
 from ase_dist.models.lora import add_lora
 from ase_dist.models.multitask import MultiTaskViT
-from ase_dist.models.multitask_resnet import MultiTaskResNet, build_resnet_model
+from ase_dist.models.multitask_resnet import MultiTaskModel, MultiTaskResNet, build_resnet_model
 from ase_dist.models.resnet import RESNETS, STRIDE, is_resnet
 from ase_dist.models.seeded import seeded_initialisation
 from ase_dist.moe import MoEFFN
@@ -22,11 +24,7 @@ from ase_dist.registry import HEADS
 from ase_dist.seeding import derive_seed
 from ase_dist.tasks import Task
 
-if TYPE_CHECKING:
-    from ase_dist.models.init_from import Start
-
 ExpertLayer = Literal["deepspeed", "plain"]
-MultiTaskModel = MultiTaskViT | MultiTaskResNet
 
 
 def build_model(
@@ -63,7 +61,7 @@ def _build_resnet_model(settings: Settings, tasks: tuple[Task, ...]) -> MultiTas
 
 def _build_vit_model(settings: Settings, tasks: tuple[Task, ...], expert_layer: ExpertLayer) -> MultiTaskViT:
     chosen = settings.model
-    start = _start(chosen)
+    start = None if chosen.init_from is None else Start(chosen)
     backbone = build_backbone(
         chosen.backbone,
         size=settings.data.size,
@@ -85,14 +83,6 @@ def _build_vit_model(settings: Settings, tasks: tuple[Task, ...], expert_layer: 
     for block in model.blocks:
         checkpoint_block(block, chosen.checkpoint_activations)
     return model
-
-
-def _start(chosen: ModelSettings) -> Start | None:
-    if chosen.init_from is None:
-        return None
-    from ase_dist.models.init_from import Start  # which reads exports, and those build models
-
-    return Start(chosen)
 
 
 def _freeze(backbone: Backbone) -> None:
@@ -130,13 +120,6 @@ def _moe_layer(base: nn.Module, chosen: ModelSettings, num_tasks: int, *, seed: 
         return ASEMoE(base, ep_size=chosen.moe.ep_size, dispatch=chosen.moe.dispatch, **options)
     except ValueError as error:
         raise ValueError(f"model.moe on {chosen.backbone}: {error}") from None
-
-
-def moe_core(layer: nn.Module) -> MoEFFN:
-    """The plain layer in a MoE layer of either kind."""
-    core = layer if isinstance(layer, MoEFFN) else layer.moe
-    assert isinstance(core, MoEFFN)
-    return core
 
 
 def _layer_options(moe: MoESettings) -> Mapping[str, Any]:

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from ase_dist.config import Settings
-from ase_dist.models.build import MultiTaskModel, build_model
+from ase_dist.models.build import build_model
+from ase_dist.models.multitask_resnet import MultiTaskModel
 from ase_dist.tasks import select_tasks
 
 

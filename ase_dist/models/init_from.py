@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ase_dist.config import ModelSettings
 from ase_dist.models.backbone import Backbone
-from ase_dist.models.exported import Export, named_tensors, open_export
+from ase_dist.models.export_file import Export, open_export
+from ase_dist.models.global_names import named_tensors
 from ase_dist.models.multitask import MultiTaskViT
 
 LOGGER = logging.getLogger("ase_dist")

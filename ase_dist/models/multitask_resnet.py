@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ase_dist.config import Settings
 from ase_dist.models.heads import TaskHead
-from ase_dist.models.multitask import ModelOutput, checked_tasks
+from ase_dist.models.multitask import ModelOutput, MultiTaskViT, checked_tasks
 from ase_dist.models.resnet import STRIDE, build_resnet
 from ase_dist.models.seeded import seeded_initialisation
 from ase_dist.models.sharing import TRUNKS
@@ -43,6 +43,9 @@ class MultiTaskResNet(nn.Module):
     def keep_tasks(self, names: Sequence[str]) -> None:
         """Drop the heads of all other tasks, for good; the trunk, which may mix tasks, stays as it is."""
         self.heads = nn.ModuleDict({name: self.heads[name] for name in checked_tasks(names, self.task_names)})
+
+
+MultiTaskModel = MultiTaskViT | MultiTaskResNet
 
 
 def build_resnet_model(settings: Settings, heads_for: Callable[[int], Mapping[str, TaskHead]]) -> MultiTaskResNet:

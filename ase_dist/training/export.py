@@ -20,7 +20,9 @@ from ase_dist.data.loader import build_eval_loader
 from ase_dist.data.transforms import IMAGE_MEAN, IMAGE_STD
 from ase_dist.files import fsync, sha256_of, write_atomic
 from ase_dist.models import MultiTaskModel
-from ase_dist.models.exported import CARD, WEIGHTS, Card, ImageFacts, load, named_tensors
+from ase_dist.models.export_file import CARD, WEIGHTS, Card, ImageFacts
+from ase_dist.models.exported import load
+from ase_dist.models.global_names import named_tensors
 from ase_dist.tasks import Task, nearest, select_tasks
 from ase_dist.training.checkpoint import Checkpoint
 from ase_dist.training.checkpoint.files import TEMPORARY, discard, make_empty, put_in_place

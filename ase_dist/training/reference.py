@@ -9,7 +9,7 @@ from typing import Any
 
 from ase_dist.evaluation.comparison import Reference, paper_reference
 from ase_dist.evaluation.tables import FORMAT
-from ase_dist.models.exported import CARD
+from ase_dist.models.export_file import CARD
 from ase_dist.training.saved import is_run
 
 PAPER = "paper"

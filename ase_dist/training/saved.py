@@ -11,7 +11,8 @@ import torch
 
 from ase_dist.config import Settings, load_settings
 from ase_dist.models import MultiTaskModel, build_model
-from ase_dist.models.exported import CARD, ExportedModel, load
+from ase_dist.models.export_file import CARD
+from ase_dist.models.exported import ExportedModel, load
 from ase_dist.tasks import Task, select_tasks
 from ase_dist.training.build import frozen_digest
 from ase_dist.training.checkpoint import Checkpoint

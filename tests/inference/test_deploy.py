@@ -14,7 +14,7 @@ from ase_dist.commands.export import main as command
 from ase_dist.inference import deploy as deployment
 from ase_dist.inference.deploy import FACTS, deploy, facts, operations, output_names, trace
 from ase_dist.inference.predictor import load
-from ase_dist.models import exported
+from ase_dist.models.export_file import CARD
 from tests.inference.conftest import SETTINGS, make_export
 
 pytestmark = pytest.mark.single_gpu
@@ -183,4 +183,4 @@ def test_the_command_makes_programs_of_an_export(export, tmp_path, caplog):
     for wrong, sentence in (([], "is an export already"), (["--tasks", "edge"], "add --format"),
                             (["--format", "exe"], "got 'exe'")):  # fmt: skip
         assert command([str(export), str(tmp_path / "other"), *wrong]) == 2 and sentence in caplog.text
-    assert not (tmp_path / "other").exists() and (export / exported.CARD).is_file()
+    assert not (tmp_path / "other").exists() and (export / CARD).is_file()

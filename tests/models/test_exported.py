@@ -16,7 +16,8 @@ import ase_dist
 from ase_dist.data.transforms import normalise
 from ase_dist.evaluation.decode import decode
 from ase_dist.models import build_model
-from ase_dist.models.exported import CARD, WEIGHTS, named_tensors
+from ase_dist.models.export_file import CARD, WEIGHTS
+from ase_dist.models.global_names import named_tensors
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.sharding import Shard
 from ase_dist.tasks import select_tasks

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import ase_dist
-from ase_dist.models import exported
+from ase_dist.models.export_file import CARD, WEIGHTS
+from ase_dist.models.global_names import named_tensors
 from ase_dist.training.export import check_export, differences, export_run
 from tests.training.conftest import flip_byte, start_world
 from tests.training.tiny_runs import ROOT, checkpoint, said, tiny_run
@@ -59,29 +60,29 @@ def test_the_export_scores_what_the_run_found(runs):
     model = ase_dist.load(runs / "first")
     summary = json.loads((runs / "run" / "summary.json").read_text())
     assert model.card.step == summary["step"] == summary["metrics_step"] == 6
-    assert json.loads((runs / "first" / exported.CARD).read_text())["metrics"] == summary["metrics"]
+    assert json.loads((runs / "first" / CARD).read_text())["metrics"] == summary["metrics"]
     assert check_export(runs / "run", runs / "first", device="cpu") == []
 
 
 def test_other_weights_do_not_pass_the_check(runs, tmp_path):
     """The metrics of step 6 beside the weights of step 3."""
     out = export_run(runs / "run", tmp_path / "out", checkpoint=str(runs / "run" / "checkpoints" / "step_3"))
-    tree, other = (json.loads((folder / exported.CARD).read_text()) for folder in (out, runs / "first"))
+    tree, other = (json.loads((folder / CARD).read_text()) for folder in (out, runs / "first"))
     assert check_export(runs / "run", out, device="cpu") == []
-    (out / exported.CARD).write_text(json.dumps({**tree, "metrics": other["metrics"]}))
+    (out / CARD).write_text(json.dumps({**tree, "metrics": other["metrics"]}))
     assert check_export(runs / "run", out, device="cpu")
 
 
 def test_every_trained_tensor_is_in_the_file_under_its_name(runs):
     saved = checkpoint(runs / "run", 6)
-    named = exported.named_tensors(ase_dist.load(runs / "first").model)
+    named = named_tensors(ase_dist.load(runs / "first").model)
     weights = {name.removeprefix("weight/"): t for name, t in saved.items() if name.startswith("weight/")}
     assert all(torch.equal(named[name], tensor) for name, tensor in weights.items())
     assert {name for name in named.keys() - weights.keys() if name.startswith("heads.")} == set()
 
 
 def test_the_card_tells_a_stranger_everything(runs):
-    card = json.loads((runs / "first" / exported.CARD).read_text())
+    card = json.loads((runs / "first" / CARD).read_text())
     semseg = card["tasks"][0]
     assert (semseg["name"], semseg["channels"], len(semseg["class_names"]), len(semseg["palette"])) == (
         "semseg",
@@ -106,7 +107,7 @@ def test_a_second_run_starts_from_the_export_and_is_exported_too(runs, tmp_path)
     out = export_run(runs / "second", tmp_path / "out")
     assert [task.name for task in ase_dist.load(out).tasks] == ["edge", "normals"]
     assert "took the backbone" in (runs / "second" / "train.log").read_text()
-    first, second = (exported.named_tensors(ase_dist.load(folder).model) for folder in (runs / "first", out))
+    first, second = (named_tensors(ase_dist.load(folder).model) for folder in (runs / "first", out))
     assert torch.equal(first["stem.pos_embed"], second["stem.pos_embed"])
     assert check_export(runs / "second", out, device="cpu") == []
 
@@ -125,7 +126,7 @@ def test_the_command_exports_and_checks(runs, tmp_path, command, caplog):
 def test_the_command_writes_programs_beside_the_export(runs, tmp_path, command, caplog):
     caplog.set_level(logging.INFO)
     assert command([str(runs / "run"), str(tmp_path / "out"), "--format", "pt2", "--tasks", "edge,normals"]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {exported.CARD, exported.WEIGHTS, "model.pt2"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {CARD, WEIGHTS, "model.pt2"}
     model = ase_dist.load(tmp_path / "out")
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     found = torch.export.load(tmp_path / "out" / "model.pt2").module()(images)

@@ -9,7 +9,7 @@ import pytest
 
 from ase_dist.config import build_settings
 from ase_dist.models import build_model, parameter_table
-from ase_dist.models.build import moe_core
+from ase_dist.models.global_names import moe_core
 from ase_dist.moe.dispatch import LayerShape
 from ase_dist.tasks import select_tasks
 from ase_dist.training.plan import (
