@@ -1,5 +1,7 @@
 """Random labels and predictions of every kind of task, and edge maps with several annotators."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,8 @@ TASK_OF_KIND = {
     "normals": PASCAL_TASKS["normals"],
     "depth": NYUD_TASKS["depth"],
 }
+
+with_pyedgeeval = pytest.mark.skipif(sys.version_info >= (3, 13), reason="pyEdgeEval cannot be built by Python 3.13")
 
 
 @pytest.fixture

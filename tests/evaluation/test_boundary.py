@@ -11,7 +11,7 @@ from ase_dist.evaluation.boundary import boundary_scores, boundary_totals, evalu
 from ase_dist.evaluation.boundary_counts import Protocol
 from ase_dist.evaluation.boundary_workers import count_images, pair_images
 
-from .conftest import edge_sample, generated_samples, region_labels
+from .conftest import edge_sample, generated_samples, region_labels, with_pyedgeeval
 
 pytestmark = pytest.mark.single_gpu
 
@@ -185,6 +185,7 @@ CASES = {
 }
 
 
+@with_pyedgeeval
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_pyedgeeval_on_generated_images(case):
     count, thresholds, options = CASES[case]
@@ -196,6 +197,7 @@ def test_agrees_with_pyedgeeval_on_generated_images(case):
     np.testing.assert_allclose(our_curve, curve, atol=3e-3)
 
 
+@with_pyedgeeval
 @pytest.mark.parametrize("annotators", [1, 2])
 def test_the_best_matching_finds_what_the_published_code_misses(annotators):
     predictions, truths = large_samples(4, shift=0, noise=0, annotators=annotators)
@@ -207,12 +209,14 @@ def test_the_best_matching_finds_what_the_published_code_misses(annotators):
     assert (published <= exact).all() and (published[:, 0] >= (1 - np.exp(-6)) * exact[:, 0]).all()
 
 
+@with_pyedgeeval
 def test_agrees_with_pyedgeeval_after_suppression():
     predictions, truths = large_samples(3, shift=2.5)
     expected = mean_of_pyedgeeval(predictions, truths, 5, nms=True)
     assert ours(predictions, truths, 5, nms=True)[0] == pytest.approx(expected, abs=1e-3)
 
 
+@with_pyedgeeval
 @pytest.mark.shared_data
 @pytest.mark.parametrize(
     ("count", "thresholds", "options"),

@@ -5,7 +5,7 @@ import pytest
 
 from ase_dist.evaluation.nms import orientation, smooth, suppress_non_maxima
 
-from .conftest import edge_sample, region_labels
+from .conftest import edge_sample, region_labels, with_pyedgeeval
 
 pytestmark = pytest.mark.single_gpu
 
@@ -35,6 +35,7 @@ def test_smoothing_is_a_convolution_with_a_mirrored_border():
     np.testing.assert_allclose(smooth(image, radius=2), expected)
 
 
+@with_pyedgeeval
 @pytest.mark.parametrize("radius", [1, 2])
 def test_equals_the_compiled_toolbox(radius):
     from pyEdgeEval._lib import nms as compiled
@@ -45,6 +46,7 @@ def test_equals_the_compiled_toolbox(radius):
     np.testing.assert_allclose(suppress_non_maxima(prediction, radius=radius), expected, atol=1e-12)
 
 
+@with_pyedgeeval
 def test_nearly_equals_the_whole_of_pyedgeeval():
     """It replaces only zeros of a second derivative by 1e-5 where the toolbox adds 1e-5: other angles, rarely."""
     from pyEdgeEval.preprocess import fast_nms

@@ -1,5 +1,6 @@
 """Signals only set a flag, non-finite steps are told and counted, silence ends a process that says where it stood."""
 
+import inspect
 import math
 import os
 import re
@@ -154,7 +155,7 @@ def test_guards_that_cannot_work(tmp_path):
 
 @pytest.mark.single_gpu
 def test_exit_codes_are_documented():
-    documented = {int(code) for code in re.findall(r"^ {4}(\d+) ", ExitCode.__doc__, re.MULTILINE)}
+    documented = {int(code) for code in re.findall(r"^(\d+) ", inspect.getdoc(ExitCode), re.MULTILINE)}
     assert documented == {int(code) for code in ExitCode}
 
 
