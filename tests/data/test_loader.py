@@ -14,7 +14,7 @@ import torch
 
 from ase_dist.config import build_settings
 from ase_dist.data.batch import Batch, EvalBatch
-from ase_dist.data.loader import build_eval_loader, build_train_loader, data_fingerprint, open_dataset
+from ase_dist.data.loader import build_eval_loader, build_train_loader, data_fingerprint, first_images, open_dataset
 from ase_dist.tasks import select_tasks
 
 pytestmark = pytest.mark.single_gpu
@@ -220,6 +220,23 @@ def test_without_augmentation_epochs_are_alike(settings):
     assert_equal(first, second)
     assert loader.epoch == 2
     loader.close()
+
+
+@pytest.mark.parametrize("limit", [3, TRAIN + 2])
+def test_the_first_images_are_unchanged_and_decoded_once(settings, folder, limit):
+    chosen = settings(cache_in_memory=True)
+    loader = train(chosen)
+    wanted = list(build_eval_loader(chosen, ALL, rank=0, world_size=1, split="train"))
+    first = first_images(loader, chosen, limit=limit, rank=0, world_size=1)
+    assert [name for batch in first for name in batch.names] == loader.dataset.names[: min(limit, TRAIN)]
+    for file in folder.root.glob("JPEGImages/train_*"):
+        file.unlink()  # what has been decoded is in memory
+    for one, other in zip(first, wanted, strict=False):
+        assert torch.equal(one.images, other.images[: len(one.images)])
+    if limit > TRAIN:
+        assert len(next(loader).names) == 2
+    for each in (first, loader):
+        each.close()
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
