@@ -8,7 +8,9 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -68,6 +70,25 @@ def skip_cpu_communication_build() -> None:
     compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
     if isinstance(compatible, dict):
         compatible["deepspeed_shm_comm"] = False
+
+
+def import_muon() -> None:
+    """Import DeepSpeed's Muon, as ZeRO does at every start, without the preparations for compiling it.
+
+    They load the whole of torch's inductor, which takes 1.5 s, for an optimiser that this package does not offer. Where
+    the names have moved, ZeRO imports it as before.
+    """
+    from deepspeed.runtime import compiler
+
+    prepare = getattr(compiler, "compile", None)
+    if prepare is None:
+        return
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        with suppress(ImportError):
+            import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = prepare
 
 
 def has_compiler() -> bool:

@@ -34,6 +34,7 @@ def initialize(model: nn.Module, config: ResolvedConfig, world: World, *, total_
     scheduler = LambdaLR(optimizer, schedule_lambda(train, total=total_steps))
     if config.zero_stage == 3:
         count_over_ranks(model)
+    seam.import_muon()
     try:
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config.deepspeed, dist_init_required=False

@@ -1,6 +1,8 @@
 """What the seam makes up for in other versions of DeepSpeed than the installed one; .ci/lowest has a real one."""
 
+import subprocess
 import sys
+from importlib.metadata import version
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -8,6 +10,8 @@ import pytest
 from ase_dist.moe import deepspeed_seam as seam
 
 pytestmark = pytest.mark.single_gpu
+
+IS_NEW = tuple(map(int, version("deepspeed").split("+")[0].split(".")[:3])) >= (0, 19, 8)
 
 
 class Zero:
@@ -65,8 +69,24 @@ def test_without_zero_nothing_is_touched(engine):
 
 def test_the_installed_zero_is_one_or_the_other():
     """A renamed function would make every version look old: harmless, but twice the work."""
-    import deepspeed
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
-    newer = tuple(map(int, deepspeed.__version__.split("+")[0].split(".")[:3])) >= (0, 19, 8)
-    assert all(hasattr(module, "is_invalid_grad_norm") is newer for module in (stage3, stage_1_and_2))
+    assert all(hasattr(module, "is_invalid_grad_norm") is IS_NEW for module in (stage3, stage_1_and_2))
+
+
+MUON = """
+import sys
+import torch
+from deepspeed.runtime import compiler
+from ase_dist.moe import deepspeed_seam as seam
+seam.import_muon()
+from deepspeed.runtime.zero.utils import is_zero_supported_optimizer  # imports Muon, were it not there
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+assert "torch._inductor.compile_fx" not in sys.modules
+assert compiler.compile() is torch.compile
+"""
+
+
+@pytest.mark.skipif(not IS_NEW, reason="older DeepSpeed prepares Muon when it is imported itself")
+def test_muon_is_imported_without_inductor():
+    subprocess.run([sys.executable, "-c", MUON], check=True, timeout=120)
