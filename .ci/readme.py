@@ -2,7 +2,7 @@
 
     python .ci/readme.py FOLDER [--quick] [--only TEXT]
 
-Each command's output becomes FOLDER/NN.txt, and the copy is FOLDER/clone. What the README expects its reader to have
+Each command's output becomes FOLDER/NN.txt, and the copy is FOLDER/checkout. What the README expects its reader to have
 (PASCAL-Context, photographs, weights) is put there first: generated scenes in the same layout, untrained weights.
 With --quick every command gets settings that make it short: minutes in all, where the studies alone take hours.
 Not run: what installs and tests, which is .ci/run's, and what needs several machines, which is tests/cluster's.
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ELSEWHERE = re.compile(r"^(pip|pytest) |ssh-copy-id|HOST")
+ELSEWHERE = re.compile(r"^(pip|pytest) |HOST")
 LEFT = (".git", "__pycache__", ".*_cache", "*.egg-info", "build", "dist", "runs", "studies", "exports", ".venv")
 
 # What is appended to the commands that match; all that match, in this order
@@ -28,15 +28,15 @@ ALWAYS = (
     (r"prepare_data\.py pascal", "--subset"),  # fewer images than the published lists
     (r"(--config|--data) (pascal|ccp)", "model.pretrained=none"),
 )
-TRAIN = "train.max_steps=2 train.batch_size=2 train.log_every=1 eval.batch_size=2 data.train_images=8 data.val_images=2"
-STUDY = f"--seeds 1 --steps 1 {TRAIN.replace('train.max_steps=2 ', '')} data.limit_train=8 data.limit_val=2"
+SMALL = "train.batch_size=2 train.log_every=1 eval.batch_size=2 data.train_images=8 data.val_images=2"
+STUDY = f"--seeds 1 --steps 1 {SMALL} data.limit_train=8 data.limit_val=2"
 SMALL_VIT = "model.backbone=vit_tiny_patch16_224"
 QUICK = (
-    (r"(launch/train\.py|ase_dist train) ", TRAIN),
+    (r"(launch/train\.py|ase_dist train) ", f"train.max_steps=2 {SMALL}"),
     (r"train\.py .*--config pascal", "data.limit_val=2 data.size=64"),
     (r"train\.py ((?!--row).)*--config pascal", SMALL_VIT),
     (r"study\.py table1", f"--only stl_resnet18,ase_16_3_1_4 {STUDY}"),
-    (r"study\.py naive_vs_ase", f"--only ase_16_3_1_4_pair model.backbone_args={{depth:1}} {STUDY}"),
+    (r"study\.py naive_vs_ase", f"--only ase_16_3_1_4_pair 'model.backbone_args={{depth: 1}}' {STUDY}"),
     (r"study\.py topk", f"--only ase_k3 {SMALL_VIT} {STUDY}"),
     (r"benchmarks/layer", "--images 1 --few-images 1 --tokens 6 --repeats 1 --threads 1"),
     (r"benchmarks/train_step", "--depth 1 --size 64 --head linear --repeats 1 --threads 1"),
@@ -45,7 +45,7 @@ QUICK = (
 
 
 def main():
-    """Parse, clone, bring what the reader brings, run."""
+    """Parse, copy, bring what the reader brings, run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quick", action="store_true", help="with settings that make every command short")
@@ -53,15 +53,15 @@ def main():
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True)
-    clone = folder / "clone"
-    shutil.copytree(ROOT, clone, symlinks=True, ignore=shutil.ignore_patterns(*LEFT))
+    checkout = folder / "checkout"
+    shutil.copytree(ROOT, checkout, symlinks=True, ignore=shutil.ignore_patterns(*LEFT))
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-                   "PYTHONPATH": str(clone), "XDG_CACHE_HOME": str(folder / "cache")}  # fmt: skip
-    bring_data(clone, environment)
+                   "PYTHONPATH": str(checkout), "XDG_CACHE_HOME": str(folder / "cache")}  # fmt: skip
+    bring_data(checkout, environment)
     words = ALWAYS + QUICK * arguments.quick
-    chosen = [command for command in commands(clone / "README.md") if arguments.only in command]
+    chosen = [command for command in commands(checkout / "README.md") if arguments.only in command]
     failed = [number for number, command in enumerate(chosen, start=1)
-              if not ran(f"{command} {appended(command, words)}".strip(), clone, environment,
+              if not ran(f"{command} {appended(command, words)}".strip(), checkout, environment,
                          folder / f"{number:02}.txt")]  # fmt: skip
     print(f"{len(chosen)} commands, {len(failed)} failed")
     return 1 if failed or not chosen else 0
@@ -80,30 +80,30 @@ def appended(command, table):
     return " ".join(words for pattern, words in table if re.search(pattern, command))
 
 
-def bring_data(clone, environment):
+def bring_data(checkout, environment):
     """PASCAL_MT.tgz and what it unpacks to, ccp_mt in the same layout, photographs."""
     make = [sys.executable, "launch/make_scenes.py", "made", "--train", "8", "--val", "2"]
-    subprocess.run(make, cwd=clone, env=environment, check=True, capture_output=True)
-    (made,) = (clone / "made").glob("scenes-*")
-    made.rename(clone / "PASCAL_MT")
-    with tarfile.open(clone / "PASCAL_MT.tgz", "w:gz") as archive:
-        archive.add(clone / "PASCAL_MT", "PASCAL_MT")
-    (clone / "ccp_mt").symlink_to("PASCAL_MT")
-    photographs = sorted((clone / "PASCAL_MT" / "JPEGImages").iterdir())
-    (clone / "photo.jpg").symlink_to(photographs[0])
-    (clone / "holiday").mkdir()
+    subprocess.run(make, cwd=checkout, env=environment, check=True, capture_output=True)
+    (made,) = (checkout / "made").glob("scenes-*")
+    made.rename(checkout / "PASCAL_MT")
+    with tarfile.open(checkout / "PASCAL_MT.tgz", "w:gz") as archive:
+        archive.add(checkout / "PASCAL_MT", "PASCAL_MT")
+    (checkout / "ccp_mt").symlink_to("PASCAL_MT")
+    photographs = sorted((checkout / "PASCAL_MT" / "JPEGImages").iterdir())
+    (checkout / "photo.jpg").symlink_to(photographs[0])
+    (checkout / "holiday").mkdir()
     for photograph in photographs[1:3]:
-        (clone / "holiday" / photograph.name).symlink_to(photograph)
+        (checkout / "holiday" / photograph.name).symlink_to(photograph)
 
 
-def ran(command, clone, environment, output):
+def ran(command, checkout, environment, output):
     """Whether the command ended well; prints how it went, and the end of what it said where it did not."""
     print(f"{output.stem}  {command}", flush=True)
     began = time.monotonic()
     with output.open("w") as said:
         said.write(f"$ {command}\n\n")
         said.flush()
-        done = subprocess.run(["bash", "-c", command], cwd=clone, env=environment, stdin=subprocess.DEVNULL,
+        done = subprocess.run(["bash", "-c", command], cwd=checkout, env=environment, stdin=subprocess.DEVNULL,
                               stdout=said, stderr=subprocess.STDOUT, check=False)  # fmt: skip
     print(f"    exit code {done.returncode} after {time.monotonic() - began:.1f} s", flush=True)
     if done.returncode:

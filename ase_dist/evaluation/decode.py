@@ -42,7 +42,7 @@ def decode(task: Task, logits_BCHW: Tensor, *, size: tuple[int, int] | None = No
 def unit_vectors(x: Tensor, *, dim: int) -> Tensor:
     """``x`` at length 1 along ``dim``; zero stays zero.
 
-    As ``torch.nn.functional.normalize``, whose norm along any dimension but the last takes forty times as long on a
-    CPU (torch 2.14).
+    As ``torch.nn.functional.normalize``, whose norm along any dimension but the last takes ten to a hundred times as
+    long on a CPU (torch 2.14). Not for losses: the gradient at a zero vector is NaN here.
     """
     return x / x.square().sum(dim, keepdim=True).sqrt().clamp_min(SHORTEST)

@@ -1,6 +1,6 @@
 """The one module that knows DeepSpeed's internals: groups, parameter tags, optimiser groups, start-up quirks.
 
-Written for deepspeed 0.19.4 and newer, tried with 0.19.8.
+Written for deepspeed 0.19.4 and newer, tried with 0.19.4 and 0.19.8.
 """
 
 from __future__ import annotations

@@ -112,7 +112,9 @@ def test_two_ranks_find_what_one_does(folder, tmp_path, evaluate, no_pool):
     assert delta[0]["delta_m_percent"] == pytest.approx(delta[1]["delta_m_percent"], rel=1e-12)
     assert one == two and one["images"] == 3 and "non-maxima suppressed" in one["edges"]
     assert (tmp_path / "one" / "metrics.md").read_text() == (tmp_path / "two" / "metrics.md").read_text()
-    printed = done.stdout[done.stdout.index("# ") :]  # after what gloo of torch before 2.14 says
+    printed = done.stdout
+    if printed.startswith("[Gloo]"):  # which older torch prints (seen with 2.10)
+        printed = printed[printed.index("# ") :]
     assert printed == (tmp_path / "two" / "metrics.md").read_text()  # once
 
 
