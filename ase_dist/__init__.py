@@ -15,10 +15,10 @@ __all__ = ["__version__", "load"]
 
 
 def load(path: str | PathLike[str], *, device: torch.device | str = "cpu") -> Any:
-    """The model in a folder that ``launch/export.py`` has written: an ``ase_dist.inference.predictor.Predictor``.
+    """The model in a folder that ``launch/export.py`` has written: an ``ase_dist.deployment.predictor.Predictor``.
 
     Its ``predict(images)`` takes pictures, arrays or paths; called, it takes normalised tensors and gives raw logits.
-    Needs no DeepSpeed. Raises ValueError where the export is missing, damaged or of a newer version.
+    Needs no DeepSpeed. Raises UserError where the export is missing, damaged or of a newer version.
     """
     # by name, and only now: every module imports this one, so that an import here would be an arrow from each to all
-    return import_module("ase_dist.inference.predictor").load(path, device=device)
+    return import_module("ase_dist.deployment.predictor").load(path, device=device)

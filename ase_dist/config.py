@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, TypeGuard
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from ase_dist.problems import first_problem
-from ase_dist.registry import GATINGS, HEADS
-from ase_dist.rows import apply_row
-from ase_dist.tasks import nearest, select_tasks
+from ase_dist.baselines import apply_baseline
+from ase_dist.errors import UserError, did_you_mean, first_problem
+from ase_dist.registries import GATINGS, HEADS
+from ase_dist.tasks import select_tasks
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = "scenes"
@@ -176,26 +176,26 @@ def load_settings(
 ) -> Settings:
     """Read a shipped config by name or a YAML file by path, change it into ``row``, then apply ``key=value`` overrides.
 
-    Raises ValueError with one sentence: the key, what was got, what was wanted, and the nearest right name.
+    Raises UserError with one sentence: the key, what was got, what was wanted, and the nearest right name.
     """
     path = find_config(config or DEFAULT_CONFIG)
     tree = _read_yaml(path)
     if row is not None:
-        apply_row(tree, row, lr=build_settings(tree).train.lr)
+        apply_baseline(tree, row, lr=build_settings(tree).train.lr)
     return _overridden(tree, overrides)
 
 
 def override_settings(settings: Settings, overrides: Iterable[str]) -> Settings:
-    """``settings`` with ``key=value`` overrides applied in order; ValueError as ``load_settings``."""
+    """``settings`` with ``key=value`` overrides applied in order; UserError as ``load_settings``."""
     return _overridden(settings.model_dump(mode="json"), overrides)
 
 
 def build_settings(tree: Mapping[str, Any]) -> Settings:
-    """Validate a plain dictionary as a tree of settings; ValueError names the first wrong key."""
+    """Validate a plain dictionary as a tree of settings; UserError names the first wrong key."""
     try:
         settings = Settings.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(_sentence(error)) from None
+        raise UserError(_sentence(error)) from None
     select_tasks(settings.data.name, settings.tasks)
     return settings
 
@@ -206,7 +206,7 @@ def shipped_configs() -> list[str]:
 
 
 def find_config(config: str | Path) -> Path:
-    """The file of a shipped config's name or of a path; ValueError if there is neither."""
+    """The file of a shipped config's name or of a path; UserError if there is neither."""
     path = Path(config)
     if path.suffix in {".yaml", ".yml"} and path.is_file():
         return path
@@ -214,8 +214,8 @@ def find_config(config: str | Path) -> Path:
     if shipped.is_file():
         return shipped
     names = shipped_configs()
-    raise ValueError(
-        f"--config: no file and no shipped config {str(config)!r}{nearest(str(config), names)} "
+    raise UserError(
+        f"--config: no file and no shipped config {str(config)!r}{did_you_mean(str(config), names)} "
         f"(shipped: {', '.join(names)})"
     )
 
@@ -235,11 +235,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not plain YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not plain YAML: {' '.join(str(error).split())}") from None
     if tree is None:
-        raise ValueError(f"{path}: the file is empty, wanted settings such as 'seed: 0'")
+        raise UserError(f"{path}: the file is empty, wanted settings such as 'seed: 0'")
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: got a {type(tree).__name__} at the top, wanted keys such as 'seed: 0'")
+        raise UserError(f"{path}: got a {type(tree).__name__} at the top, wanted keys such as 'seed: 0'")
     return tree
 
 
@@ -253,7 +253,7 @@ def _overridden(tree: dict[str, Any], overrides: Iterable[str]) -> Settings:
 def _parse_override(override: str) -> tuple[list[str], Any]:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
-        raise ValueError(f"{override!r}: wanted key=value, such as train.lr=1e-4")
+        raise UserError(f"{override!r}: wanted key=value, such as train.lr=1e-4")
     return key.strip().split("."), _parse_value(key, text)
 
 
@@ -262,7 +262,7 @@ def _parse_value(key: str, text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ValueError(f"{key}: {text!r} is not a YAML value; quote it, or write lists as [a,b]") from None
+        raise UserError(f"{key}: {text!r} is not a YAML value; quote it, or write lists as [a,b]") from None
     return value
 
 
@@ -270,7 +270,7 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         branch = tree.setdefault(key, {})
         if not isinstance(branch, dict):
-            raise ValueError(f"{'.'.join(keys)}: {key!r} is a value, not a section")
+            raise UserError(f"{'.'.join(keys)}: {key!r} is a value, not a section")
         tree = branch
     tree[keys[-1]] = value
 
@@ -282,7 +282,7 @@ def _sentence(error: ValidationError) -> str:
         *path, name = problem.keys
         section = _section(path)
         names = section.model_fields if section is not None else {}
-        return f"{problem.where}: there is no such setting{nearest(name, names) or _elsewhere(name)}"
+        return f"{problem.where}: there is no such setting{did_you_mean(name, names) or _elsewhere(name)}"
     if problem.kind == "value_error":  # of a registry, which says all that is to be said
         return f"{problem.where}: {problem.why}"
     return f"{problem.where}: got {problem.got!r}; {problem.why}"

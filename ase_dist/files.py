@@ -51,12 +51,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     fsync(path.parent)  # a rename is on disk only when its folder is
 
 
-def storable(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
     """Plain data with null for the floats that JSON has no number for."""
     if isinstance(value, Mapping):
-        return {name: storable(item) for name, item in value.items()}
+        return {name: json_safe(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [storable(item) for item in value]
+        return [json_safe(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -14,10 +14,11 @@ kind, whatever data set they come from:
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from ase_dist.errors import UserError, did_you_mean
 
 Kind = Literal["classes", "mask", "edges", "normals", "depth"]
 Color = tuple[int, int, int]
@@ -104,16 +105,10 @@ class DataSet:
 
 
 DATA_SETS: dict[str, DataSet] = {
-    "scenes": DataSet(PASCAL_TASKS, "ase_dist.data.scenes.dataset:Scenes", layout="pascal_context"),
+    "scenes": DataSet(PASCAL_TASKS, "ase_dist.scenes.dataset:Scenes", layout="pascal_context"),
     "pascal_context": DataSet(PASCAL_TASKS, "ase_dist.data.pascal_context:PascalContext"),
     "nyud": DataSet(NYUD_TASKS, "ase_dist.data.nyud:NYUD"),
 }
-
-
-def nearest(word: str, candidates: Iterable[str]) -> str:
-    """``", did you mean 'x'?"`` for the candidate nearest to ``word``, or an empty string: the tail of an error."""
-    match = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
-    return f", did you mean {match[0]!r}?" if match else ""
 
 
 def packable() -> tuple[str, ...]:
@@ -130,19 +125,19 @@ def find_task(data_name: str, name: str) -> Task | None:
 def select_tasks(data_name: str, names: Iterable[str] | None = None) -> tuple[Task, ...]:
     """The rows of ``names`` (all of the data set's when None), in the order asked for.
 
-    Raises ValueError for an unknown data set, an unknown task or one that is named twice.
+    Raises UserError for an unknown data set, an unknown task or one that is named twice.
     """
     if data_name not in DATA_SETS:
-        raise ValueError(
-            f"data.name: got {data_name!r}, wanted one of {sorted(DATA_SETS)}{nearest(data_name, DATA_SETS)}"
+        raise UserError(
+            f"data.name: got {data_name!r}, wanted one of {sorted(DATA_SETS)}{did_you_mean(data_name, DATA_SETS)}"
         )
     table = DATA_SETS[data_name].tasks
     chosen = list(table) if names is None else list(names)
     for name in chosen:
         if name not in table:
-            raise ValueError(
-                f"tasks: {data_name} has no task {name!r}, wanted some of {list(table)}{nearest(name, table)}"
+            raise UserError(
+                f"tasks: {data_name} has no task {name!r}, wanted some of {list(table)}{did_you_mean(name, table)}"
             )
     if len(set(chosen)) != len(chosen) or not chosen:
-        raise ValueError(f"tasks: got {chosen}, wanted at least one task and each at most once")
+        raise UserError(f"tasks: got {chosen}, wanted at least one task and each at most once")
     return tuple(table[name] for name in chosen)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ase_dist.files import replacing, write_atomic
-from ase_dist.training.runtime import keep_freed_memory
+from ase_dist.training.process.runtime import keep_freed_memory
 
 MB = 1e6
 

@@ -26,7 +26,7 @@ IMAGES = 16  # rendered for training; the time of a step does not depend on thei
 def main() -> None:
     """Take turns at steps and saves, print the figures, write JSON when asked."""
     arguments = _parse()
-    from ase_dist.training import runtime
+    from ase_dist.training.process import runtime
 
     world = runtime.start(timeout=600, threads=arguments.threads)
     with tempfile.TemporaryDirectory() as own:
@@ -60,10 +60,10 @@ def _parse() -> argparse.Namespace:
 
 def _measure(arguments: argparse.Namespace, world: Any, folder: Path) -> dict[str, Any]:
     from ase_dist.config import load_settings
-    from ase_dist.training.build import build
-    from ase_dist.training.checkpoint import CheckpointStore
     from ase_dist.training.ds_config import resolve
-    from ase_dist.training.run_state import RunState
+    from ase_dist.training.loop.components import build
+    from ase_dist.training.state.checkpoint import CheckpointStore
+    from ase_dist.training.state.run_state import RunState
 
     settings = load_settings(arguments.config, [
         "data.name=scenes", f"data.train_images={IMAGES}", "data.val_images=1", f"data.root={folder}",
@@ -93,7 +93,7 @@ def _measure(arguments: argparse.Namespace, world: Any, folder: Path) -> dict[st
 
 
 def _one_step(parts: Any, state: Any) -> None:
-    from ase_dist.training.trainer import mean_label_counts, training_loss
+    from ase_dist.training.loop.trainer import mean_label_counts, training_loss
 
     batch = next(parts.train_loader).to(parts.world.device)
     counts = mean_label_counts([batch], parts.tasks, parts.world)

@@ -83,9 +83,9 @@ def _parse() -> argparse.Namespace:
 
 def _measure_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Every shape's rows (collective)."""
-    from ase_dist.moe import deepspeed_seam as seam
+    from ase_dist.moe import deepspeed_compat
 
-    seam.skip_cpu_communication_build()
+    deepspeed_compat.skip_cpu_communication_build()
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -267,7 +267,7 @@ def _lora_ffn(base: Any, rank: int, *, seed: int) -> Any:
     import torch
     from torch import nn
 
-    from ase_dist.moe.lowrank import lowrank_linear
+    from ase_dist.ops.lowrank import lowrank_linear
 
     class LoRAFFN(nn.Module):
         def __init__(self) -> None:
@@ -291,7 +291,7 @@ def _lora_ffn(base: Any, rank: int, *, seed: int) -> Any:
 
 
 def _print(rows: list[Row], arguments: argparse.Namespace) -> None:
-    from ase_dist.training.console import table
+    from ase_dist.training.record.console import table
 
     tokens = TASKS * TOKENS * arguments.images
     title = (f"per layer, {arguments.ranks} ranks, {tokens} tokens each, N/k/S/r {arguments.experts}/{arguments.k}/"

@@ -40,8 +40,8 @@ from peers.libraries import PEERS, PLAIN_LORA
 from peers.plain import frozen, index_loop, ours
 from torch import Tensor, nn
 
-from ase_dist.models.flops import FlopCounter
-from ase_dist.training.console import table
+from ase_dist.planning.flops import FlopCounter
+from ase_dist.training.record.console import table
 
 FLOOR, OURS, LOOP = "frozen FFN", "ours", "loop over experts"
 BARS = {"16/3/1/4": (1.25, 1.7), "32/6/2/2": (1.25, 2.0), "64/12/4/1": (1.25, 2.8), "128/24/8/1": (1.4, None)}

@@ -30,7 +30,7 @@ from ase_dist.config import build_settings
 from ase_dist.models import build_model
 from ase_dist.moe import MoEFFN
 from ase_dist.tasks import select_tasks
-from ase_dist.training.console import table
+from ase_dist.training.record.console import table
 
 TOKENS, DEFAULT = 197, Experts(16, 3, 1, 4)
 Step = Callable[[], Times]

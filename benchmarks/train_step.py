@@ -38,16 +38,16 @@ from _timing import MB, Times, Watch, drawing, interleaved, median, peak_bytes, 
 from torch import nn
 
 from ase_dist import collectives
+from ase_dist.baselines import apply_baseline
 from ase_dist.config import Settings, build_settings, override_settings
 from ase_dist.data.batch import Batch
 from ase_dist.data.loader import build_train_loader
-from ase_dist.models import build_model, doubled_conv
-from ase_dist.moe import products
-from ase_dist.registry import HEADS
-from ase_dist.rows import apply_row
+from ase_dist.models import build_model
+from ase_dist.ops import doubled_conv, products
+from ase_dist.registries import HEADS
 from ase_dist.tasks import Task, select_tasks
-from ase_dist.training import losses
-from ase_dist.training.console import table
+from ase_dist.training.loop import losses
+from ase_dist.training.record.console import table
 
 BACKBONES = {"vit_s": "vit_small_patch16_224", "vit_b": "vit_base_patch16_224", "tiny": "vit_tiny_patch16_224"}
 OURS, LOOP, LORA, NEITHER = "ase_16_3_1_4", "a pass per task", "mtl_vit_lora", "neither"
@@ -183,7 +183,7 @@ def _settings(shape: str, arguments: argparse.Namespace, folder: str) -> Setting
 
 def _row_of(settings: Settings, name: str) -> Settings:
     tree: dict[str, Any] = settings.model_dump()
-    apply_row(tree, name, lr=settings.train.lr)
+    apply_baseline(tree, name, lr=settings.train.lr)
     return build_settings(tree)
 
 

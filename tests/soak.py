@@ -37,10 +37,10 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core each: what is computed must not depend on it
 
-from ase_dist.training.checkpoint.catalog import list_checkpoints
-from ase_dist.training.checkpoint.verify import verify
-from ase_dist.training.recorder import read_metrics
-from ase_dist.training.runtime import free_port
+from ase_dist.training.process.runtime import free_port
+from ase_dist.training.record.metrics import read_metrics
+from ase_dist.training.state.checkpoint.catalog import list_checkpoints
+from ase_dist.training.state.checkpoint.verify import verify
 from tests.training.conftest import start_world
 from tests.training.tiny_runs import (
     ROOT,
@@ -325,7 +325,7 @@ def main() -> int:
     p.add_argument("--seed", type=int, default=0, help="of what is drawn; the moments themselves depend on the machine")
     p.add_argument("--folder", type=Path, help="keep everything here; default: a temporary folder")
     arguments = p.parse_args()
-    from ase_dist.data.scenes.make import ensure_scenes
+    from ase_dist.scenes.make import ensure_scenes
 
     began, forked = time.monotonic(), max(0, arguments.kills - arguments.by_command)
     with tempfile.TemporaryDirectory() as temporary:

@@ -23,7 +23,7 @@ from ase_dist.config import Settings, load_settings, setting_keys, shipped_confi
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.sharding import Shard
 from ase_dist.training.ds_config import read_ds_config, resolve, shipped_ds_configs
-from ase_dist.training.guards import ExitCode
+from ase_dist.training.process.guards import ExitCode
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from ase_dist.errors import did_you_mean
 from ase_dist.evaluation.metrics import build_metric
-from ase_dist.tasks import DATA_SETS, NYUD_TASKS, PASCAL_TASKS, find_task, nearest, select_tasks, voc_color
+from ase_dist.tasks import DATA_SETS, NYUD_TASKS, PASCAL_TASKS, find_task, select_tasks, voc_color
 
 pytestmark = pytest.mark.single_gpu
 ROWS = [(name, task) for name, data in DATA_SETS.items() for task in data.tasks.values()]
@@ -73,5 +74,5 @@ def test_what_is_not_there(data, names, words):
 
 
 def test_the_nearest_name():
-    assert nearest("semsg", PASCAL_TASKS) == ", did you mean 'semseg'?"
-    assert nearest("xyz", PASCAL_TASKS) == ""
+    assert did_you_mean("semsg", PASCAL_TASKS) == ", did you mean 'semseg'?"
+    assert did_you_mean("xyz", PASCAL_TASKS) == ""

@@ -72,7 +72,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     wanted = {str(path.relative_to(ROOT)) for path in package}
     wanted |= {f"ase_dist/ds_configs/{path.name}" for path in (ROOT / "ds_configs").iterdir()}
     assert {name for name in names if name.startswith("ase_dist/")} == wanted
-    assert {"ase_dist/py.typed", "ase_dist/rows.yaml", "ase_dist/__main__.py"} < wanted
+    assert {"ase_dist/py.typed", "ase_dist/baselines.yaml", "ase_dist/__main__.py"} < wanted
 
 
 def test_the_package_comes_from_the_wheel(python, installed):

@@ -79,8 +79,10 @@ def unshared(nodes: Sequence[Node], shell: Shell, *, output: str | Path) -> list
             blind = [node.host for node, done in zip(others, found, strict=True) if done.code]
     finally:
         shell(first.host, f"rm -f {shlex.quote(str(mark))}")
-    return [f"{host} does not see what {first.host} writes into {str(output)!r}; mount one shared folder there on all"
-            for host in blind]  # fmt: skip
+    return [
+        f"{host} does not see what {first.host} writes into {str(output)!r}; mount one shared folder there on all"
+        for host in blind
+    ]
 
 
 def _ask(host: str, question: Question, shell: Shell, folder: str | Path) -> Facts | str:

@@ -21,6 +21,7 @@ from ase_dist.cluster import peers, ready, ssh, worker
 from ase_dist.cluster.environment import FILE
 from ase_dist.cluster.hostfile import read_hostfile, write_hostfile
 from ase_dist.cluster.job import Job
+from ase_dist.errors import UserError
 
 CLUSTER = Path("/cluster")
 NOTES = "nodes"  # below it: a file for each worker that is there
@@ -81,7 +82,7 @@ def _launch(arguments: argparse.Namespace) -> NoReturn:
     """Wait for the workers, check them, become DeepSpeed's launcher."""
     ssh.prepare(arguments.cluster, arguments.state, port=arguments.port)
     if (arguments.hosts is None) == (arguments.nodes is None):
-        raise ValueError("launch: wanted either --nodes N, for workers that register, or --hosts FILE")
+        raise UserError("launch: wanted either --nodes N, for workers that register, or --hosts FILE")
     if arguments.hosts is None:
         notes = arguments.cluster / NOTES
         nodes = peers.wait_for_nodes(notes, count=arguments.nodes, port=arguments.port, timeout=arguments.wait)
@@ -94,7 +95,7 @@ def _launch(arguments: argparse.Namespace) -> NoReturn:
     words = _after_dashes(arguments.command)
     checked = ready.check(hostfile, Job.of(words), env=Path.home() / FILE)
     if checked.problems:
-        raise ValueError("; ".join(checked.problems))
+        raise UserError("; ".join(checked.problems))
     _become(["deepspeed", "--hostfile", str(hostfile), "--master_addr", checked.master, *words])
 
 

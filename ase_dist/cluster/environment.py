@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ase_dist.cluster.facts import Facts
 from ase_dist.cluster.hostfile import Node
+from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
 
 FILE = ".deepspeed_env"
@@ -42,10 +43,10 @@ def shared_variables(
 
 
 def write_deepspeed_env(path: str | Path, variables: Mapping[str, str]) -> None:
-    """Write ``NAME=value`` lines, whole or not at all; ValueError for a value that a shell would read as code."""
+    """Write ``NAME=value`` lines, whole or not at all; UserError for a value that a shell would read as code."""
     for name, value in variables.items():
         if not _PLAIN.fullmatch(value):
-            raise ValueError(
+            raise UserError(
                 f"{name}: got {value!r}, wanted letters, digits and @%+=:,./- only, since DeepSpeed's launcher passes "
                 "it through a shell; unset it, or set it on every node itself"
             )

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from ase_dist.cluster.cores import usable_cores
 from ase_dist.cluster.network import interface_towards
+from ase_dist.cores import usable_cores
 
 PACKAGES = ("ase-dist", "torch", "torchvision", "deepspeed", "timm", "numpy", "safetensors")
 CODE = ("*.py", "*.yaml")  # of the package; caches and bytecode aside

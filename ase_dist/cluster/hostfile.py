@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
 
 MOST_SLOTS = 64  # of one machine: more is a typing error
@@ -27,20 +28,20 @@ class Node(NamedTuple):
 
 
 def read_hostfile(path: str | Path) -> tuple[Node, ...]:
-    """The nodes of a hostfile in its order; ValueError with one sentence for the first thing that is wrong with it."""
+    """The nodes of a hostfile in its order; UserError with one sentence for the first thing that is wrong with it."""
     nodes, problems = parse_hostfile(read_text(path), name=str(path))
     if problems:
-        raise ValueError(problems[0])
+        raise UserError(problems[0])
     return nodes
 
 
 def read_text(path: str | Path) -> str:
-    """A hostfile's text; ValueError where it cannot be read."""
+    """A hostfile's text; UserError where it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise ValueError(f"hostfile: cannot read {str(path)!r} ({reason}); wanted lines such as 'n1 slots=8'") from None
+        raise UserError(f"hostfile: cannot read {str(path)!r} ({reason}); wanted lines such as 'n1 slots=8'") from None
 
 
 def parse_hostfile(text: str, *, name: str = "hostfile") -> tuple[tuple[Node, ...], list[str]]:
@@ -73,11 +74,11 @@ def _node(words: list[str], *, taken: dict[str, Node]) -> Node:
     if not _HOST.fullmatch(host):
         odd = sorted(set(re.sub(r"[A-Za-z0-9._-]", "", host)))
         what = f"the characters {' '.join(odd)} in it" if odd else "such a beginning or end"
-        raise ValueError(f"got the host {host!r}, and {what} mean something else to a shell or to pdsh; {_WANTED}")
+        raise UserError(f"got the host {host!r}, and {what} mean something else to a shell or to pdsh; {_WANTED}")
     if len(rest) != 1 or not (found := re.fullmatch(r"slots=(.*)", rest[0])):
-        raise ValueError(f"got {' '.join(words)!r}, {_WANTED}")
+        raise UserError(f"got {' '.join(words)!r}, {_WANTED}")
     if not re.fullmatch(r"[0-9]{1,9}", found[1]) or not 1 <= int(found[1]) <= MOST_SLOTS:
-        raise ValueError(f"got slots={found[1]} for {host}, wanted a whole number from 1 to {MOST_SLOTS}")
+        raise UserError(f"got slots={found[1]} for {host}, wanted a whole number from 1 to {MOST_SLOTS}")
     if host in taken:
-        raise ValueError(f"{host} is listed twice; write one line with the sum of its slots")
+        raise UserError(f"{host} is listed twice; write one line with the sum of its slots")
     return Node(host, int(found[1]))

@@ -27,7 +27,7 @@ class Job:
     def of(cls, words: Sequence[str]) -> Job:
         """The job of ``launch/train.py ...`` or ``--module ase_dist train ...``; of others only the words.
 
-        Raises ValueError for wrong settings.
+        Raises UserError for wrong settings.
         """
         if not any(_TRAINING.fullmatch(" ".join(words[:count])) for count in (1, 3)):
             return cls(tuple(words))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ase_dist.cluster.hostfile import Node
+from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
 
 LOGGER = logging.getLogger("ase_dist")
@@ -21,13 +22,13 @@ CONNECT = 3.0  # seconds that a connection may take
 def wait_until(missing: Callable[[], list[str]], *, timeout: float, pause: float = PAUSE) -> None:
     """Return when ``missing()`` is empty, its clauses are logged when they change and now and then.
 
-    Raises ValueError with them after ``timeout`` seconds.
+    Raises UserError with them after ``timeout`` seconds.
     """
     began, said, said_at = time.monotonic(), "", 0.0
     while clauses := missing():
         waited, now = "; ".join(clauses), time.monotonic()
         if now - began > timeout:
-            raise ValueError(f"waited {timeout:g} s in vain: {waited}")
+            raise UserError(f"waited {timeout:g} s in vain: {waited}")
         if waited != said or now - said_at > REPEAT:
             LOGGER.info("waiting: %s", waited)
             said, said_at = waited, now
@@ -40,10 +41,10 @@ def silent_hosts(hosts: Sequence[tuple[str, int | None]]) -> list[str]:
 
 
 def host_and_port(text: str) -> tuple[str, int | None]:
-    """``host`` or ``host:port``; ValueError for a port that is none."""
+    """``host`` or ``host:port``; UserError for a port that is none."""
     host, colon, port = text.partition(":")
     if not host or (colon and not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16)):
-        raise ValueError(f"got the peer {text!r}, wanted HOST or HOST:PORT with a port from 1 to 65535")
+        raise UserError(f"got the peer {text!r}, wanted HOST or HOST:PORT with a port from 1 to 65535")
     return host, int(port) if colon else None
 
 
@@ -65,7 +66,7 @@ def registered(folder: Path) -> list[Node]:
 
 
 def wait_for_nodes(folder: Path, *, count: int, port: int, timeout: float) -> tuple[Node, ...]:
-    """``count`` registered nodes that answer on ``port``, by name. Raises ValueError after ``timeout`` seconds."""
+    """``count`` registered nodes that answer on ``port``, by name. Raises UserError after ``timeout`` seconds."""
     answering: list[Node] = []
 
     def missing() -> list[str]:

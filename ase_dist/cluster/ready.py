@@ -26,7 +26,7 @@ class Ready(NamedTuple):
 def check(hostfile: Path, job: Job, *, env: Path, port: int | None = None, ask: bool = True) -> Ready:
     """Check a hostfile and, with ``ask``, its nodes over ssh; write ``env`` where all is well.
 
-    Raises ValueError and OSError where the hostfile cannot be read or ``env`` not be written.
+    Raises UserError and OSError where the hostfile cannot be read or ``env`` not be written.
     """
     nodes, problems = parse_hostfile(read_text(hostfile), name=str(hostfile))
     if problems or not ask:

@@ -14,6 +14,7 @@ import os
 import subprocess
 from pathlib import Path
 
+from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
 
 PORT = 2222  # an ordinary user may not listen below 1024; docker/ssh_config has it too
@@ -42,7 +43,7 @@ SetEnv PATH={path}
 def prepare(keys: Path, state: Path, *, port: int = PORT) -> Path:
     """Write the state folder from the cluster's key, which is made where there is none; the sshd_config's path.
 
-    Raises ValueError with one sentence where the key can neither be read nor made.
+    Raises UserError with one sentence where the key can neither be read nor made.
     """
     try:
         private = find_key(keys) or make_key(keys)
@@ -52,7 +53,7 @@ def prepare(keys: Path, state: Path, *, port: int = PORT) -> Path:
         public = _run("ssh-keygen", "-y", "-f", str(state / "key")).strip()
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "strerror", None) or str(getattr(error, "stderr", "") or error).strip()
-        raise ValueError(
+        raise UserError(
             f"ssh: no usable key in {str(keys)!r} ({reason}); mount a folder there that all containers share and that "
             f"{getpass.getuser()} may write to, or one with a key pair in it"
         ) from None

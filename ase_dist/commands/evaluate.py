@@ -29,8 +29,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tasks", metavar="A,B", help="only these tasks; the streams of others are not computed")
     p.add_argument("--edge-ods", action="store_true", help="the boundary F-measure (odsF, oisF) of edges too")
     p.add_argument("--nms", action="store_true", help="suppress non-maxima of the edges before it")
-    p.add_argument("--reference", metavar="ROW", help="for Delta_m: paper (its single-task row), a run or export with "
-                                                      "saved metrics, or a JSON file")  # fmt: skip
+    p.add_argument(
+        "--reference",
+        metavar="ROW",
+        help="for Delta_m: paper (its single-task row), a run or export with saved metrics, or a JSON file",
+    )
     p.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: RUN_OR_EXPORT/evaluation)")
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -40,19 +43,25 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the first rank writes the files and prints the Markdown."""
     arguments = parser().parse_intermixed_args(argv)
+    from ase_dist.deployment.evaluate_model import EvaluationRequest, evaluate_model, write_report
     from ase_dist.evaluation.tables import to_markdown
-    from ase_dist.training.console import close_console, set_up_logging
-    from ase_dist.training.evaluate_saved import Wish, evaluate_saved, write_report
-    from ase_dist.training.ranks import join
+    from ase_dist.training.process.ranks import join
+    from ase_dist.training.record.console import close_console, set_up_logging
 
-    wish = Wish(
-        arguments.model, arguments.checkpoint, arguments.data, arguments.settings,
-        arguments.tasks.split(",") if arguments.tasks else None, arguments.split, arguments.edge_ods, arguments.nms,
+    request = EvaluationRequest(
+        arguments.model,
+        arguments.checkpoint,
+        arguments.data,
+        arguments.settings,
+        arguments.tasks.split(",") if arguments.tasks else None,
+        arguments.split,
+        arguments.edge_ods,
+        arguments.nms,
         arguments.reference,
-    )  # fmt: skip
+    )
     try:
         with join(device=arguments.device) as world:
-            report = evaluate_saved(wish, world, console=set_up_logging(rank=world.rank))
+            report = evaluate_model(request, world, console=set_up_logging(rank=world.rank))
             if world.is_first:
                 write_report(report, arguments.out or arguments.model / "evaluation")
                 sys.stdout.write(to_markdown(report))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ase_dist.commands.cli import USAGE, command_parser
+from ase_dist.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,18 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(arguments: argparse.Namespace) -> list[str]:
     """Write what is asked for; the metrics that the check found to be others."""
-    from ase_dist.inference.deploy import check_formats, deploy
-    from ase_dist.models.exported import load
-    from ase_dist.training.export import check_export, export_run
-    from ase_dist.training.saved import is_export
+    from ase_dist.deployment.export import check_export, export_run
+    from ase_dist.deployment.exported import load
+    from ase_dist.deployment.programs import check_formats, deploy
+    from ase_dist.deployment.trained_model import is_export
 
     formats, tasks = _words(arguments.format), _words(arguments.tasks)
     check_formats(formats or ())
     if tasks and not formats:
-        raise ValueError("--tasks: an export holds all tasks of the model; add --format for programs of some")
+        raise UserError("--tasks: an export holds all tasks of the model; add --format for programs of some")
     if is_export(arguments.run):
         if not formats or arguments.check:
-            raise ValueError(f"{str(arguments.run)!r} is an export already; give --format, and no --check")
+            raise UserError(f"{str(arguments.run)!r} is an export already; give --format, and no --check")
         source, odd = arguments.run, []
     else:
         source = export_run(arguments.run, arguments.out, checkpoint=arguments.checkpoint, dtype=arguments.dtype)

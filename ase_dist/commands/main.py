@@ -9,7 +9,7 @@ from types import ModuleType
 
 import ase_dist
 from ase_dist.commands.cli import refuse
-from ase_dist.tasks import nearest
+from ase_dist.errors import UserError, did_you_mean
 
 COMMANDS = (
     "train",
@@ -48,12 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def find_command(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The command that the first words name, and the other words; ValueError with the nearest one if there is none."""
+    """The command that the first words name, and the other words; UserError with the nearest one if there is none."""
     for name in COMMANDS:
         count = len(name.split())
         if " ".join(words[:count]).replace("-", "_") == name:
             return name, list(words[count:])
-    raise ValueError(f"there is no command {words[0]!r}{nearest(words[0], COMMANDS)} (commands: {', '.join(COMMANDS)})")
+    raise UserError(
+        f"there is no command {words[0]!r}{did_you_mean(words[0], COMMANDS)} (commands: {', '.join(COMMANDS)})"
+    )
 
 
 def module_of(name: str) -> ModuleType:

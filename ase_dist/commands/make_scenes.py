@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _draw_sheet(arguments: argparse.Namespace) -> Path:
-    from ase_dist.data.scenes.sheet import SHOWN, contact_sheet
+    from ase_dist.scenes.sheet import SHOWN, contact_sheet
 
     path: Path = arguments.contact_sheet
     contact_sheet(path, indices=arguments.scenes or SHOWN, seed=arguments.seed, size=arguments.size)
@@ -54,7 +54,7 @@ def _draw_sheet(arguments: argparse.Namespace) -> Path:
 
 
 def _make(arguments: argparse.Namespace) -> Path:
-    from ase_dist.data.scenes.make import ensure_scenes
+    from ase_dist.scenes.make import ensure_scenes
 
     return ensure_scenes(
         arguments.out,

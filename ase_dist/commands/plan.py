@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ase_dist.commands.cli import command_parser, refuse
 from ase_dist.config import DEFAULT_CONFIG, Settings, load_settings, shipped_configs
+from ase_dist.errors import UserError
 
 EPILOG = """examples:
   python launch/plan.py --config pascal_ase_16_3_1_4 --world 64 --ep 1,8 --zero 0,2
@@ -23,13 +24,27 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the config's")
     p.add_argument("--config", default=DEFAULT_CONFIG, help=f"a YAML file or one of: {', '.join(shipped_configs())}")
     p.add_argument("--world", type=int, default=8, metavar="W", help="ranks (default %(default)s)")
-    p.add_argument("--ep", metavar="P,...", help="expert-parallel sizes (default: the config's; where that is 1, "
-                                                 "those of 1, 2, 4, 8 that divide the world)")  # fmt: skip
+    p.add_argument(
+        "--ep",
+        metavar="P,...",
+        help="expert-parallel sizes (default: the config's; where that is 1, "
+        "those of 1, 2, 4, 8 that divide the world)",
+    )
     p.add_argument("--zero", default="0,1,2", metavar="STAGE,...", help="ZeRO stages (default %(default)s)")
-    p.add_argument("--bandwidth", type=float, default=25.0, metavar="GB/s",
-                   help="what a rank sends (default %(default)s: one 200 Gbit/s adapter each)")  # fmt: skip
-    p.add_argument("--flops", type=float, default=100.0, metavar="TFLOP/s",
-                   help="what a rank sustains (default %(default)s: a third of an A100's bf16)")  # fmt: skip
+    p.add_argument(
+        "--bandwidth",
+        type=float,
+        default=25.0,
+        metavar="GB/s",
+        help="what a rank sends (default %(default)s: one 200 Gbit/s adapter each)",
+    )
+    p.add_argument(
+        "--flops",
+        type=float,
+        default=100.0,
+        metavar="TFLOP/s",
+        help="what a rank sustains (default %(default)s: a third of an A100's bf16)",
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
     p.add_argument("--plot", type=Path, metavar="FILE", help="draw bytes against tokens per rank, the crossover marked")
     return p
@@ -49,8 +64,8 @@ def _plan(arguments: argparse.Namespace, settings: Settings) -> None:
     stages = _numbers("--zero", arguments.zero)
     ep_sizes = None if arguments.ep is None else _numbers("--ep", arguments.ep)
     from ase_dist.files import write_atomic
-    from ase_dist.training import plan as planning
-    from ase_dist.training import plan_report
+    from ase_dist.planning import plan as planning
+    from ase_dist.planning import plan_report
 
     world, bandwidth, flops = arguments.world, arguments.bandwidth * 1e9, arguments.flops * 1e12
     ep_sizes = ep_sizes or planning.default_ep_sizes(settings, world=world, stages=stages)
@@ -62,8 +77,13 @@ def _plan(arguments: argparse.Namespace, settings: Settings) -> None:
     if arguments.plot is not None:
         write_atomic(arguments.plot, plan_report.draw_crossover(sizes, ep_sizes=ep_sizes, tokens=tokens))
     if arguments.json is not None:
-        given = {"config": arguments.config, "overrides": arguments.settings, "tokens_per_rank": tokens,
-                 "bandwidth_bytes_per_second": bandwidth, "flops_per_second": flops}  # fmt: skip
+        given = {
+            "config": arguments.config,
+            "overrides": arguments.settings,
+            "tokens_per_rank": tokens,
+            "bandwidth_bytes_per_second": bandwidth,
+            "flops_per_second": flops,
+        }
         write_atomic(arguments.json, json.dumps(plan_report.as_json(sizes, plans, **given), indent=2) + "\n")
 
 
@@ -71,4 +91,4 @@ def _numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{option}: got {text!r}, wanted whole numbers separated by commas, such as 1,2") from None
+        raise UserError(f"{option}: got {text!r}, wanted whole numbers separated by commas, such as 1,2") from None

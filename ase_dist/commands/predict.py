@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ase_dist.commands.cli import command_parser, refuse
+from ase_dist.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     arguments = parser().parse_intermixed_args(argv)
-    from ase_dist.training.console import close_console, set_up_logging
+    from ase_dist.training.record.console import close_console, set_up_logging
 
     console = set_up_logging(rank=0)
     try:
@@ -52,19 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _predict(arguments: argparse.Namespace, console: Console | None) -> int:
-    from ase_dist.inference.folder import choose_tasks, find_sources, predict_files
-    from ase_dist.inference.predictor import load
-    from ase_dist.training.console import StepProgress
-    from ase_dist.training.ranks import find_device
+    from ase_dist.deployment.predict_folder import choose_tasks, find_sources, predict_files
+    from ase_dist.deployment.predictor import load
+    from ase_dist.training.process.ranks import find_device
+    from ase_dist.training.record.console import StepProgress
 
     if arguments.batch < 1:
-        raise ValueError(f"--batch: got {arguments.batch}, wanted at least 1")
+        raise UserError(f"--batch: got {arguments.batch}, wanted at least 1")
     sources = find_sources(arguments.images, out=arguments.out)
     model = load(arguments.export, device=find_device(arguments.device))
     tasks = choose_tasks(model, arguments.tasks.split(",") if arguments.tasks else None)
     with StepProgress("predict, images", total=len(sources), console=console) as progress:
         outcome = predict_files(
-            model, sources, arguments.out, tasks=tasks, batch_size=arguments.batch, advance=progress.tenths
+            model, sources, arguments.out, tasks=tasks, batch_size=arguments.batch, advance=progress.log_every_tenth
         )
     logging.getLogger("ase_dist").info(
         "%d images in %s, %d files skipped", len(outcome.written), arguments.out, len(outcome.skipped)

@@ -32,8 +32,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, metavar="DIR", help="where to pack to (default: a folder in the user's cache)")
     p.add_argument("--tasks", metavar="A,B", help="pack the labels of these only (default: all of the data set's)")
     p.add_argument("--subset", action="store_true", help="accept lists that are not the published ones")
-    p.add_argument("--pictures", choices=("pixels", "files"), default="pixels",
-                   help="keep images decoded (default), or as the files they are, slower and smaller")  # fmt: skip
+    p.add_argument(
+        "--pictures",
+        choices=("pixels", "files"),
+        default="pixels",
+        help="keep images decoded (default), or as the files they are, slower and smaller",
+    )
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
     p.add_argument("--check-only", action="store_true", help="pack nothing; SRC may also be a packed data set")
     return p

@@ -42,7 +42,7 @@ def _keep(overrides: Sequence[str], out: Path | None) -> int:
     from ase_dist.config import load_settings
     from ase_dist.files import write_atomic
     from ase_dist.models.pretrained import FOLDER, save_backbone
-    from ase_dist.training.checkpoint import open_checkpoint
+    from ase_dist.training.state.checkpoint import open_checkpoint
 
     settings = load_settings(CONFIG, overrides)
     summary = json.loads((settings.output / "summary.json").read_text())

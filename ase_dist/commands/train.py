@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ase_dist.baselines import baselines
 from ase_dist.commands.cli import command_parser, refuse
 from ase_dist.config import DEFAULT_CONFIG, Settings, load_settings, setting_keys, shipped_configs, to_yaml
-from ase_dist.rows import rows
 from ase_dist.training.ds_config import read_ds_config, shipped_ds_configs
 
 EPILOG = """examples:
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     p = command_parser("train", description=__doc__, epilog=EPILOG)
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the config's")
     p.add_argument("--config", default=DEFAULT_CONFIG, help=f"a YAML file or one of: {', '.join(shipped_configs())}")
-    p.add_argument("--row", metavar="ROW", help=f"a row of the paper's comparison: {', '.join(rows())}")
+    p.add_argument("--row", metavar="ROW", help=f"a row of the paper's comparison: {', '.join(baselines())}")
     p.add_argument("--deepspeed", action="store_true", help="accepted for DeepSpeed's sake; it is always used")
     p.add_argument(
         "--deepspeed_config",
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (see ``ase_dist.training.guards.ExitCode``)."""
+    """Run the command; returns the exit code (see ``ase_dist.training.process.guards.ExitCode``)."""
     arguments = parser().parse_intermixed_args(argv)
     try:
         settings = load_settings(arguments.config, arguments.settings, row=arguments.row)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _supervise(arguments: argparse.Namespace, settings: Settings, argv: Sequence[str]) -> int:
-    from ase_dist.training.restarts import supervise
+    from ase_dist.training.process.restarts import supervise
 
     again = [*_without_option(argv, "--max-restarts")]
     return supervise(["-m", "ase_dist", "train", *again], settings, restarts=arguments.max_restarts)
@@ -72,10 +72,10 @@ def _without_option(argv: Sequence[str], option: str) -> list[str]:
 
 
 def _train(arguments: argparse.Namespace, settings: Settings) -> int:
-    from ase_dist.training import run
-    from ase_dist.training.checkpoint import SaveError
-    from ase_dist.training.guards import ExitCode, NonFiniteError
-    from ase_dist.training.runtime import JoinError
+    from ase_dist.training.loop import run
+    from ase_dist.training.process.guards import ExitCode, NonFiniteError
+    from ase_dist.training.process.runtime import JoinError
+    from ase_dist.training.state.checkpoint import SaveError
 
     work = run.dry_run if arguments.dry_run else run.run
     try:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from ase_dist.errors import UserError
 from ase_dist.files import fsync
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
@@ -27,7 +28,7 @@ _BROKEN = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAEr
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack ``archive`` into the new folder ``folder``, which appears when everything is in it.
 
-    Only the bytes and the times of regular files are taken: no owner, no permission, no link. Raises ValueError for
+    Only the bytes and the times of regular files are taken: no owner, no permission, no link. Raises UserError for
     an archive that is damaged, or that has a member which leaves the folder, is no file or folder, comes twice or is
     too large; OSError where the folder cannot be written. Then nothing is left behind.
     """
@@ -53,7 +54,7 @@ def _reading(archive: Path) -> Iterator[None]:
         raise
     except _BROKEN as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"{archive}: got an unreadable archive ({reason}), wanted a whole {', '.join(SUFFIXES)}; fetch it again"
         ) from None
 

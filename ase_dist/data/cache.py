@@ -65,7 +65,7 @@ def flush(folder: Path) -> None:
         list(pool.map(fsync, [folder, *folder.rglob("*")]))
 
 
-def follow(done: Iterable[int], total: int, *, doing: str, did: str, things: str, where: str) -> None:
+def track_progress(done: Iterable[int], total: int, *, doing: str, did: str, things: str, where: str) -> None:
     """Go through ``done``, numbers of things finished one after another: a bar on a terminal, lines elsewhere.
 
     The words are for the lines: ``doing="rendering", did="rendered", things="scenes", where="into FOLDER"``.

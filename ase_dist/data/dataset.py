@@ -38,7 +38,7 @@ class RecordDataset(Dataset[Record]):
         return self._cache[index]
 
     def read(self, index: int) -> Record:
-        """The record of ``names[index]``, decoded now; ValueError for a file that does not hold what it should."""
+        """The record of ``names[index]``, decoded now; UserError for a file that does not hold what it should."""
         raise NotImplementedError
 
 

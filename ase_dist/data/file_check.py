@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from ase_dist.data.dataset import leave_out
+from ase_dist.errors import UserError
 
 Patterns = tuple[str, ...]  # alternatives, the first that exists is read; {} stands for the image's name
 
@@ -20,22 +21,22 @@ class FileCheck:
         self._listings: dict[PurePosixPath, frozenset[str] | None] = {}
 
     def folders(self, image: Patterns, labels: Mapping[str, tuple[Patterns, ...]]) -> None:
-        """Raise ValueError if the folder of the images is missing, or that of a task's labels: which to leave out."""
+        """Raise UserError if the folder of the images is missing, or that of a task's labels: which to leave out."""
         if self._absent(image):
-            raise ValueError(
+            raise UserError(
                 f"{self.root}: got no folder {_folders(image)}, wanted the folder of {self.title}; "
                 "check data.root, or unpack the archive again"
             )
         absent = {task: folders for task, needs in labels.items() if (folders := self._absent_folders(needs))}
         if absent:
             folder_names = ", no folder ".join(dict.fromkeys(folder for many in absent.values() for folder in many))
-            raise ValueError(
+            raise UserError(
                 f"{self.root}: this data set has no label for {', '.join(absent)} (there is no folder {folder_names}); "
                 f"{leave_out(list(absent), list(labels), how=self._how)}"
             )
 
     def files(self, names: Sequence[str], image: Patterns, labels: Mapping[str, tuple[Patterns, ...]]) -> None:
-        """Raise ValueError if a file is missing: what, how many, and which tasks to leave out."""
+        """Raise UserError if a file is missing: what, how many, and which tasks to leave out."""
         lacking = {
             task: [file for need in needs for file in self._missing(names, need)] for task, needs in labels.items()
         }
@@ -43,7 +44,7 @@ class FileCheck:
             dict.fromkeys([*self._missing(names, image), *(file for many in lacking.values() for file in many)])
         )
         if missing:
-            raise ValueError(self._sentence(missing, [task for task, files in lacking.items() if files], labels))
+            raise UserError(self._sentence(missing, [task for task, files in lacking.items() if files], labels))
 
     def _sentence(self, missing: list[str], lacking: list[str], labels: Collection[str]) -> str:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")

@@ -16,13 +16,28 @@ from PIL import Image
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
+from ase_dist.errors import UserError
+
 Array = npt.NDArray[Any]
 
 # What Pillow, scipy and numpy raise on truncated, empty or foreign files, beside OSError.
 _BROKEN = (
-    OSError, ValueError, TypeError, KeyError, IndexError, EOFError, SyntaxError, NotImplementedError, MemoryError,
-    OverflowError, AssertionError, struct.error, zlib.error, MatReadError, Image.DecompressionBombError,
-)  # fmt: skip
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    SyntaxError,
+    NotImplementedError,
+    MemoryError,
+    OverflowError,
+    AssertionError,
+    struct.error,
+    zlib.error,
+    MatReadError,
+    Image.DecompressionBombError,
+)
 _COLOUR_MODES = ("RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr", "1")
 
 
@@ -30,7 +45,7 @@ def read_image(path: Path, *, content: bytes | None = None) -> Array:
     """The picture of ``path`` as uint8 [H, W, 3]; grey, palette and CMYK files are converted to RGB.
 
     Orientation tags are not applied: labels follow the pixels as stored. With ``content``, these are the file's bytes
-    and ``path`` is its name only. Raises ValueError for a missing, corrupt or truncated file and for more than 8 bits
+    and ``path`` is its name only. Raises UserError for a missing, corrupt or truncated file and for more than 8 bits
     a channel.
     """
     wanted = "a picture of 8 bits a channel"
@@ -44,7 +59,7 @@ def read_codes(path: Path, *, modes: tuple[str, ...], wanted: str) -> Array:
     """The stored 8-bit values of ``path`` (palette indices stay indices): uint8 [H, W], or [H, W, 3] for mode RGB.
 
     One-bit pictures (mode ``1``) are read as 0 and 255.
-    ``modes`` are Pillow's names of the allowed forms. Raises ValueError for any other form (a 16-bit label is
+    ``modes`` are Pillow's names of the allowed forms. Raises UserError for any other form (a 16-bit label is
     ``I;16``) and for an unreadable file.
     """
     with _reading(path, wanted), Image.open(path) as picture:
@@ -55,18 +70,18 @@ def read_codes(path: Path, *, modes: tuple[str, ...], wanted: str) -> Array:
 
 
 def read_variable(path: Path, name: str) -> Array:
-    """The variable ``name`` of a MATLAB file of version 5, as scipy reads it; ValueError if it is not there."""
+    """The variable ``name`` of a MATLAB file of version 5, as scipy reads it; UserError if it is not there."""
     wanted = f"a MATLAB v5 file with the variable {name!r}"
     with _reading(path, wanted), path.open("rb") as file:
         variables = loadmat(file, variable_names=[name])
     if not isinstance(variables.get(name), np.ndarray):
-        raise ValueError(_sentence(path, "a MATLAB file without that variable", wanted))
+        raise UserError(_sentence(path, "a MATLAB file without that variable", wanted))
     value: Array = variables[name]
     return value
 
 
 def read_array(path: Path) -> Array:
-    """The array of a .npy file; ValueError if it is unreadable or holds Python objects (never unpickled)."""
+    """The array of a .npy file; UserError if it is unreadable or holds Python objects (never unpickled)."""
     with _reading(path, "a NumPy .npy file of plain numbers"):
         value = np.load(path, allow_pickle=False)
         if not isinstance(value, np.ndarray):
@@ -88,13 +103,13 @@ def _reading(path: Path, wanted: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise ValueError(_sentence(path, "no such file", wanted)) from None
+        raise UserError(_sentence(path, "no such file", wanted)) from None
     except _ToldError as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
     except _BROKEN as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         size = path.stat().st_size if path.is_file() else 0
-        raise ValueError(_sentence(path, f"an unreadable file of {size} bytes ({reason})", wanted)) from None
+        raise UserError(_sentence(path, f"an unreadable file of {size} bytes ({reason})", wanted)) from None
 
 
 def _sentence(path: Path, got: str, wanted: str) -> str:

@@ -17,6 +17,7 @@ from ase_dist.data.dataset import RecordDataset
 from ase_dist.data.decode import Decoder, decoder_of
 from ase_dist.data.file_check import FileCheck, Patterns
 from ase_dist.data.files import Array, read_image
+from ase_dist.errors import UserError
 from ase_dist.tasks import Task
 
 SPLITS = ("train", "val")
@@ -27,7 +28,7 @@ class FolderDataset(RecordDataset):
 
     Opening it checks that every file which the list and the tasks need is there; with ``names``, these are taken
     instead of the list and nothing is checked. ``limit`` keeps the first images of the list only.
-    Raises ValueError for a missing folder, list or file, and on reading for a file that does not hold what it should.
+    Raises UserError for a missing folder, list or file, and on reading for a file that does not hold what it should.
     """
 
     title = "a folder of images and labels"
@@ -49,7 +50,7 @@ class FolderDataset(RecordDataset):
         names: Sequence[str] | None = None,
     ) -> None:
         if root is None or not Path(root).is_dir():
-            raise ValueError(
+            raise UserError(
                 f"data.root: got {str(root)!r}, wanted the folder of {self.title}, unpacked or as "
                 "launch/prepare_data.py makes it; give data.root=PATH"
             )
@@ -99,21 +100,21 @@ class FolderDataset(RecordDataset):
 
 
 def read_list(folder: Path, split: str) -> list[str]:
-    """The names in ``<split>.txt``, one a line; ValueError for a list that is missing, empty or damaged."""
+    """The names in ``<split>.txt``, one a line; UserError for a list that is missing, empty or damaged."""
     path = folder / f"{split}.txt"
     try:
         names = path.read_text(encoding="utf-8").split()
     except FileNotFoundError:
         there = sorted(other.stem for other in folder.glob("*.txt")) or "none at all"
-        raise ValueError(f"{path}: no such list, found {there}; check data.root, or unpack the archive again") from None
+        raise UserError(f"{path}: no such list, found {there}; check data.root, or unpack the archive again") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got an unreadable list ({error}), wanted one image name a line") from None
+        raise UserError(f"{path}: got an unreadable list ({error}), wanted one image name a line") from None
     if not names:
-        raise ValueError(f"{path}: got an empty list, wanted one image name a line; unpack the archive again")
+        raise UserError(f"{path}: got an empty list, wanted one image name a line; unpack the archive again")
     for name in names:
         if PurePosixPath(name).name != name or "\\" in name or name == "..":
-            raise ValueError(f"{path}: got the name {name!r}, wanted names without folders; check the list")
+            raise UserError(f"{path}: got the name {name!r}, wanted names without folders; check the list")
     if len(set(names)) != len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise ValueError(f"{path}: got {twice!r} twice, wanted each image once; remove the second line")
+        raise UserError(f"{path}: got {twice!r} twice, wanted each image once; remove the second line")
     return names

@@ -8,10 +8,10 @@ from typing import Literal
 from ase_dist.config import Settings
 from ase_dist.data.batch import Batch, EvalBatch, collate, collate_eval
 from ase_dist.data.dataset import RecordDataset, data_fingerprint
-from ase_dist.data.kinds import reader_of
 from ase_dist.data.packed.dataset import PackedDataset
 from ase_dist.data.packed.layout import is_packed
 from ase_dist.data.prefetch import Draws, Prefetcher
+from ase_dist.data.readers import reader_of
 from ase_dist.data.sampler import EvalSampler, ResumableSampler
 from ase_dist.data.transforms import Transform
 from ase_dist.tasks import Task
@@ -71,7 +71,7 @@ class TrainLoader:
         return self._sampler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue at ``state``; what was prepared ahead is thrown away. ValueError as ResumableSampler's."""
+        """Continue at ``state``; what was prepared ahead is thrown away. UserError as ResumableSampler's."""
         self._stop_stream()
         self._sampler.load_state_dict(state)
 
@@ -108,7 +108,7 @@ class EvalLoader:
 def open_dataset(settings: Settings, tasks: tuple[Task, ...], *, split: Split) -> RecordDataset:
     """The data set that ``settings`` names, from a folder or packed; generated scenes are made first where need be.
 
-    Raises ValueError where files are missing (see FolderDataset and PackedDataset).
+    Raises UserError where files are missing (see FolderDataset and PackedDataset).
     """
     data = settings.data
     reader = reader_of(data.name)

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ase_dist.data.sampler import Draw
+from ase_dist.errors import UserError
 from ase_dist.workers import ignore_signals
 
 Draws = list[Draw]
@@ -89,7 +90,7 @@ class Prefetcher(Generic[BatchT]):
             atexit.register(self._at_exit)
         for batch in batches:
             if isinstance(batch, _Failure):
-                raise ValueError(batch.sentence)
+                raise UserError(batch.sentence)
             yield batch
 
     def _start(self) -> DataLoader[Any]:

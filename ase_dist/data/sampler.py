@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from ase_dist.errors import UserError
 from ase_dist.seeding import generator
 
 
@@ -37,7 +38,7 @@ class Position(NamedTuple):
 class ResumableSampler:
     """Endless batches of draws for one rank of training; iterating moves the position, ``upcoming`` does not.
 
-    Raises ValueError for an empty data set and, with ``drop_last``, for one smaller than a global batch.
+    Raises UserError for an empty data set and, with ``drop_last``, for one smaller than a global batch.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class ResumableSampler:
         self.position = Position()
         self._order = functools.lru_cache(maxsize=2)(_Order(length, seed=seed, shuffle=shuffle))
         if drop_last and length < self.global_batch:
-            raise ValueError(
+            raise UserError(
                 f"drop_last: got {length} images, wanted at least one global batch of {self.global_batch}; "
                 "lower train.batch_size or use fewer ranks"
             )
@@ -99,21 +100,19 @@ class ResumableSampler:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue at ``state``, saved at any number of ranks and any batch size.
 
-        Raises ValueError if it is not a position in this data set.
+        Raises UserError if it is not a position in this data set.
         """
         try:
             epoch, consumed, length = (int(state[key]) for key in ("epoch", "consumed", "length"))
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"sampler: got the state {dict(state)}, wanted epoch, consumed and length") from None
+            raise UserError(f"sampler: got the state {dict(state)}, wanted epoch, consumed and length") from None
         if length != self.length:
-            raise ValueError(
+            raise UserError(
                 f"sampler: got a position in {length} images, wanted one in {self.length}; "
                 "resume with the data set of the checkpoint, or start afresh with resume=never"
             )
         if epoch < 0 or not 0 <= consumed <= length:
-            raise ValueError(
-                f"sampler: got image {consumed} of epoch {epoch}, wanted 0..{length} of an epoch from 0 on"
-            )
+            raise UserError(f"sampler: got image {consumed} of epoch {epoch}, wanted 0..{length} of an epoch from 0 on")
         self.position = Position(epoch, consumed)
 
     def _settled(self, position: Position) -> Position:
@@ -174,6 +173,6 @@ class _Order:
 
 def _check(length: int, *, batch_size: int, rank: int, world_size: int) -> None:
     if length < 1 or batch_size < 1:
-        raise ValueError(f"sampler: got {length} images in batches of {batch_size}, wanted at least one of each")
+        raise UserError(f"sampler: got {length} images in batches of {batch_size}, wanted at least one of each")
     if not 0 <= rank < world_size:
-        raise ValueError(f"sampler: got rank {rank} of {world_size}, wanted 0..{world_size - 1}")
+        raise UserError(f"sampler: got rank {rank} of {world_size}, wanted 0..{world_size - 1}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ase_dist.errors import UserError
 from ase_dist.evaluation.boundary_counts import (
     MATCHED_PREDICTED,
     MATCHED_TRUE,
@@ -72,7 +73,7 @@ def evaluate_boundaries(
 
     Images are counted in ``workers`` spawned processes (None: one per core, or none for a handful of images; 0 or 1:
     in this process), so a script needs the usual ``if __name__ == "__main__"``; the result is the same for any number.
-    Both iterables are read as they are needed. Raises ValueError for wrong arguments, naming the image.
+    Both iterables are read as they are needed. Raises UserError for wrong arguments, naming the image.
     """
     totals = boundary_totals(
         predictions,
@@ -85,7 +86,7 @@ def evaluate_boundaries(
         workers=workers,
     )
     if not totals.any():
-        raise ValueError("predictions: got no image with an edge, predicted or true, wanted at least one")
+        raise UserError("predictions: got no image with an edge, predicted or true, wanted at least one")
     return boundary_scores(totals, thresholds=thresholds)
 
 
@@ -107,11 +108,11 @@ def boundary_totals(
     """
     levels = threshold_values(thresholds)
     if not 0 < max_dist < 1:
-        raise ValueError(f"max_dist: got {max_dist}, wanted a share of the image diagonal such as 0.0075")
+        raise UserError(f"max_dist: got {max_dist}, wanted a share of the image diagonal such as 0.0075")
     if matching not in ("exact", "published"):
-        raise ValueError(f"matching: got {matching!r}, wanted 'exact' or 'published'")
+        raise UserError(f"matching: got {matching!r}, wanted 'exact' or 'published'")
     if workers is not None and workers < 0:
-        raise ValueError(f"workers: got {workers}, wanted None, 0 or a number of processes")
+        raise UserError(f"workers: got {workers}, wanted None, 0 or a number of processes")
     protocol = Protocol(tuple(levels.tolist()), max_dist=max_dist, thin=thin, nms=nms, matching=matching)
     totals = np.zeros((len(levels) + 1, 4))
     for counts_T4 in count_images(pair_images(predictions, ground_truths), protocol, workers=workers):
@@ -128,7 +129,7 @@ def boundary_scores(totals: Floats, *, thresholds: int | Sequence[float] = 99) -
     """The scores of (the sum over ranks of) ``boundary_totals`` at the same ``thresholds``."""
     levels = threshold_values(thresholds)
     if totals.shape != (len(levels) + 1, 4):
-        raise ValueError(f"totals: got shape {list(totals.shape)}, wanted {[len(levels) + 1, 4]} for these thresholds")
+        raise UserError(f"totals: got shape {list(totals.shape)}, wanted {[len(levels) + 1, 4]} for these thresholds")
     precision, recall, f = _precision_recall_f(totals)
     best_precision, best_recall, best_f, best_threshold = _best_between(precision[:-1], recall[:-1], levels)
     return BoundaryScores(
@@ -147,14 +148,14 @@ def boundary_scores(totals: Floats, *, thresholds: int | Sequence[float] = 99) -
 
 
 def threshold_values(thresholds: int | Sequence[float]) -> Floats:
-    """The thresholds as float64 [T]; ValueError unless they increase within 0 < t <= 1."""
+    """The thresholds as float64 [T]; UserError unless they increase within 0 < t <= 1."""
     if isinstance(thresholds, int):
         if thresholds < 1:
-            raise ValueError(f"thresholds: got {thresholds}, wanted a number of at least 1, such as 99")
+            raise UserError(f"thresholds: got {thresholds}, wanted a number of at least 1, such as 99")
         return np.linspace(0, 1, thresholds + 2)[1:-1]
     levels = np.asarray(thresholds, dtype=np.float64)
     if levels.ndim != 1 or levels.size == 0 or not (levels[0] > 0 and levels[-1] <= 1 and np.all(np.diff(levels) > 0)):
-        raise ValueError(f"thresholds: got {thresholds}, wanted values in 0 < t <= 1 in increasing order")
+        raise UserError(f"thresholds: got {thresholds}, wanted values in 0 < t <= 1 in increasing order")
     return levels
 
 

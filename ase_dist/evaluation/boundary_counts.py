@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ase_dist.errors import UserError
 from ase_dist.evaluation.matching import Candidates, find_candidates, match_most, match_nearest
 from ase_dist.evaluation.nms import suppress_non_maxima
 from ase_dist.evaluation.outliers import missed_pairs
@@ -42,12 +43,12 @@ def count_image(index: int, prediction: ArrayLike, annotators: Sequence[ArrayLik
     """Counts [T, 4] of one image: matched true, true, matched predicted and predicted pixels at each threshold.
 
     True pixels are summed over annotators; a predicted pixel counts as matched if any annotator has a partner for it.
-    Raises ValueError naming image ``index`` for a prediction outside 0..1 or ground truths of another size or type.
+    Raises UserError naming image ``index`` for a prediction outside 0..1 or ground truths of another size or type.
     """
     prediction_HW = _check_prediction(index, prediction)
     truths = [_check_truth(index, truth, prediction_HW.shape) for truth in annotators]
     if not truths:
-        raise ValueError(f"image {index}: got no ground truth, wanted one map per annotator; leave such images out")
+        raise UserError(f"image {index}: got no ground truth, wanted one map per annotator; leave such images out")
     if protocol.nms:
         prediction_HW = suppress_non_maxima(prediction_HW)
     pixels_P2, present_TP = _present(prediction_HW, protocol)
@@ -103,9 +104,9 @@ def _matched(candidates_K: list[Candidates], chosen: NDArray[np.int64], matching
 def _check_prediction(index: int, prediction: ArrayLike) -> Floats:
     array = np.asarray(prediction, dtype=np.float64)
     if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"image {index}: got a prediction of shape {list(array.shape)}, wanted [H, W]")
+        raise UserError(f"image {index}: got a prediction of shape {list(array.shape)}, wanted [H, W]")
     if not (array.min() >= 0 and array.max() <= 1):  # written so that NaN fails too
-        raise ValueError(
+        raise UserError(
             f"image {index}: got predictions from {array.min():.4g} to {array.max():.4g}, "
             "wanted probabilities in 0..1; apply the sigmoid first"
         )
@@ -115,7 +116,7 @@ def _check_prediction(index: int, prediction: ArrayLike) -> Floats:
 def _check_truth(index: int, truth: ArrayLike, shape: tuple[int, ...]) -> Mask:
     array = np.asarray(truth)
     if array.dtype != np.bool_ or array.shape != shape:
-        raise ValueError(
+        raise UserError(
             f"image {index}: got a ground truth of {array.dtype} {list(array.shape)}, wanted one bool {list(shape)} "
             "per annotator in a list; write label == 1 for labels that hold 255"
         )

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ase_dist.errors import UserError
 from ase_dist.evaluation.boundary_counts import Floats, Protocol, count_image
 from ase_dist.workers import begin_worker
 
@@ -49,7 +50,7 @@ class ImageCounter:
         self.close()
 
     def push(self, image: Image) -> list[Floats]:
-        """Count one image; the counts that are ready and due, possibly none. ValueError as ``count_image``."""
+        """Count one image; the counts that are ready and due, possibly none. UserError as ``count_image``."""
         if self.workers > 1 and self._submit(image):
             return [self._take()] if len(self._waiting) > 2 * self.workers else []
         return [*self.drain(), count_image(*image, self.protocol)]
@@ -89,8 +90,10 @@ class ImageCounter:
 
     def _go_on_alone(self) -> None:
         if self.workers > 1:
-            LOGGER.warning("a process that counts boundaries was killed, perhaps for want of memory; counting goes on "
-                           "in this one, more slowly")  # fmt: skip
+            LOGGER.warning(
+                "a process that counts boundaries was killed, perhaps for want of memory; counting goes on "
+                "in this one, more slowly"
+            )
             # until Python 3.11.5 (gh-94777) the pool waits for ever for the dead to read what it has for them
             if self._pool is not None and sys.version_info < (3, 11, 5):
                 self._pool._call_queue._reader.close()  # type: ignore[attr-defined]
@@ -98,7 +101,7 @@ class ImageCounter:
 
 
 def pair_images(predictions: Iterable[ArrayLike], ground_truths: Iterable[Iterable[ArrayLike]]) -> Iterator[Image]:
-    """(index, prediction, annotators' maps) of each image; ValueError where one of the two ends before the other."""
+    """(index, prediction, annotators' maps) of each image; UserError where one of the two ends before the other."""
     left, right = iter(predictions), iter(ground_truths)
     for index in itertools.count():
         prediction, truths = next(left, None), next(right, None)
@@ -106,7 +109,7 @@ def pair_images(predictions: Iterable[ArrayLike], ground_truths: Iterable[Iterab
             return
         if prediction is None or truths is None:
             more, fewer = ("ground truths", "predictions") if prediction is None else ("predictions", "ground truths")
-            raise ValueError(f"{fewer}: got {index}, but more {more}; wanted one of each per image")
+            raise UserError(f"{fewer}: got {index}, but more {more}; wanted one of each per image")
         yield index, np.asarray(prediction), [np.asarray(truth) for truth in truths]
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ase_dist.errors import UserError
 from ase_dist.evaluation.delta_m import PAPER_METRICS, PAPER_REFERENCE, delta_m
 from ase_dist.evaluation.scores import Results, headline, score_of
 from ase_dist.tasks import Task
@@ -51,7 +52,7 @@ def paper_reference() -> Reference:
 def compare(tasks: Sequence[Task], results: Results, reference: Reference) -> Comparison:
     """Compare every one of ``tasks``; edges by odsF where both sides have it, else by their cross-entropy.
 
-    Raises ValueError where the reference lacks a task or its score.
+    Raises UserError where the reference lacks a task or its score.
     """
     gains = tuple(_gain(task, results[task.name], reference) for task in tasks)
     left_out = tuple(sorted(reference.scores.keys() - {task.name for task in tasks}))
@@ -75,7 +76,7 @@ def _delta_m(gains: Sequence[Gain]) -> float:
 def _key(task: Task, values: Mapping[str, float], reference: Reference) -> str:
     """The first of the task's scores that both sides have."""
     if task.name not in reference.scores:
-        raise ValueError(
+        raise UserError(
             f"--reference: {reference.name} has no task {task.name!r}, it has {', '.join(reference.scores)}; name "
             "another, or evaluate fewer tasks with --tasks"
         )
@@ -85,7 +86,7 @@ def _key(task: Task, values: Mapping[str, float], reference: Reference) -> str:
             return key
     wanted = score_of(task, headline(task, values)).title
     advice = "add --edge-ods" if "ods_f" in theirs else "name a reference that has it"
-    raise ValueError(
+    raise UserError(
         f"--reference: {reference.name} scores {task.name} by {', '.join(theirs) or 'nothing'}, this evaluation by "
         f"{wanted}; {advice}"
     )

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ase_dist.errors import UserError
 from ase_dist.evaluation.decode import unit_vectors
 from ase_dist.tasks import EDGE_POSITIVE_WEIGHT, IGNORE, Task
 
@@ -37,10 +38,10 @@ class ConstantPredictor:
     def predict(self, height: int, width: int) -> Tensor:
         """The constant for one image, decoded: [H, W], [3, H, W] or [1, H, W] as its kind has it.
 
-        Raises ValueError before any valid pixel was seen.
+        Raises UserError before any valid pixel was seen.
         """
         if not self.totals.any():
-            raise ValueError(f"{self.task.name}: got no valid label pixel, wanted update() with training labels first")
+            raise UserError(f"{self.task.name}: got no valid label pixel, wanted update() with training labels first")
         constant = _constant(self.task, self.totals)
         return constant[..., None, None].expand(*constant.shape, height, width)
 

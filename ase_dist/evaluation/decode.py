@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ase_dist.errors import UserError
 from ase_dist.tasks import Task
 
 SHORTEST = 1e-12  # a vector below this length is shortened, not stretched
@@ -25,10 +26,10 @@ def decode(task: Task, logits_BCHW: Tensor, *, size: tuple[int, int] | None = No
     """Decode ``logits_BCHW`` [B, task.channels, h, w] as the table above says, at ``size`` (height, width) if given.
 
     Logits are resized (bilinear) before they are decoded, so class borders and probabilities are those of the
-    interpolated logits. Arithmetic is float32 whatever the logits' type. Raises ValueError for another shape.
+    interpolated logits. Arithmetic is float32 whatever the logits' type. Raises UserError for another shape.
     """
     if logits_BCHW.ndim != 4 or logits_BCHW.shape[1] != task.channels:
-        raise ValueError(f"{task.name}: got logits {list(logits_BCHW.shape)}, wanted [B, {task.channels}, H, W]")
+        raise UserError(f"{task.name}: got logits {list(logits_BCHW.shape)}, wanted [B, {task.channels}, H, W]")
     logits = logits_BCHW.float()
     if size is not None and logits.shape[-2:] != size:
         logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ase_dist.errors import UserError
 from ase_dist.tasks import Task
 
 
@@ -25,12 +26,20 @@ class PaperRow:
 
 
 PAPER_HIGHER_IS_BETTER: Mapping[str, bool] = {
-    "semseg": True, "normals": False, "human_parts": True, "saliency": True, "edge": True,
-}  # fmt: skip
+    "semseg": True,
+    "normals": False,
+    "human_parts": True,
+    "saliency": True,
+    "edge": True,
+}
 
 PAPER_METRICS: Mapping[str, str] = {
-    "semseg": "miou", "normals": "mean", "human_parts": "miou", "saliency": "miou", "edge": "ods_f",
-}  # fmt: skip
+    "semseg": "miou",
+    "normals": "mean",
+    "human_parts": "miou",
+    "saliency": "miou",
+    "edge": "ods_f",
+}
 
 
 def _row(method: str, backbone: str, scores: tuple[float, ...], delta: float, parameters: int) -> PaperRow:
@@ -58,14 +67,14 @@ def delta_m(
     """Mean over tasks of the relative gain over ``reference``, percent; a task where lower is better counts negated.
 
     Vandenhende et al., "Multi-task learning for dense prediction tasks" (PAMI 2021), the paper's Delta_m. All three
-    mappings go by task, and a task's two scores must be of the same metric. Raises ValueError where they don't hold
+    mappings go by task, and a task's two scores must be of the same metric. Raises UserError where they don't hold
     the same tasks, or where a score is not finite or a reference is 0.
     """
     _check_tasks(scores, reference, higher_is_better)
     gains = []
     for task, base in reference.items():
         if not math.isfinite(scores[task]) or not math.isfinite(base) or base == 0:
-            raise ValueError(f"Delta_m: got {scores[task]} for {task} against {base}, wanted finite values, not over 0")
+            raise UserError(f"Delta_m: got {scores[task]} for {task} against {base}, wanted finite values, not over 0")
         gains.append((scores[task] - base) / base * (1 if higher_is_better[task] else -1))
     return 100 * sum(gains) / len(gains)
 
@@ -79,10 +88,10 @@ def _check_tasks(
     scores: Mapping[str, float], reference: Mapping[str, float], higher_is_better: Mapping[str, bool]
 ) -> None:
     if not reference:
-        raise ValueError("Delta_m: got no task in the reference, wanted at least one")
+        raise UserError("Delta_m: got no task in the reference, wanted at least one")
     for name, tasks in (("scores", scores), ("directions", higher_is_better)):
         if set(tasks) != set(reference):
-            raise ValueError(
+            raise UserError(
                 f"Delta_m over {len(reference)} tasks where the {name} have {len(tasks)}: only one side has "
                 f"{sorted(set(tasks) ^ set(reference))}; choose the same tasks on both sides"
             )

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from ase_dist.errors import UserError
 from ase_dist.tasks import Task
 
 NOTHING = float("nan")  # the value of every score for which no pixel was counted
@@ -29,10 +30,10 @@ class Metric(ABC):
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Add one image: a decoded ``prediction`` at the size of its ``label`` (forms: ``decode`` and ``tasks``).
 
-        Raises ValueError where the two differ in size.
+        Raises UserError where the two differ in size.
         """
         if prediction.shape != label.shape:
-            raise ValueError(
+            raise UserError(
                 f"{self.task.name}: got a prediction {list(prediction.shape)} for a label {list(label.shape)}, wanted "
                 "one image, decoded at the size of its label"
             )

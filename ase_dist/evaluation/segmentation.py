@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ase_dist.errors import UserError
 from ase_dist.evaluation.metric import NOTHING, Metric, ratio
 from ase_dist.tasks import IGNORE, Task
 
@@ -31,7 +32,7 @@ class ClassesMetric(Metric):
         confusion, valid = pairs[:classes, :classes], pairs[:IGNORE]
         if confusion.sum() != valid.sum():
             highest = int(valid.nonzero().max())
-            raise ValueError(
+            raise UserError(
                 f"{self.task.name}: got class ids up to {highest}, wanted 0..{classes - 1} or {IGNORE} (ignored)"
             )
         return confusion.flatten().double()

@@ -14,10 +14,20 @@ from ase_dist.tasks import Task
 
 FORMAT, VERSION = "ase_dist evaluation", 1
 SPECIAL = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "_": r"\_",
+    "%": r"\%",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
     "|": r"\textbar{}",
-}  # fmt: skip
+}
 UP, DOWN = " (up)", " (down)"
 MATHEMATICS = {"Delta_m": r"$\Delta_m$", UP: r" $\uparrow$", DOWN: r" $\downarrow$"}
 HEAD, SCORES_HEAD = ("task", "score", "better"), ("task", "score", "value")
@@ -42,10 +52,11 @@ def to_json(report: Report) -> str:
         "version": VERSION,
         "title": report.title,
         **report.facts,
-        "results": {task: {key: _plain(value) for key, value in values.items()}
-                    for task, values in report.results.items()},
+        "results": {
+            task: {key: _plain(value) for key, value in values.items()} for task, values in report.results.items()
+        },
         "comparison": _comparison(report.comparison),
-    }  # fmt: skip
+    }
     return json.dumps(tree, indent=2, allow_nan=False) + "\n"
 
 
@@ -88,10 +99,14 @@ def _main_rows(report: Report) -> list[Row]:
             (*_label(task, key), _written(task, key, report.results[task.name][key])) for task, key in _compared(report)
         ]
     return [
-        (*_label(gain.task, gain.key), _written(gain.task, gain.key, gain.value),
-         _written(gain.task, gain.key, gain.reference), f"{gain.percent:+.2f}")
+        (
+            *_label(gain.task, gain.key),
+            _written(gain.task, gain.key, gain.value),
+            _written(gain.task, gain.key, gain.reference),
+            f"{gain.percent:+.2f}",
+        )
         for gain in report.comparison.gains
-    ]  # fmt: skip
+    ]
 
 
 def _methods_head(report: Report) -> list[Row]:
@@ -168,8 +183,15 @@ def _verdict(comparison: Comparison) -> str:
 def _comparison(comparison: Comparison | None) -> dict[str, Any] | None:
     if comparison is None:
         return None
-    gains = {gain.task.name: {"score": gain.key, "value": gain.value, "reference": gain.reference,
-                              "gain_percent": gain.percent} for gain in comparison.gains}  # fmt: skip
+    gains = {
+        gain.task.name: {
+            "score": gain.key,
+            "value": gain.value,
+            "reference": gain.reference,
+            "gain_percent": gain.percent,
+        }
+        for gain in comparison.gains
+    }
     return {
         "reference": comparison.reference.name,
         "reference_data": comparison.reference.data,
@@ -203,10 +225,17 @@ def latex_table(heads: Sequence[Row], rows: Sequence[Row], *, caption: str) -> s
     align = "".join("r" if right else "l" for right in _right(heads[0], rows))
     lines = ["    " + " & ".join(latex_text(cell) for cell in row) + r" \\" for row in (*heads, *rows)]
     body = [r"    \toprule", *lines[: len(heads)], r"    \midrule", *lines[len(heads) :], r"    \bottomrule"]
-    return "\n".join([
-        r"\begin{table}", r"  \centering", f"  \\caption{{{latex_text(caption)}}}", f"  \\begin{{tabular}}{{{align}}}",
-        *body, r"  \end{tabular}", r"\end{table}",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"  \centering",
+            f"  \\caption{{{latex_text(caption)}}}",
+            f"  \\begin{{tabular}}{{{align}}}",
+            *body,
+            r"  \end{tabular}",
+            r"\end{table}",
+        ]
+    )
 
 
 def latex_text(text: str) -> str:

@@ -3,7 +3,7 @@
 A mode turns router logits [..., N], the S shared experts last, into ``Gates``: the weights of the experts' outputs, the
 mask of those that are active, and the probabilities that the router losses look at. When a layer is built the mode is
 tried on a few logits and held to the rules of ``Gates``. Once ``GATINGS`` has it, ``model.moe.gating=sigmoid`` is a
-setting, and ``MoEFFN(..., gating="sigmoid")`` works too. In a checkout the line goes into ``ase_dist/registry.py``.
+setting, and ``MoEFFN(..., gating="sigmoid")`` works too. In a checkout the line goes into ``ase_dist/registries.py``.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ase_dist.examples import small
 from ase_dist.moe.gating import Gates, top_routed
-from ase_dist.registry import GATINGS
+from ase_dist.registries import GATINGS
 
 
 def sigmoid(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:

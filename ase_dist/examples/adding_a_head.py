@@ -2,7 +2,7 @@
 
 A head turns the tokens of one task, [B, patches, dim], into logits [B, channels, h, w] of any size: losses and metrics
 resize them. Once ``HEADS`` has it, ``model.head=mlp`` is a setting like any other: checked, saved, exported, listed in
-errors. In a checkout the line goes into ``ase_dist/registry.py``, where every command finds it.
+errors. In a checkout the line goes into ``ase_dist/registries.py``, where every command finds it.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ase_dist.examples import small
 from ase_dist.models.heads import TaskHead
-from ase_dist.registry import HEADS
+from ase_dist.registries import HEADS
 
 
 class MLPHead(TaskHead):

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from ase_dist.config import load_settings
-from ase_dist.data.scenes.dataset import Scenes
 from ase_dist.examples import small
+from ase_dist.scenes.dataset import Scenes
 from ase_dist.tasks import DATA_SETS, Task
 
 LIGHT = Task(

@@ -9,7 +9,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from ase_dist.moe import ASEMoE, optimizer_groups
-from ase_dist.training import runtime
+from ase_dist.training.process import runtime
 
 TASKS, WIDTH = 2, 32
 

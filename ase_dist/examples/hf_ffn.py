@@ -11,8 +11,14 @@ TASKS = 2
 def main() -> dict[str, float]:
     """The change of the logits by the experts alone, and the loss of two tasks before and after training."""
     torch.manual_seed(0)
-    config = GPTNeoXConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                           intermediate_size=128, max_position_embeddings=32)  # fmt: skip
+    config = GPTNeoXConfig(
+        vocab_size=64,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=32,
+    )
     model = GPTNeoXForCausalLM(config).requires_grad_(False)  # or GPTNeoXForCausalLM.from_pretrained(...)
     tokens = torch.randint(64, (8, 16))
     before = model(tokens).logits

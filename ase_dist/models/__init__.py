@@ -4,7 +4,7 @@ from ase_dist.models.build import build_model
 from ase_dist.models.multitask import ModelOutput, MultiTaskViT
 from ase_dist.models.multitask_resnet import MultiTaskModel
 from ase_dist.models.parameters import ParameterTable, parameter_groups, parameter_table
-from ase_dist.registry import HEADS
+from ase_dist.registries import HEADS
 
 __all__ = [
     "HEADS",

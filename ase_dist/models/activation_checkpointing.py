@@ -6,7 +6,7 @@ import warnings
 
 from torch import nn
 
-from ase_dist.tasks import nearest
+from ase_dist.errors import UserError, did_you_mean
 
 MODES = ("none", "recompute", "offload")
 
@@ -19,8 +19,8 @@ def checkpoint_block(block: nn.Module, mode: str) -> nn.Module:
     last, when it is settled what is trained; a deep copy of the module would still run the original.
     """
     if mode not in MODES:
-        raise ValueError(
-            f"model.checkpoint_activations: got {mode!r}, wanted one of {list(MODES)}{nearest(mode, MODES)}"
+        raise UserError(
+            f"model.checkpoint_activations: got {mode!r}, wanted one of {list(MODES)}{did_you_mean(mode, MODES)}"
         )
     if mode == "none":
         return block

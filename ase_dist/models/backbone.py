@@ -11,6 +11,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from ase_dist.errors import UserError
 from ase_dist.models import mini, pretrained
 from ase_dist.models.seeded import seeded_initialisation
 
@@ -53,7 +54,7 @@ def build_backbone(
 ) -> Backbone:
     """Build timm's ``name`` for images of ``size`` pixels with the weights that ``pretrained.load`` knows.
 
-    Position embeddings are resampled by timm, once, here. Raises ValueError, naming the setting, for anything but a
+    Position embeddings are resampled by timm, once, here. Raises UserError, naming the setting, for anything but a
     plain ViT (pre-norm blocks, linear patch embedding), for a size that its patch does not divide, for unknown
     ``args`` and for weights that do not fit.
     """
@@ -76,7 +77,7 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, **options)
     except (TypeError, AssertionError) as error:
-        raise ValueError(f"model.backbone_args: {name} does not take them: {error}") from None
+        raise UserError(f"model.backbone_args: {name} does not take them: {error}") from None
     return model
 
 
@@ -87,7 +88,7 @@ def _check_name(name: str) -> None:
     names = [model for module in VIT_MODULES for model in timm.list_models(module=module)]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or ["vit_base_patch16_224"]
     problem = "is not a plain vision transformer" if known else "is no model that timm knows"
-    raise ValueError(f"model.backbone: {name!r} {problem}, wanted a ViT of timm such as {', '.join(near)}")
+    raise UserError(f"model.backbone: {name!r} {problem}, wanted a ViT of timm such as {', '.join(near)}")
 
 
 def _is_timms(name: str) -> bool:
@@ -98,20 +99,20 @@ def _is_timms(name: str) -> bool:
 def _check_args(args: Mapping[str, Any]) -> None:
     for key in args:
         if key in RESERVED_ARGS:
-            raise ValueError(f"model.backbone_args.{key}: this follows from {RESERVED_ARGS[key]}, leave it out here")
+            raise UserError(f"model.backbone_args.{key}: this follows from {RESERVED_ARGS[key]}, leave it out here")
 
 
 def _check_structure(name: str, vit: nn.Module, size: int) -> None:
     """Refuse what ``TaskBlock`` and the stem could not stand for."""
     if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"model.backbone: {name!r} is a {type(vit).__name__}, wanted a plain vision transformer")
+        raise UserError(f"model.backbone: {name!r} is a {type(vit).__name__}, wanted a plain vision transformer")
     if type(vit.patch_embed) is not PatchEmbed:
-        raise ValueError(f"model.backbone: {name!r} has a {type(vit.patch_embed).__name__} stem, wanted plain patches")
+        raise UserError(f"model.backbone: {name!r} has a {type(vit.patch_embed).__name__} stem, wanted plain patches")
     for block in vit.blocks:
         if type(block) is not Block:
-            raise ValueError(f"model.backbone: {name!r} has {type(block).__name__}s, wanted plain pre-norm blocks")
+            raise UserError(f"model.backbone: {name!r} has {type(block).__name__}s, wanted plain pre-norm blocks")
     if not isinstance(vit.patch_drop, nn.Identity):
-        raise ValueError("model.backbone_args.patch_drop_rate: every patch needs a prediction, leave it at 0")
+        raise UserError("model.backbone_args.patch_drop_rate: every patch needs a prediction, leave it at 0")
     _check_size(name, size, int(vit.patch_embed.patch_size[0]))
 
 
@@ -119,7 +120,7 @@ def _check_size(name: str, size: int, patch: int) -> None:
     below = size // patch * patch
     if size != below:
         near = " or ".join(str(fit) for fit in (below, below + patch) if fit)
-        raise ValueError(f"data.size: got {size}, which the {patch}-pixel patches of {name} do not divide; take {near}")
+        raise UserError(f"data.size: got {size}, which the {patch}-pixel patches of {name} do not divide; take {near}")
 
 
 def _remove_classifier(vit: VisionTransformer) -> None:

@@ -12,8 +12,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ase_dist.moe import MoEFFN
-from ase_dist.moe.autocast import autocast as enter_autocast
 from ase_dist.moe.layer import TaskIndex
+from ase_dist.ops.autocast import autocast as enter_autocast
 
 
 class BlockOutput(NamedTuple):

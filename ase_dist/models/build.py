@@ -8,19 +8,20 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from ase_dist.config import ModelSettings, MoESettings, Settings
+from ase_dist.errors import UserError
 from ase_dist.models.activation_checkpointing import checkpoint_block
 from ase_dist.models.backbone import Backbone, build_backbone
 from ase_dist.models.blocks import TaskBlock
 from ase_dist.models.global_names import moe_core
 from ase_dist.models.heads import HeadFactory, TaskHead
-from ase_dist.models.init_from import Start
+from ase_dist.models.init_from import ExportInitializer
 from ase_dist.models.lora import add_lora
 from ase_dist.models.multitask import MultiTaskViT
 from ase_dist.models.multitask_resnet import MultiTaskModel, MultiTaskResNet, build_resnet_model
 from ase_dist.models.resnet import RESNETS, STRIDE, is_resnet
 from ase_dist.models.seeded import seeded_initialisation
 from ase_dist.moe import MoEFFN
-from ase_dist.registry import HEADS
+from ase_dist.registries import HEADS
 from ase_dist.seeding import derive_seed
 from ase_dist.tasks import Task
 
@@ -36,16 +37,16 @@ def build_model(
     (ZeRO-3, inference). With ``model.tune=adapters`` the backbone is frozen, its norms included, as LoRA does: trained
     are experts, routers, LoRA, task embedding and heads. ``full`` trains everything, as MTL-ViT and M3ViT do.
     ``model.init_from`` starts from an exported model, with its backbone in place of ``model.pretrained``
-    (``init_from.Start`` says what is taken).
+    (``init_from.ExportInitializer`` says what is taken).
 
     A ResNet as ``model.backbone`` gives one of the convolutional rows, see ``multitask_resnet``.
 
-    Raises ValueError naming the setting for whatever does not fit together.
+    Raises UserError naming the setting for whatever does not fit together.
     """
     if is_resnet(settings.model.backbone):
         return _build_resnet_model(settings, tasks)
     if settings.model.sharing != "shared":
-        raise ValueError(
+        raise UserError(
             f"model.sharing: got {settings.model.sharing!r} for {settings.model.backbone}, wanted 'shared': the "
             f"others are for {', '.join(RESNETS)}"
         )
@@ -61,7 +62,7 @@ def _build_resnet_model(settings: Settings, tasks: tuple[Task, ...]) -> MultiTas
 
 def _build_vit_model(settings: Settings, tasks: tuple[Task, ...], expert_layer: ExpertLayer) -> MultiTaskViT:
     chosen = settings.model
-    start = None if chosen.init_from is None else Start(chosen)
+    start = None if chosen.init_from is None else ExportInitializer(chosen)
     backbone = build_backbone(
         chosen.backbone,
         size=settings.data.size,
@@ -119,7 +120,7 @@ def _moe_layer(base: nn.Module, chosen: ModelSettings, num_tasks: int, *, seed: 
 
         return ASEMoE(base, ep_size=chosen.moe.ep_size, dispatch=chosen.moe.dispatch, **options)
     except ValueError as error:
-        raise ValueError(f"model.moe on {chosen.backbone}: {error}") from None
+        raise UserError(f"model.moe on {chosen.backbone}: {error}") from None
 
 
 def _layer_options(moe: MoESettings) -> Mapping[str, Any]:

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ase_dist.config import ModelSettings
+from ase_dist.errors import UserError, first_problem
 from ase_dist.files import sha256_of
-from ase_dist.problems import first_problem
 from ase_dist.tasks import Task
 
 CARD, WEIGHTS = "export.json", "model.safetensors"
@@ -82,18 +82,18 @@ class Export:
         try:
             return safe_open(self.folder / WEIGHTS, framework="pt")
         except SafetensorError as error:
-            raise ValueError(f"{self.folder / WEIGHTS}: not a safetensors file ({error}); export again") from None
+            raise UserError(f"{self.folder / WEIGHTS}: not a safetensors file ({error}); export again") from None
 
 
 def open_export(path: str | PathLike[str]) -> Export:
-    """Check the card and the hash of an export. Raises ValueError with one sentence that names the file."""
+    """Check the card and the hash of an export. Raises UserError with one sentence that names the file."""
     folder = Path(path).expanduser()
     for name in (CARD, WEIGHTS):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder}: no export, there is no {name} in it; make one with launch/export.py RUN OUT")
+            raise UserError(f"{folder}: no export, there is no {name} in it; make one with launch/export.py RUN OUT")
     card = _read_card(folder / CARD)
     if sha256_of(folder / WEIGHTS) != card.sha256:
-        raise ValueError(f"{folder / WEIGHTS}: damaged, its SHA-256 is not that in {CARD}; export or copy it again")
+        raise UserError(f"{folder / WEIGHTS}: damaged, its SHA-256 is not that in {CARD}; export or copy it again")
     return Export(folder, card)
 
 
@@ -101,12 +101,12 @@ def _read_card(path: Path) -> Card:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); export or copy it again") from None
+        raise UserError(f"{path}: not JSON ({error}); export or copy it again") from None
     version = tree.get("version") if isinstance(tree, dict) else None
     if isinstance(version, int) and version > VERSION:
-        raise ValueError(f"{path}: got format version {version}, this ase_dist reads up to {VERSION}; install a newer")
+        raise UserError(f"{path}: got format version {version}, this ase_dist reads up to {VERSION}; install a newer")
     try:
         return Card.model_validate(tree)
     except ValidationError as error:
         problem = first_problem(error)
-        raise ValueError(f"{path}: {problem.where or 'the file'}: {problem.why}; export or copy it again") from None
+        raise UserError(f"{path}: {problem.where or 'the file'}: {problem.why}; export or copy it again") from None

@@ -1,4 +1,4 @@
-"""Heads that turn the tokens of one task into raw logits; ``ase_dist.registry.HEADS`` lists them.
+"""Heads that turn the tokens of one task into raw logits; ``ase_dist.registries.HEADS`` lists them.
 
 Letters: B images, P patches, D width, C channels of the task, h w a grid.
 """
@@ -12,7 +12,7 @@ from typing import Protocol, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ase_dist.models.doubled_conv import double, doubled_conv
+from ase_dist.ops.doubled_conv import double, doubled_conv
 
 
 class TaskHead(nn.Module):

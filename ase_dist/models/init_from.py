@@ -21,6 +21,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from ase_dist.config import ModelSettings
+from ase_dist.errors import UserError
 from ase_dist.models.backbone import Backbone
 from ase_dist.models.export_file import Export, open_export
 from ase_dist.models.global_names import named_tensors
@@ -34,13 +35,13 @@ BY_TASK = ("router.weight", "task_embedding.weight")  # one row per task
 EMBEDDING = "task embedding"
 
 
-class Start:
+class ExportInitializer:
     """The export that ``model.init_from`` names, and what of it a new model takes.
 
     1. ``fill_backbone`` before experts and LoRA are built on the backbone (feed-forward experts are copies of it)
     2. ``fill_adapters`` when the model is whole
 
-    Raises ValueError, beginning with the setting, where the export cannot be read.
+    Raises UserError, beginning with the setting, where the export cannot be read.
     """
 
     def __init__(self, chosen: ModelSettings) -> None:
@@ -48,13 +49,13 @@ class Start:
         try:
             self.export: Export = open_export(chosen.init_from)
         except ValueError as error:
-            raise ValueError(f"model.init_from: {error}") from None
+            raise UserError(f"model.init_from: {error}") from None
         self.chosen = chosen
         self.tensors = dict(self.export.tensors())
         self.bare: set[str] = set()  # blocks whose FFN the export does not have, only experts made from it
 
     def fill_backbone(self, backbone: Backbone) -> None:
-        """Copy the backbone; the position embedding is resampled to the new grid. ValueError unless all of it fits."""
+        """Copy the backbone; the position embedding is resampled to the new grid. UserError unless all of it fits."""
         targets = _backbone_tensors(backbone)
         saved = {_timm_name(name): tensor.float() for name, tensor in self.tensors.items() if _unit(name) is None}
         if "pos_embed" in saved and "pos_embed" in targets:
@@ -66,7 +67,7 @@ class Start:
         wanted, got = _shapes(targets), _shapes(saved)
         odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
         if odd:
-            raise ValueError(
+            raise UserError(
                 f"model.init_from: {self.export.folder} has another backbone, {self.export.card.model.backbone}: "
                 f"{odd[0]!r} is {got.get(odd[0], 'missing')} for {wanted.get(odd[0], 'none')}; use its model.backbone "
                 "and model.backbone_args"
@@ -77,19 +78,19 @@ class Start:
     def fill_adapters(self, model: MultiTaskViT) -> None:
         """Copy the units that fit and log which do.
 
-        Raises ValueError where nothing but a backbone that was never trained fits, and where a block needs the FFN
+        Raises UserError where nothing but a backbone that was never trained fits, and where a block needs the FFN
         that feed-forward experts have replaced.
         """
         units = _units(named_tensors(model))
         taken = [unit for unit, targets in units.items() if self._fits(unit, targets) and self._copy(targets, model)]
         lacking = sorted(self.bare - {unit.removesuffix(" experts") for unit in taken})
         if lacking:
-            raise ValueError(
+            raise UserError(
                 f"model.init_from: feed-forward experts have replaced the FFN of {lacking[0]} in {self.export.folder} "
                 "and do not fit this model; use its model.moe"
             )
         if not taken and self.export.card.model.tune == "adapters":
-            raise ValueError(
+            raise UserError(
                 f"model.init_from: nothing of {self.export.folder} fits but its backbone, which was never trained; "
                 "use its model.moe, model.lora_rank or model.head, or model.pretrained for the backbone alone"
             )
@@ -100,7 +101,11 @@ class Start:
         known = [name for name in self._source_tasks if name in model.task_names]
         LOGGER.info(
             "model.init_from %s: took the backbone, %s; routers and embeddings of the tasks %s; starting afresh: %s",
-            self.export.folder, _listed(taken), ", ".join(known) or "none", _listed(left))  # fmt: skip
+            self.export.folder,
+            _listed(taken),
+            ", ".join(known) or "none",
+            _listed(left),
+        )
 
     @property
     def _source_tasks(self) -> tuple[str, ...]:
@@ -125,8 +130,11 @@ class Start:
 
     def _copy(self, targets: Mapping[str, Tensor], model: MultiTaskViT) -> bool:
         """Copy one unit; False where it is the task embedding and no task has a row in both."""
-        pairs = [(new, self._source_tasks.index(name)) for new, name in enumerate(model.task_names)
-                 if name in self._source_tasks]  # fmt: skip
+        pairs = [
+            (new, self._source_tasks.index(name))
+            for new, name in enumerate(model.task_names)
+            if name in self._source_tasks
+        ]
         for name, target in targets.items():
             if not name.endswith(BY_TASK):
                 target.copy_(self.tensors[name])

@@ -1,4 +1,4 @@
-"""LoRA on a frozen linear (Hu et al. 2021, arXiv 2106.09685), in the fused form of ``ase_dist.moe.lowrank``.
+"""LoRA on a frozen linear (Hu et al. 2021, arXiv 2106.09685), in the fused form of ``ase_dist.ops.lowrank``.
 
 Letters: D input width, O output width, R rank.
 """
@@ -11,7 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ase_dist.moe.lowrank import lowrank_linear
+from ase_dist.errors import UserError
+from ase_dist.ops.lowrank import lowrank_linear
 from ase_dist.seeding import derive_seed, generator
 
 
@@ -25,7 +26,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, *, rank: int, seed: int, alpha: float | None = None) -> None:
         super().__init__()
         if rank < 1:
-            raise ValueError(f"rank: got {rank}, wanted 1 or more; without LoRA leave the linear as it is")
+            raise UserError(f"rank: got {rank}, wanted 1 or more; without LoRA leave the linear as it is")
         self.scale = 1.0 if alpha is None else alpha / rank
         self.base = base.requires_grad_(False)
         a_RD = torch.empty(rank, base.in_features)

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ase_dist.errors import UserError, did_you_mean
 from ase_dist.models.backbone import Backbone
 from ase_dist.models.blocks import BlockOutput, TaskBlock
 from ase_dist.models.heads import TaskHead
 from ase_dist.moe import MoEFFN
-from ase_dist.tasks import nearest
 
 
 class ModelOutput(NamedTuple):
@@ -80,7 +80,7 @@ class MultiTaskViT(nn.Module):
     def forward(self, images_BCHW: Tensor, *, tasks: Sequence[str] | None = None) -> ModelOutput:
         """Predict ``tasks`` (None: all) for normalised images; only their streams are computed.
 
-        Raises ValueError for a task that the model does not have, for none and for one named twice.
+        Raises UserError for a task that the model does not have, for none and for one named twice.
         """
         names = checked_tasks(tasks, self.task_names)
         streams = [self.task_names.index(name) for name in names]
@@ -130,12 +130,14 @@ class MultiTaskViT(nn.Module):
 
 
 def checked_tasks(tasks: Sequence[str] | None, have: tuple[str, ...]) -> tuple[str, ...]:
-    """The tasks asked for (None: all that a model has); ValueError for one unknown, none or one named twice."""
+    """The tasks asked for (None: all that a model has); UserError for one unknown, none or one named twice."""
     if tasks is None:
         return have
     for name in tasks:
         if name not in have:
-            raise ValueError(f"tasks: the model has no task {name!r}, wanted some of {list(have)}{nearest(name, have)}")
+            raise UserError(
+                f"tasks: the model has no task {name!r}, wanted some of {list(have)}{did_you_mean(name, have)}"
+            )
     if isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks):
-        raise ValueError(f"tasks: got {tasks!r}, wanted a list of at least one task, each at most once")
+        raise UserError(f"tasks: got {tasks!r}, wanted a list of at least one task, each at most once")
     return tuple(tasks)

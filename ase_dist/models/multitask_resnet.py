@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ase_dist.config import Settings
+from ase_dist.errors import UserError
 from ase_dist.models.heads import TaskHead
 from ase_dist.models.multitask import ModelOutput, MultiTaskViT, checked_tasks
 from ase_dist.models.resnet import STRIDE, build_resnet
@@ -51,7 +52,7 @@ MultiTaskModel = MultiTaskViT | MultiTaskResNet
 def build_resnet_model(settings: Settings, heads_for: Callable[[int], Mapping[str, TaskHead]]) -> MultiTaskResNet:
     """The model of ``settings``, with the heads that ``heads_for`` makes for features of a width.
 
-    Raises ValueError for settings that only transformers know.
+    Raises UserError for settings that only transformers know.
     """
     chosen = settings.model
     check_resnet_settings(settings)
@@ -63,7 +64,7 @@ def build_resnet_model(settings: Settings, heads_for: Callable[[int], Mapping[st
 
 
 def check_resnet_settings(settings: Settings) -> None:
-    """Raise ValueError where a setting asks a ResNet for what it has not: experts, LoRA, a frozen backbone."""
+    """Raise UserError where a setting asks a ResNet for what it has not: experts, LoRA, a frozen backbone."""
     chosen, size = settings.model, settings.data.size
     wanted = {
         "model.moe.enabled": (chosen.moe.enabled, False),
@@ -75,9 +76,9 @@ def check_resnet_settings(settings: Settings) -> None:
     }
     for name, (got, right) in wanted.items():
         if got != right:
-            raise ValueError(
+            raise UserError(
                 f"{name}: got {got} for {chosen.backbone}, wanted {right}: a ResNet is trained whole and has no "
                 "experts; the rows of --row set all of this"
             )
     if size % STRIDE:
-        raise ValueError(f"data.size: got {size}, which {chosen.backbone} at stride {STRIDE} does not divide")
+        raise UserError(f"data.size: got {size}, which {chosen.backbone} at stride {STRIDE} does not divide")

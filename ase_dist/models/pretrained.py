@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from ase_dist.errors import UserError
 from ase_dist.files import replacing
 
 FOLDER = Path(__file__).parent / "pretrained"
@@ -24,11 +25,11 @@ FORMATS = (".safetensors", ".pth", ".pt")
 
 
 def from_hub(name: str, options: Mapping[str, Any]) -> nn.Module:
-    """timm's model with its own weights; ValueError with the way out if they cannot be had."""
+    """timm's model with its own weights; UserError with the way out if they cannot be had."""
     try:
         net: nn.Module = timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # timm's download raises the types of three HTTP libraries, and RuntimeError
-        raise ValueError(
+        raise UserError(
             f"model.pretrained: 'hub' could not give the weights of {name} ({type(error).__name__}: "
             f"{_first_line(error)}); with no way to the hub, set model.pretrained=FILE to a local .safetensors or .pth"
         ) from None
@@ -40,13 +41,13 @@ def load(vit: VisionTransformer, source: str, *, name: str) -> None:
 
     ``source`` is a .safetensors or .pth file of a timm model (or of one of the formats timm converts), or 'scenes':
     the file shipped for this backbone. Position and patch embeddings are resampled by timm, a classifier's keys are
-    dropped. Raises ValueError by name for missing and unexpected keys and for other shapes; then nothing is copied.
+    dropped. Raises UserError by name for missing and unexpected keys and for other shapes; then nothing is copied.
     """
     path = shipped_file(name) if source == SHIPPED else Path(source).expanduser()
     try:
         converted = checkpoint_filter_fn(read_weights(path), vit, adapt_layer_scale=True)
     except RuntimeError as error:
-        raise ValueError(f"model.pretrained: {path} does not fit {name}: {_first_line(error)}") from None
+        raise UserError(f"model.pretrained: {path} does not fit {name}: {_first_line(error)}") from None
     _copy(converted, vit, path=path, name=name)
 
 
@@ -63,11 +64,11 @@ def _copy(weights: Mapping[str, Tensor], net: nn.Module, *, path: Path, name: st
 
 
 def shipped_file(name: str) -> Path:
-    """The weights that come with the package for backbone ``name``; ValueError where there are none."""
+    """The weights that come with the package for backbone ``name``; UserError where there are none."""
     path = FOLDER / f"{name}.safetensors"
     if not path.is_file():
         have = sorted(file.stem for file in FOLDER.glob("*.safetensors")) or ["none"]
-        raise ValueError(
+        raise UserError(
             f"model.pretrained: no weights are shipped for {name} (shipped: {', '.join(have)}); "
             "set model.pretrained to none, hub or a file"
         )
@@ -77,11 +78,11 @@ def shipped_file(name: str) -> Path:
 def save_backbone(trained: Mapping[str, Tensor], path: Path) -> None:
     """Write the backbone among a fully tuned model's tensors (named as in a checkpoint) in fp16 under timm's names.
 
-    Heads and task embeddings are left out; ``load`` reads the file. Raises ValueError where there is no backbone.
+    Heads and task embeddings are left out; ``load`` reads the file. Raises UserError where there is no backbone.
     """
     backbone = {name.removeprefix("stem."): tensor for name, tensor in trained.items() if name.startswith(BACKBONE)}
     if not backbone:
-        raise ValueError("save_backbone: the run trained no backbone; it needs model.tune=full")
+        raise UserError("save_backbone: the run trained no backbone; it needs model.tune=full")
     half = {name: tensor.half().contiguous() for name, tensor in backbone.items()}
     with replacing(path) as temporary:
         save_file(half, temporary, metadata={"format": "pt"})
@@ -90,19 +91,17 @@ def save_backbone(trained: Mapping[str, Tensor], path: Path) -> None:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or .pth file by name; a 'model' or 'state_dict' entry is unwrapped.
 
-    Nothing but tensors and plain containers is unpickled. Raises ValueError for a file that is missing, broken, of
+    Nothing but tensors and plain containers is unpickled. Raises UserError for a file that is missing, broken, of
     another kind, or without tensors.
     """
     if path.suffix not in FORMATS:
-        raise ValueError(
-            f"model.pretrained: got {str(path)!r}, wanted none, hub, scenes or a .safetensors or .pth file"
-        )
+        raise UserError(f"model.pretrained: got {str(path)!r}, wanted none, hub, scenes or a .safetensors or .pth file")
     if not path.is_file():
-        raise ValueError(f"model.pretrained: there is no file {path}")
+        raise UserError(f"model.pretrained: there is no file {path}")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"model.pretrained: {path} cannot be read as tensors alone ({_first_line(error)}); "
             "if it is whole, save its state dict as .safetensors"
         ) from None
@@ -118,7 +117,7 @@ def _unwrap(state: Any) -> Any:
 
 def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"model.pretrained: {path} holds no state dict; wanted tensors by name")
+        raise UserError(f"model.pretrained: {path} holds no state dict; wanted tensors by name")
     return dict(state)
 
 
@@ -135,7 +134,7 @@ def _check_fit(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, path:
     }
     found = [f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys]
     if found:
-        raise ValueError(f"model.pretrained: {path} does not fit {name}; {'; '.join(found)}")
+        raise UserError(f"model.pretrained: {path} does not fit {name}; {'; '.join(found)}")
 
 
 def _some(keys: Iterable[str], limit: int = 4) -> str:

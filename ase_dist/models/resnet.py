@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ase_dist.errors import UserError
 from ase_dist.models import pretrained
 from ase_dist.models.seeded import seeded_initialisation
 
@@ -49,7 +50,7 @@ def build_resnet(name: str, *, weights: str, args: Mapping[str, Any], seed: int)
     """Build timm's ``name`` with the weights that ``model.pretrained`` names ('none', 'hub' or a file).
 
     No statistic ever crosses images, so that neither the batch nor the number of ranks changes a result: without
-    weights BatchNorm becomes GroupNorm, with weights its statistics are folded (``ChannelAffine``). Raises ValueError
+    weights BatchNorm becomes GroupNorm, with weights its statistics are folded (``ChannelAffine``). Raises UserError
     for arguments that timm does not take and weights that do not fit.
     """
     options: dict[str, Any] = {**args, "output_stride": STRIDE, "num_classes": 0}
@@ -57,7 +58,7 @@ def build_resnet(name: str, *, weights: str, args: Mapping[str, Any], seed: int)
         with seeded_initialisation(seed, "backbone"):
             net: Any = pretrained.from_hub(name, options) if weights == "hub" else timm.create_model(name, **options)
     except (TypeError, AssertionError) as error:
-        raise ValueError(f"model.backbone_args: {name} does not take them: {error}") from None
+        raise UserError(f"model.backbone_args: {name} does not take them: {error}") from None
     if weights not in {"none", "hub"}:
         pretrained.load_plain(net, weights, name=name)
     _replace_norms(net, group=weights == "none")

@@ -6,13 +6,13 @@
 
 from typing import TYPE_CHECKING
 
-from ase_dist.moe.in_model import FFN, TaskFFN, router_loss, set_tasks
 from ase_dist.moe.layer import MoEFFN, MoEOutput
 from ase_dist.moe.state import global_state, load_global_state
+from ase_dist.moe.task_ffn import FFN, TaskFFN, router_loss, set_tasks
 
 if TYPE_CHECKING:
+    from ase_dist.moe.deepspeed_compat import optimizer_groups
     from ase_dist.moe.deepspeed_layer import ASEMoE
-    from ase_dist.moe.deepspeed_seam import optimizer_groups
 
 __all__ = [
     "FFN",
@@ -35,7 +35,7 @@ def __getattr__(name: str) -> object:
 
         return ASEMoE
     if name == "optimizer_groups":
-        from ase_dist.moe.deepspeed_seam import optimizer_groups
+        from ase_dist.moe.deepspeed_compat import optimizer_groups
 
         return optimizer_groups
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

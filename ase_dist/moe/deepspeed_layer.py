@@ -11,12 +11,12 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from ase_dist import collectives
-from ase_dist.moe import deepspeed_seam as seam
+from ase_dist.errors import UserError, did_you_mean
+from ase_dist.moe import deepspeed_compat
 from ase_dist.moe.deepspeed_state import from_engine_names, to_engine_names
 from ase_dist.moe.layer import MoEFFN, MoEOutput, TaskIndex
 from ase_dist.moe.sharding import Shard
 from ase_dist.moe.state import global_state, load_global_state
-from ase_dist.tasks import nearest
 
 DISPATCHES = ("auto", "local", "all_to_all", "gather")
 
@@ -56,29 +56,42 @@ class ASEMoE(MoE):  # type: ignore[misc]
         nn.Module.__init__(self)
         _check_parallelism(ep_size, dispatch)
         shard = Shard(num_experts - num_shared, index=_ep_rank(ep_size), count=ep_size)
-        self.moe = MoEFFN(base, num_experts=num_experts, k=k, num_shared=num_shared, rank=rank, num_tasks=num_tasks,
-                          alpha=alpha, experts=experts, hidden=hidden, adapt=adapt, gating=gating,
-                          aux_losses=aux_losses, seed=seed, shard=shard)  # fmt: skip
+        self.moe = MoEFFN(
+            base,
+            num_experts=num_experts,
+            k=k,
+            num_shared=num_shared,
+            rank=rank,
+            num_tasks=num_tasks,
+            alpha=alpha,
+            experts=experts,
+            hidden=hidden,
+            adapt=adapt,
+            gating=gating,
+            aux_losses=aux_losses,
+            seed=seed,
+            shard=shard,
+        )
         self.dispatch_choice = "local" if ep_size == 1 else dispatch
         self._undecided = False
         self._in_engine = False
-        seam.tag_routed(self.moe.routed.parameters(), ep_size=ep_size)
+        deepspeed_compat.tag_routed(self.moe.routed.parameters(), ep_size=ep_size)
         # what DeepSpeed's engine reads of a MoE layer
         self.num_experts = num_experts
         self.num_local_experts = shard.slots
         self.ep_size = ep_size
-        self.expert_group_name = seam.group_name(ep_size)
+        self.expert_group_name = deepspeed_compat.group_name(ep_size)
         self.enable_expert_tensor_parallelism = False
         self.use_residual = False
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Called by ``deepspeed.initialize``: take the expert-parallel group and count tokens over all ranks."""
         if use_data_before_expert_parallel_:
-            raise ValueError(
+            raise UserError(
                 "use_data_before_expert_parallelism: experts are sharded over consecutive ranks; set it false"
             )
         self._in_engine = True
-        group = seam.expert_parallel_group(self.ep_size)
+        group = deepspeed_compat.expert_parallel_group(self.ep_size)
         self.moe.sync_statistics = True
         if self.ep_size > 1:
             self.moe.group = group
@@ -92,7 +105,7 @@ class ASEMoE(MoE):  # type: ignore[misc]
         ``used_token`` of DeepSpeed's interface is refused: no token is ever dropped here.
         """
         if used_token is not None:
-            raise ValueError("used_token: this layer drops no tokens; mask the loss instead")
+            raise UserError("used_token: this layer drops no tokens; mask the loss instead")
         if self.ep_size > 1:
             self._decide(x)
         result: MoEOutput = self.moe(x, task=task)
@@ -101,7 +114,7 @@ class ASEMoE(MoE):  # type: ignore[misc]
     def _decide(self, x: Tensor) -> None:
         """At the first call: which dispatch moves fewer bytes for the mean tokens of the group's ranks (collective)."""
         if self.moe.group is None:
-            raise ValueError(
+            raise UserError(
                 f"ep_size: {self.ep_size} ranks share the experts; call deepspeed.initialize on the model first"
             )
         if not self._undecided:
@@ -142,15 +155,17 @@ class ASEMoE(MoE):  # type: ignore[misc]
 
 def _check_parallelism(ep_size: int, dispatch: str) -> None:
     if dispatch not in DISPATCHES:
-        raise ValueError(f"dispatch: got {dispatch!r}, wanted one of {list(DISPATCHES)}{nearest(dispatch, DISPATCHES)}")
+        raise UserError(
+            f"dispatch: got {dispatch!r}, wanted one of {list(DISPATCHES)}{did_you_mean(dispatch, DISPATCHES)}"
+        )
     if ep_size < 1:
-        raise ValueError(f"ep_size: got {ep_size}, wanted 1 or more")
+        raise UserError(f"ep_size: got {ep_size}, wanted 1 or more")
     if ep_size > 1 and dispatch == "local":
-        raise ValueError(f"dispatch: 'local' needs ep_size=1, got ep_size={ep_size}; use 'auto'")
+        raise UserError(f"dispatch: 'local' needs ep_size=1, got ep_size={ep_size}; use 'auto'")
     if ep_size > 1 and not dist.is_initialized():
-        raise ValueError(f"ep_size: got {ep_size} without a process group; call deepspeed.init_distributed() first")
+        raise UserError(f"ep_size: got {ep_size} without a process group; call deepspeed.init_distributed() first")
     if ep_size > 1 and dist.get_world_size() % ep_size:
-        raise ValueError(f"ep_size: got {ep_size}, wanted a divisor of the world, {dist.get_world_size()} ranks")
+        raise UserError(f"ep_size: got {ep_size}, wanted a divisor of the world, {dist.get_world_size()} ranks")
 
 
 def _ep_rank(ep_size: int) -> int:

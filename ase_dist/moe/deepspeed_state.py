@@ -13,6 +13,8 @@ from collections.abc import MutableMapping
 import torch
 from torch import Tensor
 
+from ase_dist.errors import UserError
+
 EXPERT = "deepspeed_moe.experts.deepspeed_experts."
 REST = "deepspeed_moe.gate.wg.weight."
 ROUTED = "moe.routed."
@@ -34,12 +36,12 @@ def to_engine_names(state: MutableMapping[str, Tensor], *, prefix: str, ep_size:
 def from_engine_names(state: MutableMapping[str, Tensor], *, prefix: str, ep_size: int) -> None:
     """The reverse, in place; entries that have the layer's own names already stay as they are.
 
-    Raises ValueError where they were saved with another expert-parallel size: the optimiser's state beside them, which
+    Raises UserError where they were saved with another expert-parallel size: the optimiser's state beside them, which
     this cannot see, would be that of other experts.
     """
     saved = state.pop(f"{prefix}{EP_SIZE}", None)
     if saved is not None and int(saved) != ep_size:
-        raise ValueError(
+        raise UserError(
             f"load_checkpoint: saved with ep_size={int(saved)}, this layer has ep_size={ep_size}; build it with the "
             "same, or carry the weights over with global_state() and load_global_state()"
         )

@@ -16,20 +16,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ase_dist.moe import products
-from ase_dist.moe.lowrank import Activation
+from ase_dist.ops import products
+from ase_dist.ops.lowrank import Activation
 from ase_dist.seeding import generator
 
 Shape = tuple[int, int]  # (input width, output width) of an adapted linear
 
 
-class LoRABank(nn.Module):
+class LoRAExperts(nn.Module):
     """For each adapted place a pair A [n, r, D], B [n, O, r]; A Kaiming-uniform, B zero (LoRA, arXiv 2106.09685)."""
 
     def __init__(self, ids: Sequence[int], places: Mapping[str, Shape], *, rank: int, seed: int) -> None:
         super().__init__()
         self.places = tuple(places)
-        self.row_values = sum(dim_in + dim_out for dim_in, dim_out in places.values())  # of a token there and back
+        self.values_per_token = sum(
+            dim_in + dim_out for dim_in, dim_out in places.values()
+        )  # of a token there and back
         for place, (dim_in, dim_out) in places.items():
             a_nrD = torch.empty(len(ids), rank, dim_in)
             for slot, global_id in enumerate(ids):
@@ -43,7 +45,7 @@ class LoRABank(nn.Module):
         return {f"{p}.{m}": getattr(self, f"{p}_{m}") for p in self.places for m in ("A", "B")}
 
 
-class FFNBank(nn.Module):
+class FFNExperts(nn.Module):
     """Feed-forward experts D -> H -> D, stacked: fc1 [n, H, D], [n, H], fc2 [n, D, H], [n, D].
 
     Upcycled from the base they replace: expert i takes H of its hidden units, drawn by the expert's id, with fc2
@@ -53,7 +55,7 @@ class FFNBank(nn.Module):
     def __init__(self, ids: Sequence[int], fc1: nn.Linear, fc2: nn.Linear, *, hidden: int, seed: int) -> None:
         super().__init__()
         width = fc1.out_features
-        self.row_values = fc1.in_features + fc2.out_features  # of a token there and back
+        self.values_per_token = fc1.in_features + fc2.out_features  # of a token there and back
         units = [_draw(width, hidden, seed=seed, global_id=i, device=fc1.weight.device) for i in ids]
         with torch.no_grad():
             self.fc1_weight = _stack((fc1.weight[u] for u in units), (hidden, fc1.in_features))
@@ -79,8 +81,9 @@ def apply_all(x_TD: Tensor, gates_Tn: Tensor, bank: Mapping[str, Tensor], act: A
     return F.linear(gated_TM, weight_DM) + gates_Tn.to(x_TD.dtype) @ bank["fc2.bias"]
 
 
-def apply_routed(x_TD: Tensor, gates_Tn: Tensor, active_Tn: Tensor, k: int, bank: Mapping[str, Tensor],
-                 act: Activation) -> Tensor:  # fmt: skip
+def apply_routed(
+    x_TD: Tensor, gates_Tn: Tensor, active_Tn: Tensor, k: int, bank: Mapping[str, Tensor], act: Activation
+) -> Tensor:
     """Gated sum of each token's k active feed-forward experts: rows sorted by expert, two grouped products.
 
     Dropless and without padding; shapes depend on T and k alone, so nothing is read back from the device. A program

@@ -1,4 +1,4 @@
-"""From router logits to gates: one function per row of the paper, listed in ``ase_dist.registry.GATINGS``.
+"""From router logits to gates: one function per row of the paper, listed in ``ase_dist.registries.GATINGS``.
 
 Letters: T tokens (any leading shape), N experts (routed first, the S shared last), n = N - S, k active routed experts.
 Source: "Adaptive Shared Experts with LoRA-Based Mixture of Experts for Multi-Task Learning", arXiv 2510.00570.
@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ase_dist.registry import GATINGS
+from ase_dist.errors import UserError
+from ase_dist.registries import GATINGS
 
 
 class Gates(NamedTuple):
@@ -31,7 +32,7 @@ class GatingMode(Protocol):
     """What ``GATINGS`` lists; a new one is held to ``Gates`` by ``check_gating``."""
 
     def __call__(self, logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
-        """Gates of logits [..., N]; ValueError for a k or number of shared experts that the mode cannot have."""
+        """Gates of logits [..., N]; UserError for a k or number of shared experts that the mode cannot have."""
 
 
 def joint(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
@@ -53,7 +54,7 @@ def naive(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
 def topk(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
     """The LoRA-MoE baseline, Eq. 1-3: softmax over all N logits, then top-k, not renormalised."""
     if num_shared:
-        raise ValueError(
+        raise UserError(
             f"num_shared: got {num_shared} with gating='topk', which has no shared experts; set num_shared=0, "
             "or gating='ase' or 'naive'"
         )
@@ -93,16 +94,16 @@ def dense(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
 def check_gating(gating: str, *, num_experts: int, k: int, num_shared: int) -> int:
     """How many routed experts act on a token under this mode: k, or all of them in one that is dense.
 
-    Raises ValueError if N/k/S make no sense together, and for a mode whose gates are not what ``Gates`` says.
+    Raises UserError if N/k/S make no sense together, and for a mode whose gates are not what ``Gates`` says.
     """
     if gating not in GATINGS:
-        raise ValueError(f"gating: {GATINGS.refusal(gating)}")
+        raise UserError(f"gating: {GATINGS.refusal(gating)}")
     if not 0 <= num_shared <= num_experts:
-        raise ValueError(f"num_shared: got {num_shared}, wanted 0 to num_experts = {num_experts}")
+        raise UserError(f"num_shared: got {num_shared}, wanted 0 to num_experts = {num_experts}")
     routed = num_experts - num_shared
     least = 0 if num_shared else 1
     if not least <= k <= routed:
-        raise ValueError(
+        raise UserError(
             f"k: got {k}, wanted {least} to num_experts - num_shared = {routed} active routed experts; "
             "num_experts counts the shared ones"
         )
@@ -123,7 +124,7 @@ def _tried(gating: str, *, num_experts: int, k: int, num_shared: int) -> int:
     }
     for rule, holds in rules.items():
         if not holds:
-            raise ValueError(f"gating: {gating!r} breaks a rule of ase_dist.moe.gating.Gates: {rule}")
+            raise UserError(f"gating: {gating!r} breaks a rule of ase_dist.moe.gating.Gates: {rule}")
     return int(counts_T[0])
 
 

@@ -12,15 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ase_dist import collectives
+from ase_dist.errors import UserError, did_you_mean
 from ase_dist.moe.dispatch import AllToAllDispatch, Dispatch, GatherDispatch, LayerShape, LocalDispatch
 from ase_dist.moe.dispatch.base import FeedForward, Routed
-from ase_dist.moe.experts import FFNBank, LoRABank
+from ase_dist.moe.experts import FFNExperts, LoRAExperts
 from ase_dist.moe.gating import Gates, check_gating
 from ase_dist.moe.losses import check_aux_losses, weighted_router_loss
 from ase_dist.moe.router import TaskRouter, router_statistics
 from ase_dist.moe.sharding import Shard
 from ase_dist.seeding import derive_seed
-from ase_dist.tasks import nearest
 
 PLACES = ("fc1", "fc2", "bypass")
 TaskIndex = int | Sequence[int] | None
@@ -49,7 +49,7 @@ class MoEFFN(nn.Module):
        ``ffn`` experts: y = the gated sum of feed-forward experts that replace the base
     4. the router losses, over the tokens of all ranks where ``sync_statistics`` is set
 
-    ``base`` is any module with ``fc1``, ``act`` and ``fc2``; it is frozen and kept. Raises ValueError for settings
+    ``base`` is any module with ``fc1``, ``act`` and ``fc2``; it is frozen and kept. Raises UserError for settings
     that contradict each other or the base.
     """
 
@@ -83,27 +83,34 @@ class MoEFFN(nn.Module):
         self.dispatch: Dispatch = LocalDispatch()
         self.group: dist.ProcessGroup | None = None
         self.sync_statistics = False
-        self.router = TaskRouter(self.dim, num_experts=num_experts, num_tasks=num_tasks, k=k, num_shared=num_shared,
-                                 gating=gating, seed=derive_seed(seed, "router"))  # fmt: skip
+        self.router = TaskRouter(
+            self.dim,
+            num_experts=num_experts,
+            num_tasks=num_tasks,
+            k=k,
+            num_shared=num_shared,
+            gating=gating,
+            seed=derive_seed(seed, "router"),
+        )
         shared_ids = range(routed, num_experts)
         self.base: nn.Module | None = None
         self.act: nn.Module | None = None
-        self.routed: LoRABank | FFNBank
-        self.shared: LoRABank | FFNBank | None
+        self.routed: LoRAExperts | FFNExperts
+        self.shared: LoRAExperts | FFNExperts | None
         if experts == "lora":
             self.scale = _lora_scale(rank, alpha)
             places = {place: _place_shape(base, place) for place in _check_adapt(adapt)}
             self.base = base.requires_grad_(False)
-            self.routed = LoRABank(self.shard.ids, places, rank=rank, seed=seed)
-            self.shared = LoRABank(shared_ids, places, rank=rank, seed=seed) if num_shared else None
+            self.routed = LoRAExperts(self.shard.ids, places, rank=rank, seed=seed)
+            self.shared = LoRAExperts(shared_ids, places, rank=rank, seed=seed) if num_shared else None
         elif experts == "ffn":
             self.scale = 1.0
             self.act = base.act
             fc1, fc2, width = _check_ffn(base, hidden, active=k + num_shared)
-            self.routed = FFNBank(self.shard.ids, fc1, fc2, hidden=width, seed=seed)
-            self.shared = FFNBank(shared_ids, fc1, fc2, hidden=width, seed=seed) if num_shared else None
+            self.routed = FFNExperts(self.shard.ids, fc1, fc2, hidden=width, seed=seed)
+            self.shared = FFNExperts(shared_ids, fc1, fc2, hidden=width, seed=seed) if num_shared else None
         else:
-            raise ValueError(f"experts: got {experts!r}, wanted 'lora' or 'ffn'")
+            raise UserError(f"experts: got {experts!r}, wanted 'lora' or 'ffn'")
         self.to(base.fc1.weight.device, base.fc1.weight.dtype if base.fc1.weight.is_floating_point() else None)
 
     def forward(self, x: Tensor, *, task: TaskIndex = None) -> MoEOutput:
@@ -138,7 +145,7 @@ class MoEFFN(nn.Module):
             active=self.k,
             slots=self.shard.slots,
             ranks=self.shard.count,
-            row_values=self.routed.row_values,
+            values_per_token=self.routed.values_per_token,
             expert_values=sum(tensor.numel() for tensor in one_expert),
             element_bytes=one_expert[0].element_size(),
         )
@@ -158,48 +165,48 @@ class MoEFFN(nn.Module):
         else:
             tasks = list(range(self.num_tasks)) if task is None else list(task)
         if x.dim() < 2 or x.shape[-1] != self.dim or x.shape[0] != len(tasks):
-            raise ValueError(
+            raise UserError(
                 f"x: got shape {list(x.shape)}, wanted [{len(tasks)} tasks, ..., {self.dim}]; for one task give "
                 "task=INDEX and [..., D]"
             )
         if any(not 0 <= index < self.num_tasks for index in tasks):
-            raise ValueError(f"task: got {task}, wanted indices from 0 to {self.num_tasks - 1}")
+            raise UserError(f"task: got {task}, wanted indices from 0 to {self.num_tasks - 1}")
         return x.reshape(len(tasks), -1, self.dim), tasks
 
     def _mix(self, x_TD: Tensor, routing: Gates) -> Tensor:
         gates_tTN = routing.gates if self.scale == 1.0 else routing.gates * self.scale
         gates_TN = gates_tTN.flatten(0, 1)
         tokens = Routed(x_TD, gates_TN, routing.active.flatten(0, 1), self.k, self.num_shared)
-        if isinstance(self.routed, LoRABank):
-            assert self.base is not None and not isinstance(self.shared, FFNBank)
+        if isinstance(self.routed, LoRAExperts):
+            assert self.base is not None and not isinstance(self.shared, FFNExperts)
             return self.dispatch.lora(tokens, self.base, self.routed, self.shared)
-        assert self.act is not None and not isinstance(self.shared, LoRABank)
+        assert self.act is not None and not isinstance(self.shared, LoRAExperts)
         return self.dispatch.ffn(tokens, self.act, self.routed, self.shared)
 
 
 def check_base(base: FeedForward) -> None:
-    """Raise ValueError unless the layer can stand for ``base``'s forward: fc2(act(fc1(x))) and nothing else."""
+    """Raise UserError unless the layer can stand for ``base``'s forward: fc2(act(fc1(x))) and nothing else."""
     missing = [name for name in ("fc1", "act", "fc2") if not hasattr(base, name)]
     if missing:
-        raise ValueError(f"base: {type(base).__name__} has no {', '.join(missing)}; wanted a module with fc1, act, fc2")
+        raise UserError(f"base: {type(base).__name__} has no {', '.join(missing)}; wanted a module with fc1, act, fc2")
     if base.fc1.out_features != base.fc2.in_features:
-        raise ValueError(
+        raise UserError(
             f"base: fc1 gives {base.fc1.out_features} features and fc2 takes {base.fc2.in_features}; gated FFNs "
             "(SwiGLU, GEGLU) have another forward and are not supported"
         )
     norm = getattr(base, "norm", None)
     drops = [getattr(base, name, None) for name in ("drop1", "drop2", "drop")]
     if not isinstance(norm, nn.Identity | None) or any(isinstance(d, nn.Dropout) and d.p > 0 for d in drops):
-        raise ValueError("base: its norm or dropout between fc1 and fc2 would be skipped; build it without them")
+        raise UserError("base: its norm or dropout between fc1 and fc2 would be skipped; build it without them")
 
 
 def _check_adapt(adapt: Sequence[str]) -> tuple[str, ...]:
     places = (adapt,) if isinstance(adapt, str) else tuple(adapt)
     for place in places:
         if place not in PLACES:
-            raise ValueError(f"adapt: got {place!r}, wanted some of {list(PLACES)}{nearest(place, PLACES)}")
+            raise UserError(f"adapt: got {place!r}, wanted some of {list(PLACES)}{did_you_mean(place, PLACES)}")
     if not places or len(set(places)) != len(places):
-        raise ValueError(f"adapt: got {list(places)}, wanted one or more of {list(PLACES)}, each once")
+        raise UserError(f"adapt: got {list(places)}, wanted one or more of {list(PLACES)}, each once")
     return places
 
 
@@ -212,16 +219,16 @@ def _place_shape(base: FeedForward, place: str) -> tuple[int, int]:
 
 def _lora_scale(rank: int, alpha: float | None) -> float:
     if rank < 1 or (alpha is not None and alpha <= 0):
-        raise ValueError(f"rank, alpha: got {rank}, {alpha}, wanted rank >= 1 and alpha > 0 (None: alpha = rank)")
+        raise UserError(f"rank, alpha: got {rank}, {alpha}, wanted rank >= 1 and alpha > 0 (None: alpha = rank)")
     return 1.0 if alpha is None else alpha / rank
 
 
 def _check_ffn(base: FeedForward, hidden: int | None, *, active: int) -> tuple[nn.Linear, nn.Linear, int]:
     fc1, fc2 = base.fc1, base.fc2
     if not (isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)):
-        raise ValueError("base: experts='ffn' start from its weights and need fc1 and fc2 to be nn.Linear")
+        raise UserError("base: experts='ffn' start from its weights and need fc1 and fc2 to be nn.Linear")
     width = fc1.out_features
     hidden = max(1, width // max(active, 1)) if hidden is None else hidden
     if not 1 <= hidden <= width:
-        raise ValueError(f"hidden: got {hidden}, wanted 1 to the base's {width}")
+        raise UserError(f"hidden: got {hidden}, wanted 1 to the base's {width}")
     return fc1, fc2, hidden

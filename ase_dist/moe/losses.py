@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ase_dist.tasks import nearest
+from ase_dist.errors import UserError, did_you_mean
 
 
 class RouterStatistics(NamedTuple):
@@ -70,14 +70,14 @@ ROUTER_LOSSES: dict[str, Callable[[RouterStatistics], Tensor]] = {
 
 
 def check_aux_losses(weights: Mapping[str, float]) -> None:
-    """Raise ValueError for an unknown loss or a weight that is not a finite number >= 0."""
+    """Raise UserError for an unknown loss or a weight that is not a finite number >= 0."""
     for name, weight in weights.items():
         if name not in ROUTER_LOSSES:
-            raise ValueError(
-                f"aux_losses: got {name!r}, wanted some of {list(ROUTER_LOSSES)}{nearest(name, ROUTER_LOSSES)}"
+            raise UserError(
+                f"aux_losses: got {name!r}, wanted some of {list(ROUTER_LOSSES)}{did_you_mean(name, ROUTER_LOSSES)}"
             )
         if not 0 <= weight < float("inf"):
-            raise ValueError(f"aux_losses: got weight {weight} for {name!r}, wanted a finite number >= 0")
+            raise UserError(f"aux_losses: got weight {weight} for {name!r}, wanted a finite number >= 0")
 
 
 def weighted_router_loss(stats: RouterStatistics, weights: Mapping[str, float]) -> Tensor:

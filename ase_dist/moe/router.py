@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ase_dist import collectives
-from ase_dist.moe.autocast import autocast
 from ase_dist.moe.gating import Gates
 from ase_dist.moe.losses import RouterStatistics
-from ase_dist.registry import GATINGS
+from ase_dist.ops.autocast import autocast
+from ase_dist.registries import GATINGS
 
 
 class TaskRouter(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ase_dist import collectives
+from ase_dist.errors import UserError
 from ase_dist.moe.layer import MoEFFN
 
 
@@ -29,14 +30,14 @@ def global_state(layer: MoEFFN) -> dict[str, Tensor]:
 def load_global_state(layer: MoEFFN, state: Mapping[str, Tensor]) -> None:
     """Copy a whole layer's tensors, as ``global_state`` gives them, into this rank's part of it.
 
-    Raises ValueError if names or shapes differ; then nothing has been copied.
+    Raises UserError if names or shapes differ; then nothing has been copied.
     """
     wanted = _global_shapes(layer)
     got = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if got != wanted:
         names = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
         first = names[0]
-        raise ValueError(
+        raise UserError(
             f"global state: {len(names)} tensors differ; {first!r}: got {got.get(first, 'none')}, "
             f"wanted {wanted.get(first, 'none')}"
         )

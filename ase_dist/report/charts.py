@@ -1,7 +1,7 @@
 """Line charts as inline SVG, in the colours of the page whatever its theme; a script shows the values under a finger.
 
 Without pictures and fonts of their own they weigh a few kilobytes each, and print sharply. Colours of lines are those
-of ``ase_dist.training.plots``; "ink" is the colour of text.
+of ``ase_dist.training.record.plots``; "ink" is the colour of text.
 """
 
 from __future__ import annotations

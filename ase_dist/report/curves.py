@@ -13,7 +13,7 @@ from ase_dist.report.charts import INK, Chart, Line
 from ase_dist.report.records import Array, Records, Series, task_facts
 from ase_dist.report.results import ResultRow, evaluated_tasks, gains
 from ase_dist.report.text import significant, size
-from ase_dist.training.plots import COLORS, TRIVIAL
+from ase_dist.training.record.plots import COLORS, TRIVIAL
 
 
 def loss_charts(records: Records) -> list[Chart]:
@@ -84,12 +84,22 @@ def conflict_charts(records: Records) -> list[Chart]:
     pairs = Series([float(step) for step in sorted(matrices)], [_off_diagonal(matrices[s]) for s in sorted(matrices)])
     by_layer = _layer_lines(steps, np.stack([layers[step] for step in steps])) if steps else []
     found = [
-        Chart("Pairs of tasks in conflict", [Line(share, COLORS[1], "share")], note="% of pairs, layers apart",
-              value=f"{significant(share.last, 3)} %", zero=True),
-        Chart("Mean cosine", [Line(pairs, COLORS[0], "cosine")], note="between tasks, all layers together",
-              value=significant(pairs.last, 3), zero=True),
+        Chart(
+            "Pairs of tasks in conflict",
+            [Line(share, COLORS[1], "share")],
+            note="% of pairs, layers apart",
+            value=f"{significant(share.last, 3)} %",
+            zero=True,
+        ),
+        Chart(
+            "Mean cosine",
+            [Line(pairs, COLORS[0], "cosine")],
+            note="between tasks, all layers together",
+            value=significant(pairs.last, 3),
+            zero=True,
+        ),
         Chart("Mean cosine by layer", by_layer, note="from the first (blue) to the last (green)", zero=True),
-    ]  # fmt: skip
+    ]
     return [chart for chart in found if chart]
 
 

@@ -1,8 +1,8 @@
 """Heat maps of experts, tasks by experts for every layer, and a slider over the steps; and the matrix of conflicts.
 
 The page shows the last record as SVG, and carries all frames as whole numbers, 1/10000 each, in JSON: a script paints
-the cells anew. The scale is by square roots and the same for all frames, as in ``ase_dist.training.plots``, because
-a shared expert outshines the routed ones. Letters: F frames, L layers, t tasks, N experts.
+the cells anew. The scale is by square roots and the same for all frames, as in ``ase_dist.training.record.plots``,
+because a shared expert outshines the routed ones. Letters: F frames, L layers, t tasks, N experts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from matplotlib.colors import to_hex
 
 from ase_dist.report.records import Array, Records
 from ase_dist.report.text import MINUS, plural
-from ase_dist.training.plots import COLORS
+from ase_dist.training.record.plots import COLORS
 
 KINDS = {"expert_load": "Activation frequency", "mean_gates": "Mean gate"}
 UNIT = 10_000  # numbers travel as whole ones of 1 / UNIT
@@ -93,10 +93,20 @@ def level(value: float, top: float) -> int:
 
 def _to_json(frames: dict[str, Array], tops: dict[str, float], labels: list[str], tasks: list[str]) -> Markup:
     """For the script. ``<`` is written as an escape: the text stands inside a script element."""
-    values = {key: np.rint(np.nan_to_num(stack) * UNIT).astype(int).reshape(len(labels), -1).tolist()
-              for key, stack in frames.items()}  # fmt: skip
-    data = {"labels": labels, "tasks": tasks, "experts": frames["expert_load"].shape[-1], "unit": UNIT,
-            "tops": tops, "titles": KINDS, "colors": palette(), "values": values}  # fmt: skip
+    values = {
+        key: np.rint(np.nan_to_num(stack) * UNIT).astype(int).reshape(len(labels), -1).tolist()
+        for key, stack in frames.items()
+    }
+    data = {
+        "labels": labels,
+        "tasks": tasks,
+        "experts": frames["expert_load"].shape[-1],
+        "unit": UNIT,
+        "tops": tops,
+        "titles": KINDS,
+        "colors": palette(),
+        "values": values,
+    }
     return Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from PIL import Image, features
 
+from ase_dist.errors import UserError
 from ase_dist.report import text
 
 BUDGET = 5_000_000  # bytes of data URIs in a page; what else is in it stays below 3 MB
@@ -103,7 +104,7 @@ def _open(path: Path) -> Image.Image:
     """The picture as RGB, no wider than at best; OSError, ValueError or SyntaxError for what is no picture."""
     with Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            raise UserError(f"{image.width} x {image.height} pixels are too many")
         picture = image.convert("RGB")
     return _narrowed(picture, LADDER[0].width)
 

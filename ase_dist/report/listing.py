@@ -56,8 +56,10 @@ class Checkpoint(NamedTuple):
 def list_files(folder: Path) -> tuple[list[Entry], int]:
     """What lies in ``folder``, and how many entries more than are listed; temporary and hidden files left out."""
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    entries = [Entry(f"{path.name}/" if path.is_dir() else path.name, _describe(path), _meaning(path.name))
-               for path in paths[:MOST]]  # fmt: skip
+    entries = [
+        Entry(f"{path.name}/" if path.is_dir() else path.name, _describe(path), _meaning(path.name))
+        for path in paths[:MOST]
+    ]
     return entries, max(0, len(paths) - MOST)
 
 
@@ -65,14 +67,18 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """The checkpoints in ``folder``, last saved first, judged by manifest and sizes; none where there is no folder."""
     if not folder.is_dir():
         return []
-    from ase_dist.training.checkpoint import catalog  # it imports torch, and many a run has no checkpoints
+    from ase_dist.training.state.checkpoint import catalog  # it imports torch, and many a run has no checkpoints
 
     pointers = {pointer: catalog.read_pointer(folder, pointer) for pointer in (catalog.LATEST, catalog.BEST)}
     return [
-        Checkpoint(found.name, _describe(folder / found.name),
-                   ", ".join(pointer for pointer, name in pointers.items() if name == found.name), found.is_whole)
+        Checkpoint(
+            found.name,
+            _describe(folder / found.name),
+            ", ".join(pointer for pointer, name in pointers.items() if name == found.name),
+            found.is_whole,
+        )
         for found in catalog.list_checkpoints(folder)
-    ]  # fmt: skip
+    ]
 
 
 def commands(folder: Path, environment: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -87,8 +93,9 @@ def commands(folder: Path, environment: Mapping[str, Any]) -> list[tuple[str, st
         again = ["-m", "ase_dist", "train", "--config", str(folder / "config.yaml")]
         if (folder / "ds_config.json").is_file():
             again += ["--deepspeed_config", str(folder / "ds_config.json")]
-        found.append(("from its own settings, into another folder",
-                      _launched([*again, f"output={folder}_again"], ranks)))  # fmt: skip
+        found.append(
+            ("from its own settings, into another folder", _launched([*again, f"output={folder}_again"], ranks))
+        )
     return found
 
 

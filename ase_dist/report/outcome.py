@@ -30,8 +30,12 @@ def outcome(summary: Mapping[str, Any], ranks: Sequence[RankReport], *, last_ste
             return Outcome("ended itself", BAD, sentence)
     killed = [report for report in ranks if report.ended == "killed"]
     if killed:
-        return Outcome("killed", BAD, f"{_whom(killed)} left without a word, so the run was killed or its machine went "
-                                      f"down; the last record is of {reached}.")  # fmt: skip
+        return Outcome(
+            "killed",
+            BAD,
+            f"{_whom(killed)} left without a word, so the run was killed or its machine went "
+            f"down; the last record is of {reached}.",
+        )
     if any(report.ended == "running" for report in ranks):
         return Outcome(
             "running", OPEN, f"The run was at work when this page was made; the last record is of {reached}."
@@ -43,8 +47,12 @@ def outcome(summary: Mapping[str, Any], ranks: Sequence[RankReport], *, last_ste
         return Outcome(
             "failed", BAD, f"{_whom(failed)} ended with an error, see below; the last record is of {reached}."
         )
-    return Outcome("no summary", BAD, "The run wrote no summary: it ended by an error that its logs do not hold, or it "
-                                      f"was not even begun; the last record is of {reached}.")  # fmt: skip
+    return Outcome(
+        "no summary",
+        BAD,
+        "The run wrote no summary: it ended by an error that its logs do not hold, or it "
+        f"was not even begun; the last record is of {reached}.",
+    )
 
 
 def settle_ranks(ranks: Sequence[RankReport], result: Outcome) -> None:

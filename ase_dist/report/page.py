@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import ase_dist
+from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
 from ase_dist.report import text
 from ase_dist.report.run_page import is_run, run_content
@@ -33,7 +34,7 @@ POLICY = (
 def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write the page of a run's or a study's ``folder`` to ``out`` (``folder``/report.html where None); the file.
 
-    Raises ValueError with one sentence where ``folder`` is neither or ``out`` cannot be written.
+    Raises UserError with one sentence where ``folder`` is neither or ``out`` cannot be written.
     """
     folder = Path(folder)
     out = folder / DEFAULT_NAME if out is None else Path(out)
@@ -41,7 +42,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     try:
         write_atomic(out, render(template, content))
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"--out: cannot write {str(out)!r} ({error.strerror or error}); name a file that can be written"
         ) from None
     return out
@@ -87,7 +88,7 @@ def _content(folder: Path, out: Path) -> tuple[str, dict[str, Any]]:
         if is_kind(folder):
             return template, content()
     problem = "there is no such folder" if not folder.is_dir() else "it has none of the files that either leaves"
-    raise ValueError(f"{str(folder)!r} is neither a run's folder nor a study's: {problem}; name the output of a run")
+    raise UserError(f"{str(folder)!r} is neither a run's folder nor a study's: {problem}; name the output of a run")
 
 
 def _inline(path: Path) -> Markup:

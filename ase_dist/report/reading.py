@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ase_dist.training.recorder import FILE, read_metrics
+from ase_dist.errors import UserError
+from ase_dist.training.record.metrics import FILE, read_metrics
 
 T = TypeVar("T")
 
@@ -46,5 +47,5 @@ class Reader:
 def _object(text: str) -> dict[str, Any]:
     found = json.loads(text)
     if not isinstance(found, dict):
-        raise ValueError("it holds no object")
+        raise UserError("it holds no object")
     return found

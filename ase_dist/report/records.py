@@ -1,7 +1,7 @@
 """The numbers of a run for its page: what is missing, null or of another form counts as not recorded.
 
 A page must come of a run that was killed, edited or written by another version, so nothing here takes the form of a
-record for granted. The keys are those that ``ase_dist.training.recorder`` lists.
+record for granted. The keys are those that ``ase_dist.training.record.metrics`` lists.
 """
 
 from __future__ import annotations

@@ -67,8 +67,9 @@ def evaluated_tasks(records: Records) -> list[str]:
 
 def gains(rows: Sequence[ResultRow]) -> Series:
     """Delta_m over the trivial predictor, percent, at every evaluation that has a value for all of ``rows``."""
-    usable = [row for row in rows if row.facts.higher_is_better is not None and row.trivial and
-              math.isfinite(row.trivial)]  # fmt: skip
+    usable = [
+        row for row in rows if row.facts.higher_is_better is not None and row.trivial and math.isfinite(row.trivial)
+    ]
     by_task = {row.facts.name: dict(zip(row.series.steps, row.series.values, strict=True)) for row in usable}
     reference = {row.facts.name: row.trivial for row in usable}
     directions = {row.facts.name: bool(row.facts.higher_is_better) for row in usable}

@@ -17,7 +17,7 @@ from ase_dist.report.records import Records, branch, number, reach, task_facts
 from ase_dist.report.results import gains, other_metrics, result_rows
 from ase_dist.report.settings import read_settings, settings_sections
 from ase_dist.report.text import DASH, many, plural, significant, size
-from ase_dist.training.console import clock
+from ase_dist.training.record.console import clock
 
 MARKS = ("config.yaml", "metrics.jsonl", "summary.json", "env.json")  # any of them makes a folder a run's
 STEP = re.compile(r"step_(\d+)\.png")
@@ -90,8 +90,13 @@ def _records(reader: Reader, summary: Mapping[str, Any]) -> Records:
         names = list(summary["metrics"])
         if not lines:
             lines = [{"kind": "run", "step": 0, "tasks": names, "data": summary.get("data", "")}]
-        lines.append({"kind": "eval", "step": step if isinstance(step, int) else 0, **{
-            key: summary.get(key) for key in ("metrics", "trivial")}})  # fmt: skip
+        lines.append(
+            {
+                "kind": "eval",
+                "step": step if isinstance(step, int) else 0,
+                **{key: summary.get(key) for key in ("metrics", "trivial")},
+            }
+        )
     return Records(lines)
 
 
@@ -120,9 +125,14 @@ def _facts(
         ("Peak memory", size(memory), "a rank"),
         ("Trained", many(number(parameters.get("trained"))), f"of {many(number(parameters.get('total')))} parameters"),
         ("Ranks", str(world or ""), _place(environment)),
-        ("Best after", f"step {summary['best_step']:,}" if isinstance(summary.get("best_step"), int) and
-         summary["best_step"] >= 0 else "", "by mean gain"),
-    ]  # fmt: skip
+        (
+            "Best after",
+            f"step {summary['best_step']:,}"
+            if isinstance(summary.get("best_step"), int) and summary["best_step"] >= 0
+            else "",
+            "by mean gain",
+        ),
+    ]
     return [fact for fact in found if fact[1] and fact[1] not in (DASH, "-")]
 
 

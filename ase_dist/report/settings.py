@@ -11,6 +11,7 @@ from typing import Any, cast
 import yaml
 
 from ase_dist.config import Section, Settings, flat, setting_keys
+from ase_dist.errors import UserError
 from ase_dist.report.records import reach
 
 GENERAL = "general"
@@ -46,13 +47,13 @@ class SettingsSection:
 
 
 def read_settings(config: str) -> dict[str, Any]:
-    """The plain tree in the text of a config.yaml. Raises ValueError with one sentence where it is none."""
+    """The plain tree in the text of a config.yaml. Raises UserError with one sentence where it is none."""
     try:
         tree = yaml.safe_load(config)
     except yaml.YAMLError as error:
-        raise ValueError(f"config.yaml is not plain YAML ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"config.yaml is not plain YAML ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(tree, dict):
-        raise ValueError("config.yaml holds no settings")
+        raise UserError("config.yaml holds no settings")
     return {str(key): value for key, value in tree.items()}
 
 

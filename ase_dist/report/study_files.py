@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ase_dist.problems import first_problem
+from ase_dist.errors import UserError, first_problem
 
 Values = list[float | None]  # one per seed that is whole
 Model = TypeVar("Model", bound=BaseModel)
@@ -82,10 +82,10 @@ class Results(_Tolerant):
 
 
 def parse(text: str, model: type[Model]) -> Model:
-    """A file's text as ``model``. Raises ValueError with one sentence: where, and what is wrong there."""
+    """A file's text as ``model``. Raises UserError with one sentence: where, and what is wrong there."""
     tree = json.loads(text)
     try:
         return model.model_validate(tree)
     except ValidationError as error:
         problem = first_problem(error)
-        raise ValueError(f"at {problem.where or 'the top'}: {problem.why}") from None
+        raise UserError(f"at {problem.where or 'the top'}: {problem.why}") from None

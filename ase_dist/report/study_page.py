@@ -111,8 +111,11 @@ def _line(curve: Curve, key: str, factor: float, label: str, color: str) -> Line
 
 def _grids(folder: Path, variants: Sequence[Variant]) -> list[Candidate]:
     """The last grid of predictions of each run that stands for a variant."""
-    by_run = [prediction_candidates(folder / run, label=f"{variant.title}, {run}: ")
-              for variant in variants for run in _shown_runs(folder, variant)]  # fmt: skip
+    by_run = [
+        prediction_candidates(folder / run, label=f"{variant.title}, {run}: ")
+        for variant in variants
+        for run in _shown_runs(folder, variant)
+    ]
     return [grids[-1] for grids in by_run if grids]
 
 
@@ -144,10 +147,12 @@ def _variant(folder: Path, row: Row, results: Results, album: Album, reader: Rea
         "row": row,
         "settings": [(key, as_text(value)) for key, value in variant.settings.items()],
         "runs": [(run, _link(folder / run, out), (folder / run).is_dir()) for run in variant.runs],
-        "metrics": [(study_task(results, task).title, [(metric, spread_text(v)) for metric, v in found.items()])
-                    for task, found in variant.metrics.items()],
+        "metrics": [
+            (study_task(results, task).title, [(metric, spread_text(v)) for metric, v in found.items()])
+            for task, found in variant.metrics.items()
+        ],
         "shown": [_shown(folder, run, album, reader) for run in _shown_runs(folder, variant)],
-    }  # fmt: skip
+    }
 
 
 def _shown(folder: Path, run: str, album: Album, reader: Reader) -> dict[str, Any]:

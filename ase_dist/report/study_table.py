@@ -67,10 +67,14 @@ def study_rows(facts: Facts, results: Results, columns: Sequence[Column]) -> lis
     style = [(_best(column, whole), _decimals(column, results.variants)) for column in columns]
     references = {facts.reference, *facts.references.values(), *(v.reference for v in results.variants)} - {""}
     return [
-        Row(variant, [_cell(column, variant, *each) for column, each in zip(columns, style, strict=True)],
-            _note(variant, expected), variant.name in references)
+        Row(
+            variant,
+            [_cell(column, variant, *each) for column, each in zip(columns, style, strict=True)],
+            _note(variant, expected),
+            variant.name in references,
+        )
         for variant in results.variants
-    ]  # fmt: skip
+    ]
 
 
 def study_task(results: Results, name: str) -> TaskFacts:
@@ -80,8 +84,12 @@ def study_task(results: Results, name: str) -> TaskFacts:
 
 
 def _task_column(facts: TaskFacts) -> Column:
-    return Column(facts.title, facts.metric_title, facts.higher_is_better,
-                  lambda variant: variant.metrics.get(facts.name, {}).get(facts.metric, []))  # fmt: skip
+    return Column(
+        facts.title,
+        facts.metric_title,
+        facts.higher_is_better,
+        lambda variant: variant.metrics.get(facts.name, {}).get(facts.metric, []),
+    )
 
 
 def _cell(column: Column, variant: Variant, best: float, decimals: int) -> Cell:

@@ -12,11 +12,11 @@ import numpy as np
 from ase_dist.config import Settings
 from ase_dist.evaluation.delta_m import delta_m, directions
 from ase_dist.evaluation.seeds import mean_and_spread
-from ase_dist.models.flops import count_flops
+from ase_dist.planning.flops import count_flops
 from ase_dist.study.jobs import Job
 from ase_dist.study.variants import Variant
 from ase_dist.tasks import Task, select_tasks
-from ase_dist.training.recorder import read_metrics
+from ase_dist.training.record.metrics import read_metrics
 
 Metrics = dict[str, dict[str, float]]
 

@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from ase_dist.evaluation.seeds import mean_and_spread
-from ase_dist.training.plots import COLORS, DPI, STYLE
+from ase_dist.training.record.plots import COLORS, DPI, STYLE
 
 Variants = Sequence[Mapping[str, Any]]
 GREY = "#666666"
@@ -53,8 +53,15 @@ def _bars(variants: Variants, title: str) -> Figure | None:
     for y, variant in enumerate(shown):
         mean, spread = mean_and_spread(variant["delta_m"])
         color = COLORS[groups.index(variant["group"]) % len(COLORS)]
-        ax.barh(y, mean, xerr=spread if math.isfinite(spread) else None, color=color, alpha=0.75, height=0.66,
-                error_kw={"ecolor": "#222222", "elinewidth": 1.0, "capsize": 2.5})  # fmt: skip
+        ax.barh(
+            y,
+            mean,
+            xerr=spread if math.isfinite(spread) else None,
+            color=color,
+            alpha=0.75,
+            height=0.66,
+            error_kw={"ecolor": "#222222", "elinewidth": 1.0, "capsize": 2.5},
+        )
         known = [value for value in variant["delta_m"] if value is not None]
         ax.plot(known, [y] * len(known), "o", color="#222222", markersize=2.5, zorder=3)
     ax.set_yticks(range(len(shown)), [variant["label"] for variant in shown])

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ase_dist.baselines import baselines
 from ase_dist.config import Settings, build_settings, flat, load_settings
-from ase_dist.rows import rows
+from ase_dist.errors import UserError
 from ase_dist.study.presets import Preset
 from ase_dist.study.variants import Variant
 from ase_dist.tasks import select_tasks
@@ -45,7 +46,7 @@ class Job:
     def is_done(self) -> bool:
         """Whether the run took its last step.
 
-        Raises ValueError where the folder holds a run of other settings, whose results would be mixed up with these.
+        Raises UserError where the folder holds a run of other settings, whose results would be mixed up with these.
         """
         self._check_same()
         try:
@@ -62,7 +63,7 @@ class Job:
         wanted = _comparable(self.settings)
         odd = sorted(key for key in wanted if other.get(key) != wanted[key])
         if odd:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder}: holds a run with {odd[0]} = {other.get(odd[0])}, this study wants {wanted[odd[0]]}; "
                 "name another folder with --out, or remove that run"
             )
@@ -86,14 +87,14 @@ def with_steps(preset: Preset, steps: int | None) -> Preset:
     if steps is None:
         return preset
     if steps < 1:
-        raise ValueError(f"--steps: got {steps}, wanted 1 or more")
+        raise UserError(f"--steps: got {steps}, wanted 1 or more")
     return replace(preset, steps=steps)
 
 
 def _jobs_of_variant(
     variant: Variant, preset: Preset, *, seed: int, out: Path, overrides: tuple[str, ...]
 ) -> list[Job]:
-    row = rows()[variant.row]
+    row = baselines()[variant.row]
     convolutional = preset.convolutional if "backbone" in row.model else {}
     fixed = {"train.max_steps": preset.steps, "train.epochs": None, "seed": seed}
     changes = {**preset.changes, **fixed, **convolutional, **variant.changes}

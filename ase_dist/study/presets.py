@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ase_dist.tasks import nearest
+from ase_dist.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name; ValueError with the nearest one if there is none."""
+    """The preset of that name; UserError with the nearest one if there is none."""
     if name not in PRESETS:
-        raise ValueError(f"--data: there is no {name!r}{nearest(name, PRESETS)} (data: {', '.join(PRESETS)})")
+        raise UserError(f"--data: there is no {name!r}{did_you_mean(name, PRESETS)} (data: {', '.join(PRESETS)})")
     return PRESETS[name]

@@ -8,7 +8,8 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ase_dist.files import storable, write_atomic
+from ase_dist.errors import UserError
+from ase_dist.files import json_safe, write_atomic
 from ase_dist.study.collect import collect
 from ase_dist.study.figures import draw
 from ase_dist.study.jobs import Job, jobs_of, with_steps
@@ -37,11 +38,11 @@ def run_study(
     """Run what is missing (unless ``train`` is false), then write results.json, .md and .csv and plots/*.png.
 
     ``out`` is studies/NAME_DATA where None; ``only`` names the variants that are run and shown, with the reference.
-    Raises ValueError for whatever the runs would refuse, before the first of them starts.
+    Raises UserError for whatever the runs would refuse, before the first of them starts.
     """
     study, preset = find_study(name), with_steps(find_preset(data), steps)
     if seeds < 1:
-        raise ValueError(f"--seeds: got {seeds}, wanted 1 or more")
+        raise UserError(f"--seeds: got {seeds}, wanted 1 or more")
     out = (out or Path("studies") / f"{name}_{data}").absolute()
     variants = _chosen(study, preset, only)
     jobs = jobs_of(variants, preset, seeds=seeds, out=out, overrides=overrides)
@@ -60,7 +61,7 @@ def _chosen(study: Study, preset: Preset, only: Sequence[str]) -> list[Variant]:
     names = [variant.name for variant in variants]
     for name in only:
         if name not in names:
-            raise ValueError(f"--only: this study has no variant {name!r} (variants: {', '.join(names)})")
+            raise UserError(f"--only: this study has no variant {name!r} (variants: {', '.join(names)})")
     if not only:
         return variants
     by_reference = references(study, preset, variants)
@@ -86,7 +87,7 @@ def _write_facts(
 def _write_results(out: Path, study: Study, preset: Preset, variants: Sequence[Variant], jobs: Sequence[Job]) -> None:
     results = collect(variants, jobs, references(study, preset, variants))
     text = markdown(study.title, f"{preset.title}, {preset.steps} steps a run", results)
-    write_atomic(out / "results.json", json.dumps(storable(results), indent=2, allow_nan=False) + "\n")
+    write_atomic(out / "results.json", json.dumps(json_safe(results), indent=2, allow_nan=False) + "\n")
     write_atomic(out / "results.md", text)
     write_atomic(out / "results.csv", as_csv(results))
     for file, image in draw(results, title=f"{study.title} ({preset.title})", axis=study.axis).items():

@@ -21,10 +21,11 @@ from types import FrameType
 import psutil
 
 from ase_dist.config import to_yaml
+from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
 from ase_dist.study.jobs import Job
-from ase_dist.training.console import clock
-from ase_dist.training.recorder import read_metrics
+from ase_dist.training.record.console import clock
+from ase_dist.training.record.metrics import read_metrics
 
 LOGGER = logging.getLogger("ase_dist")
 POLL = 0.5  # seconds between two looks at the processes
@@ -41,7 +42,7 @@ class Slots:
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
-            raise ValueError(f"--jobs: got {self.jobs}, wanted 1 or more")
+            raise UserError(f"--jobs: got {self.jobs}, wanted 1 or more")
 
 
 class Runner:
@@ -82,9 +83,9 @@ class Runner:
     def _reap(self) -> None:
         for running in [running for running in self.running if running.process.poll() is not None]:
             self.running.remove(running)
-            self._judge(running)
+            self._finish_step(running)
 
-    def _judge(self, running: _Running) -> None:
+    def _finish_step(self, running: _Running) -> None:
         if running.job.is_done():
             self._finished += 1
             LOGGER.info("done  %s in %s%s", running.name, clock(time.monotonic() - running.began), self._left())

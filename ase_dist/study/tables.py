@@ -20,8 +20,17 @@ def markdown(title: str, data_title: str, results: Mapping[str, Any]) -> str:
     """The table with mean +- sample standard deviation over seeds, the best mean of each column in bold."""
     tasks = [task_of(results, name) for name in results["tasks"]]
     variants = results["variants"]
-    heads = ["variant", *(_head(task) for task in tasks), "Delta_m, % (up)", "trained, M", "all, M",
-             "GFLOP an image", "images/s", "memory, GB", "seeds"]  # fmt: skip
+    heads = [
+        "variant",
+        *(_head(task) for task in tasks),
+        "Delta_m, % (up)",
+        "trained, M",
+        "all, M",
+        "GFLOP an image",
+        "images/s",
+        "memory, GB",
+        "seeds",
+    ]
     best = _best(variants, tasks)
     rows = [_row(variant, tasks, best) for variant in variants]
     lines = [f"# {title}", "", _preamble(data_title, variants), "", markdown_table(heads, rows), ""]

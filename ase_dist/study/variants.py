@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ase_dist.rows import rows
+from ase_dist.baselines import baselines
+from ase_dist.errors import UserError, did_you_mean
 from ase_dist.study.presets import Preset
-from ase_dist.tasks import nearest
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Study:
     heat_map: str | None = None
 
 
-TABLE_ROWS = tuple(name for name in rows() if name != "ase_128_24_8_1")
+TABLE_ROWS = tuple(name for name in baselines() if name != "ase_128_24_8_1")
 FINE_ROWS = ("ase_16_3_1_4", "ase_32_6_2_2", "ase_64_12_4_1", "ase_128_24_8_1")
 TOP_K = (3, 4, 5, 6, 7)
 ROUTER_SIZES = (16, 32, 64, 128, 256)
@@ -51,7 +51,7 @@ CONFLICT_MEASUREMENTS = 10  # over a run
 
 
 def _of_row(name: str, **options: Any) -> Variant:
-    return Variant(name, rows()[name].label, name, **options)
+    return Variant(name, baselines()[name].label, name, **options)
 
 
 def _table1(preset: Preset) -> list[Variant]:
@@ -67,7 +67,7 @@ def _naive_vs_ase(preset: Preset) -> list[Variant]:
         for row in ("lora_moe_16_4_0_4", "naive_16_3_1_4", "ase_16_3_1_4"):
             changes = {} if row.startswith("lora") else measured
             name = f"{row}_{'pair' if tasks else 'all'}"
-            variants.append(Variant(name, f"{rows()[row].label}, {suffix}", row, changes, tasks, group=suffix))
+            variants.append(Variant(name, f"{baselines()[row].label}, {suffix}", row, changes, tasks, group=suffix))
     return variants
 
 
@@ -76,10 +76,26 @@ def _topk(preset: Preset) -> list[Variant]:
     variants = []
     for k in TOP_K:
         base = {"model.moe.k": k + 1}
-        variants.append(Variant(f"lora_moe_k{k}", f"LoRA-MoE 16/{k + 1}/0/4", "lora_moe_16_4_0_4", base, x=k,
-                                group="LoRA-MoE, k + 1 routed"))  # fmt: skip
-        variants.append(Variant(f"ase_k{k}", f"ASE 16/{k}/1/4", "ase_16_3_1_4", {"model.moe.k": k}, x=k,
-                                group="ASE, k routed + 1 shared"))  # fmt: skip
+        variants.append(
+            Variant(
+                f"lora_moe_k{k}",
+                f"LoRA-MoE 16/{k + 1}/0/4",
+                "lora_moe_16_4_0_4",
+                base,
+                x=k,
+                group="LoRA-MoE, k + 1 routed",
+            )
+        )
+        variants.append(
+            Variant(
+                f"ase_k{k}",
+                f"ASE 16/{k}/1/4",
+                "ase_16_3_1_4",
+                {"model.moe.k": k},
+                x=k,
+                group="ASE, k routed + 1 shared",
+            )
+        )
     return variants
 
 
@@ -91,21 +107,37 @@ def _fine_grained(preset: Preset) -> list[Variant]:
 def _router_cost(preset: Preset) -> list[Variant]:
     """N experts of rank 1, a sixteenth of them shared and three sixteenths active: only the router's share grows."""
     return [
-        Variant(f"n{n}", f"ASE {n}/{3 * n // 16}/{n // 16}/1", "ase_16_3_1_4", {
-            "model.moe.num_experts": n, "model.moe.k": 3 * n // 16, "model.moe.num_shared": n // 16,
-            "model.moe.rank": 1}, x=n, group="rank 1")
+        Variant(
+            f"n{n}",
+            f"ASE {n}/{3 * n // 16}/{n // 16}/1",
+            "ase_16_3_1_4",
+            {
+                "model.moe.num_experts": n,
+                "model.moe.k": 3 * n // 16,
+                "model.moe.num_shared": n // 16,
+                "model.moe.rank": 1,
+            },
+            x=n,
+            group="rank 1",
+        )
         for n in ROUTER_SIZES
-    ]  # fmt: skip
+    ]
 
 
 def _shared_logit_floor(preset: Preset) -> list[Variant]:
     """The shared logits scaled up from 0 over a share of the run, against free from the start."""
     shares = (0.0, 0.1, 0.3, 0.6)
     return [
-        Variant(f"warmup_{round(100 * share)}", f"shared logits held down for {share:.0%} of the run", "ase_16_3_1_4",
-                {"model.moe.shared_logit_warmup": round(share * preset.steps)}, x=100 * share, group="ASE 16/3/1/4")
+        Variant(
+            f"warmup_{round(100 * share)}",
+            f"shared logits held down for {share:.0%} of the run",
+            "ase_16_3_1_4",
+            {"model.moe.shared_logit_warmup": round(share * preset.steps)},
+            x=100 * share,
+            group="ASE 16/3/1/4",
+        )
         for share in shares
-    ]  # fmt: skip
+    ]
 
 
 def _norm_ablation(preset: Preset) -> list[Variant]:
@@ -123,11 +155,17 @@ def _norm_ablation(preset: Preset) -> list[Variant]:
 
 def _resolution(preset: Preset) -> list[Variant]:
     return [
-        Variant(f"{row}_{size}", f"{rows()[row].label}, {size} px", row, {"data.size": size}, x=size,
-                group=rows()[row].label)
+        Variant(
+            f"{row}_{size}",
+            f"{baselines()[row].label}, {size} px",
+            row,
+            {"data.size": size},
+            x=size,
+            group=baselines()[row].label,
+        )
         for row in ("mtl_vit_lora", "ase_16_3_1_4")
         for size in preset.sizes
-    ]  # fmt: skip
+    ]
 
 
 STUDIES: dict[str, Study] = {
@@ -140,23 +178,29 @@ STUDIES: dict[str, Study] = {
     ),
     "topk": Study("Active experts", _topk, ("lora_moe_k3",), axis="routed experts active per token, k"),
     "fine_grained": Study(
-        "Finer experts", _fine_grained, ("lora_moe_16_4_0_4",), axis="experts N, at constant N x rank up to 64",
+        "Finer experts",
+        _fine_grained,
+        ("lora_moe_16_4_0_4",),
+        axis="experts N, at constant N x rank up to 64",
         heat_map="ase_64_12_4_1",
     ),
     "router_cost": Study("The router's cost", _router_cost, ("n16",), axis="experts N"),
     "shared_logit_floor": Study(
-        "Shared logits held near zero at the start", _shared_logit_floor, ("warmup_0",),
-        axis="share of the run over which they grow from 0, %", heat_map="warmup_30",
+        "Shared logits held near zero at the start",
+        _shared_logit_floor,
+        ("warmup_0",),
+        axis="share of the run over which they grow from 0, %",
+        heat_map="warmup_30",
     ),
     "norm_ablation": Study("How gates are normalised", _norm_ablation, ("naive",)),
     "resolution": Study("Image size", _resolution, ("mtl_vit_lora_{smallest}",), axis="image side, pixels"),
-}  # fmt: skip
+}
 
 
 def find_study(name: str) -> Study:
-    """The study of that name; ValueError with the nearest one if there is none."""
+    """The study of that name; UserError with the nearest one if there is none."""
     if name not in STUDIES:
-        raise ValueError(f"study: there is no {name!r}{nearest(name, STUDIES)} (studies: {', '.join(STUDIES)})")
+        raise UserError(f"study: there is no {name!r}{did_you_mean(name, STUDIES)} (studies: {', '.join(STUDIES)})")
     return STUDIES[name]
 
 

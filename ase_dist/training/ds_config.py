@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ase_dist.config import Settings, TrainSettings, build_settings
-from ase_dist.tasks import nearest
+from ase_dist.errors import UserError, did_you_mean
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"  # a link to the checkout's folder, files in an installed package
 AUTO = "auto"
@@ -34,9 +34,22 @@ SHARED_KEYS: dict[str, tuple[str, ...]] = {
 }
 OPTIMIZER_KEYS = tuple(path[-1] for path in SHARED_KEYS.values() if path[0] == "optimizer")
 REMOVED = ("elasticity", "nebula", "compression_training", "amp")  # hard errors in deepspeed 0.19
-READ_HERE = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size",
-             "bf16", "fp16", "zero_optimization", "optimizer", "scheduler", "data_types", "tensorboard", "csv_monitor",
-             "wandb", "steps_per_print")  # fmt: skip
+READ_HERE = (
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "train_batch_size",
+    "bf16",
+    "fp16",
+    "zero_optimization",
+    "optimizer",
+    "scheduler",
+    "data_types",
+    "tensorboard",
+    "csv_monitor",
+    "wandb",
+    "steps_per_print",
+)
 SECTIONS = ("bf16", "fp16", "zero_optimization", "optimizer", "tensorboard", "csv_monitor", "wandb")
 
 
@@ -60,7 +73,7 @@ def shipped_ds_configs() -> list[str]:
 def read_ds_config(path: str | Path | None) -> dict[str, Any]:
     """The JSON as a dictionary, of a file or of a shipped one's name; an empty one (ZeRO 0) without a path.
 
-    Raises ValueError for a missing or malformed file.
+    Raises UserError for a missing or malformed file.
     """
     if path is None:
         return {}
@@ -69,19 +82,19 @@ def read_ds_config(path: str | Path | None) -> dict[str, Any]:
     try:
         tree = json.loads((FOLDER / f"{path}.json" if is_shipped else Path(path)).read_text(encoding="utf-8"))
     except OSError as error:
-        known = f"{nearest(str(path), names)} (shipped: {', '.join(names)})"
-        raise ValueError(f"--deepspeed_config: cannot read {str(path)!r} ({error.strerror}){known}") from None
+        known = f"{did_you_mean(str(path), names)} (shipped: {', '.join(names)})"
+        raise UserError(f"--deepspeed_config: cannot read {str(path)!r} ({error.strerror}){known}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--deepspeed_config: {path} is not JSON: {error}") from None
+        raise UserError(f"--deepspeed_config: {path} is not JSON: {error}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"--deepspeed_config: {path} holds a {type(tree).__name__}, wanted an object")
+        raise UserError(f"--deepspeed_config: {path} holds a {type(tree).__name__}, wanted an object")
     return tree
 
 
 def resolve(settings: Settings, ds_config: Mapping[str, Any], *, world: int, native_bf16: bool) -> ResolvedConfig:
     """Bring both into agreement for ``world`` ranks.
 
-    Raises ValueError where they contradict each other, where a key is misspelt, left over from an older DeepSpeed or
+    Raises UserError where they contradict each other, where a key is misspelt, left over from an older DeepSpeed or
     would switch the guard against NaN off, and where the ZeRO stage and the expert-parallel size do not go together.
     """
     tree = deepcopy(dict(ds_config))
@@ -107,13 +120,13 @@ def _check_keys(tree: dict[str, Any]) -> None:
     """Refuse what DeepSpeed 0.19 no longer has, what is decided elsewhere, and what it would silently ignore."""
     for key, value in tree.items():
         if key in REMOVED:
-            raise ValueError(f"DeepSpeed JSON: {key!r} was removed from DeepSpeed in 0.19; take it out")
+            raise UserError(f"DeepSpeed JSON: {key!r} was removed from DeepSpeed in 0.19; take it out")
         if key not in READ_HERE and (near := get_close_matches(key, READ_HERE, n=1, cutoff=0.85)):
-            raise ValueError(f"DeepSpeed JSON: there is no key {key!r}, did you mean {near[0]!r}?")
+            raise UserError(f"DeepSpeed JSON: there is no key {key!r}, did you mean {near[0]!r}?")
         if key in SECTIONS and not isinstance(value, dict):
-            raise ValueError(f"DeepSpeed JSON: {key}: got {value!r}, wanted an object such as {{...}}")
+            raise UserError(f"DeepSpeed JSON: {key}: got {value!r}, wanted an object such as {{...}}")
     if "scheduler" in tree:
-        raise ValueError("DeepSpeed JSON: 'scheduler' is set by train.schedule and train.warmup_steps; take it out")
+        raise UserError("DeepSpeed JSON: 'scheduler' is set by train.schedule and train.warmup_steps; take it out")
     _check_optimizer(tree.get("optimizer", {}))
     _check_guarded(tree)
 
@@ -121,21 +134,21 @@ def _check_keys(tree: dict[str, Any]) -> None:
 def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
     kind, params = optimizer.get("type", "AdamW"), optimizer.get("params", {})
     if kind != "AdamW":
-        raise ValueError(f"DeepSpeed JSON: optimizer.type: got {kind!r}, wanted 'AdamW' (or no optimizer section)")
+        raise UserError(f"DeepSpeed JSON: optimizer.type: got {kind!r}, wanted 'AdamW' (or no optimizer section)")
     if not isinstance(params, dict):
-        raise ValueError(f"DeepSpeed JSON: optimizer.params: got {params!r}, wanted an object such as {{...}}")
+        raise UserError(f"DeepSpeed JSON: optimizer.params: got {params!r}, wanted an object such as {{...}}")
     for key in params:
         if key not in OPTIMIZER_KEYS:
-            raise ValueError(f"DeepSpeed JSON: optimizer.params has no {key!r}{nearest(key, OPTIMIZER_KEYS)}")
+            raise UserError(f"DeepSpeed JSON: optimizer.params has no {key!r}{did_you_mean(key, OPTIMIZER_KEYS)}")
 
 
 def _check_guarded(tree: Mapping[str, Any]) -> None:
     """Refuse what would let a gradient that is not finite reach the weights, or leave the loss scale to chance."""
     if _enabled(tree, "fp16"):
-        raise ValueError("DeepSpeed JSON: fp16: not supported here, a step is skipped for what is finite; use bf16")
+        raise UserError("DeepSpeed JSON: fp16: not supported here, a step is skipped for what is finite; use bf16")
     for path in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
         if _get(tree, path) is False:
-            raise ValueError(f"DeepSpeed JSON: {'.'.join(path)}: the guard against NaN needs it to be true")
+            raise UserError(f"DeepSpeed JSON: {'.'.join(path)}: the guard against NaN needs it to be true")
 
 
 def _agree(name: str, path: tuple[str, ...], train: TrainSettings, tree: dict[str, Any], given: set[str]) -> Any:
@@ -146,7 +159,7 @@ def _agree(name: str, path: tuple[str, ...], train: TrainSettings, tree: dict[st
         return here
     there = tuple(there) if isinstance(there, list) else there
     if name in given and here not in (AUTO, there):
-        raise ValueError(
+        raise UserError(
             f"train.{name} is {here} and the DeepSpeed JSON says {'.'.join(path)} = {there}; "
             'set one of them, or write "auto" in the JSON'
         )
@@ -160,13 +173,13 @@ def _with_train(settings: Settings, values: Mapping[str, Any]) -> Settings:
     try:
         return build_settings(tree)
     except ValueError as error:
-        raise ValueError(f"DeepSpeed JSON against the settings: {error}") from None
+        raise UserError(f"DeepSpeed JSON against the settings: {error}") from None
 
 
 def _fill_batch(tree: dict[str, Any], train: TrainSettings, world: int) -> None:
     total = train.batch_size * train.gradient_accumulation_steps * world
     if tree.get("train_batch_size", AUTO) not in (AUTO, total):
-        raise ValueError(
+        raise UserError(
             f"DeepSpeed JSON: train_batch_size is {tree['train_batch_size']}, but {train.batch_size} images x "
             f'{train.gradient_accumulation_steps} accumulation steps x {world} ranks are {total}; write "auto"'
         )
@@ -177,17 +190,17 @@ def _fill_zero(tree: dict[str, Any], settings: Settings) -> None:
     zero = tree.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", DEFAULT_STAGE)
     if stage not in ZERO_STAGES:
-        raise ValueError(f"DeepSpeed JSON: zero_optimization.stage: got {stage!r}, wanted one of {ZERO_STAGES}")
+        raise UserError(f"DeepSpeed JSON: zero_optimization.stage: got {stage!r}, wanted one of {ZERO_STAGES}")
     moe = settings.model.moe
     if stage == 3 and moe.enabled and moe.ep_size > 1:
-        raise ValueError(
+        raise UserError(
             f"model.moe.ep_size is {moe.ep_size} with ZeRO stage 3: DeepSpeed refuses its MoE layers there, and ZeRO-3 "
             "shards the experts itself; set model.moe.ep_size=1, or use stage 2"
         )
     if stage == 2 and moe.enabled:  # what DeepSpeed demands of stage 2 with experts
         for key in ("contiguous_gradients", "reduce_scatter"):
             if zero.setdefault(key, True) is not True:
-                raise ValueError(f"DeepSpeed JSON: zero_optimization.{key}: experts under stage 2 need it to be true")
+                raise UserError(f"DeepSpeed JSON: zero_optimization.{key}: experts under stage 2 need it to be true")
     if isinstance(zero.get("offload_optimizer"), dict):
         tree.setdefault("zero_force_ds_cpu_optimizer", False)
 
@@ -206,7 +219,7 @@ def _fill_monitor(tree: dict[str, Any], settings: Settings) -> None:
 def _check_filled(tree: Mapping[str, Any], prefix: str = "") -> None:
     for key, value in tree.items():
         if value == AUTO:
-            raise ValueError(
+            raise UserError(
                 f'DeepSpeed JSON: {prefix}{key}: "auto" is filled in for what train.* names only; '
                 "write a value, or leave it out"
             )

@@ -10,7 +10,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from ase_dist.moe.lowrank import lowrank_linear
+from ase_dist.ops.lowrank import lowrank_linear
 
 SHAPES = {"vit_s": (384, 1536), "vit_b": (768, 3072)}
 TASKS = 5

@@ -53,9 +53,9 @@ def deepspeed_moe(case: Case) -> Side:
     """``deepspeed.moe.layer.MoE``, nothing dropped; an expert is the whole FFN with its pairs, k of them per token."""
     from deepspeed.moe.layer import MoE
 
-    from ase_dist.moe import deepspeed_seam as seam
+    from ase_dist.moe import deepspeed_compat
 
-    seam.skip_cpu_communication_build()
+    deepspeed_compat.skip_cpu_communication_build()
     join_group()
     import deepspeed
 

@@ -7,10 +7,10 @@ import psutil
 import pytest
 
 from ase_dist.cluster import launchers, network
-from ase_dist.cluster.cores import cpu_quota, usable_cores
 from ase_dist.cluster.environment import shared_variables, write_deepspeed_env
 from ase_dist.cluster.hostfile import Node
 from ase_dist.cluster.network import Interface
+from ase_dist.cores import cpu_quota, usable_cores
 from tests.cluster.test_check import FACTS, replace
 
 pytestmark = pytest.mark.single_gpu
@@ -91,7 +91,7 @@ def test_others_are_left_alone(environment):
 
 
 def test_a_task_without_a_meeting_point_is_refused(monkeypatch):
-    from ase_dist.training import runtime
+    from ase_dist.training.process import runtime
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")

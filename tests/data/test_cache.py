@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ase_dist.data import cache
-from ase_dist.data.cache import cache_folder, follow, locked
+from ase_dist.data.cache import cache_folder, locked, track_progress
 
 pytestmark = pytest.mark.single_gpu
 
@@ -40,12 +40,12 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, caplog
     terminal = StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(cache.sys, "stderr", terminal)
-    follow([1, 0, 2], 3, **WORDS)
+    track_progress([1, 0, 2], 3, **WORDS)
     assert "Packing images" in terminal.getvalue() and "100%" in terminal.getvalue()
     terminal.isatty = lambda: False
     monkeypatch.setattr(cache, "LOG_EVERY", -1.0)
     with caplog.at_level(logging.INFO):
-        follow([2, 1], 3, **WORDS)
+        track_progress([2, 1], 3, **WORDS)
     assert "packing 3 images into PLACE" in caplog.text
     assert "packed 2 of 3 images" in caplog.text and "packed 3 images" in caplog.text
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ase_dist.models.heads import LinearHead, PUPHead
-from ase_dist.registry import HEADS
+from ase_dist.registries import HEADS
 
 pytestmark = pytest.mark.single_gpu
 

@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ase_dist.moe import ASEMoE
-from ase_dist.moe import deepspeed_seam as seam
+from ase_dist.moe import ASEMoE, deepspeed_compat
 from ase_dist.moe.deepspeed_state import from_engine_names, to_engine_names
 from tests.moe.conftest import FFN, randomise
 from tests.training.conftest import start_world
@@ -48,7 +47,7 @@ def engine_of(stage, ep_size, experts, *, seed):
         "train_micro_batch_size_per_gpu": 1, "steps_per_print": 2**31, "gradient_clipping": 1.0,
         "zero_optimization": {"stage": stage, "contiguous_gradients": True},
     }  # fmt: skip
-    optimizer = torch.optim.AdamW(seam.optimizer_groups([group]), lr=0.01, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(deepspeed_compat.optimizer_groups([group]), lr=0.01, weight_decay=0.1)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
 
@@ -69,7 +68,10 @@ def everything(engine):
     found = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     for name, p in engine.module.named_parameters():
         if p.requires_grad:
-            found |= {f"{name}/{kind}": seam.read_master(engine, p, kind) for kind in ("weight", *seam.MOMENTS)}
+            found |= {
+                f"{name}/{kind}": deepspeed_compat.read_master(engine, p, kind)
+                for kind in ("weight", *deepspeed_compat.MOMENTS)
+            }
     return found
 
 
@@ -93,7 +95,7 @@ def scenario(rank, folder):
     import deepspeed
 
     os.environ["LOCAL_RANK"] = str(rank)
-    seam.skip_cpu_communication_build()
+    deepspeed_compat.skip_cpu_communication_build()
     deepspeed.init_distributed("gloo", verbose=False)
     found = {str(case): saved_and_loaded(folder / "_".join(map(str, case)), *case) for case in CASES}
     try:

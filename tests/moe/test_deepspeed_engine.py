@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ase_dist.moe import ASEMoE, MoEFFN, global_state, load_global_state
-from ase_dist.moe import deepspeed_seam as seam
+from ase_dist.moe import ASEMoE, MoEFFN, deepspeed_compat, global_state, load_global_state
 from tests.moe.conftest import FFN, randomise
 from tests.training.conftest import start_world
 
@@ -67,13 +66,13 @@ def engine_of(stage, ep_size, dispatch, accumulation):
     for i, layer in enumerate(model.layers):
         randomise(layer.moe, seed=i) if ep_size == 1 else load_random(layer, seed=i)
     group = {"name": "all", "params": [p for p in model.parameters() if p.requires_grad]}
-    optimizer = torch.optim.AdamW(seam.optimizer_groups([group]), lr=0.01, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(deepspeed_compat.optimizer_groups([group]), lr=0.01, weight_decay=0.1)
     config = {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulation, "steps_per_print": 2**31,
         "gradient_clipping": CLIP, "zero_optimization": {"stage": stage, "contiguous_gradients": True},
     }  # fmt: skip
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    seam.use_true_gradient_norm(engine)
+    deepspeed_compat.use_true_gradient_norm(engine)
     return engine
 
 
@@ -115,7 +114,7 @@ def replicas_differ(engine, label):
     for name, p in engine.module.named_parameters():
         gathered = [torch.empty_like(p) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, p.detach())
-        step = engine.module.layers[0].ep_size if seam.is_routed(p) else 1
+        step = engine.module.layers[0].ep_size if deepspeed_compat.is_routed(p) else 1
         if any(not torch.equal(gathered[i], gathered[i % step]) for i in range(dist.get_world_size())):
             found.append(f"{label}: replicas of {name} differ")
     return found
@@ -125,7 +124,7 @@ def grid(rank, folder):
     import deepspeed
 
     os.environ["LOCAL_RANK"] = str(rank)
-    seam.skip_cpu_communication_build()
+    deepspeed_compat.skip_cpu_communication_build()
     deepspeed.init_distributed("gloo", verbose=False)
     size = dist.get_world_size()
     wanted = {accumulation: reference(size, accumulation) for accumulation in (1, 2)}

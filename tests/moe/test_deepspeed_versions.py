@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from ase_dist.moe import deepspeed_seam as seam
+from ase_dist.moe import deepspeed_compat
 
 pytestmark = pytest.mark.single_gpu
 
@@ -48,13 +48,13 @@ def engine(request, monkeypatch):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_old_stages_1_and_2_are_told_to_look(engine, stage):
     made = engine(stage)
-    seam.skip_non_finite_zero_steps(made)
+    deepspeed_compat.skip_non_finite_zero_steps(made)
     assert made.optimizer.check_grad_overflow is made.old
 
 
 def test_old_stage_3_looks_first(engine):
     made = engine(3)
-    seam.skip_non_finite_zero_steps(made)
+    deepspeed_compat.skip_non_finite_zero_steps(made)
     assert made.optimizer._overflow_check_and_loss_scale_update() is made.old
     made.optimizer.found = False
     assert made.optimizer._overflow_check_and_loss_scale_update() is False
@@ -63,7 +63,7 @@ def test_old_stage_3_looks_first(engine):
 def test_without_zero_nothing_is_touched(engine):
     made = engine(0)
     before = dict(vars(made.optimizer))
-    seam.skip_non_finite_zero_steps(made)
+    deepspeed_compat.skip_non_finite_zero_steps(made)
     assert vars(made.optimizer) == before
 
 
@@ -78,8 +78,8 @@ MUON = """
 import sys
 import torch
 from deepspeed.runtime import compiler
-from ase_dist.moe import deepspeed_seam as seam
-seam.import_muon()
+from ase_dist.moe import deepspeed_compat
+deepspeed_compat.import_muon()
 from deepspeed.runtime.zero.utils import is_zero_supported_optimizer  # imports Muon, were it not there
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 assert "torch._inductor.compile_fx" not in sys.modules

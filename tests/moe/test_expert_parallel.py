@@ -250,7 +250,7 @@ def test_a_sharded_layer_is_the_same_function_as_one_process(tmp_path):
 
 @pytest.mark.single_gpu
 def test_the_cost_formulas_by_hand():
-    shape = LayerShape(routed=15, active=3, slots=2, ranks=8, row_values=2 * (768 + 3072),
+    shape = LayerShape(routed=15, active=3, slots=2, ranks=8, values_per_token=2 * (768 + 3072),
                        expert_values=2 * 4 * (768 + 3072), element_bytes=2)  # fmt: skip
     assert shape.gather_bytes() == 2 * 7 * 2 * 2 * 4 * 3840 * 2  # about (P-1)/P of 1.84 MB, with a padded slot
     assert 2.2 < shape.expected_rows(1.0) < 2.5  # q of the reference: 2.3
@@ -260,7 +260,7 @@ def test_the_cost_formulas_by_hand():
 
 @pytest.mark.single_gpu
 def test_expected_rows_are_the_mean_over_random_routing():
-    shape = LayerShape(routed=15, active=3, slots=4, ranks=4, row_values=1, expert_values=1, element_bytes=4)
+    shape = LayerShape(routed=15, active=3, slots=4, ranks=4, values_per_token=1, expert_values=1, element_bytes=4)
     generator = torch.Generator().manual_seed(0)
     owner = torch.arange(15) // 4
     picks = torch.rand(20000, 15, generator=generator).topk(3).indices

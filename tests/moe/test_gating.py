@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ase_dist.moe import MoEFFN
-from ase_dist.moe.autocast import autocast
 from ase_dist.moe.gating import Gates, check_gating, joint, top_routed
-from ase_dist.registry import GATINGS
+from ase_dist.ops.autocast import autocast
+from ase_dist.registries import GATINGS
 from tests.moe.conftest import FFN
 
 pytestmark = pytest.mark.single_gpu

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ase_dist.config import load_settings, to_yaml
-from ase_dist.training.recorder import Recorder
+from ase_dist.training.record.metrics import Recorder
 
 TASKS = ["semseg", "edge", "normals"]
 LAYERS, EXPERTS, SHARED = 2, 5, [4]

@@ -18,7 +18,7 @@ from ase_dist.report.heatmaps import (
     palette,
 )
 from ase_dist.report.records import Records
-from ase_dist.training.recorder import read_metrics
+from ase_dist.training.record.metrics import read_metrics
 from tests.report.conftest import EXPERTS, LAYERS, SHARED, STEPS, TASKS, load_at, write_metrics
 
 pytestmark = pytest.mark.single_gpu

@@ -7,7 +7,7 @@ import pytest
 
 from ase_dist.config import load_settings
 from ase_dist.report.listing import MOST, commands, list_checkpoints, list_files
-from ase_dist.training.checkpoint import CheckpointStore
+from ase_dist.training.state.checkpoint import CheckpointStore
 from tests.training.conftest import save, truncate
 
 pytestmark = pytest.mark.single_gpu

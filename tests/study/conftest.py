@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from ase_dist.study import presets, runner
-from ase_dist.training import plots, run, runtime
+from ase_dist.training.loop import run
+from ase_dist.training.process import runtime
+from ase_dist.training.record import plots
 from tests.training.conftest import scenes  # noqa: F401  (the fixture)
 from tests.training.tiny_runs import TINY
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ase_dist.training.checkpoint import CheckpointStore
+from ase_dist.training.state.checkpoint import CheckpointStore
 from tests.training.tiny_runs import SCENE_SIZE, TRAIN_IMAGES, VAL_IMAGES
 
 META = {"settings": "abc", "sampler": {"epoch": 3, "seen": [1, 2]}, "best": 0.1 + 0.2, "none": None}
@@ -98,7 +98,7 @@ def start_world(
     The worker is a function at the top of a module.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ase_dist.training.run"])  # and with it all that takes long to import
+    context.set_forkserver_preload(["ase_dist.training.loop.run"])  # and with it all that takes long to import
     folder.mkdir(parents=True, exist_ok=True)
     processes = [context.Process(target=_enter, args=(worker, rank, size, folder, seconds), daemon=True)
                  for rank in range(size)]  # fmt: skip
@@ -134,7 +134,7 @@ def _result(folder: Path, rank: int) -> Any:
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """The folder in which ``tiny_runs`` finds its generated scenes."""
-    from ase_dist.data.scenes.make import ensure_scenes
+    from ase_dist.scenes.make import ensure_scenes
 
     root = tmp_path_factory.mktemp("scenes")
     ensure_scenes(root, train=TRAIN_IMAGES, val=VAL_IMAGES, size=SCENE_SIZE, seed=0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ase_dist.training.checkpoint import CheckpointStore, SaveError, catalog, files, shards
+from ase_dist.training.state.checkpoint import CheckpointStore, SaveError, catalog, files, shards
 from tests.training.conftest import META, entries, flip_byte, groups, loads, save, truncate
 
 pytestmark = pytest.mark.single_gpu
@@ -138,7 +138,7 @@ def test_a_mark_that_cannot_be_written(store, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ase_dist.training.checkpoint.store.write_atomic", refuse)
+    monkeypatch.setattr("ase_dist.training.state.checkpoint.store.write_atomic", refuse)
     with pytest.raises(SaveError, match=r"step 20 was not marked as the best: .*No space left"):
         store.mark_best(20)
     assert store.best == store.folder / "step_10"
@@ -213,7 +213,7 @@ def test_a_full_or_read_only_disk(store, monkeypatch, place, code):
     elif place == "flush":
         monkeypatch.setattr(shards, "fsync", refuse)
     elif place == "manifest":
-        monkeypatch.setattr("ase_dist.training.checkpoint.store.write_atomic", refuse)
+        monkeypatch.setattr("ase_dist.training.state.checkpoint.store.write_atomic", refuse)
     else:
         real = os.replace
         monkeypatch.setattr(files.os, "replace", lambda a, b: refuse() if Path(b).name == "step_20" else real(a, b))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ase_dist.training.checkpoint import open_checkpoint
-from ase_dist.training.checkpoint.manifest import read_manifest
+from ase_dist.training.state.checkpoint import open_checkpoint
+from ase_dist.training.state.checkpoint.manifest import read_manifest
 from tests.training.conftest import flip_byte, loads, save, truncate
 
 pytestmark = pytest.mark.single_gpu
@@ -51,8 +51,12 @@ def test_damage_is_named_and_the_one_before_is_taken(store, caplog, name, damage
 def test_sizes_are_compared_before_anything_is_hashed(store, monkeypatch):
     save(store, 10)
     truncate(store.folder / "step_10" / "weights.safetensors")
-    monkeypatch.setattr("ase_dist.training.checkpoint.verify.sha256_of", lambda path: pytest.fail(f"hashed {path}"))
-    monkeypatch.setattr("ase_dist.training.checkpoint.verify.share", lambda files, **where: files[1:])  # weights alone
+    monkeypatch.setattr(
+        "ase_dist.training.state.checkpoint.verify.sha256_of", lambda path: pytest.fail(f"hashed {path}")
+    )
+    monkeypatch.setattr(
+        "ase_dist.training.state.checkpoint.verify.share", lambda files, **where: files[1:]
+    )  # weights alone
     with pytest.raises(ValueError, match=r"weights\.safetensors: \d+ bytes, the manifest says \d+"):
         store.find(store.folder / "step_10")
 

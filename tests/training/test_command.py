@@ -18,10 +18,10 @@ import pytest
 
 from ase_dist.commands import train as command
 from ase_dist.config import load_settings, setting_keys, to_yaml
-from ase_dist.training import restarts
-from ase_dist.training.checkpoint import SaveError
-from ase_dist.training.guards import ExitCode, NonFiniteError
-from ase_dist.training.runtime import JoinError, free_port
+from ase_dist.training.process import restarts
+from ase_dist.training.process.guards import ExitCode, NonFiniteError
+from ase_dist.training.process.runtime import JoinError, free_port
+from ase_dist.training.state.checkpoint import SaveError
 from tests.training.conftest import start_world
 from tests.training.tiny_runs import ROOT, TINY, checkpoint, losses, metric_lines, same_bits, trained
 
@@ -98,7 +98,7 @@ def test_a_mistake_is_one_sentence_and_a_code(arguments, words, capsys):
     ],
 )
 def test_what_ends_a_run_is_one_sentence_and_its_code(error, code, capsys):
-    with mock.patch("ase_dist.training.run.run", side_effect=error):
+    with mock.patch("ase_dist.training.loop.run.run", side_effect=error):
         assert command.main([]) == code
     assert capsys.readouterr().err == f"error: {error}\n"
 
@@ -317,7 +317,7 @@ def test_a_crash_is_started_again(tmp_path, monkeypatch, codes, restarts_allowed
 def test_a_signal_goes_on_to_the_child_and_ends_it(tmp_path):
     arguments = child(tmp_path, "wait")
     program = (
-        "from ase_dist.training.restarts import supervise\nfrom ase_dist.config import load_settings\n"
+        "from ase_dist.training.process.restarts import supervise\nfrom ase_dist.config import load_settings\n"
         f"raise SystemExit(supervise({arguments!r}, load_settings(None, []), restarts=5))"
     )
     parent = subprocess.Popen([sys.executable, "-c", program])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ase_dist.training.recorder import read_metrics
+from ase_dist.training.record.metrics import read_metrics
 from tests.training.tiny_runs import said, tiny_run
 
 pytestmark = pytest.mark.single_gpu

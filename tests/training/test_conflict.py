@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ase_dist.moe import MoEFFN
-from ase_dist.training.conflict import gradient_conflict
-from ase_dist.training.recorder import read_metrics
+from ase_dist.training.loop.conflict import gradient_conflict
+from ase_dist.training.record.metrics import read_metrics
 from tests.moe.conftest import FFN, randomise
 from tests.training.conftest import start_world
 from tests.training.tiny_runs import said, tiny_run
@@ -100,7 +100,7 @@ def test_the_measurement_is_not_counted_as_training(scenes, tmp_path):
         time.sleep(3)
         return gradient_conflict(*arguments)
 
-    with mock.patch("ase_dist.training.trainer.gradient_conflict", slow):
+    with mock.patch("ase_dist.training.loop.trainer.gradient_conflict", slow):
         tiny_run(scenes, tmp_path / "slow", *MEASURE)
     assert json.loads((tmp_path / "slow" / "summary.json").read_text())["train_seconds"] < 6  # of two measurements
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ase_dist.training import console
-from ase_dist.training.console import StepProgress, clock, close_console, set_up_logging, table
-from ase_dist.training.run_folder import LOGGER, RunFolder, close_logs
+from ase_dist.training.record import console
+from ase_dist.training.record.console import StepProgress, clock, close_console, set_up_logging, table
+from ase_dist.training.record.run_folder import LOGGER, RunFolder, close_logs
 
 pytestmark = pytest.mark.single_gpu
 

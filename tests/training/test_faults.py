@@ -12,9 +12,10 @@ import pytest
 
 from ase_dist import collectives
 from ase_dist.models.multitask import MultiTaskViT
-from ase_dist.training import guards, trainer
-from ase_dist.training.guards import ExitCode
-from ase_dist.training.run_state import RunState
+from ase_dist.training.loop import trainer
+from ase_dist.training.process import guards
+from ase_dist.training.process.guards import ExitCode
+from ase_dist.training.state.run_state import RunState
 from tests.training.conftest import start_world
 from tests.training.tiny_runs import (
     before_step,
@@ -208,8 +209,8 @@ def signals(rank, folder, scenes):
 
 def differences(rank, folder, scenes):
     """What this rank says where rank 1 was started with something else."""
-    fingerprint = mock.patch("ase_dist.training.build.data_fingerprint", lambda dataset: f"copy {rank}")
-    absent = mock.patch("ase_dist.training.build.build_train_loader", partial(refuse_on_one, rank))
+    fingerprint = mock.patch("ase_dist.training.loop.components.data_fingerprint", lambda dataset: f"copy {rank}")
+    absent = mock.patch("ase_dist.training.loop.components.build_train_loader", partial(refuse_on_one, rank))
     with fingerprint:
         other_data = said(scenes, folder / "other", HALF)
     with absent:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from ase_dist.collectives import barrier
-from ase_dist.training.checkpoint import CheckpointStore
-from ase_dist.training.guards import ExitCode, FiniteGuard, NonFiniteError, StopFlag, Watchdog, all_finite, vote
+from ase_dist.training.process.guards import ExitCode, FiniteGuard, NonFiniteError, StopFlag, Watchdog, all_finite, vote
+from ase_dist.training.state.checkpoint import CheckpointStore
 from tests.training.conftest import META, groups, loads, start_world
 
 NAN = float("nan")
@@ -204,43 +204,43 @@ def bombarded(rank, folder):
 
 
 def beats_in_time(rank, folder):
-    with Watchdog(folder, timeout=2.5) as dog:  # far more than two beats are apart, on a busy machine too
+    with Watchdog(folder, timeout=2.5) as watchdog:  # far more than two beats are apart, on a busy machine too
         for step in range(60):
-            dog.beat(f"step {step}")
+            watchdog.beat(f"step {step}")
             time.sleep(0.05)
     time.sleep(3)  # nothing goes off after it was left
     return sorted(path.name for path in folder.iterdir())
 
 
 def sleeps_past_the_limit(rank, folder):
-    with Watchdog(folder, timeout=0.5) as dog:
-        dog.beat("backward of step 12")
+    with Watchdog(folder, timeout=0.5) as watchdog:
+        watchdog.beat("backward of step 12")
         time.sleep(60)
 
 
 def holds_the_lock(rank, folder):
-    with Watchdog(folder, timeout=1.0) as dog:
-        dog.beat("a search that never yields")
+    with Watchdog(folder, timeout=1.0) as watchdog:
+        watchdog.beat("a search that never yields")
         re.match(r"(a+)+$", "a" * 60 + "b")
 
 
 def peer_dies(rank, folder):
-    with Watchdog(folder, timeout=4.0) as dog:
-        dog.beat("forward of step 4")
+    with Watchdog(folder, timeout=4.0) as watchdog:
+        watchdog.beat("forward of step 4")
         time.sleep(1.5)  # both have shown that they live
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        dog.beat("all-to-all of step 4")
+        watchdog.beat("all-to-all of step 4")
         time.sleep(60)
 
 
 def peer_is_behind(rank, folder):
-    with Watchdog(folder, timeout=8.0) as dog:
+    with Watchdog(folder, timeout=8.0) as watchdog:
         for step in range(4 if rank == 0 else 2):
-            dog.beat(f"batch {step}")
+            watchdog.beat(f"batch {step}")
         time.sleep(2.5)
         barrier()
-        said = dog.suspects()
+        said = watchdog.suspects()
         barrier()  # none leaves before the other has looked
         return said
 

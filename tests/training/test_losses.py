@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ase_dist.tasks import IGNORE, NYUD_TASKS, PASCAL_TASKS, Task
-from ase_dist.training.losses import label_counts, loss_weights, task_losses, weighted_sum
+from ase_dist.training.loop.losses import label_counts, loss_weights, task_losses, weighted_sum
 
 pytestmark = pytest.mark.single_gpu
 

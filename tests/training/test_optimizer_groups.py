@@ -8,7 +8,7 @@ import torch
 from ase_dist.config import load_settings
 from ase_dist.models import build_model, parameter_groups
 from ase_dist.tasks import select_tasks
-from ase_dist.training.engine import trained_groups
+from ase_dist.training.loop.engine import trained_groups
 from tests.training.conftest import start_world
 from tests.training.tiny_runs import TINY, checkpoint, distance, same_bits, tiny_run, trained
 

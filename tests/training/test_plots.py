@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ase_dist.training.plots import draw_all, draw_heatmap, draw_losses, draw_metrics, draw_shared_gate
-from ase_dist.training.recorder import Recorder
+from ase_dist.training.record.metrics import Recorder
+from ase_dist.training.record.plots import draw_all, draw_heatmap, draw_losses, draw_metrics, draw_shared_gate
 
 pytestmark = pytest.mark.single_gpu
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ase_dist.training.ranks import find_device, join
+from ase_dist.training.process.ranks import find_device, join
 from tests.conftest import LAUNCHER
 from tests.training.conftest import start_world
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ase_dist.tasks import PASCAL_TASKS
-from ase_dist.training.reports import result_table
+from ase_dist.training.record.reports import result_table
 
 pytestmark = pytest.mark.single_gpu
 TASKS = (PASCAL_TASKS["semseg"], PASCAL_TASKS["edge"])

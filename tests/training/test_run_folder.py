@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ase_dist.training import run_folder
-from ase_dist.training.run_folder import LOGGER, RunFolder, close_logs, environment, hide_secrets
+from ase_dist.training.record import run_folder
+from ase_dist.training.record.run_folder import LOGGER, RunFolder, close_logs, environment, hide_secrets
 
 pytestmark = pytest.mark.single_gpu
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ase_dist.config import load_settings, settings_hash
-from ase_dist.training.checkpoint import open_checkpoint
+from ase_dist.training.state.checkpoint import open_checkpoint
 from tests.training.conftest import start_world
 from tests.training.tiny_runs import (
     checkpoint,
@@ -92,12 +92,12 @@ def batches(scenes, folder):
 def best_of(scenes, folder):
     """Evaluations with given scores, at steps without a checkpoint of their own; the second run goes back to step 4."""
     once = ("eval.every=2", "checkpoint.every=0", "checkpoint.keep=1", "train.log_every=4")
-    with mock.patch("ase_dist.training.history.gain", side_effect=[1.0, 3.0, 2.0]):
+    with mock.patch("ase_dist.training.state.history.gain", side_effect=[1.0, 3.0, 2.0]):
         tiny_run(scenes, folder / "best", *once)
-    with mock.patch("ase_dist.training.history.gain", side_effect=[1.0, 2.0, 3.0]):
+    with mock.patch("ase_dist.training.state.history.gain", side_effect=[1.0, 2.0, 3.0]):
         tiny_run(scenes, folder / "went_back", *once, "checkpoint.keep=2")
     step_4 = folder / "went_back" / "checkpoints" / "step_4"
-    with mock.patch("ase_dist.training.history.gain", side_effect=[0.5]):
+    with mock.patch("ase_dist.training.state.history.gain", side_effect=[0.5]):
         tiny_run(scenes, folder / "went_back", *once, "checkpoint.keep=2", f"resume={step_4}")
 
 

@@ -10,8 +10,8 @@ import pytest
 from torch.utils import cpp_extension
 
 from ase_dist.commands import train as command
-from ase_dist.training import runtime
-from ase_dist.training.guards import ExitCode
+from ase_dist.training.process import runtime
+from ase_dist.training.process.guards import ExitCode
 from tests.training.conftest import start_world
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

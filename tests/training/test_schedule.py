@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ase_dist.config import TrainSettings
-from ase_dist.training.schedule import learning_rate_factor, schedule_lambda
+from ase_dist.training.loop.schedule import learning_rate_factor, schedule_lambda
 
 pytestmark = pytest.mark.single_gpu
 

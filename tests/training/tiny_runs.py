@@ -15,15 +15,16 @@ from torch.utils._pytree import tree_leaves
 from ase_dist.config import load_settings
 from ase_dist.data.loader import TrainLoader
 from ase_dist.models.multitask import MultiTaskViT
-from ase_dist.moe.deepspeed_seam import full_shape, is_routed
+from ase_dist.models.names_of_trained import trained_entries
+from ase_dist.moe.deepspeed_compat import full_shape, is_routed
 from ase_dist.moe.router import TaskRouter
-from ase_dist.training import run, runtime
-from ase_dist.training.build import build
-from ase_dist.training.checkpoint import CheckpointStore, open_checkpoint
 from ase_dist.training.ds_config import read_ds_config, resolve
-from ase_dist.training.named_state import trained_entries
-from ase_dist.training.recorder import read_metrics
-from ase_dist.training.run_state import KINDS, RunState, _group_name
+from ase_dist.training.loop import run
+from ase_dist.training.loop.components import build
+from ase_dist.training.process import runtime
+from ase_dist.training.record.metrics import read_metrics
+from ase_dist.training.state.checkpoint import CheckpointStore, open_checkpoint
+from ase_dist.training.state.run_state import KINDS, RunState, _group_name
 
 ROOT = Path(__file__).parents[2]
 TRAIN_IMAGES, VAL_IMAGES, SCENE_SIZE = 10, 3, 40
@@ -71,7 +72,7 @@ def tiny_run(scenes, output, *overrides, config="z0"):
     """Train in this process, plots left out; the exit code. The world is the one that this process has joined."""
     settings = tiny_settings(scenes, output, *overrides)
     world = runtime.start(timeout=settings.guard.timeout, threads=1)
-    with mock.patch("ase_dist.training.plots.draw_all"):
+    with mock.patch("ase_dist.training.record.plots.draw_all"):
         return int(run.train(settings, ds_config(config), world))
 
 

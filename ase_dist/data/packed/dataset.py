@@ -12,9 +12,10 @@ import numpy as np
 from ase_dist.data.batch import Record
 from ase_dist.data.dataset import RecordDataset, leave_out
 from ase_dist.data.files import Array, read_image
-from ase_dist.data.kinds import reader_of
 from ase_dist.data.packed.layout import Manifest, read_index, read_manifest, unpack_label
 from ase_dist.data.packed.verify import wrong_sizes
+from ase_dist.data.readers import reader_of
+from ase_dist.errors import UserError
 from ase_dist.tasks import Task
 
 
@@ -29,7 +30,7 @@ class PackedDataset(RecordDataset):
 
     Opening it compares the sizes of its files with the manifest's. It may be sent to other processes: each maps the
     files for itself, and the system keeps one copy of them in memory for all.
-    Raises ValueError for a damaged folder, for another data set than ``data`` and for a task that was not packed.
+    Raises UserError for a damaged folder, for another data set than ``data`` and for a task that was not packed.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class PackedDataset(RecordDataset):
         self._places: list[_Place] = []
         names: list[str] = []
         for wrong in wrong_sizes(self.root, manifest):
-            raise ValueError(f"{wrong}; make it again with launch/prepare_data.py")
+            raise UserError(f"{wrong}; make it again with launch/prepare_data.py")
         for shard in manifest.splits[split]:
             path = self.root / shard.file
             index = read_index(path, sha256=shard.index_sha256)
@@ -67,7 +68,7 @@ class PackedDataset(RecordDataset):
         try:
             labels = {task.name: self._label(data, place, task) for task in self.tasks}
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"{place.file}: got a {error} of {name!r}, wanted what was packed; "
                 "make it again with launch/prepare_data.py"
             ) from None
@@ -94,15 +95,15 @@ class PackedDataset(RecordDataset):
 
     def _check(self, manifest: Manifest, data: str, split: str, tasks: list[str]) -> None:
         if data != manifest.data:
-            raise ValueError(
+            raise UserError(
                 f"data.root: {self.root} is {reader_of(manifest.data).title} packed, wanted {reader_of(data).title}; "
                 f"set data.name={manifest.data}, or name another folder"
             )
         if split not in manifest.splits:
-            raise ValueError(f"{self.root}: got the lists {', '.join(manifest.splits)} packed, wanted {split}")
+            raise UserError(f"{self.root}: got the lists {', '.join(manifest.splits)} packed, wanted {split}")
         absent = [task for task in tasks if task not in manifest.tasks]
         if absent:
-            raise ValueError(
+            raise UserError(
                 f"{self.root}: this data set was packed without labels for {', '.join(absent)}; "
                 f"{leave_out(absent, tasks)}, or pack them with launch/prepare_data.py"
             )

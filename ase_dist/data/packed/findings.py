@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ase_dist.data.folder import FolderDataset
 from ase_dist.data.packed.shard import Findings
+from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ def report_path(place: Path) -> Path:
 
 
 def conclude(found: Sequence[Findings], root: Path, place: Path, *, kind: type[FolderDataset]) -> None:
-    """Name every file that cannot be used and every label of another size; ValueError where there is one of the first.
+    """Name every file that cannot be used and every label of another size; UserError where there is one of the first.
 
     Up to 20 lines are logged; more are written to ``report_path(place)``, which is otherwise removed.
     """
@@ -35,7 +36,7 @@ def conclude(found: Sequence[Findings], root: Path, place: Path, *, kind: type[F
         log.warning("%d labels are of another size than their image and are resized to it%s", len(resized), where)
     if problems:
         missing = sum(problem.what == "missing" for problem in problems)
-        raise ValueError(
+        raise UserError(
             f"{root}: {missing} of the files that the lists need are missing and {len(problems) - missing} cannot be "
             f"used{where or ' (they are named above)'}; {kind.origin}, after which the same command goes on from here"
         )

@@ -9,8 +9,9 @@ from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
-from ase_dist.data.cache import cores, follow
+from ase_dist.data.cache import cores, track_progress
 from ase_dist.data.packed.shard import Findings, Job, check, pack
+from ase_dist.errors import UserError
 from ase_dist.workers import begin_worker
 
 FEW = 64  # images that are not worth starting processes for
@@ -22,7 +23,7 @@ def run_jobs(
     """Do the jobs, in this process or in several, and tell how far they are; in the order of the jobs."""
     images = sum(len(job.names) for job, _ in jobs)
     if workers is not None and workers < 1:
-        raise ValueError(f"--workers: got {workers}, wanted at least 1")
+        raise UserError(f"--workers: got {workers}, wanted at least 1")
     workers = min(workers or cores(), len(jobs)) if images > FEW else 1
     found: dict[int, Findings] = {}
 
@@ -32,7 +33,7 @@ def run_jobs(
             yield findings.images
 
     if jobs:
-        follow(finished(), images, doing=doing, did=did, things="images", where=where)
+        track_progress(finished(), images, doing=doing, did=did, things="images", where=where)
     return [found[number] for number in sorted(found)]
 
 
@@ -47,7 +48,7 @@ def _results(jobs: Sequence[tuple[Job, str | None]], workers: int) -> Iterator[t
             for future in as_completed(numbers):
                 yield numbers[future], future.result()
         except BrokenProcessPool:
-            raise ValueError(
+            raise UserError(
                 "a packing process ended early, perhaps for want of memory; the same command goes on, "
                 "try it with fewer --workers"
             ) from None

@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ase_dist.data.files import Array
 from ase_dist.data.labels import compact_form
-from ase_dist.problems import first_problem
+from ase_dist.errors import UserError, first_problem
 from ase_dist.tasks import Kind, packable
 
 MANIFEST = "packed.json"
@@ -38,7 +38,7 @@ RecordT = TypeVar("RecordT", bound="_Record")
 
 def _checked(name: str) -> str:
     if name not in packable():
-        raise ValueError(f"got the data set {name!r}, wanted one of {', '.join(packable())}")
+        raise UserError(f"got the data set {name!r}, wanted one of {', '.join(packable())}")
     return name
 
 
@@ -89,10 +89,10 @@ def is_packed(root: Path) -> bool:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """The manifest of a packed data set; ValueError for one that is damaged or of another version."""
+    """The manifest of a packed data set; UserError for one that is damaged or of another version."""
     manifest = _read(Manifest, root / MANIFEST)
     if manifest.version != VERSION:
-        raise ValueError(
+        raise UserError(
             f"{root}: packed by another version of the software ({manifest.version}, wanted {VERSION}); "
             "make it again with launch/prepare_data.py"
         )
@@ -100,7 +100,7 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def read_index(bin_path: Path, *, sha256: str | None = None) -> ShardIndex:
-    """The index of a .bin; ValueError for one that is missing, damaged, or not the one with this hash."""
+    """The index of a .bin; UserError for one that is missing, damaged, or not the one with this hash."""
     return _read(ShardIndex, index_path(bin_path), sha256=sha256)
 
 
@@ -115,14 +115,14 @@ def pack_label(label: Array) -> bytes:
 
 
 def unpack_label(frame: memoryview, kind: Kind, shape: tuple[int, int]) -> Array:
-    """The compact label of an image of ``shape`` [H, W], read-only; ValueError if the bytes are damaged."""
+    """The compact label of an image of ``shape`` [H, W], read-only; UserError if the bytes are damaged."""
     full, dtype = compact_form(kind, shape)
     try:
         if zstandard.frame_content_size(frame) != math.prod(full) * np.dtype(dtype).itemsize:
-            raise ValueError("damaged label (of another size)")
+            raise UserError("damaged label (of another size)")
         content = zstandard.ZstdDecompressor().decompress(frame)  # a new one: they may not be shared among threads
     except zstandard.ZstdError as error:
-        raise ValueError(f"damaged label ({error})") from None
+        raise UserError(f"damaged label ({error})") from None
     return np.frombuffer(content, dtype).reshape(full)
 
 
@@ -130,11 +130,11 @@ def _read(form: type[RecordT], path: Path, *, sha256: str | None = None) -> Reco
     try:
         content = path.read_bytes()
         if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-            raise ValueError("it is not what its manifest says")
+            raise UserError("it is not what its manifest says")
         return form.model_validate_json(content)
     except (OSError, ValueError) as error:  # pydantic's is a ValueError too
         reason = first_problem(error).why if isinstance(error, ValidationError) else error
-        raise ValueError(
+        raise UserError(
             f"{path}: got an unreadable part of a packed data set ({reason}), wanted it whole; "
             "make it again with launch/prepare_data.py"
         ) from None

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from ase_dist.data.archive import unpack
 from ase_dist.data.cache import flush, locked, remove
-from ase_dist.data.kinds import reader_of
 from ase_dist.data.packed.findings import conclude
 from ase_dist.data.packed.jobs import run_jobs
 from ase_dist.data.packed.layout import (
@@ -44,6 +43,8 @@ from ase_dist.data.packed.source import (
     read_lists,
 )
 from ase_dist.data.packed.verify import wrong_sizes
+from ase_dist.data.readers import reader_of
+from ase_dist.errors import UserError
 from ase_dist.files import fsync, sha256_of, write_atomic
 from ase_dist.tasks import select_tasks
 
@@ -68,7 +69,7 @@ class Request:
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """The tasks to pack; ValueError for one that the data set does not have."""
+        """The tasks to pack; UserError for one that the data set does not have."""
         return tuple(task.name for task in select_tasks(self.data, self.tasks))
 
 
@@ -76,7 +77,7 @@ def prepare(request: Request, out: Path | None = None) -> Path:
     """The folder of the packed data set, made now unless it is there and its source has not changed since.
 
     ``out`` None: in the user's cache folder. Nothing is written into the source.
-    Raises ValueError, one sentence, where the source, its lists or any of its files cannot be used, and OSError where
+    Raises UserError, one sentence, where the source, its lists or any of its files cannot be used, and OSError where
     the folder cannot be written; what was packed until then is kept for the next time.
     """
     archive, tasks = is_archive(request.source), request.task_names
@@ -95,7 +96,7 @@ def prepare(request: Request, out: Path | None = None) -> Path:
 
 
 def check_only(request: Request, out: Path | None = None) -> int:
-    """Read every file of the source as packing would, and return the number of images; ValueError as ``prepare``.
+    """Read every file of the source as packing would, and return the number of images; UserError as ``prepare``.
 
     Nothing is written but, where there is much to say, a report beside ``out``. An archive is unpacked there for the
     time being.
@@ -131,7 +132,7 @@ def _prepare(request: Request, place: Path, tasks: tuple[str, ...], *, archive: 
 
 
 def _is_current(place: Path, request: Request, tasks: tuple[str, ...], fingerprint: str) -> bool:
-    """Whether ``place`` is what would be made now; ValueError where it was made from something else."""
+    """Whether ``place`` is what would be made now; UserError where it was made from something else."""
     if not is_packed(place):
         return False
     try:
@@ -144,7 +145,7 @@ def _is_current(place: Path, request: Request, tasks: tuple[str, ...], fingerpri
         log.info("%s is there already, and its source has not changed", place)
         return True
     if there.source != str(request.source.resolve()):
-        raise ValueError(
+        raise UserError(
             f"--out: {place} was packed from {there.source}, wanted a new folder or one packed from {request.source}; "
             "name another, or remove it"
         )

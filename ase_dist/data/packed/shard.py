@@ -15,9 +15,9 @@ import numpy as np
 from ase_dist.data.batch import Record
 from ase_dist.data.files import read_image
 from ase_dist.data.folder import FolderDataset
-from ase_dist.data.kinds import reader_of
 from ase_dist.data.packed.layout import VERSION, Pictures, ShardIndex, index_path, pack_label, read_index
 from ase_dist.data.packed.sizes import other_sizes
+from ase_dist.data.readers import reader_of
 from ase_dist.files import fsync, write_atomic
 from ase_dist.tasks import select_tasks
 

@@ -12,9 +12,10 @@ from ase_dist.data.archive import SUFFIXES
 from ase_dist.data.cache import cache_folder
 from ase_dist.data.file_check import FileCheck
 from ase_dist.data.folder import SPLITS, FolderDataset, read_list
-from ase_dist.data.kinds import reader_of
 from ase_dist.data.packed.layout import Pictures, is_packed
 from ase_dist.data.packed.shard import SHARD, Job
+from ase_dist.data.readers import reader_of
+from ase_dist.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -31,21 +32,21 @@ def check_place(source: Path, place: Path) -> None:
     """ValueError where packing ``source`` to ``place`` would write into the source, or replace something else."""
     here, there = source.resolve(), place.resolve()
     if there.is_relative_to(here) or here.is_relative_to(there):
-        raise ValueError(
+        raise UserError(
             f"--out: got {place}, wanted a folder outside {source}, into which nothing is written; name another"
         )
     if place.exists() and not is_packed(place) and (not place.is_dir() or any(place.iterdir())):
-        raise ValueError(f"--out: {place} is there already and no packed data set, wanted a new folder; name another")
+        raise UserError(f"--out: {place} is there already and no packed data set, wanted a new folder; name another")
 
 
 def is_archive(source: Path) -> bool:
-    """Whether ``source`` is a file to unpack; ValueError if it is neither that nor a folder."""
+    """Whether ``source`` is a file to unpack; UserError if it is neither that nor a folder."""
     if source.is_dir():
         return False
     if source.is_file() and source.name.endswith(SUFFIXES):
         return True
     got = "a file of another kind" if source.is_file() else "no such file or folder"
-    raise ValueError(f"{source}: got {got}, wanted an unpacked folder or an archive ({', '.join(SUFFIXES)})")
+    raise UserError(f"{source}: got {got}, wanted an unpacked folder or an archive ({', '.join(SUFFIXES)})")
 
 
 def archive_fingerprint(archive: Path) -> str:
@@ -55,21 +56,21 @@ def archive_fingerprint(archive: Path) -> str:
 
 
 def find_root(folder: Path, kind: type[FolderDataset], *, named: Path) -> Path:
-    """The data set in ``folder``: itself, or the one folder in it that has the lists. ValueError if there is none."""
+    """The data set in ``folder``: itself, or the one folder in it that has the lists. UserError if there is none."""
     candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     roots = [path for path in candidates if (path / kind.list_folder).is_dir()]
     if len(roots) == 1 or roots[:1] == [folder]:
         return roots[0]
     got = f"{len(roots)} data sets ({', '.join(path.name for path in roots)})" if roots else "no folder"
-    raise ValueError(f"{named}: got {got} with {kind.list_folder}, wanted that of {kind.title}; {kind.origin}")
+    raise UserError(f"{named}: got {got} with {kind.list_folder}, wanted that of {kind.title}; {kind.origin}")
 
 
 def read_lists(root: Path, kind: type[FolderDataset], *, subset: bool) -> dict[str, list[str]]:
-    """The names of each split; ValueError unless there are as many as published, or ``subset`` allows any number."""
+    """The names of each split; UserError unless there are as many as published, or ``subset`` allows any number."""
     lists = {split: read_list(root / kind.list_folder, split) for split in SPLITS}
     got = {split: len(names) for split, names in lists.items()}
     if kind.counts and not subset and got != dict(kind.counts):
-        raise ValueError(
+        raise UserError(
             f"{root}: got lists of {_counts(got)} images, wanted the {_counts(kind.counts)} of {kind.title}; "
             f"{kind.origin}, or add --subset if these data are meant to be others"
         )
@@ -84,7 +85,7 @@ def read_lists(root: Path, kind: type[FolderDataset], *, subset: bool) -> dict[s
 def plan(
     root: Path, data: str, lists: Mapping[str, list[str]], *, tasks: Sequence[str], pictures: Pictures, target: Path
 ) -> list[Job]:
-    """The jobs that pack a data set into the folder ``target``; ValueError where a task has no folder at all."""
+    """The jobs that pack a data set into the folder ``target``; UserError where a task has no folder at all."""
     kind = reader_of(data)
     check = FileCheck(root, kind.title, how=TASKS_OPTION)
     check.folders(kind.image_files, {task: kind.files_of(task) for task in tasks})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ase_dist.data.packed.layout import Manifest, index_path, read_manifest
+from ase_dist.errors import UserError
 from ase_dist.files import sha256_of
 
 
@@ -21,14 +22,14 @@ def wrong_sizes(root: Path, manifest: Manifest) -> list[str]:
 
 
 def verify(root: Path) -> int:
-    """Read every byte of a packed data set and return the number of its files; ValueError names the damaged ones."""
+    """Read every byte of a packed data set and return the number of its files; UserError names the damaged ones."""
     manifest = read_manifest(root)
     shards = [shard for shards in manifest.splits.values() for shard in shards]
     wanted = {root / shard.file: shard.sha256 for shard in shards}
     wanted |= {index_path(root / shard.file): shard.index_sha256 for shard in shards}
     damaged = [path.name for path, digest in wanted.items() if not path.is_file() or sha256_of(path) != digest]
     if damaged:
-        raise ValueError(
+        raise UserError(
             f"{root}: {len(damaged)} of {len(wanted)} packed files are damaged ({', '.join(damaged)}); "
             "remove them, and launch/prepare_data.py makes them again"
         )

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from ase_dist import collectives
 from ase_dist.collectives import Pending
 from ase_dist.moe.dispatch.base import FeedForward, Routed, joined
-from ase_dist.moe.experts import FFNBank, LoRABank, apply_all, grouped_ffn, lora_pairs
-from ase_dist.moe.lowrank import Activation, gate_gradient, gated, rerun
+from ase_dist.moe.experts import FFNExperts, LoRAExperts, apply_all, grouped_ffn, lora_pairs
 from ase_dist.moe.sharding import Shard
+from ase_dist.ops.lowrank import Activation, gate_gradient, gated, recompute_activation
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ def plan_journey(active_Tn: Tensor, shard: Shard, group: dist.ProcessGroup) -> J
 class AllToAllDispatch:
     """``Dispatch`` by sending tokens to their experts over ``group``."""
 
-    def __init__(self, bank: LoRABank | FFNBank, *, group: dist.ProcessGroup, shard: Shard) -> None:
+    def __init__(self, bank: LoRAExperts | FFNExperts, *, group: dist.ProcessGroup, shard: Shard) -> None:
         self._group, self._shard = group, shard
 
-    def lora(self, tokens: Routed, base: FeedForward, routed: LoRABank, shared: LoRABank | None) -> Tensor:
+    def lora(self, tokens: Routed, base: FeedForward, routed: LoRAExperts, shared: LoRAExperts | None) -> Tensor:
         """See ``Dispatch.lora``."""
         journey, home_Tm, away_Mm = self._begin(tokens)
         home_gates = torch.cat([home_Tm, tokens.gates_TN[:, self._shard.routed :]], dim=1)
@@ -79,7 +79,7 @@ class AllToAllDispatch:
             y_TD = y_TD + _travel(tokens.x_TD, None, None, "bypass", trip)
         return y_TD
 
-    def ffn(self, tokens: Routed, act: Activation, routed: FFNBank, shared: FFNBank | None) -> Tensor:
+    def ffn(self, tokens: Routed, act: Activation, routed: FFNExperts, shared: FFNExperts | None) -> Tensor:
         """See ``Dispatch.ffn``."""
         journey, home_Tm, away_Mm = self._begin(tokens)
         bank = routed.tensors()
@@ -126,9 +126,14 @@ def _linear(x: Tensor, linear: nn.Module, place: str, trip: _Trip, *, activation
 
 
 def _travel(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, place: str, trip: _Trip, *,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    place: str,
+    trip: _Trip,
+    *,
     activation: Activation | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     pairs = (*trip.home[place], *trip.away[place])
     return _TravelLinear.apply(x, weight, bias, *pairs, trip.home_gates, trip.away_gates, trip.journey, activation)
 
@@ -138,10 +143,19 @@ class _TravelLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_OD: Tensor | None, bias_O: Tensor | None, a_RD: Tensor, b_OR: Tensor,
-        away_a_RD: Tensor, away_b_OR: Tensor, gates_TN: Tensor, away_gates_Mm: Tensor, journey: Journey,
+        ctx: Any,
+        x_TD: Tensor,
+        weight_OD: Tensor | None,
+        bias_O: Tensor | None,
+        a_RD: Tensor,
+        b_OR: Tensor,
+        away_a_RD: Tensor,
+        away_b_OR: Tensor,
+        gates_TN: Tensor,
+        away_gates_Mm: Tensor,
+        journey: Journey,
         activation: Activation | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         h_TD = x_TD if activation is None else activation(x_TD)
         outbound = journey.start(h_TD[journey.tokens_L])
         u_TR = h_TD @ a_RD.T
@@ -151,16 +165,18 @@ class _TravelLinear(torch.autograd.Function):
         away_u_MR = rows_MD @ away_a_RD.T
         home_LO = journey.start_back(gated(away_u_MR, away_gates_Mm) @ away_b_OR.T).wait()
         y_TO.index_add_(0, journey.tokens_L, home_LO)
-        ctx.save_for_backward(x_TD, weight_OD, a_RD, b_OR, away_a_RD, away_b_OR, gates_TN, away_gates_Mm, u_TR,
-                              rows_MD, away_u_MR)  # fmt: skip
+        ctx.save_for_backward(
+            x_TD, weight_OD, a_RD, b_OR, away_a_RD, away_b_OR, gates_TN, away_gates_Mm, u_TR, rows_MD, away_u_MR
+        )
         ctx.journey, ctx.activation = journey, activation
         return y_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
-        (x_TD, weight_OD, a_RD, b_OR, away_a_RD, away_b_OR, gates_TN, away_gates_Mm, u_TR, rows_MD,
-         away_u_MR) = ctx.saved_tensors  # fmt: skip
+        (x_TD, weight_OD, a_RD, b_OR, away_a_RD, away_b_OR, gates_TN, away_gates_Mm, u_TR, rows_MD, away_u_MR) = (
+            ctx.saved_tensors
+        )
         journey: Journey = ctx.journey
         outbound = journey.start(grad_TO[journey.tokens_L])
         grad_v_TR = grad_TO @ b_OR
@@ -170,7 +186,7 @@ class _TravelLinear(torch.autograd.Function):
         away_grad_v_MR = grad_MO @ away_b_OR
         away_grad_u_MR = gated(away_grad_v_MR, away_gates_Mm)
         inbound = journey.start_back(away_grad_u_MR @ away_a_RD)
-        h_TD, pull_back = rerun(x_TD, ctx.activation, differentiate=True)
+        h_TD, pull_back = recompute_activation(x_TD, ctx.activation, differentiate=True)
         grads = (
             grad_u_TR.T @ h_TD,
             grad_TO.T @ gated(u_TR, gates_TN),

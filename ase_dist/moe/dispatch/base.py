@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ase_dist.moe.experts import FFNBank, LoRABank, apply_all, apply_routed, lora_pairs
-from ase_dist.moe.lora_ffn import Adapted, gated_ffn
-from ase_dist.moe.lowrank import Activation, add_lowrank, is_frozen_linear, lowrank_linear
+from ase_dist.moe.experts import FFNExperts, LoRAExperts, apply_all, apply_routed, lora_pairs
+from ase_dist.ops.lora_ffn import Adapted, gated_ffn
+from ase_dist.ops.lowrank import Activation, add_lowrank, is_frozen_linear, lowrank_linear
 
 FeedForward = Any  # an nn.Module with fc1, act and fc2
 
@@ -31,10 +31,10 @@ class Routed(NamedTuple):
 class Dispatch(Protocol):
     """Brings tokens and experts together; both methods return the layer's output [T, D]."""
 
-    def lora(self, tokens: Routed, base: FeedForward, routed: LoRABank, shared: LoRABank | None) -> Tensor:
+    def lora(self, tokens: Routed, base: FeedForward, routed: LoRAExperts, shared: LoRAExperts | None) -> Tensor:
         """The frozen base with the gated LoRA pairs on its linears."""
 
-    def ffn(self, tokens: Routed, act: Activation, routed: FFNBank, shared: FFNBank | None) -> Tensor:
+    def ffn(self, tokens: Routed, act: Activation, routed: FFNExperts, shared: FFNExperts | None) -> Tensor:
         """The gated sum of full feed-forward experts."""
 
 
@@ -42,8 +42,10 @@ def lora_ffn(tokens: Routed, base: FeedForward, bank: Mapping[str, Tensor], plac
     """fc2(act(fc1(x))) with each adapted place's pairs of all N experts; ``bank`` holds them in global order."""
     pairs = lora_pairs(bank, places)
     if is_frozen_linear(base.fc1, tokens.x_TD) and is_frozen_linear(base.fc2, tokens.x_TD):
-        fc1, fc2 = (Adapted(fc.weight, fc.bias, *pairs.get(name, (None, None)))
-                    for name, fc in (("fc1", base.fc1), ("fc2", base.fc2)))  # fmt: skip
+        fc1, fc2 = (
+            Adapted(fc.weight, fc.bias, *pairs.get(name, (None, None)))
+            for name, fc in (("fc1", base.fc1), ("fc2", base.fc2))
+        )
         y_TD = gated_ffn(tokens.x_TD, fc1, fc2, gates_TN=tokens.gates_TN, activation=base.act)
     else:
         h = adapted_linear(tokens.x_TD, base.fc1, pairs.get("fc1"), tokens.gates_TN)
@@ -83,7 +85,7 @@ def full_ffn(
     return y_TD
 
 
-def joined(routed: Mapping[str, Tensor], shared: LoRABank | None) -> dict[str, Tensor]:
+def joined(routed: Mapping[str, Tensor], shared: LoRAExperts | None) -> dict[str, Tensor]:
     """Routed experts first, the shared ones last: [N, ...] per tensor."""
     if shared is None:
         return dict(routed)

@@ -18,7 +18,7 @@ COUNT_BYTES = 8
 class LayerShape:
     """The sizes that decide what a layer's dispatch costs.
 
-    ``row_values`` is how many values a travelling token carries in a forward pass, both ways together;
+    ``values_per_token`` is how many values a travelling token carries in a forward pass, both ways together;
     ``expert_values`` the parameters of one routed expert; ``element_bytes`` the size of one value.
     """
 
@@ -26,7 +26,7 @@ class LayerShape:
     active: int
     slots: int
     ranks: int
-    row_values: int
+    values_per_token: int
     expert_values: int
     element_bytes: int
 
@@ -42,7 +42,7 @@ class LayerShape:
         """
         if self.ranks == 1:
             return 0.0
-        values = 2 * rows * self.row_values * self.element_bytes
+        values = 2 * rows * self.values_per_token * self.element_bytes
         return values + 2 * rows * self.slots * GATE_BYTES + (self.ranks - 1) * COUNT_BYTES
 
     def expected_rows(self, tokens: float) -> float:

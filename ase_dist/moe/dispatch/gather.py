@@ -17,11 +17,11 @@ from torch.autograd.function import once_differentiable
 from ase_dist import collectives
 from ase_dist.collectives import Pending
 from ase_dist.moe.dispatch.base import FeedForward, Routed, full_ffn, joined, lora_ffn
-from ase_dist.moe.experts import FFNBank, LoRABank
-from ase_dist.moe.lowrank import Activation
+from ase_dist.moe.experts import FFNExperts, LoRAExperts
 from ase_dist.moe.sharding import Shard
+from ase_dist.ops.lowrank import Activation
 
-Bank = LoRABank | FFNBank
+Bank = LoRAExperts | FFNExperts
 
 
 class Prefetcher:
@@ -86,11 +86,11 @@ class GatherDispatch:
         self._prefetcher = prefetcher_of(group)
         self.position = self._prefetcher.register()
 
-    def lora(self, tokens: Routed, base: FeedForward, routed: LoRABank, shared: LoRABank | None) -> Tensor:
+    def lora(self, tokens: Routed, base: FeedForward, routed: LoRAExperts, shared: LoRAExperts | None) -> Tensor:
         """See ``Dispatch.lora``."""
         return lora_ffn(tokens, base, joined(self._full(), shared), routed.places)
 
-    def ffn(self, tokens: Routed, act: Activation, routed: FFNBank, shared: FFNBank | None) -> Tensor:
+    def ffn(self, tokens: Routed, act: Activation, routed: FFNExperts, shared: FFNExperts | None) -> Tensor:
         """See ``Dispatch.ffn``."""
         return full_ffn(tokens, act, self._full(), None if shared is None else shared.tensors())
 

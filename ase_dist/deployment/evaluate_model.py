@@ -1,0 +1,222 @@
+"""Evaluating a model that was saved: data by its own settings or others, over all ranks, to a report on disk."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from ase_dist.config import Settings, override_settings
+from ase_dist.data.loader import EvalLoader, build_eval_loader
+from ase_dist.deployment.reference import read_reference
+from ase_dist.deployment.trained_model import TrainedModel, open_trained_model
+from ase_dist.errors import UserError, did_you_mean
+from ase_dist.evaluation.boundary_workers import default_workers
+from ase_dist.evaluation.comparison import Comparison, Reference, compare
+from ase_dist.evaluation.metrics import EdgeOds
+from ase_dist.evaluation.ods import MAX_DIST, THRESHOLDS
+from ase_dist.evaluation.tables import Report, to_json, to_latex, to_markdown
+from ase_dist.files import write_atomic
+from ase_dist.tasks import DATA_SETS, Task, select_tasks
+from ase_dist.training.loop.evaluate import Gallery, Results, evaluate
+from ase_dist.training.process.runtime import World
+from ase_dist.training.record.console import StepProgress
+
+LOGGER = logging.getLogger("ase_dist")
+ALLOWED = ("data", "eval", "tasks")  # settings that an evaluation may change
+FILES: dict[str, Callable[[Report], str]] = {
+    "metrics.md": to_markdown,
+    "metrics.json": to_json,
+    "metrics.tex": to_latex,
+}
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What to evaluate, on what, and how; the options of ``launch/evaluate.py``.
+
+    ``data`` is the name of a data set or a folder in the layout of one; ``overrides`` are key=value for data, eval
+    and tasks; ``reference`` as ``read_reference`` takes it.
+    """
+
+    path: str | Path
+    checkpoint: str = "newest"
+    data: str | None = None
+    overrides: Sequence[str] = ()
+    tasks: Sequence[str] | None = None
+    split: Literal["train", "val"] = "val"
+    edge_ods: bool = False
+    nms: bool = False
+    reference: str | None = None
+
+
+def evaluate_model(request: EvaluationRequest, world: World, *, console: Console | None = None) -> Report:
+    """The report of an evaluation, equal on all ranks (collective).
+
+    Raises UserError with one sentence for whatever is not there or does not fit: model, data, tasks, reference.
+    """
+    reference = None if request.reference is None else read_reference(request.reference)
+    trained = open_trained_model(request.path, checkpoint=request.checkpoint, device=world.device)
+    settings = data_settings(trained, request)
+    tasks = _common_tasks(trained, settings)
+    ods = (
+        EdgeOds(request.nms, workers=default_workers(processes=world.local_size)) if _has_ods(request, tasks) else None
+    )
+    if reference is not None:
+        compare(tasks, _any_results(tasks, ods), reference)  # before the work: what is missing is missed now
+    loader = build_eval_loader(settings, tasks, rank=world.rank, world_size=world.size, split=request.split)
+    try:
+        results = _run(trained, loader, tasks, world, ods, console)
+    finally:
+        loader.close()
+    return _report(trained, settings, tasks, results, request, images=len(loader.dataset), ods=ods, reference=reference)
+
+
+def write_report(report: Report, out: str | Path) -> None:
+    """Write metrics.md, metrics.json and metrics.tex into ``out``, each whole or not at all; UserError if it fails."""
+    try:
+        for name, write in FILES.items():
+            write_atomic(Path(out) / name, write(report))
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {str(out)!r} ({error.strerror or error}); name another") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is evaluated
+
+
+def data_settings(trained: TrainedModel, request: EvaluationRequest) -> Settings:
+    """The settings of the model with the data that is wished for, by default its own."""
+    for override in request.overrides:
+        section = override.partition("=")[0].strip().partition(".")[0]
+        if section not in ALLOWED:
+            raise UserError(f"{override!r}: an evaluation sets data.*, eval.* and tasks only")
+    names = [task.name for task in trained.tasks] if request.tasks is None else [*request.tasks]
+    overrides = [f"tasks=[{','.join(names)}]", *_data_overrides(request.data, trained.settings), *request.overrides]
+    return override_settings(trained.settings, overrides)
+
+
+def _data_overrides(data: str | None, settings: Settings) -> list[str]:
+    """A name is another data set, at its own default place; else a folder, read as the model's kind of data."""
+    if data is None:
+        return []
+    if data in DATA_SETS:
+        return [f"data.name={data}"] if data == settings.data.name else [f"data.name={data}", "data.root=null"]
+    if not Path(data).is_dir():
+        raise UserError(
+            f"--data: {data!r} is neither a folder nor one of {', '.join(DATA_SETS)}{did_you_mean(data, DATA_SETS)}"
+        )
+    name = DATA_SETS[settings.data.name].layout or settings.data.name
+    return [f"data.name={name}", f"data.root='{data}'"]
+
+
+def _common_tasks(trained: TrainedModel, settings: Settings) -> tuple[Task, ...]:
+    """The data's rows of the tasks asked for; UserError unless the model has them, with the same classes."""
+    own = {task.name: task for task in trained.tasks}
+    tasks = select_tasks(settings.data.name, settings.tasks)
+    for task in tasks:
+        if task.name not in own:
+            raise UserError(f"--tasks: the model has no {task.name!r}, wanted some of {', '.join(own)}")
+        if own[task.name].channels != task.channels:
+            raise UserError(
+                f"--data: {task.name} has {task.channels} channels in {settings.data.name}, "
+                f"{own[task.name].channels} in the model; leave it out with --tasks, or take other data"
+            )
+    return tasks
+
+
+def _has_ods(request: EvaluationRequest, tasks: Sequence[Task]) -> bool:
+    if request.nms and not request.edge_ods:
+        raise UserError("--nms: it is a part of the boundary F-measure; add --edge-ods")
+    if request.edge_ods and not any(task.kind == "edges" for task in tasks):
+        raise UserError(f"--edge-ods: there is no edge task among {', '.join(task.name for task in tasks)}")
+    return request.edge_ods
+
+
+def _any_results(tasks: Sequence[Task], ods: EdgeOds | None) -> Results:
+    """Results with the keys that stand for the tasks."""
+    return {task.name: {task.metric: 1.0, **({"ods_f": 1.0} if ods and task.kind == "edges" else {})} for task in tasks}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The work
+
+
+def _run(
+    trained: TrainedModel,
+    loader: EvalLoader,
+    tasks: Sequence[Task],
+    world: World,
+    ods: EdgeOds | None,
+    console: Console | None,
+) -> Results:
+    forward = functools.partial(trained.model, tasks=[task.name for task in tasks])
+    done = 0
+    with StepProgress("evaluate, batches", total=len(loader), console=console) as progress:
+
+        def go_on() -> bool:
+            nonlocal done
+            done += 1
+            progress.log_every_tenth(done)
+            return True
+
+        evaluation = evaluate(
+            forward,
+            loader,
+            tasks,
+            device=world.device,
+            gallery=Gallery(room=0),
+            constants={},
+            go_on=go_on,
+            edge_ods=ods,
+        )
+    assert evaluation is not None
+    return evaluation.results
+
+
+def _report(
+    trained: TrainedModel,
+    settings: Settings,
+    tasks: tuple[Task, ...],
+    results: Results,
+    request: EvaluationRequest,
+    *,
+    images: int,
+    ods: EdgeOds | None,
+    reference: Reference | None,
+) -> Report:
+    """Nothing in it depends on the number of ranks."""
+    data = settings.data
+    folder = data.root.name if data.root is not None and data.name != "scenes" else None
+    facts: dict[str, str | int | None] = {
+        "model": str(trained.path),
+        "kind": trained.kind,
+        "step": trained.step,
+        "data": data.name,
+        "folder": folder,
+        "split": request.split,
+        "images": images,
+        "input_size": data.size,
+        "edges": None if ods is None else _edge_protocol(ods),
+    }
+    title = f"{trained.path.resolve().name}, step {trained.step}, on {folder or data.name} ({request.split})"
+    return Report(title, facts, tasks, results, _comparison(tasks, results, reference))
+
+
+def _edge_protocol(ods: EdgeOds) -> str:
+    first = "non-maxima suppressed, " if ods.nms else ""
+    return f"{first}{THRESHOLDS} thresholds, thinned, matched within {MAX_DIST} of the diagonal as published"
+
+
+def _comparison(tasks: Sequence[Task], results: Results, reference: Reference | None) -> Comparison | None:
+    """None, with a warning, where a score is undefined: the rest of the report is worth having."""
+    try:
+        return None if reference is None else compare(tasks, results, reference)
+    except ValueError as error:
+        LOGGER.warning("no Delta_m: %s", error)
+        return None

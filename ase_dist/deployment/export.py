@@ -1,0 +1,170 @@
+"""From the folder of a run to an exported model, and the proof that it scores what the run's own evaluation found."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import ase_dist
+from ase_dist.config import ModelSettings, Settings
+from ase_dist.data.loader import build_eval_loader
+from ase_dist.data.transforms import IMAGE_MEAN, IMAGE_STD
+from ase_dist.deployment.exported import load
+from ase_dist.deployment.trained_model import choose_checkpoint, read_run, rebuild
+from ase_dist.errors import UserError, did_you_mean
+from ase_dist.files import fsync, sha256_of, write_atomic
+from ase_dist.models import MultiTaskModel
+from ase_dist.models.export_file import CARD, WEIGHTS, Card, ImageFacts
+from ase_dist.models.global_names import named_tensors
+from ase_dist.tasks import Task, select_tasks
+from ase_dist.training.loop.evaluate import Gallery, Results, evaluate
+from ase_dist.training.state.checkpoint import Checkpoint
+from ase_dist.training.state.checkpoint.files import TEMPORARY, discard, make_empty, put_in_place
+
+LOGGER = logging.getLogger("ase_dist")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+EXACT, ROUNDED = 1e-3, 2e-2  # by how much of itself a metric may differ: fp32 throughout, half precision somewhere
+
+
+def export_run(run: str | Path, out: str | Path, *, checkpoint: str = "newest", dtype: str = "fp32") -> Path:
+    """Write the model of a run's checkpoint into the new folder ``out``; returns that folder.
+
+    ``checkpoint`` is 'newest' (the last saved that is whole), 'best' or the path of one. The run's folder is only read.
+    Raises UserError where the run, the checkpoint or the backbone is not what it was, and where ``out`` exists.
+    """
+    run, out = Path(run), Path(out)
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: got {dtype!r}, wanted one of {list(DTYPES)}{did_you_mean(dtype, DTYPES)}")
+    if out.exists() or out.is_symlink():
+        raise UserError(f"export: {str(out)!r} exists already; name a new folder")
+    settings = read_run(run)
+    tasks = select_tasks(settings.data.name, settings.tasks)
+    with choose_checkpoint(run, checkpoint) as found:
+        model = rebuild(settings, tasks, found)
+        facts = {"step": found.step, "metrics": _metrics(found), "backbone": found.meta["backbone"]}
+    write_export(out, model, settings, tasks, dtype=dtype, facts=facts)
+    LOGGER.info("exported step %d of %s to %s", facts["step"], run, out)
+    return out
+
+
+def write_export(
+    out: Path,
+    model: MultiTaskModel,
+    settings: Settings,
+    tasks: tuple[Task, ...],
+    *,
+    dtype: str,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write a model with plain layers; ``facts`` are the card's step, metrics and backbone.
+
+    Both files go into a temporary folder beside ``out``, which then gets the name: all or nothing.
+    """
+    tensors = _stored(named_tensors(model), DTYPES[dtype])
+    temporary = out.with_name(f"{TEMPORARY}{out.name}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        make_empty(temporary)
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        fsync(temporary / WEIGHTS)
+        card = _card(settings, tasks, dtype=dtype, sha256=sha256_of(temporary / WEIGHTS), **facts)
+        write_atomic(temporary / CARD, card.to_json())
+        put_in_place(temporary, out)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"export: cannot write {str(out)!r} ({error}); name a folder that can be written to") from None
+    finally:
+        discard(temporary)
+
+
+def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies as they go into the file; UserError for a number that has no place in ``dtype``."""
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        if not found[name].isfinite().all():
+            raise UserError(f"export: {name!r} is not finite in {dtype}; use --dtype fp32, or an earlier checkpoint")
+    return found
+
+
+def _metrics(checkpoint: Checkpoint) -> Any:
+    """What the evaluation at this very step found (summary.json has the same at the run's end), or None."""
+    history: Any = checkpoint.meta["history"]
+    return history["latest"] if history["evaluated_at"] == checkpoint.step else None
+
+
+def _card(settings: Settings, tasks: tuple[Task, ...], *, dtype: str, sha256: str, **facts: Any) -> Card:
+    image = ImageFacts(size=settings.data.size, mean=IMAGE_MEAN, std=IMAGE_STD)
+    versions = {
+        "ase_dist": ase_dist.__version__,
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+        "safetensors": safetensors.__version__,
+    }
+    return Card(
+        tasks=tasks,
+        image=image,
+        model=_alone(settings.model),
+        dtype=dtype,
+        sha256=sha256,
+        data=settings.data.name,
+        versions=versions,
+        **facts,
+    )
+
+
+def _alone(model: ModelSettings) -> ModelSettings:
+    """The settings without what only training, other ranks or other files could give."""
+    moe = model.moe.model_copy(update={"ep_size": 1, "dispatch": "auto"})
+    nothing = {"pretrained": "none", "init_from": None, "checkpoint_activations": "none", "drop_path": 0.0}
+    return model.model_copy(update={**nothing, "moe": moe})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The proof
+
+
+def check_export(run: str | Path, out: str | Path, *, device: str | None = None) -> list[str]:
+    """Evaluate the export on the run's validation data; one clause for each metric that is not the run's own.
+
+    A thousandth of a metric may be rounding, two hundredths where run or export are in half precision. ``device``
+    None: a GPU where there is one. Raises UserError where the run has not evaluated the exported step.
+    """
+    settings = read_run(Path(run))
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load(out, device=where)
+    if not model.metrics:
+        raise UserError(
+            f"--check: the run was not evaluated at step {model.card.step}, so there is nothing to compare with; "
+            "export the checkpoint of an evaluated step"
+        )
+    loader = build_eval_loader(settings, model.tasks, rank=0, world_size=1)
+    try:
+        evaluation = evaluate(
+            model, loader, model.tasks, device=where, gallery=Gallery(room=0), constants={}, go_on=lambda: True
+        )
+    finally:
+        loader.close()
+    assert evaluation is not None
+    is_exact = model.card.dtype == "fp32" and settings.train.bf16 is not True
+    return differences(evaluation.results, model.metrics, tolerance=EXACT if is_exact else ROUNDED)
+
+
+def differences(got: Results, wanted: Results, *, tolerance: float) -> list[str]:
+    """Metrics of ``got`` that are further from ``wanted`` than ``tolerance`` of it, or a tenth of that as a number."""
+    found = []
+    for task, metrics in wanted.items():
+        for name, value in metrics.items():
+            now = got[task][name]
+            same = math.isclose(now, value, rel_tol=tolerance, abs_tol=tolerance / 10)
+            if not same and (math.isfinite(now) or math.isfinite(value)):
+                found.append(f"{task} {name} is {now:.6g}, the run found {value:.6g}")
+    return found

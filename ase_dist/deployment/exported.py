@@ -1,0 +1,68 @@
+"""The model that an export makes, ready for images. No DeepSpeed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+
+from ase_dist.config import DataSettings, Settings
+from ase_dist.errors import UserError
+from ase_dist.models.build import build_model
+from ase_dist.models.export_file import CARD, Card, Export, open_export
+from ase_dist.models.global_names import named_tensors
+from ase_dist.models.multitask import ModelOutput
+from ase_dist.models.multitask_resnet import MultiTaskModel
+
+
+class ExportedModel(nn.Module):
+    """A trained model ready for images; ``load`` makes one, in eval mode and without gradients.
+
+    ``tasks`` are the rows of the task table, with channels and class names; ``image`` says what to feed; ``metrics``
+    {task: {metric: value}} is what the run's evaluation found, empty where there was none; ``card`` is everything.
+    """
+
+    def __init__(self, model: MultiTaskModel, card: Card) -> None:
+        super().__init__()
+        self.model, self.card = model, card
+        self.tasks, self.image = card.tasks, card.image
+        self.metrics = {
+            task: {name: math.nan if value is None else value for name, value in values.items()}
+            for task, values in (card.metrics or {}).items()
+        }
+
+    def forward(self, images_B3SS: Tensor, *, tasks: Sequence[str] | None = None) -> ModelOutput:
+        """Raw logits for normalised images: ``forward(images).predictions[task]`` [B, C, h, w]; see MultiTaskViT."""
+        return self.model(images_B3SS, tasks=tasks)
+
+
+def load(path: str | PathLike[str], *, device: torch.device | str = "cpu") -> ExportedModel:
+    """The model in the folder that ``launch/export.py`` has written, in float32 however it was stored.
+
+    Needs neither DeepSpeed nor a network nor any other file. It takes normalised tensors and gives raw logits;
+    ``ase_dist.load`` gives one that takes pictures too (``ase_dist.deployment.predictor``). Raises UserError where the
+    export is missing, damaged or of a newer version.
+    """
+    export = open_export(path)
+    settings = Settings(data=DataSettings(size=export.card.image.size), model=export.card.model)
+    model = build_model(settings, export.card.tasks, expert_layer="plain")
+    fill(model, export)
+    return ExportedModel(model.requires_grad_(False), export.card).to(device).eval()
+
+
+def fill(model: MultiTaskModel, export: Export) -> None:
+    """Copy every tensor of ``export`` into the model. ValueError, and nothing copied, unless names and shapes agree."""
+    targets = named_tensors(model)
+    wanted = {name: tuple(tensor.shape) for name, tensor in targets.items()}
+    got = export.shapes()
+    odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
+    if odd:
+        raise UserError(
+            f"{export.folder}: {len(odd)} tensors are not those of the model in {CARD}, the first, {odd[0]!r}, is "
+            f"{got.get(odd[0], 'missing')} for {wanted.get(odd[0], 'none')}; export again with this version"
+        )
+    for name, tensor in export.tensors():
+        targets[name].copy_(tensor)

@@ -1,0 +1,96 @@
+"""Any picture as RGB: what Pillow opens and what arrays hold, upright, without alpha, with 8 bits a channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from ase_dist.errors import UserError
+
+Pixels = NDArray[np.uint8]  # [H, W, 3]
+
+# Formats that Pillow only names, or hands to another program (EPS to Ghostscript, which runs what is in the file).
+UNWANTED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+WHITE = (255, 255, 255, 255)  # what stands behind transparent pixels
+SIXTEEN = 257  # 65535 / 255
+
+
+def read_rgb(path: Path) -> Pixels:
+    """The first picture of a file as ``to_rgb`` makes it; ValueError that says why where it cannot be read."""
+    try:
+        with Image.open(path, formats=formats()) as picture:
+            return to_rgb(picture)
+    except Exception as error:  # on broken files decoders raise whatever they stumble over
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: {reason}") from None
+
+
+def to_rgb(image: Image.Image | NDArray[Any]) -> Pixels:
+    """A picture, or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], as uint8 [H, W, 3] of its own.
+
+    A picture's orientation tag is applied; transparent pixels lie on white; 16 bits are the range 0..65535; floating
+    point is 0..1. Raises UserError for any other form.
+    """
+    if isinstance(image, Image.Image):
+        return np.array(_flat(ImageOps.exif_transpose(image)))
+    pixels = _eight_bits(np.asarray(image))
+    pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or not pixels.size:
+        raise UserError(f"got an array {list(np.shape(image))}, wanted [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]")
+    if pixels.shape[2] == 4:
+        return np.array(_flat(Image.fromarray(pixels)))
+    return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+
+def find_images(folder: Path, *, without: Path | None = None) -> Iterator[Path]:
+    """The picture files in ``folder`` and below, by their extension and in order; hidden ones are passed over.
+
+    Nothing in the folder ``without`` is looked at.
+    """
+    known = {extension for extension, name in Image.registered_extensions().items() if name in formats()}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or (without is not None and path.resolve() == without.resolve()):
+            continue
+        if path.is_dir():
+            yield from find_images(path, without=without)
+        elif path.suffix.lower() in known:
+            yield path
+
+
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read."""
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - UNWANTED))
+
+
+def _flat(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith(("I", "F")):
+        return Image.fromarray(_eight_bits(np.asarray(picture))).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, WHITE), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _eight_bits(values: NDArray[Any]) -> Pixels:
+    """Booleans, bytes, 16-bit whole numbers (perhaps in a larger type) and floating point in 0..1 as bytes."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    is_float = np.issubdtype(values.dtype, np.floating)
+    top = 1 if is_float else 65535
+    if not (is_float or np.issubdtype(values.dtype, np.integer)) or not values.size:
+        raise UserError(f"got an array of {values.dtype} {list(values.shape)}, wanted numbers")
+    if not (values.min() >= 0 and values.max() <= top):  # written so that NaN fails too
+        raise UserError(
+            f"got {values.dtype} from {values.min()} to {values.max()}, wanted bytes, 16-bit numbers or 0..1 in "
+            "floating point"
+        )
+    scaled: Pixels = np.rint(values * 255.0 if is_float else values / SIXTEEN).astype(np.uint8)
+    return scaled

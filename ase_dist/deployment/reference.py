@@ -1,0 +1,72 @@
+"""The row that an evaluation is compared with: the paper's, or what another run, export or file has saved."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ase_dist.deployment.trained_model import is_run
+from ase_dist.errors import UserError
+from ase_dist.evaluation.comparison import Reference, paper_reference
+from ase_dist.evaluation.tables import FORMAT
+from ase_dist.models.export_file import CARD
+
+PAPER = "paper"
+EVALUATION = Path("evaluation", "metrics.json")  # where an evaluation writes by default, in the folder of its model
+
+
+def read_reference(name: str) -> Reference:
+    """'paper' is its single-task row; of a run or export the last evaluation beside it, else its own metrics.
+
+    A file is the JSON of an evaluation, or plain {task: {score: value}}. Raises UserError where there are no scores.
+    """
+    if name == PAPER:
+        return paper_reference()
+    path = Path(name)
+    if path.is_file():
+        return _from_file(path, name)
+    if (path / EVALUATION).is_file():
+        return _from_file(path / EVALUATION, name)
+    if (path / CARD).is_file():
+        card = _read(path / CARD)
+        return _reference(name, card.get("data", ""), card.get("metrics"), path / CARD)
+    if is_run(path):
+        summary = _read(path / "summary.json")
+        return _reference(name, summary.get("data", ""), summary.get("metrics"), path / "summary.json")
+    raise UserError(f"--reference: got {name!r}, wanted {PAPER!r}, the folder of a run or an export, or a JSON file")
+
+
+def _from_file(path: Path, name: str) -> Reference:
+    tree = _read(path)
+    if tree.get("format") == FORMAT:
+        return _reference(str(tree.get("title", name)), str(tree.get("data", "")), tree.get("results"), path)
+    return _reference(name, "", tree, path)
+
+
+def _reference(name: str, data: str, scores: Any, path: Path) -> Reference:
+    """The scores as numbers; null, where there was nothing to count, as NaN."""
+    if not isinstance(scores, dict) or not scores or not all(_is_row(row) for row in scores.values()):
+        raise UserError(f"--reference: {path} holds no scores, wanted {{task: {{score: value}}}}; evaluate it first")
+    numbers = {
+        task: {key: math.nan if value is None else float(value) for key, value in row.items()}
+        for task, row in scores.items()
+    }
+    return Reference(name, data, numbers)
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and all(
+        value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)) for value in row.values()
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--reference: cannot read {path} ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"--reference: {path} holds a {type(tree).__name__}, wanted {{task: {{score: value}}}}")
+    return tree

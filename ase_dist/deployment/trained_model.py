@@ -1,0 +1,127 @@
+"""Models that were saved: a run's checkpoint or an export, as one plain module on one device. No DeepSpeed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ase_dist.config import Settings, load_settings
+from ase_dist.deployment.exported import ExportedModel, load
+from ase_dist.errors import UserError
+from ase_dist.models import MultiTaskModel, build_model
+from ase_dist.models.export_file import CARD
+from ase_dist.models.names_of_trained import trained_entries
+from ase_dist.tasks import Task, select_tasks
+from ase_dist.training.loop.components import frozen_digest
+from ase_dist.training.state.checkpoint import Checkpoint
+from ase_dist.training.state.checkpoint.catalog import BEST, list_checkpoints, read_pointer
+from ase_dist.training.state.checkpoint.verify import verify
+
+LOGGER = logging.getLogger("ase_dist")
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained model in eval mode; ``settings`` are the run's, or those of an export's card with its data set."""
+
+    path: Path
+    kind: Literal["run", "export"]
+    model: MultiTaskModel | ExportedModel
+    tasks: tuple[Task, ...]
+    settings: Settings
+    step: int
+
+
+def open_trained_model(path: str | Path, *, checkpoint: str = "newest", device: torch.device) -> TrainedModel:
+    """The model in the folder of a run or of an export; ``checkpoint`` as for ``choose_checkpoint``, of a run only.
+
+    Raises UserError where ``path`` is neither, or not whole.
+    """
+    path = Path(path)
+    if not is_run(path):
+        if not is_export(path):
+            raise UserError(f"{str(path)!r} is neither a run nor an export: it holds no {CONFIG} and no {CARD}")
+        if checkpoint != "newest":
+            raise UserError(f"--checkpoint: {str(path)!r} is an export, which holds one model; leave the option out")
+        return _open_export(path, device)
+    settings = read_run(path)
+    tasks = select_tasks(settings.data.name, settings.tasks)
+    with choose_checkpoint(path, checkpoint) as found:
+        model = rebuild(settings, tasks, found).requires_grad_(False).to(device).eval()
+        return TrainedModel(path, "run", model, tasks, settings, found.step)
+
+
+def is_run(path: Path) -> bool:
+    """Whether ``path`` looks like the folder of a run."""
+    return (path / CONFIG).is_file()
+
+
+def is_export(path: Path) -> bool:
+    """Whether ``path`` looks like the folder of an export."""
+    return (path / CARD).is_file()
+
+
+def _open_export(path: Path, device: torch.device) -> TrainedModel:
+    model = load(path, device=device)
+    card = model.card
+    tree = {"data": {"name": card.data, "size": card.image.size}, "tasks": [task.name for task in card.tasks]}
+    settings = Settings.model_validate(tree).model_copy(update={"model": card.model})
+    return TrainedModel(path, "export", model, model.tasks, settings, card.step)
+
+
+def read_run(run: Path) -> Settings:
+    """The settings of a run, from its folder."""
+    if not is_run(run):
+        raise UserError(f"{str(run)!r} is no run, there is no {CONFIG} in it; name the output= of a run")
+    return load_settings(run / CONFIG)
+
+
+def choose_checkpoint(run: Path, wanted: str) -> Checkpoint:
+    """'newest', 'best' or a path. Damaged ones are passed over for 'newest' with a warning, else they are an error."""
+    folder = run / "checkpoints"
+    if wanted == "newest":
+        names = [listed.name for listed in list_checkpoints(folder)] if folder.is_dir() else []
+        paths = [folder / name for name in names]
+    elif wanted == "best":
+        best = read_pointer(folder, BEST)
+        paths = [] if best is None else [folder / best]
+    else:
+        paths = [Path(wanted)]
+    for path in paths:
+        manifest, problems = verify(path)
+        if manifest is not None:
+            return Checkpoint(path, manifest)
+        LOGGER.warning("checkpoint %s is damaged and is passed over: %s", path, "; ".join(problems))
+    if paths:
+        raise UserError(f"{str(paths[-1])!r} is not a whole checkpoint ({problems[0]}); name another")
+    raise UserError(f"{str(folder)!r} holds no checkpoint that is {wanted}; name one with --checkpoint PATH")
+
+
+def rebuild(settings: Settings, tasks: tuple[Task, ...], checkpoint: Checkpoint) -> MultiTaskModel:
+    """The plain model with the checkpoint's weights; UserError unless backbone and tensors are the run's own."""
+    plain = settings.model.model_copy(update={"checkpoint_activations": "none"})
+    model = build_model(settings.model_copy(update={"model": plain}), tasks, expert_layer="plain")
+    backbone: Any = checkpoint.meta["backbone"]
+    if frozen_digest(model) != backbone["sha256"]:
+        raise UserError(
+            f"the frozen backbone {settings.model.backbone} that the settings give now is not the one of "
+            f"{checkpoint.path}; see that model.pretrained={settings.model.pretrained} names the same file as then"
+        )
+    entries = trained_entries(model)
+    wanted = {f"weight/{name}": entry.part_shape for entry in entries for name in entry.names}
+    saved = {name: checkpoint.shape(name) for name in checkpoint.names() if name.startswith("weight/")}
+    odd = sorted(name for name in wanted.keys() | saved.keys() if wanted.get(name) != saved.get(name))
+    if odd:
+        raise UserError(
+            f"{checkpoint.path} is not of the model in config.yaml: {len(odd)} tensors differ, the first, "
+            f"{odd[0]!r}, is {saved.get(odd[0], 'missing')} for {wanted.get(odd[0], 'none')}; name another checkpoint"
+        )
+    with torch.no_grad():
+        for entry in entries:
+            entry.parameter.copy_(entry.join({name: checkpoint.tensor(f"weight/{name}") for name in entry.names}))
+    return model

@@ -1,0 +1,1 @@
+"""Drawing: colours of labels and predictions, legends, grids of truth and prediction, sheets."""

@@ -1,0 +1,106 @@
+"""How much memory a training step keeps for its backward pass, worked out from shapes alone.
+
+Letters: B images, t tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ase_dist.config import Settings
+from ase_dist.models import MultiTaskModel
+from ase_dist.planning.flops import on_fake_tensors
+from ase_dist.tasks import Task, select_tasks
+from ase_dist.training.loop import losses
+
+
+class Activations(NamedTuple):
+    """Bytes of one image: kept inside the blocks, as the blocks' inputs, and by all else, the losses included."""
+
+    blocks: int
+    inputs: int
+    rest: int
+    num_blocks: int
+
+    def kept(self, mode: str) -> int:
+        """At the peak under ``model.checkpoint_activations``: a checkpointed block keeps its input until it runs again.
+
+        ``offload`` has the inputs on the host.
+        """
+        if mode == "none" or not self.num_blocks:
+            return self.blocks + self.rest
+        one_block = math.ceil(self.blocks / self.num_blocks)
+        return one_block + self.rest + (self.inputs if mode == "recompute" else 0)
+
+
+def measure_activations(settings: Settings, *, width: int) -> Activations:
+    """What autograd keeps of one image in a step of ``settings``, weights and the image aside.
+
+    ``width`` is the bytes of an activation; what is float32 in any case (gates, losses) has 4.
+    """
+    fits = width == 4 and settings.model.moe.experts != "ffn"  # else shapes are taken in bf16, and their bytes scaled
+    tasks = select_tasks(settings.data.name, settings.tasks)
+    fake = on_fake_tensors(settings, dtype=torch.float32 if fits else torch.bfloat16)
+    with fake as (model, image), _keeping(model, image, width=width) as kept:
+        output = model(image)
+        labels = {task.name: _fake_label(task, settings.data.size) for task in tasks}
+        counts = torch.ones(len(tasks), 2)
+        losses.task_losses(output.predictions, labels, tasks, counts)
+    return Activations(kept.blocks, kept.inputs, kept.rest, len(model.blocks))
+
+
+class _Kept:
+    """Counts each storage once, where it was saved first."""
+
+    def __init__(self, known: Sequence[Tensor], *, width: int) -> None:
+        self.blocks = self.inputs = self.rest = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self._alive: list[Tensor] = []  # or an address might come again
+        self._width = width
+        self._in_block = False
+
+    def save(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._alive.append(tensor)
+            size = self._bytes(tensor, storage.nbytes())
+            self.blocks += size if self._in_block else 0
+            self.rest += 0 if self._in_block else size
+        return tensor
+
+    def enter_block(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._in_block = True
+        self.inputs += self._bytes(inputs[0], inputs[0].numel() * inputs[0].element_size())
+
+    def leave_block(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self._in_block = False
+
+    def _bytes(self, tensor: Tensor, size: int) -> int:
+        return size * self._width // 2 if tensor.dtype == torch.bfloat16 else size
+
+
+@contextmanager
+def _keeping(model: MultiTaskModel, image: Tensor, *, width: int) -> Iterator[_Kept]:
+    kept = _Kept([image, *model.parameters(), *model.buffers()], width=width)
+    hooks = [
+        hook
+        for block in model.blocks
+        for hook in (block.register_forward_pre_hook(kept.enter_block), block.register_forward_hook(kept.leave_block))
+    ]
+    with torch.autograd.graph.saved_tensors_hooks(kept.save, lambda tensor: tensor):
+        yield kept
+    for hook in hooks:
+        hook.remove()
+
+
+def _fake_label(task: Task, size: int) -> Tensor:
+    if task.kind in {"normals", "depth"}:
+        return torch.ones(1, task.channels, size, size)
+    return torch.ones(1, size, size, dtype=torch.uint8)

@@ -1,0 +1,123 @@
+"""How many floating-point operations a model takes, counted while it runs on tensors without data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import timm.layers
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from ase_dist.config import Settings
+from ase_dist.models.build import build_model
+from ase_dist.models.multitask_resnet import MultiTaskModel
+from ase_dist.tasks import select_tasks
+
+
+class Flops(NamedTuple):
+    """Of one image with all its tasks: two for each multiply-add of a product, a convolution or attention."""
+
+    forward: float
+    backward: float
+
+
+def bare_model(settings: Settings) -> MultiTaskModel:
+    """The model of ``settings`` on the meta device: its shapes alone; no weights are read, which change no size.
+
+    Raises UserError as ``build_model`` does.
+    """
+    model = settings.model.model_copy(update={"pretrained": "none", "checkpoint_activations": "none"})
+    with torch.device("meta"):
+        return build_model(
+            settings.model_copy(update={"model": model}),
+            select_tasks(settings.data.name, settings.tasks),
+            expert_layer="plain",
+        )
+
+
+@contextmanager
+def on_fake_tensors(
+    settings: Settings, *, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[tuple[MultiTaskModel, Tensor]]:
+    """The model of ``settings`` and one image for it, without data: what runs inside computes shapes alone.
+
+    bf16 is the one type for which torch (2.14) knows the shapes of grouped products, which FFN experts need.
+    """
+    model = bare_model(settings)
+    with FakeTensorMode():
+        _make_fake(model, dtype)
+        yield model, torch.empty(1, 3, settings.data.size, settings.data.size, dtype=dtype)
+
+
+def count_flops(settings: Settings) -> Flops:
+    """Count one image through the model of ``settings``, forward and backward (without activation checkpointing).
+
+    LoRA experts compute densely in rank space; of feed-forward ones the active k are counted. Norms, activations,
+    biases and gates are left out, as torch's own counter does, whose formulas these are.
+    """
+    with _unfused_attention(), on_fake_tensors(settings) as (model, image):
+        with FlopCounter() as forward:
+            output = model(image)
+            total = torch.stack([p.sum() for p in output.predictions.values()]).sum() + output.aux_loss
+        with FlopCounter() as backward:
+            total.backward()
+    return Flops(forward.total, backward.total)
+
+
+@contextmanager
+def _unfused_attention() -> Iterator[None]:
+    """timm's attention as two products while a model is built: the counter sees nothing of the fused one."""
+    fused = timm.layers.use_fused_attn()
+    timm.layers.set_fused_attn(False)
+    try:
+        yield
+    finally:
+        timm.layers.set_fused_attn(bool(fused))
+
+
+def _grouped_mm_flops(a_shape: Any, b_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> float:
+    """Each of M rows meets one matrix: [M, K] times a bank [n, K, O], or [O, M] times [M, K] group by group."""
+    rows = a_shape[0] if len(b_shape) == 3 else a_shape[1]
+    return 2.0 * rows * b_shape[-1] * (a_shape[1] if len(b_shape) == 3 else a_shape[0])
+
+
+def _onednn_flops(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> float:
+    return 2.0 * x.numel() * weight.shape[0]
+
+
+_FORMULAS = {  # torch (2.14) has none for these
+    **flop_registry,
+    "mkldnn::_linear_pointwise": _onednn_flops,
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
+    torch.ops.aten._grouped_mm: shape_wrapper(_grouped_mm_flops),
+}
+
+
+class FlopCounter(TorchDispatchMode):
+    """Adds up torch's formulas; its own ``FlopCounterMode`` (2.14) fails where a backward pass calls autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = _FORMULAS.get(func._overloadpacket) or _FORMULAS.get(func._schema.name)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace meta tensors by CPU tensors without data, under the fake mode that is on: autocast knows no 'meta'."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            fake = torch.empty(parameter.shape, dtype=dtype)
+            setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))

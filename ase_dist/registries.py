@@ -1,0 +1,79 @@
+"""What settings choose by name: heads and gating modes. One line adds one, and nothing is imported before it is used.
+
+The names are known without torch, so that a wrong one is told at once. A program may add its own before it reads
+settings, ``HEADS["mine"] = MyHead``; tasks and data sets have their tables in ``ase_dist.tasks``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from importlib import import_module
+from typing import Any, TypeVar
+
+from ase_dist.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(MutableMapping[str, T]):
+    """Objects by name; one given as "module:attribute" is imported when it is first asked for."""
+
+    def __init__(self, entries: Mapping[str, str]) -> None:
+        self._entries: dict[str, T | str] = dict(entries)
+
+    def __getitem__(self, name: str) -> T:
+        entry = self._entries[name]
+        if isinstance(entry, str):
+            entry = self._entries[name] = resolve(entry)
+        return entry
+
+    def __setitem__(self, name: str, entry: T) -> None:
+        self._entries[name] = entry
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def refusal(self, name: str) -> str:
+        """The clause that says that ``name`` is none of them, and which there are."""
+        return f"got {name!r}, wanted one of {list(self)}{did_you_mean(name, self)}"
+
+    def checked(self, name: str) -> str:
+        """``name``; UserError with ``refusal`` where it is none of them. Imports nothing."""
+        if name not in self:
+            raise UserError(self.refusal(name))
+        return name
+
+
+def resolve(place: str) -> Any:
+    """The object at "module:attribute"."""
+    module, _, attribute = place.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+HEADS: Registry[Any] = Registry(  # an ase_dist.models.heads.HeadFactory each
+    {
+        "pup": "ase_dist.models.heads:PUPHead",
+        "linear": "ase_dist.models.heads:LinearHead",
+        "pup_linear": "ase_dist.models.heads:PUPLinearHead",
+    }
+)
+
+GATINGS: Registry[Any] = Registry(  # an ase_dist.moe.gating.GatingMode each
+    {
+        "ase": "ase_dist.moe.gating:joint",
+        "naive": "ase_dist.moe.gating:naive",
+        "topk": "ase_dist.moe.gating:topk",
+        "renormalised": "ase_dist.moe.gating:renormalised",
+        "separate": "ase_dist.moe.gating:separate",
+        "dense": "ase_dist.moe.gating:dense",
+    }
+)

@@ -1,0 +1,20 @@
+"""The generated scenes as a data set: made where they are missing, then read like PASCAL-Context."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ase_dist.config import DataSettings
+from ase_dist.data.pascal_context import PascalContext
+from ase_dist.scenes.make import ensure_scenes
+
+
+class Scenes(PascalContext):
+    """Generated scenes with the five labels, in the layout of PASCAL_MT."""
+
+    @classmethod
+    def place(cls, data: DataSettings) -> Path:
+        """The folder of the scenes that ``data`` wants, rendered now if it is missing. Raises as ``ensure_scenes``."""
+        return ensure_scenes(
+            data.root, train=data.train_images, val=data.val_images, size=data.scene_size, seed=data.scene_seed
+        )

@@ -1,0 +1,118 @@
+"""Make a generated data set once: into a temporary folder beside its place, under a lock, renamed when whole.
+
+Any number of processes may ask for the same data set at once. One makes it, the others wait for its lock, which the
+system frees if the maker dies; what a dead maker left behind is removed by the next. A data set without a manifest of
+the wanted settings does not count. Nothing here forks: rendering goes to plain subprocesses, so it is safe to ask
+from a training process whose libraries have started threads, and from a daemon.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ase_dist.data.cache import cache_folder, cores, flush, locked, remove, track_progress
+from ase_dist.errors import UserError
+from ase_dist.files import fsync
+from ase_dist.scenes.layout import VAL_START, make_folders, write_lists
+from ase_dist.scenes.render import RENDERER_VERSION
+from ase_dist.scenes.worker import render_here, render_in_workers
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STARTUP = 8  # a process takes as long to start as about so many scenes to render
+MOST_WORKERS = (
+    16  # by default: enough for hundreds of scenes a second, and a container may own fewer cores than it sees
+)
+
+
+@dataclass(frozen=True)
+class SceneSet:
+    """The settings that a generated data set is named after."""
+
+    train: int
+    val: int
+    size: int
+    seed: int
+    renderer: int = RENDERER_VERSION
+
+    @property
+    def folder(self) -> str:
+        """The data set's folder name."""
+        return f"scenes-v{self.renderer}-seed{self.seed}-{self.size}px-{self.train}+{self.val}"
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of all scenes, validation after training."""
+        return [*range(self.train), *range(VAL_START, VAL_START + self.val)]
+
+
+def ensure_scenes(root: Path | None, *, train: int, val: int, size: int, seed: int, workers: int | None = None) -> Path:
+    """The folder of a generated data set in the layout of PASCAL_MT, made now if it is not there yet.
+
+    It lies in ``root`` (None: the user's cache folder) under a name of its own. ``workers`` processes render, by
+    default one for each core that this process may use, at most 16.
+
+    Raises UserError for settings out of range, and OSError in one sentence where the folder cannot be written; then
+    nothing is left behind.
+    """
+    wanted = _checked(SceneSet(train, val, size, seed), workers)
+    parent = Path(root) if root is not None else cache_folder()
+    place = parent / wanted.folder
+    if is_complete(place, wanted):
+        return place
+    try:
+        with locked(place):
+            if not is_complete(place, wanted):
+                remove([*parent.glob(f".{place.name}.making-*"), place])
+                _make(place, wanted, workers if workers is not None else min(cores(), MOST_WORKERS))
+    except OSError as error:
+        raise type(error)(
+            f"cannot make the generated scenes in {parent}: {error.strerror or error}; "
+            f"free some space there or name a folder that can be written"
+        ) from error
+    return place
+
+
+def is_complete(place: Path, wanted: SceneSet) -> bool:
+    """Whether ``place`` holds a whole data set of these settings: its manifest, which is written last, says so."""
+    try:
+        return bool(json.loads((place / MANIFEST).read_text(encoding="utf-8")) == asdict(wanted))
+    except (OSError, ValueError):
+        return False
+
+
+def _checked(wanted: SceneSet, workers: int | None) -> SceneSet:
+    for name, low, high in (("train", 1, VAL_START), ("val", 1, VAL_START), ("size", 32, 4096), ("seed", 0, 2**31 - 1)):
+        value = getattr(wanted, name)
+        if not isinstance(value, int) or not low <= value <= high:
+            raise UserError(f"scenes: {name} is {value!r}, wanted a whole number from {low} to {high}")
+    if workers is not None and workers < 1:
+        raise UserError(f"scenes: workers is {workers}, wanted at least 1, or None for one for each core")
+    return wanted
+
+
+def _make(place: Path, wanted: SceneSet, workers: int) -> None:
+    """Render everything into a folder beside ``place`` and rename it."""
+    making = place.with_name(f".{place.name}.making-{os.getpid()}")
+    try:
+        make_folders(making)
+        numbers = wanted.numbers
+        write_lists(making, seed=wanted.seed, train=numbers[: wanted.train], val=numbers[wanted.train :])
+        workers = min(workers, -(-len(numbers) // STARTUP))
+        render = render_here if workers == 1 or not sys.executable else render_in_workers
+        done = (1 for _ in render(making, seed=wanted.seed, size=wanted.size, numbers=numbers, workers=workers))
+        track_progress(done, len(numbers), doing="rendering", did="rendered", things="scenes", where=f"into {place}")
+        (making / MANIFEST).write_text(json.dumps(asdict(wanted), indent=1) + "\n", encoding="utf-8")
+        flush(making)
+        making.replace(place)
+        fsync(place.parent)
+    finally:
+        if making.exists():
+            shutil.rmtree(making, ignore_errors=True)

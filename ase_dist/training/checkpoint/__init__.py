@@ -1,6 +1,0 @@
-"""The portable checkpoint: safetensors files and a manifest, written whole or not at all, verified before reading."""
-
-from ase_dist.training.checkpoint.reader import Checkpoint, open_checkpoint
-from ase_dist.training.checkpoint.store import CheckpointStore, SaveError
-
-__all__ = ["Checkpoint", "CheckpointStore", "SaveError", "open_checkpoint"]

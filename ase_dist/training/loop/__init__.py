@@ -1,0 +1,1 @@
+"""The training loop: components of a run, engine, losses, schedule, trainer, evaluation."""

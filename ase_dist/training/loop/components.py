@@ -1,0 +1,136 @@
+"""Everything that a run is built of before its first step, agreed upon by all ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from ase_dist import __version__, collectives
+from ase_dist.config import Settings, flat
+from ase_dist.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader, data_fingerprint
+from ase_dist.errors import UserError
+from ase_dist.models import ParameterTable, build_model, parameter_table
+from ase_dist.tasks import Task, select_tasks
+from ase_dist.training.ds_config import ResolvedConfig
+from ase_dist.training.loop import engine as engines
+from ase_dist.training.loop.conflict import check_conflict_settings
+from ase_dist.training.process import runtime
+from ase_dist.training.process.runtime import World
+
+T = TypeVar("T")
+
+
+class RunComponents(NamedTuple):
+    """What a run is built of, before its first step."""
+
+    config: ResolvedConfig
+    tasks: tuple[Task, ...]
+    world: World
+    train_loader: TrainLoader
+    eval_loader: EvalLoader
+    engine: Any
+    parameters: ParameterTable
+    backbone: dict[str, str]
+    total_steps: int
+
+    @property
+    def settings(self) -> Settings:
+        """The settings as they hold, DeepSpeed's JSON included."""
+        return self.config.settings
+
+    def close(self) -> None:
+        """End the loaders' threads and processes."""
+        self.train_loader.close()
+        self.eval_loader.close()
+
+
+def build(config: ResolvedConfig, world: World) -> RunComponents:
+    """Data, model and engine. Raises UserError on all ranks where one of them cannot be had on one rank."""
+    settings = config.settings
+    tasks = select_tasks(settings.data.name, settings.tasks)
+    check_conflict_settings(settings, num_tasks=len(tasks), zero_stage=config.zero_stage)
+    runtime.seed_everything(settings.seed, rank=world.rank)
+    place: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
+    train_loader = raise_together(lambda: build_train_loader(settings, tasks, **place))
+    eval_loader = raise_together(lambda: build_eval_loader(settings, tasks, **place))
+    require_same_on_ranks(
+        {
+            "training data": data_fingerprint(train_loader.dataset),
+            "validation data": data_fingerprint(eval_loader.dataset),
+        }
+    )
+    model = raise_together(
+        lambda: build_model(settings, tasks, expert_layer="plain" if config.zero_stage == 3 else "deepspeed")
+    )
+    parameters = parameter_table(model)
+    backbone = {"name": settings.model.backbone, "sha256": frozen_digest(model)}
+    steps = total_steps(settings, train_loader)
+    engine = engines.initialize(model, config, world, total_steps=steps)
+    return RunComponents(config, tasks, world, train_loader, eval_loader, engine, parameters, backbone, steps)
+
+
+def total_steps(settings: Settings, loader: TrainLoader) -> int:
+    """Optimiser steps of the run: ``train.max_steps``, or as many as ``train.epochs`` take."""
+    train = settings.train
+    if train.max_steps is not None:
+        return train.max_steps
+    if train.epochs is None:
+        raise UserError("train: neither max_steps nor epochs is set; set one of them")
+    return max(1, math.ceil(train.epochs * loader.steps_per_epoch / train.gradient_accumulation_steps))
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """SHA-256 over the model's frozen tensors, by which a checkpoint knows the backbone it belongs to."""
+    digest = hashlib.sha256()
+    for _, parameter in sorted(model.named_parameters()):
+        if not parameter.requires_grad:
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Agreement
+
+
+def raise_together(work: Callable[[], T]) -> T:
+    """This rank's result of ``work``, which talks to no other rank. Collective.
+
+    Raises UserError on all ranks, with the sentence of the first that failed, where a user's mistake (ValueError) or
+    a file system (OSError) stops one of them; nobody is left waiting.
+    """
+    result, problem = None, ""
+    try:
+        result = work()
+    except (ValueError, OSError) as error:
+        problem = str(error) or type(error).__name__
+    problems = [str(found) for found in collectives.gather_objects(problem)]
+    for rank, found in enumerate(problems):
+        if found:
+            raise UserError(found if len(set(problems)) == 1 else f"rank {rank}: {found}")
+    return result  # type: ignore[return-value]
+
+
+def require_same_on_ranks(facts: Mapping[str, object]) -> None:
+    """Raise UserError on all ranks where a rank's ``facts``, plain values by name, are not the first's. Collective."""
+    everyone: list[Mapping[str, object]] = collectives.gather_objects(dict(facts))  # type: ignore[assignment]
+    for rank, theirs in enumerate(everyone):
+        odd = [name for name, value in everyone[0].items() if theirs.get(name) != value]
+        if odd:
+            values = f"{everyone[0][odd[0]]} and {theirs.get(odd[0])}"
+            more = f" ({len(odd) - 1} more differ)" if len(odd) > 1 else ""
+            raise UserError(f"rank 0 and rank {rank} differ in {odd[0]}: {values}{more}; start all ranks alike")
+
+
+def require_same_start(settings: Settings, ds_config: Mapping[str, Any]) -> None:
+    """Compare settings, DeepSpeed's JSON and versions over the ranks; see ``require_same_on_ranks``."""
+    versions = {"the version of ase_dist": __version__, "the version of torch": torch.__version__}
+    json_hash = hashlib.sha256(json.dumps(ds_config, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    require_same_on_ranks(
+        {**flat(settings.model_dump(mode="json")), "the DeepSpeed JSON (SHA-256)": json_hash, **versions}
+    )

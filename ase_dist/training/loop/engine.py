@@ -1,0 +1,117 @@
+"""The model, its optimiser and schedule, given to ``deepspeed.initialize``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from ase_dist.config import TrainSettings
+from ase_dist.errors import UserError, first_problem
+from ase_dist.models import parameter_groups
+from ase_dist.moe import MoEFFN, deepspeed_compat
+from ase_dist.training.ds_config import ResolvedConfig
+from ase_dist.training.loop.schedule import schedule_lambda
+from ase_dist.training.process.runtime import World
+
+NO_DECAY_DIMS = 1  # biases, norms and scales are not decayed
+
+
+def initialize(model: nn.Module, config: ResolvedConfig, world: World, *, total_steps: int) -> Any:
+    """DeepSpeed's engine for ``model``: AdamW with groups of its own for experts, warm-up and decay per step."""
+    import deepspeed
+
+    train = config.settings.train
+    if train.compile:
+        compile_blocks(model, config)
+    optimizer = build_optimizer(model, config, world)
+    if config.zero_stage == 0 and not train.bf16:
+        deepspeed_compat.skip_non_finite_steps(optimizer)
+    scheduler = LambdaLR(optimizer, schedule_lambda(train, total=total_steps))
+    if config.zero_stage == 3:
+        count_over_ranks(model)
+    deepspeed_compat.import_muon()
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config.deepspeed, dist_init_required=False
+        )
+    except ValidationError as error:
+        problem = first_problem(error)
+        raise UserError(f"DeepSpeed JSON: {problem.where}: got {problem.got!r}; {problem.why}") from None
+    deepspeed_compat.undo_trial_step(engine)
+    deepspeed_compat.use_true_gradient_norm(engine)
+    deepspeed_compat.skip_non_finite_zero_steps(engine)
+    return engine
+
+
+def compile_blocks(model: nn.Module, config: ResolvedConfig) -> None:
+    """torch.compile each block (of a model without blocks the whole), in place, when it first runs; names stay.
+
+    Raises UserError where parts of a block are exchanged while it runs.
+    """
+    mode = config.settings.model.checkpoint_activations
+    if config.zero_stage == 3 or mode != "none":
+        what = "ZeRO 3" if config.zero_stage == 3 else f"model.checkpoint_activations={mode}"
+        raise UserError(f"train.compile: got true with {what}, which changes the blocks as they run; use one of them")
+    for module in getattr(model, "blocks", ()) or [model]:
+        module.compile()
+
+
+def build_optimizer(model: nn.Module, config: ResolvedConfig, world: World) -> torch.optim.Optimizer:
+    """AdamW over what is trained; DeepSpeed's CPU version where an accelerator offloads to the host."""
+    train = config.settings.train
+    groups = trained_groups(model, train)
+    if config.zero_stage < 3 and any(deepspeed_compat.is_routed(p) for p in model.parameters()):
+        groups = deepspeed_compat.optimizer_groups(groups)
+    options: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "eps": train.eps}
+    offload = isinstance(config.deepspeed["zero_optimization"].get("offload_optimizer"), dict)
+    if offload and world.device.type != "cpu" and deepspeed_compat.has_compiler():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def trained_groups(model: nn.Module, train: TrainSettings) -> list[dict[str, Any]]:
+    """Trained parameters with and without weight decay; those of the backbone apart where their rate is another."""
+    trained = [(kind, p) for kind, p in _with_kind(model) if p.requires_grad]
+    if not trained:
+        raise UserError("model: nothing is trained; enable experts, LoRA or model.tune=full")
+    shared_rate = train.backbone_lr_factor == 1
+    groups = []
+    for prefix, factor, part in (
+        ("", 1.0, [p for kind, p in trained if shared_rate or kind != "backbone"]),
+        ("backbone_", train.backbone_lr_factor, [p for kind, p in trained if not shared_rate and kind == "backbone"]),
+    ):
+        decay = [p for p in part if p.dim() > NO_DECAY_DIMS]
+        rest = [p for p in part if p.dim() <= NO_DECAY_DIMS]
+        lr = train.lr * factor
+        groups.append({"name": f"{prefix}decay", "params": decay, "weight_decay": train.weight_decay, "lr": lr})
+        groups.append({"name": f"{prefix}no_decay", "params": rest, "weight_decay": 0.0, "lr": lr})
+    return [group for group in groups if group["params"]]
+
+
+def _with_kind(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    kinds = parameter_groups(model)
+    return [(kinds[name], parameter) for name, parameter in model.named_parameters()]
+
+
+def count_over_ranks(model: nn.Module) -> None:
+    """Let the router losses see the tokens of all ranks; ``ASEMoE`` does so by itself when the engine finds it."""
+    for module in model.modules():
+        if isinstance(module, MoEFFN):
+            module.sync_statistics = True
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak bytes allocated on an accelerator, or the peak resident size of this process on a CPU."""
+    if device.type == "cpu":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    from deepspeed.accelerator import get_accelerator
+
+    return int(get_accelerator().max_memory_allocated(device.index))

@@ -1,0 +1,309 @@
+"""The training loop: batch, loss, backward, step, guard, log, maybe evaluate, maybe save, maybe stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ase_dist import collectives
+from ase_dist.config import Settings
+from ase_dist.data.batch import Batch
+from ase_dist.data.loader import EvalLoader, TrainLoader
+from ase_dist.evaluation.boundary_workers import default_workers
+from ase_dist.evaluation.constant import ConstantPredictor
+from ase_dist.evaluation.metrics import EdgeOds
+from ase_dist.models import ModelOutput
+from ase_dist.moe.router import TaskRouter
+from ase_dist.pictures.grid import prediction_grid, save_png
+from ase_dist.tasks import Task
+from ase_dist.training.loop import losses
+from ase_dist.training.loop.conflict import forward_outside_engine, gradient_conflict
+from ase_dist.training.loop.evaluate import Gallery, evaluate
+from ase_dist.training.process import guards
+from ase_dist.training.process.runtime import World
+from ase_dist.training.record.console import StepProgress
+from ase_dist.training.record.metrics import Recorder
+from ase_dist.training.record.reports import MicroStep, SpanStatistics, result_table
+from ase_dist.training.record.run_folder import RunFolder
+from ase_dist.training.state.checkpoint import SaveError
+from ase_dist.training.state.run_state import RunState
+
+LOGGER = logging.getLogger("ase_dist")
+AGREED_ERRORS = (guards.NonFiniteError, SaveError)  # every rank raises them, none is to blame
+
+
+class Trainer:
+    """One run, from its first or its resumed step to its last.
+
+    ``engine`` is DeepSpeed's; ``state`` knows how to save all that a resumed run needs. ``train`` returns the exit code
+    that the run ends with (see ``guards.ExitCode``).
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        tasks: Sequence[Task],
+        world: World,
+        engine: Any,
+        *,
+        train_loader: TrainLoader,
+        eval_loader: EvalLoader,
+        state: RunState,
+        folder: RunFolder,
+        recorder: Recorder,
+        progress: StepProgress,
+        constants: Mapping[str, ConstantPredictor],
+        total_steps: int,
+    ) -> None:
+        self.settings, self.tasks, self.world, self.engine = settings, tasks, world, engine
+        self.train_loader, self.eval_loader, self.state = train_loader, eval_loader, state
+        self.folder, self.recorder, self.progress = folder, recorder, progress
+        self.constants, self.total_steps = constants, total_steps
+        self.guard = guards.FiniteGuard(policy=settings.guard.non_finite, max_skips=settings.guard.max_skips)
+        self.stop = guards.StopFlag()
+        self.watchdog = guards.Watchdog(folder.path, timeout=settings.guard.timeout)
+        self.span = SpanStatistics(tasks, world, moe=settings.model.moe)
+        self.stopping = False  # agreed upon by all ranks
+        self._routers = [module for module in engine.module.modules() if isinstance(module, TaskRouter)]
+
+    def train(self) -> guards.ExitCode:
+        """Run until the last step or until a rank is asked to stop."""
+        with self.stop, self.watchdog, self.progress:
+            try:
+                self._loop()
+            except Exception as error:
+                if self.world.size > 1 and not isinstance(error, AGREED_ERRORS):
+                    LOGGER.exception("rank %d ends at step %d: %s", self.world.rank, self.state.step, self._suspects())
+                    self.watchdog.force_exit_on_close()
+                raise
+        if self.stopping:
+            LOGGER.info("stopped by a signal at step %d, saved", self.state.step)
+        return guards.ExitCode.STOPPED if self.stopping else guards.ExitCode.DONE
+
+    def _loop(self) -> None:
+        self._warm_shared_logits(self.state.step)  # as the last step left them, for an evaluation before the next
+        self._evaluate_and_save()
+        while self.state.step < self.total_steps and not self.stopping:
+            self._step()
+            self._log()
+            self._evaluate_and_save()
+
+    def _evaluate_and_save(self) -> None:
+        """What is due. Saved before, too, so that nothing that befalls an evaluation costs a step."""
+        self._maybe_save()
+        self._maybe_evaluate()
+        self._maybe_save()
+
+    def _suspects(self) -> str:
+        """Which other rank looks dead, for the log; one that just dies gets a moment to be seen dead."""
+        deadline = time.monotonic() + self.watchdog.patience
+        seen = ("dead", "no sign of life")
+        while not any(words in (found := self.watchdog.suspects()) for words in seen) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return found
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # One step
+
+    def _step(self) -> None:
+        """One optimiser step over its micro-steps."""
+        began = time.perf_counter()
+        step = self.state.step + 1
+        self.watchdog.beat(f"data of step {step}")
+        batches = [next(self.train_loader).to(self.world.device) for _ in range(self._accumulation)]
+        self.watchdog.beat(
+            f"label counts of step {step}"
+        )  # they wait for all ranks: who sleeps over its data is behind
+        counts = mean_label_counts(batches, self.tasks, self.world)
+        self._warm_shared_logits(step)
+        conflict_seconds = self._maybe_measure_conflict(step, batches[0], counts)
+        micro_steps = [self._micro_step(step, batch, counts) for batch in batches]
+        self._finish_step(step, micro_steps)
+        self.state.advance(images=sum(len(batch.images) for batch in batches) * self.world.size)
+        seconds = time.perf_counter() - began - conflict_seconds
+        self.span.seconds += seconds
+        self.state.history.train_seconds += seconds
+
+    @property
+    def _accumulation(self) -> int:
+        return self.settings.train.gradient_accumulation_steps
+
+    def _micro_step(self, step: int, batch: Batch, counts: Tensor) -> MicroStep:
+        self.watchdog.beat(f"forward of step {step}")
+        output: ModelOutput = self.engine(batch.images)
+        by_task, total = training_loss(output, batch, self.tasks, counts, self.settings.train.loss_weights)
+        self.watchdog.beat(f"backward of step {step}")
+        self.engine.backward(nan_if_nonfinite(total))
+        self.engine.step()
+        detached = {name: loss.detach() for name, loss in by_task.items()}
+        return MicroStep(
+            detached, total.detach(), output.aux_loss.detach(), output.expert_counts, output.mean_gates, batch.names
+        )
+
+    def _warm_shared_logits(self, step: int) -> None:
+        """Step 1 has shared logits of 0, the step after the warm-up and all later ones their full size."""
+        steps = self.settings.model.moe.shared_logit_warmup
+        if steps and self.settings.model.moe.enabled:
+            for router in self._routers:
+                router.scale_shared_logits(min(1.0, max(0.0, (step - 1) / steps)))
+
+    def _maybe_measure_conflict(self, step: int, batch: Batch, counts: Tensor) -> float:
+        """At every step that is due, on its first micro-step, by a pass of its own; the seconds that it took.
+
+        The engine's output will not do: DeepSpeed 0.19.8 takes any backward pass through it for the step's.
+        """
+        every = self.settings.eval.gradient_conflict_every
+        if not every or (step > 1 and step % every):
+            return 0.0
+        began = time.perf_counter()
+        self.watchdog.beat(f"gradient conflict of step {step}")
+        output = forward_outside_engine(self.engine.module, batch.images)
+        by_task = losses.task_losses(output.predictions, batch.labels, self.tasks, counts)
+        self.recorder.write("conflict", step=step, values=gradient_conflict(by_task, self.engine.module))
+        return time.perf_counter() - began
+
+    def _finish_step(self, step: int, micro_steps: Sequence[MicroStep]) -> None:
+        """Count the step, or report that it was skipped, or raise NonFiniteError; hear whether a rank is to stop."""
+        applied = bool(self.engine.was_step_applied())
+        ballot = guards.vote(torch.tensor(applied, device=self.world.device), stop=self.stop.requested)
+        values = {} if ballot.finite else self._suspicious_values(micro_steps)
+        names = [name for micro in micro_steps for name in micro.names]
+        if self.guard.take_step(ballot, step=step, values=values, batch=names):
+            for micro in micro_steps:
+                self.span.add(micro)
+        else:
+            LOGGER.warning("%s; skipped", self.guard.report)
+        self.stopping = ballot.stop
+
+    def _suspicious_values(self, micro_steps: Sequence[MicroStep]) -> dict[str, Tensor]:
+        """This rank's numbers of a step not taken; the gradient's only where every rank's losses are finite."""
+        rows = [{**micro.losses, "aux_loss": micro.aux_loss} for micro in micro_steps]
+        values = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        is_finite = bool(guards.all_finite(values.values()))
+        if not collectives.any_rank(not is_finite, self.world.device):
+            values["gradient"] = torch.tensor(math.nan)
+        return values
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Log, evaluate, save
+
+    def _log(self) -> None:
+        """A line of metrics; wherever a checkpoint may follow too, so that a resumed run's lines are the same ones."""
+        step = self.state.step
+        self.progress.advance(step)
+        due = step % self.settings.train.log_every == 0 or self._save_is_due() or self._evaluation_is_due()
+        if not due or self.span.is_empty:
+            return
+        values = self.span.take()
+        values |= {"epoch": self.train_loader.epoch, "lr": self.engine.get_lr()[0]}
+        self.recorder.write("train", step=step, values=values)
+        shown = {"loss": values["loss"], **values["losses"], "images/s": values["images_per_second"]}
+        self.progress.report(step, {**shown, "GB": values["memory_bytes"] / 1e9})
+        events = [("train/loss", values["loss"], step), ("train/lr", values["lr"], step)]
+        events += [(f"train/{name}", value, step) for name, value in values["losses"].items()]
+        self._monitor([*events, ("train/images_per_second", values["images_per_second"], step)])
+
+    def _maybe_evaluate(self) -> None:
+        is_start = self.state.step == 0 and self.settings.eval.at_start
+        if (is_start or self._evaluation_is_due()) and not self.stopping:
+            self._evaluate()
+
+    def _evaluation_is_due(self) -> bool:
+        every, step = self.settings.eval.every, self.state.step
+        due = step == self.total_steps or bool(every and step and step % every == 0)
+        return due and self.state.history.evaluated_at != step
+
+    def _evaluate(self) -> None:
+        """Evaluate on all ranks, unless one is asked to stop; rank 0 records it and draws the pictures."""
+        step, history = self.state.step, self.state.history
+        gallery = Gallery(room=self.settings.eval.pictures if self.world.is_first else 0)
+        self.engine.eval()
+        with self.progress.inner("evaluate", total=len(self.eval_loader)) as advance:
+
+            def go_on() -> bool:
+                self.watchdog.beat(f"evaluation at step {step}")
+                advance()
+                self.stopping = collectives.any_rank(self.stop.requested, self.world.device)
+                return not self.stopping
+
+            evaluation = evaluate(
+                self.engine,
+                self.eval_loader,
+                self.tasks,
+                device=self.world.device,
+                gallery=gallery,
+                constants={} if history.trivial else self.constants,
+                go_on=go_on,
+                edge_ods=self._edge_ods,
+            )
+        self.engine.train()
+        if evaluation is None:
+            return
+        history.trivial = history.trivial or evaluation.trivial
+        history.add(step, evaluation.results, self.tasks)
+        self.state.is_saved = False
+        self._report_evaluation(gallery)
+
+    @property
+    def _edge_ods(self) -> EdgeOds | None:
+        """How boundaries are scored, on this rank's share of the cores, or None."""
+        workers = default_workers(processes=self.world.local_size)
+        return EdgeOds(workers=workers) if self.settings.eval.edge_ods else None
+
+    def _report_evaluation(self, gallery: Gallery) -> None:
+        step, history = self.state.step, self.state.history
+        results = history.latest
+        assert results is not None
+        self.recorder.write("eval", step=step, values={"metrics": results, "trivial": history.trivial})
+        title = f"step {step} of {self.total_steps}"
+        LOGGER.info("\n%s", result_table(title, self.tasks, results, history.trivial, history.first))
+        self._monitor([(f"eval/{t.name}/{t.metric}", results[t.name][t.metric], step) for t in self.tasks])
+        if gallery.images:
+            grid = prediction_grid(torch.stack(gallery.images), gallery.labels, gallery.predictions, self.tasks)
+            save_png(grid, self.folder.predictions / f"step_{step:06d}.png")
+
+    def _maybe_save(self) -> None:
+        if self._save_is_due() and not self.state.is_saved:
+            self.watchdog.beat(f"saving step {self.state.step}")
+            self.state.save(self.engine, self.train_loader)
+
+    def _save_is_due(self) -> bool:
+        """Also after the best evaluation so far, whose weights would be lost with the next step."""
+        every, step = self.settings.checkpoint.every, self.state.step
+        is_best = self.state.history.best_step == step
+        periodic = step == self.total_steps or is_best or bool(every and step % every == 0)
+        return self.stopping or (step > 0 and periodic)
+
+    def _monitor(self, events: list[tuple[str, float, int]]) -> None:
+        """Scalars to TensorBoard, CSV or W&B, as DeepSpeed's JSON says; it writes on rank 0 only."""
+        if self.engine.monitor.enabled:
+            self.engine.monitor.write_events(events)
+
+
+def mean_label_counts(batches: Sequence[Batch], tasks: Sequence[Task], world: World) -> Tensor:
+    """What the losses of every micro-step of every rank divide by (collective); see ``losses.label_counts``."""
+    counts = torch.stack([losses.label_counts(batch.labels, tasks) for batch in batches]).mean(dim=0)
+    return collectives.all_reduce_sum(counts) / world.size
+
+
+def training_loss(
+    output: ModelOutput, batch: Batch, tasks: Sequence[Task], counts: Tensor, weights: Mapping[str, float]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Each task's loss, and their weighted sum with the routers' auxiliary loss."""
+    by_task = losses.task_losses(output.predictions, batch.labels, tasks, counts)
+    return by_task, losses.weighted_sum(by_task, tasks, weights) + output.aux_loss
+
+
+def nan_if_nonfinite(total: Tensor) -> Tensor:
+    """``total``; where it is not finite no gradient is either, so that no ZeRO stage takes the step on any rank.
+
+    A NaN in a label can leave the gradient finite (the sign of NaN is 0), and asking before the backward pass would
+    make the device wait for the host in every step.
+    """
+    return total * torch.where(total.detach().isfinite(), 1.0, math.nan)

@@ -1,0 +1,344 @@
+"""What watches over a run: signals, non-finite numbers, silence; and the exit codes that tell what happened.
+
+The loop enters ``StopFlag`` and ``Watchdog``. Each step it calls ``watchdog.beat(...)`` and
+``ballot = vote(finite, stop=flag.requested)``; ``guard.take_step(ballot, ...)`` says whether the optimiser steps, and
+``ballot.stop`` whether to save and leave. The ballot is read once a step, the only time that the host waits for the
+device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import platform
+import select
+import signal
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor
+
+from ase_dist.collectives import all_reduce_sum, gather_objects, rank, world_size
+from ase_dist.errors import UserError
+from ase_dist.files import write_atomic
+
+STDERR = 2
+MISSED = 3  # beats in a row without which a rank on another host, whose process cannot be looked at, counts as dead
+GRACE = 10.0  # seconds that a file system gets to take the last words
+END_GRACE = 30.0  # seconds that a process gets to end after it has lost a peer
+
+
+class ExitCode(IntEnum):
+    """Exit status of a training command.
+
+    ====  ==========================================================================================================
+    0     done
+    1     an error that nothing below describes; also where a thread that never yields was ended (see ``Watchdog``)
+    2     settings, data or checkpoints are not usable: the sentence says what to change
+    74    a checkpoint could not be saved (disk full, read-only); the ones before it are untouched
+    75    stopped by a signal, after saving: the same command goes on from there
+    76    a loss or a gradient was not finite, and the policy was to stop or the skips were used up
+    77    no progress within the time limit: a rank is dead, stuck or silent; stacks are in rank_N.log
+    ====  ==========================================================================================================
+    """
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    NOT_SAVED = 74
+    STOPPED = 75
+    NON_FINITE = 76
+    SILENT = 77
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+class StopFlag:
+    """While entered, SIGTERM, SIGINT and SIGUSR1 only set a flag; the previous handlers come back on leaving.
+
+    The handler does nothing else, so that a signal at any moment, a second one while saving included, disturbs nothing.
+    Raises UserError where it is entered in another thread than the main one, which alone may handle signals.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: list[str] = []  # names of the signals, in order
+        self._previous: dict[signal.Signals, Any] = {}
+        self._process = os.getpid()
+
+    @property
+    def requested(self) -> bool:
+        """Whether any of the signals has come."""
+        return bool(self.received)
+
+    def __enter__(self) -> StopFlag:
+        if threading.current_thread() is not threading.main_thread():
+            raise UserError(
+                f"StopFlag: entered in thread {threading.current_thread().name!r}, wanted the main thread, "
+                "the only one in which Python handles signals"
+            )
+        self._process = os.getpid()
+        self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by C code, not readable
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() == self._process:
+            self.received.append(signal.Signals(number).name)
+        elif number == signal.SIGTERM:  # a forked helper has no step to finish, and its parent must be able to end it
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One all-reduce a step
+
+
+class Vote:
+    """What all ranks decided together; the first property that is read waits for the device, the others do not."""
+
+    def __init__(self, counts: Tensor) -> None:
+        self._counts, self._read = counts, (0.0, 0.0)
+        self._is_read = False
+
+    @property
+    def finite(self) -> bool:
+        """Whether the numbers were finite on every rank."""
+        return self._values()[0] == 0
+
+    @property
+    def stop(self) -> bool:
+        """Whether any rank was asked to stop."""
+        return self._values()[1] > 0
+
+    def _values(self) -> tuple[float, float]:
+        if not self._is_read:
+            not_finite, stopping = self._counts.tolist()
+            self._read, self._is_read = (not_finite, stopping), True
+        return self._read
+
+
+def vote(finite: Tensor, *, stop: bool) -> Vote:
+    """Add up ``[not finite, stop]`` over the ranks, on the device of ``finite`` (bool, no dimensions). Collective.
+
+    Nothing here waits for the device, so it can be called early and read late.
+    """
+    return Vote(all_reduce_sum(torch.stack([(~finite).float(), torch.full_like(finite, stop).float()])))
+
+
+def all_finite(values: Iterable[Tensor]) -> Tensor:
+    """Whether every number in ``values`` is finite, as a bool tensor without dimensions on their device."""
+    return torch.stack([value.detach().isfinite().all() for value in values]).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Non-finite numbers
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is NaN or infinite and the run is to stop; the same sentence on all ranks."""
+
+
+class FiniteGuard:
+    """Decides what follows a non-finite step: "stop" at once, or "skip" it, at most ``max_skips`` in a row."""
+
+    def __init__(self, *, policy: Literal["stop", "skip"] = "stop", max_skips: int = 10) -> None:
+        if policy not in ("stop", "skip") or max_skips < 1:
+            raise UserError(
+                f"guard: got policy {policy!r} and {max_skips} skips, wanted 'stop' or 'skip' and at least 1"
+            )
+        self.policy, self.max_skips = policy, max_skips
+        self.skips = 0  # in a row
+        self.report = ""  # of the last non-finite step
+
+    def take_step(
+        self, ballot: Vote, *, step: int, values: Mapping[str, Tensor], batch: Sequence[object] | Tensor
+    ) -> bool:
+        """True: the optimiser may step. False: skip this one, ``report`` says why. The same on every rank.
+
+        ``values`` are this rank's numbers by name (each task's loss, the gradient norm), ``batch`` the ids of its
+        images; they are looked at only where the ballot is not finite, and then gathered over the ranks (collective).
+        Raises NonFiniteError, with step, rank, names and ids, where the policy or the number of skips ends the run.
+        """
+        if ballot.finite:
+            self.skips = 0
+            return True
+        self.report = _report(step, gather_objects(_non_finite(values, batch)))
+        self.skips += 1
+        if self.policy == "stop":
+            raise NonFiniteError(
+                f"{self.report}; the step was not taken (guard.non_finite=skip goes on past such steps)"
+            )
+        if self.skips > self.max_skips:
+            raise NonFiniteError(f"{self.report}; that is more than {self.max_skips} such steps in a row")
+        return False
+
+
+def _non_finite(values: Mapping[str, Tensor], batch: Sequence[object] | Tensor) -> str:
+    """This rank's clause of the report, empty where all its values are finite."""
+    found = [f"{name} {value.detach().sum().item()}" for name, value in values.items() if not all_finite([value])]
+    ids = batch.tolist() if isinstance(batch, Tensor) else list(batch)
+    return f"rank {rank()}: {', '.join(found)}, batch {ids}" if found else ""
+
+
+def _report(step: int, clauses: Sequence[object]) -> str:
+    found = [str(clause) for clause in clauses if clause]
+    return f"step {step} is not finite ({'; '.join(found) or 'in none of the values that were reported'})"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Silence
+
+
+class Watchdog:
+    """Threads that end this process when the main thread has not called ``beat`` for ``timeout`` seconds.
+
+    1. While entered, ``rank_N.beat`` in ``folder`` is kept up to date; the other ranks read it to name who is missing.
+    2. When the time is up, one sentence and the stacks of all threads go to ``rank_N.log``, the sentence also to the
+       standard error, and the process ends with ``ExitCode.SILENT``. Nothing is saved: the state may be half a step.
+    3. A main thread that holds Python's lock stops the other threads too; then faulthandler's own timer, after up to
+       twice the time, dumps the stacks and ends the process with code 1.
+
+    ``timeout`` must be longer than the longest time between two beats: beat while evaluating, compiling and saving too.
+    Raises UserError where it is not positive, OSError where the log cannot be opened.
+    """
+
+    def __init__(self, folder: Path, *, timeout: float) -> None:
+        if timeout <= 0:
+            raise UserError(f"guard.timeout: got {timeout}, wanted more than 0 seconds")
+        self.folder, self.timeout = Path(folder), timeout
+        self._interval = min(timeout / 8, 5.0)
+        self._last = (time.monotonic(), 0, "starting")  # replaced as a whole: two threads use it
+        self._leaving, self._force_exit_on_close = threading.Event(), False
+        # Two threads: a file system that hangs stops the one that writes, not the one that watches.
+        loops = {"watchdog": self._watch, "heartbeat": self._pulse}
+        self._threads = [threading.Thread(target=loop, name=name, daemon=True) for name, loop in loops.items()]
+
+    def __enter__(self) -> Watchdog:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._log = (self.folder / f"rank_{rank()}.log").open("ab", buffering=0)
+        self.beat("starting")
+        self._show_life()
+        self._put_off_last_resort()
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leaving.set()
+        for thread in self._threads:
+            thread.join(timeout=GRACE)
+        self._beat_file(rank()).unlink(missing_ok=True)
+        if (
+            self._force_exit_on_close
+        ):  # no thread of Python's: it may be in C++ that the process does not come to its end
+            faulthandler.dump_traceback_later(min(END_GRACE, self.timeout), exit=True, file=self._log)
+            return
+        faulthandler.cancel_dump_traceback_later()
+        self._log.close()
+
+    def force_exit_on_close(self) -> None:
+        """Once this is left the process has ``END_GRACE`` seconds to end, then it is ended with code 1, stacks dumped.
+
+        For a process that has lost a peer: what gloo has under way with that one can hold up its exit for as long as a
+        collective may take.
+        """
+        self._force_exit_on_close = True
+
+    def beat(self, doing: str) -> None:
+        """Say that the main thread is alive and what it begins now, such as "forward of step 12"."""
+        self._last = (time.monotonic(), self._last[1] + 1, doing)
+
+    @property
+    def patience(self) -> float:
+        """Seconds until a rank that has just died looks dead here, on whichever host: its last beat must grow old."""
+        return min(MISSED * self._interval + 1, self.timeout / 2)
+
+    def suspects(self) -> str:
+        """The other ranks that look dead, else those behind this one, with what they did last: for an error's text."""
+        found = [self._suspicion(other) for other in range(world_size()) if other != rank()]
+        clauses = [clause for is_dead, clause in found if is_dead] or [clause for _, clause in found if clause]
+        return "; ".join(clauses) or "no other rank looks dead or behind"
+
+    def _watch(self) -> None:
+        while not self._leaving.wait(self._interval):
+            self._put_off_last_resort()
+            since, _, doing = self._last
+            if time.monotonic() - since > self.timeout:
+                self._end(time.monotonic() - since, doing)
+
+    def _put_off_last_resort(self) -> None:
+        """Set faulthandler's timer anew: it needs no lock of Python's, and goes off when this is no longer called."""
+        faulthandler.dump_traceback_later(self.timeout, exit=True, file=self._log)
+
+    def _pulse(self) -> None:
+        while not self._leaving.wait(self._interval):
+            self._show_life()
+
+    def _end(self, silent: float, doing: str) -> None:
+        last_resort = threading.Timer(GRACE, os._exit, [ExitCode.SILENT])  # where writing the report hangs as well
+        last_resort.daemon = True
+        last_resort.start()
+        sentence = (
+            f"rank {rank()} on {platform.node()} has made no progress for {silent:.0f} s (limit {self.timeout:g} s), "
+            f"the last thing it began was {doing!r}; {self.suspects()}; stacks are in {self._log.name}\n"
+        )
+        self._log.write(sentence.encode())
+        faulthandler.dump_traceback(file=self._log, all_threads=True)
+        os.fsync(self._log.fileno())
+        # Not through logging: the main thread may be stuck with its lock. Not into a full pipe: that would block.
+        if select.select([], [STDERR], [], 1.0)[1]:
+            os.write(STDERR, sentence.encode())
+        os._exit(ExitCode.SILENT)
+
+    def _show_life(self) -> None:
+        _, beats, doing = self._last
+        state = {"beats": beats, "doing": doing, "host": platform.node(), "pid": os.getpid()}
+        with contextlib.suppress(OSError):  # a full disk is for whoever saves to report
+            write_atomic(self._beat_file(rank()), json.dumps(state))
+
+    def _suspicion(self, other: int) -> tuple[bool, str]:
+        """Whether another rank looks dead, and a clause about it; an empty one where it is as far as this one."""
+        try:
+            state = json.loads(self._beat_file(other).read_text())
+            # Both times are the file server's: the clocks of two nodes may differ.
+            age = self._beat_file(rank()).stat().st_mtime - self._beat_file(other).stat().st_mtime
+        except (OSError, ValueError):
+            return True, f"rank {other} has not started, has left, or writes its beats elsewhere"
+        who, last = f"rank {other} on {state['host']}", f"the last thing it was known to begin is {state['doing']!r}"
+        if state["host"] == platform.node() and not _is_alive(state["pid"]):
+            return True, f"{who} is dead, {last}"
+        if age > MISSED * self._interval:
+            return True, f"{who} gave no sign of life for {age:.0f} s, {last}"
+        return False, f"{who} is behind, {last}" if state["beats"] < self._last[1] else ""
+
+    def _beat_file(self, of_rank: int) -> Path:
+        return self.folder / f"rank_{of_rank}.beat"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True

@@ -1,0 +1,128 @@
+"""metrics.jsonl: every number of a run, one JSON object a line, readable while the run writes and after it was killed.
+
+A line has ``kind`` and ``step`` and what the kind brings; the keys that ``plots`` draws are:
+
+- ``run``: tasks (names, in the model's order), data (the data set's name), shared_experts (their ids); one at every
+  start.
+- ``train``: loss, losses {task: loss}; and where there are experts: expert_load [layers][tasks][N], the share of the
+  task's tokens for which an expert was active; mean_gates [layers][tasks][N]; shared_gate [layers][tasks], the mean
+  over tokens of the shared experts' gates together.
+- ``conflict``: cosines [tasks][tasks] between the tasks' gradients on the shared experts, cosines_by_layer [layers],
+  the mean over pairs of tasks, conflicting, the share of pairs below 0.
+- ``eval``: metrics {task: {metric: value}}; trivial, of the same form, for a predictor that learned nothing.
+
+Any other key is kept too (epoch, seconds, lr, images_per_second, memory). NaN and infinities are written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from ase_dist.errors import UserError
+from ase_dist.files import write_atomic
+
+FILE = "metrics.jsonl"
+ARRAY_DIGITS = 5  # significant digits of numbers in arrays; layers x tasks x N of them a line fill disks
+
+
+class Recorder:
+    """Appends lines to ``folder``/metrics.jsonl and flushes each; does nothing at all unless ``enabled`` (rank 0).
+
+    Opening it drops the half line that a killed run may have left, so that the next line is not glued to it.
+    """
+
+    def __init__(self, folder: str | Path, *, enabled: bool) -> None:
+        self.path = Path(folder) / FILE
+        self._file: IO[str] | None = None
+        if enabled:
+            if not _ends_whole(self.path):
+                _rewrite(self.path, read_metrics(self.path))
+            self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, *, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line. Tensors and arrays of any device and type become lists; it waits for the device."""
+        if self._file is None:
+            return
+        self._file.write(_line({"kind": kind, "step": step, **values}))
+        self._file.flush()
+
+    def truncate_after(self, step: int, *, evaluated: bool = True) -> None:
+        """Drop the lines that a run which resumes at ``step`` will write again: those of later steps.
+
+        The evaluation of ``step`` itself is among them where its checkpoint does not know of it.
+        """
+        if self._file is None:
+            return
+        self._file.close()
+        stale = {} if evaluated else {"kind": "eval", "step": step}
+        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        _rewrite(self.path, [record for record in kept if not stale or not stale.items() <= record.items()])
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Bring the last line to disk and close the file; writing after it does nothing."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl in order; none where there is no file. A last line cut short is left out.
+
+    Raises UserError that names the line where one before the last is broken: that is damage, not a killed run.
+    """
+    path = Path(path)
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    records = [_parse(line) for line in lines]
+    for number, record in enumerate(records[:-1], start=1):
+        if record is None:
+            raise UserError(f"{path}: line {number} is not a record of a run; delete that line to read the rest")
+    return [record for record in records if record is not None]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The record on a line, or None where it is broken."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # not JSON, or not UTF-8
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record else None
+
+
+def _ends_whole(path: Path) -> bool:
+    """Whether the next line may simply be appended."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _rewrite(path: Path, records: list[dict[str, Any]]) -> None:
+    write_atomic(path, "".join(_line(record) for record in records))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(record), allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def _plain(value: Any, *, in_array: bool = False) -> Any:
+    """``value`` as what JSON has: mappings, lists, numbers, text, null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):  # a tensor or a numpy array or scalar
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, in_array=True) for item in value]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return float(f"{value:.{ARRAY_DIGITS}g}") if in_array else value
+    return value if isinstance(value, (bool, int, str, type(None))) else str(value)

@@ -1,0 +1,181 @@
+"""What a run says of itself: the start-up tables, the numbers of a span of steps, results, the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ase_dist import collectives
+from ase_dist.config import MoESettings
+from ase_dist.evaluation.scores import headline, score_of
+from ase_dist.tasks import Task
+from ase_dist.training.loop.components import RunComponents
+from ase_dist.training.loop.engine import memory_bytes
+from ase_dist.training.loop.evaluate import Results
+from ase_dist.training.process.guards import ExitCode
+from ase_dist.training.process.runtime import World
+from ase_dist.training.record.console import table
+from ase_dist.training.record.traffic import dispatch_rows, dispatch_summary
+from ase_dist.training.state.history import History
+
+
+def start_tables(components: RunComponents) -> str:
+    """What is about to run, and how many parameters it has."""
+    settings, world = components.settings, components.world
+    train, moe = settings.train, settings.model.moe
+    images = train.batch_size * train.gradient_accumulation_steps * world.size
+    rows = [
+        ("tasks", ", ".join(task.name for task in components.tasks)),
+        (
+            "data",
+            f"{settings.data.name}, {len(components.train_loader.dataset)} training and "
+            f"{len(components.eval_loader.dataset)} validation images at {settings.data.size} px",
+        ),
+        ("backbone", f"{settings.model.backbone}, weights {settings.model.pretrained}"),
+        (
+            "experts N/k/S/r",
+            f"{moe.num_experts}/{moe.k}/{moe.num_shared}/{moe.rank}, gating {moe.gating}, "
+            f"expert-parallel size {moe.ep_size}"
+            if moe.enabled
+            else "none",
+        ),
+        (
+            "world",
+            f"{world.size} ranks on {world.device.type}, ZeRO {components.config.zero_stage}, "
+            f"{'bf16' if train.bf16 else 'fp32'}, {torch.get_num_threads()} CPU threads a rank",
+        ),
+        ("steps", f"{components.total_steps} of {images} images"),
+        ("output", settings.output),
+    ]
+    tables = [
+        table("run", ("", ""), rows),
+        table("parameters", ("group", "total", "trained", "size"), components.parameters.as_rows()),
+    ]
+    traffic = expert_traffic(components)
+    if traffic:
+        tables.append(table("expert parallelism, a rank's traffic", ("", ""), dispatch_rows(traffic)))
+    return "\n".join(tables)
+
+
+def expert_traffic(components: RunComponents) -> dict[str, Any]:
+    """What sharing experts costs on the wire, see ``dispatch_summary``; empty at expert-parallel size 1."""
+    settings = components.settings
+    return dispatch_summary(
+        components.engine.module, images=settings.train.batch_size, dispatch=settings.model.moe.dispatch
+    )
+
+
+class MicroStep(NamedTuple):
+    """What one forward and backward pass leaves behind; no graph is kept."""
+
+    losses: dict[str, Tensor]
+    total: Tensor
+    aux_loss: Tensor
+    expert_counts: Tensor
+    mean_gates: Tensor
+    names: list[str]
+
+
+class SpanStatistics:
+    """Adds up what happens between two lines of the log, on the device; read once, at the end of the span.
+
+    ``seconds`` is for the loop to add the time of its steps to, so that evaluations do not count.
+    """
+
+    _sums: Tensor | None
+    _load: Tensor | None
+    _gates: Tensor | None
+
+    def __init__(self, tasks: Sequence[Task], world: World, *, moe: MoESettings) -> None:
+        self.tasks, self.world, self.num_shared = tasks, world, moe.num_shared
+        self.active = moe.num_experts if moe.gating == "dense" else moe.k + moe.num_shared
+        self._clear()
+
+    def add(self, micro: MicroStep) -> None:
+        """One micro-step of this rank; no wait for the device."""
+        values = [micro.total, micro.aux_loss, *(micro.losses[task.name] for task in self.tasks)]
+        row = torch.stack([value.float() for value in values])
+        self._sums = row if self._sums is None else self._sums + row
+        load, gates = micro.expert_counts.float(), micro.mean_gates
+        self._load = load if self._load is None else self._load + load
+        self._gates = gates if self._gates is None else self._gates + gates
+        self._micro_steps += 1
+        self._images += len(micro.names)
+
+    def take(self) -> dict[str, Any]:
+        """The span's numbers over all ranks, as plain values, and begin a new span (collective)."""
+        assert self._sums is not None and self._load is not None and self._gates is not None
+        count = self._micro_steps * self.world.size
+        sums = (collectives.all_reduce_sum(self._sums) / count).tolist()
+        seconds = self.seconds
+        values: dict[str, Any] = {
+            "loss": sums[0],
+            "aux_loss": sums[1],
+            "losses": dict(zip([task.name for task in self.tasks], sums[2:], strict=True)),
+            "images_per_second": self._images * self.world.size / seconds,
+            "seconds": seconds,
+            "memory_bytes": memory_bytes(self.world.device),
+        }
+        if self._load.numel():
+            values |= self._expert_values(count)
+        self._clear()
+        return values
+
+    def _expert_values(self, count: int) -> dict[str, Any]:
+        """Load [layers][tasks][N] as a share of a task's tokens, mean gates alike, shared gates [layers][tasks]."""
+        assert self._load is not None and self._gates is not None
+        load_LtN = collectives.all_reduce_sum(self._load)
+        gates_LtN = collectives.all_reduce_sum(self._gates) / count
+        tokens_Lt1 = load_LtN.sum(dim=-1, keepdim=True) / self.active  # each token counts its active experts
+        shared_Lt = gates_LtN[..., gates_LtN.shape[-1] - self.num_shared :].sum(dim=-1)
+        values = {"expert_load": load_LtN / tokens_Lt1, "mean_gates": gates_LtN}
+        return {**values, "shared_gate": shared_Lt} if self.num_shared else values
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added since the last ``take``."""
+        return self._micro_steps == 0
+
+    def _clear(self) -> None:
+        self._sums = self._load = self._gates = None
+        self._micro_steps = self._images = 0
+        self.seconds = 0.0
+
+
+def result_table(title: str, tasks: Sequence[Task], results: Results, trivial: Results, first: Results | None) -> str:
+    """Each task's metric beside the trivial predictor's and the first evaluation's; odsF where it was computed."""
+    rows = []
+    for task in tasks:
+        keys = dict.fromkeys((task.metric, headline(task, results[task.name])))
+        for key in keys:
+            score = score_of(task, key)
+            name = task.metric_title if key == task.metric else f"{score.title} {score.unit}"
+            arrow = "higher" if score.higher_is_better else "lower"
+            others = [(found or {}).get(task.name, {}).get(key) for found in (trivial, first)]
+            rows.append((task.title, name, arrow, *others, results[task.name][key]))
+    return table(title, ("task", "metric", "better", "trivial", "first", "now"), rows)
+
+
+def summary(components: RunComponents, history: History, *, step: int, code: ExitCode) -> dict[str, Any]:
+    """What summary.json holds: results beside the trivial predictors', sizes, times."""
+    seconds = history.train_seconds
+    return {
+        "exit": code.name.lower(),
+        "step": step,
+        "total_steps": components.total_steps,
+        "data": components.settings.data.name,
+        "metrics": history.latest,
+        "metrics_step": history.evaluated_at if history.latest else None,
+        "first_metrics": history.first,
+        "trivial": history.trivial,
+        "best_step": history.best_step if history.latest else None,
+        "parameters": components.parameters.as_dict(),
+        "train_seconds": seconds,
+        "images_per_second": history.images / seconds if seconds else None,
+        "peak_memory_bytes": memory_bytes(components.world.device),
+        "world_size": components.world.size,
+        "expert_parallel": expert_traffic(components) or None,
+    }

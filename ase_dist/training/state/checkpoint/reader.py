@@ -1,0 +1,110 @@
+"""A checkpoint that has been verified, read lazily: one tensor, or a part of one, at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pydantic import JsonValue
+from safetensors import safe_open
+from torch import Tensor
+
+from ase_dist.errors import UserError, did_you_mean
+from ase_dist.training.state.checkpoint.manifest import Manifest
+from ase_dist.training.state.checkpoint.verify import verify
+
+Part = slice | tuple[slice, ...]
+
+
+class Checkpoint:
+    """The tensors and the facts of one saved step. Files are opened at the first use and closed with the object.
+
+    A context manager. Every tensor that it gives is a copy of its own, so that the folder may be deleted afterwards.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._open = ExitStack()
+        self._homes: dict[str, Any] | None = None  # tensor name -> the open file it is in
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done when it was saved."""
+        return self.manifest.step
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that saved it."""
+        return self.manifest.world_size
+
+    @property
+    def meta(self) -> Mapping[str, JsonValue]:
+        """What the caller of ``save`` gave."""
+        return self.manifest.meta
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of its safetensors files, sorted."""
+        return tuple(entry.name for entry in self.manifest.files)
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._index())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the file's header alone."""
+        return tuple(self._home(name).get_slice(name).get_shape())
+
+    def tensor(self, name: str, *, part: Part | None = None) -> Tensor:
+        """A tensor on the CPU, or the ``part`` of it: a slice of the first dimension, or a tuple of slices.
+
+        Only the bytes of the part are read. Raises UserError for an unknown name, with the nearest known one.
+        """
+        home = self._home(name)
+        found: Tensor = home.get_tensor(name) if part is None else home.get_slice(name)[part]
+        return found.clone()  # what safetensors returns may be the mapped file itself
+
+    def close(self) -> None:
+        """Close the files; they are opened again at the next use."""
+        self._homes = None
+        self._open.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _home(self, name: str) -> Any:
+        index = self._index()
+        if name not in index:
+            raise UserError(f"{self.path}: holds no tensor {name!r}{did_you_mean(name, index)}")
+        return index[name]
+
+    def _index(self) -> dict[str, Any]:
+        if self._homes is None:
+            opened = [self._open.enter_context(safe_open(self.path / name, framework="pt")) for name in self.files]
+            self._homes = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+        return self._homes
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Verify the checkpoint in the folder ``path`` and open it; changes nothing on disk. Collective.
+
+    Raises UserError on all ranks where it is no checkpoint or damaged, with each file and what is wrong with it.
+    """
+    manifest, problems = verify(path)
+    if manifest is None:
+        raise UserError(f"resume: {str(path)!r} is not a whole checkpoint: {'; '.join(problems)}{_hint(path)}")
+    return Checkpoint(path, manifest)
+
+
+def _hint(path: Path) -> str:
+    """Where a folder of checkpoints was named in place of one of them."""
+    inside = sorted(folder.name for folder in path.glob("step_*"))
+    return f"; name one of the checkpoints in it, such as {inside[-1]!r}" if inside else ""

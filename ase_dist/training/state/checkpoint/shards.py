@@ -1,0 +1,104 @@
+"""Writing: each rank streams its groups of tensors into safetensors files, one group in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ase_dist.errors import UserError
+from ase_dist.files import fsync, sha256_of
+from ase_dist.training.state.checkpoint.agree import describe
+from ase_dist.training.state.checkpoint.files import wait_until
+from ase_dist.training.state.checkpoint.manifest import SUFFIX, FileEntry, file_entry
+
+THREADS = 4  # per rank; writing to disk and hashing release the interpreter's lock
+Shard = tuple[str, Mapping[str, Tensor]]
+
+
+class Written(NamedTuple):
+    """A file that is on disk, and the names of its tensors."""
+
+    entry: FileEntry
+    tensors: tuple[str, ...]
+
+
+def write_shards(folder: Path, shards: Iterable[Shard], *, patience: float) -> list[Written]:
+    """Write each ``(name, tensors)`` to ``folder``/name.safetensors, fsync it and hash what stands there.
+
+    A file is brought to disk and hashed in a thread, while the next group is being read and written.
+    After a failure the iterable is still drained, without writing: its next group may hold a collective in which the
+    other ranks wait. Raises UserError with the file and the reason; an error inside the iterable passes through.
+    """
+    finishing: list[tuple[str, Future[Written]]] = []
+    problem = None
+    if not wait_until(folder.is_dir, patience=patience):
+        problem = f"{folder} is not there, though rank 0 made it; checkpoints need a folder that all nodes share"
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, tensors in shards:
+            if problem is None:
+                try:
+                    path = _write(folder, name, tensors)
+                    finishing.append((name, pool.submit(_finish, path, tuple(tensors))))
+                except Exception as error:  # told to all ranks once the iterable is empty
+                    problem = _could_not(name, error)
+            del tensors  # before the iterable makes the next group
+    reasons = ((name, future.exception()) for name, future in finishing)  # the pool has waited for them
+    problems = [_could_not(name, reason) for name, reason in reasons if isinstance(reason, Exception)]
+    if problem is not None or problems:
+        raise UserError([*problems, problem][0])
+    return [future.result() for _, future in finishing]
+
+
+def merge(reports: Sequence[Sequence[Written]]) -> list[FileEntry]:
+    """All ranks' files in order of name. Raises UserError where two ranks wrote the same file or the same tensor."""
+    owners: dict[str, int] = {}
+    for rank, report in enumerate(reports):
+        for written in report:
+            for name in [f"file {written.entry.name!r}", *(f"tensor {tensor!r}" for tensor in written.tensors)]:
+                if name in owners:
+                    raise UserError(
+                        f"the {name} was written twice, by rank {owners[name]} and rank {rank}; "
+                        "give every file and every tensor one owner"
+                    )
+                owners[name] = rank
+    return sorted((written.entry for report in reports for written in report), key=lambda entry: entry.name)
+
+
+def all_arrived(folder: Path, files: Sequence[FileEntry]) -> bool:
+    """Whether this node sees every file with its full size."""
+    return all(_size(folder / entry.name) == entry.bytes for entry in files)
+
+
+def _write(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Path:
+    file_name = f"{name}{SUFFIX}"
+    file_entry(file_name, size=0, sha256="0" * 64)  # refuses a name that would leave the folder before it is opened
+    path = folder / file_name
+    save_file({key: _host_copy(tensor) for key, tensor in tensors.items()}, path)
+    return path
+
+
+def _finish(path: Path, tensors: tuple[str, ...]) -> Written:
+    fsync(path)
+    return Written(file_entry(path.name, size=path.stat().st_size, sha256=sha256_of(path)), tensors)
+
+
+def _could_not(name: str, error: Exception) -> str:
+    return f"could not write {name}{SUFFIX} ({describe(error)})"
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    """Contiguous, on the CPU, alone in its storage: a view into a flat buffer would be refused, or written whole."""
+    host = tensor.detach().cpu().contiguous()
+    return host if host.untyped_storage().nbytes() == host.nbytes else host.clone()
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

@@ -1,0 +1,254 @@
+"""The folder of a run's checkpoints: save so that no crash can harm what is there, find the newest that is whole.
+
+Knows tensors, names and files; nothing of the model or of DeepSpeed. Everything here but ``best`` is collective.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import safetensors
+import torch
+from pydantic import JsonValue
+
+import ase_dist
+from ase_dist.collectives import rank, world_size
+from ase_dist.errors import UserError
+from ase_dist.files import write_atomic
+from ase_dist.training.state.checkpoint.agree import RankError, describe, on_every_rank, on_rank_zero
+from ase_dist.training.state.checkpoint.catalog import (
+    BEST,
+    LATEST,
+    checkpoint_name,
+    checkpoints_to_delete,
+    list_checkpoints,
+    read_pointer,
+)
+from ase_dist.training.state.checkpoint.files import (
+    TEMPORARY,
+    discard,
+    make_empty,
+    put_in_place,
+    remove,
+    sweep,
+    wait_until,
+)
+from ase_dist.training.state.checkpoint.manifest import MANIFEST, FileEntry, json_digest, make_manifest
+from ase_dist.training.state.checkpoint.reader import Checkpoint, open_checkpoint
+from ase_dist.training.state.checkpoint.shards import Shard, Written, all_arrived, merge, write_shards
+from ase_dist.training.state.checkpoint.verify import verify
+
+LOGGER = logging.getLogger(__name__)
+_PROBE = ".probe"
+
+
+class SaveError(RuntimeError):
+    """A checkpoint was not saved; the sentence is the same on all ranks, and what was saved before is untouched."""
+
+
+class CheckpointStore:
+    """The checkpoints in ``folder``: the ``keep`` newest, and the best beside them.
+
+    Building one is collective: rank 0 makes the folder and removes what killed runs left half done, and every rank
+    looks whether it sees the same folder. One run at a time may have a store on a folder; who only reads uses
+    ``open_checkpoint``. ``patience`` is how many seconds a rank waits for another's file to show up on a network file
+    system. Raises UserError on all ranks where the folder cannot be written to or is not shared.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, patience: float = 15.0) -> None:
+        if keep < 1:
+            raise UserError(f"checkpoint.keep: got {keep}, wanted at least 1")
+        self.folder, self.keep, self.patience = Path(folder).absolute(), keep, patience
+        self._damaged: set[str] = set()
+        _check_shared(self.folder, patience=patience)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Saving
+
+    def save(self, step: int, shards: Iterable[Shard], *, meta: Mapping[str, JsonValue]) -> Path:
+        """Write ``step_N`` and return its path; one of the same step is replaced.
+
+        1. Each rank writes its own ``shards`` (file name without suffix, {tensor name: tensor}) into ``.tmp-step_N``,
+           one group at a time, with fsync, and hashes what it wrote. The iterable may hold collectives of its own, if
+           they are the same on all ranks and nothing raises between them; a rank that cannot write still drains it.
+        2. All ranks hear of all files. File and tensor names are global: each has one owner.
+        3. Rank 0 writes the manifest, renames the folder, replaces ``latest``, deletes what is older than ``keep``.
+
+        ``meta`` is plain JSON and the same on all ranks; what differs by rank (random states) goes into ``shards``.
+        Raises SaveError on all ranks if anything fails on one of them; then no trace of the attempt is left.
+        """
+        temporary = self.folder / f"{TEMPORARY}{checkpoint_name(step)}"
+        agreed = on_rank_zero(lambda: step)  # for the sentence, which is the same on all ranks whatever goes wrong
+        try:
+            _check_same(step, meta)
+            on_rank_zero(lambda: make_empty(temporary))
+            reports = on_every_rank(lambda: write_shards(temporary, shards, patience=self.patience))
+            on_rank_zero(lambda: self._commit(temporary, step=step, reports=reports, meta=meta))
+        except RankError as error:
+            on_rank_zero(lambda: discard(temporary))
+            raise SaveError(
+                f"the checkpoint of step {agreed} was not saved: {error}; what was saved before is untouched"
+            ) from None
+        self._damaged.discard(checkpoint_name(step))
+        return self.folder / checkpoint_name(step)
+
+    def holds(self, step: int) -> bool:
+        """Whether there is a checkpoint of this step; it may be damaged."""
+        return on_rank_zero((self.folder / f"step_{step}" / MANIFEST).is_file)
+
+    def mark_best(self, step: int | None) -> None:
+        """Keep this step's checkpoint until another is marked; None takes the mark away.
+
+        Raises on all ranks: UserError if there is no such checkpoint, SaveError if the mark cannot be written.
+        """
+        if step is not None and not self.holds(step):
+            raise UserError(f"mark_best: {self.folder} holds no {checkpoint_name(step)}; save it first")
+        try:
+            on_rank_zero(lambda: self._write_mark(step))
+        except RankError as error:
+            raise SaveError(f"step {step} was not marked as the best: {error}; the mark before it stays") from None
+
+    def _write_mark(self, step: int | None) -> None:
+        if step is None:
+            (self.folder / BEST).unlink(missing_ok=True)
+        elif read_pointer(self.folder, BEST) != checkpoint_name(step):
+            write_atomic(self.folder / BEST, f"{checkpoint_name(step)}\n")
+
+    @property
+    def best(self) -> Path | None:
+        """The folder of the best checkpoint, or None where none is marked."""
+        name = read_pointer(self.folder, BEST)
+        return self.folder / name if name is not None else None
+
+    def _commit(
+        self, temporary: Path, *, step: int, reports: list[list[Written]], meta: Mapping[str, JsonValue]
+    ) -> None:
+        """Rank 0: from a folder of files to a checkpoint. The rename is the moment from which it exists."""
+        files = merge(reports)
+        self._await_files(temporary, files)
+        sequence = 1 + max((found.sequence or 0 for found in list_checkpoints(self.folder)), default=0)
+        manifest = make_manifest(
+            step=step, sequence=sequence, world_size=world_size(), versions=_versions(), files=files, meta=meta
+        )
+        write_atomic(temporary / MANIFEST, manifest.to_bytes())  # brings the folder's names to disk as well
+        put_in_place(temporary, self.folder / checkpoint_name(step))
+        try:
+            write_atomic(self.folder / LATEST, f"{checkpoint_name(step)}\n")
+            self._prune()
+            sweep(self.folder)
+        except OSError as error:  # the checkpoint is there, and neither is needed to find it
+            LOGGER.warning("step %d is saved, but tidying up after it failed (%s)", step, describe(error))
+
+    def _await_files(self, folder: Path, files: list[FileEntry]) -> None:
+        if not wait_until(lambda: all_arrived(folder, files), patience=self.patience):
+            missing = [entry.name for entry in files if not all_arrived(folder, [entry])]
+            raise UserError(
+                f"{missing[0]} was written by another rank but did not arrive in {folder} on {platform.node()}; "
+                "checkpoints need a folder that all nodes share"
+            )
+
+    def _prune(self) -> None:
+        best = read_pointer(self.folder, BEST)
+        for name in checkpoints_to_delete(
+            list_checkpoints(self.folder), keep=self.keep, best=best, damaged=self._damaged
+        ):
+            remove(self.folder / name)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Finding
+
+    def find(self, resume: str | Path) -> Checkpoint | None:
+        """The checkpoint to go on from: "auto" the newest whole one, "never" None, else the one at that path.
+
+        Newest is what was saved last. A damaged one is logged with its file and what is wrong with it, and the one
+        before is tried. None with "auto" means that nothing was ever saved here. Raises UserError on all ranks where
+        there are checkpoints and none is whole, and where the one at the path is not.
+        """
+        if resume == "never":
+            return None
+        if resume != "auto":
+            return open_checkpoint(Path(resume))
+        names = on_rank_zero(self._candidates)
+        for name in names:
+            manifest, problems = verify(self.folder / name)
+            if manifest is not None:
+                return Checkpoint(self.folder / name, manifest)
+            self._damaged.add(name)
+            if rank() == 0:
+                LOGGER.warning("checkpoint %s is damaged and is passed over: %s", name, "; ".join(problems))
+        if names:
+            raise UserError(
+                f"resume: none of the {len(names)} checkpoints in {self.folder} is whole (the last: {problems[0]}); "
+                "restore one, name another with resume=PATH, or start afresh elsewhere with output=FOLDER"
+            )
+        return None
+
+    def _candidates(self) -> list[str]:
+        """Rank 0: names, newest first; says so where ``latest`` thinks otherwise."""
+        listed = list_checkpoints(self.folder)
+        latest = read_pointer(self.folder, LATEST)
+        newest = next((found.name for found in listed if found.sequence is not None), None)
+        if None not in (latest, newest) and latest != newest:
+            LOGGER.warning("%s names %s, but %s was saved last", self.folder / LATEST, latest, newest)
+        return [found.name for found in listed]
+
+
+def _check_shared(folder: Path, *, patience: float) -> None:
+    """Make the folder, and make sure that what rank 0 writes there is what every rank reads there."""
+    try:
+        token = on_rank_zero(lambda: _prepare(folder))
+    except RankError as error:
+        raise UserError(
+            f"checkpoints: cannot write to {str(folder)!r} ({error}); "
+            "name a folder that can be written to with output=FOLDER"
+        ) from None
+    probe = folder / _PROBE
+    seen = on_every_rank(
+        lambda: (platform.node(), wait_until(lambda: probe.is_file() and probe.read_text() == token, patience=patience))
+    )
+    on_rank_zero(lambda: probe.unlink(missing_ok=True))
+    blind = [f"rank {index} on {host}" for index, (host, sees_it) in enumerate(seen) if not sees_it]
+    if blind:
+        raise UserError(
+            f"checkpoints: {blind[0]} does not see the folder {str(folder)!r} of rank 0 on {seen[0][0]}"
+            f"{f' (nor do {len(blind) - 1} others)' if len(blind) > 1 else ''}; "
+            "name a folder on a file system that all nodes share with output=FOLDER"
+        )
+
+
+def _prepare(folder: Path) -> str:
+    """Rank 0: make and tidy the folder, leave a token in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    token = f"{platform.node()} {os.getpid()} {time.time_ns()}"
+    write_atomic(folder / _PROBE, token)
+    return token
+
+
+def _check_same(step: int, meta: Mapping[str, JsonValue]) -> None:
+    """Raise RankError on all ranks unless all save the same step with the same, storable, meta."""
+    first, *others = on_every_rank(lambda: _fingerprint(step, meta))
+    for index, other in enumerate(others, start=1):
+        differing = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+        if differing:
+            raise RankError(f"{differing[0]} differs between rank 0 and rank {index}; what differs belongs into shards")
+
+
+def _fingerprint(step: int, meta: Mapping[str, JsonValue]) -> dict[str, str]:
+    """The step and a hash of each value of meta: small, for every rank gets everyone's."""
+    make_manifest(step=step, sequence=0, world_size=1, versions={}, files=[], meta=meta)  # says what is no JSON
+    return {"step": str(step), **{f"meta[{key!r}]": json_digest(value) for key, value in meta.items()}}
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "safetensors": safetensors.__version__,
+        "ase_dist": ase_dist.__version__,
+    }

@@ -1,0 +1,75 @@
+"""What a run remembers beside its weights: results, the best of them, time spent. It travels with the checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ase_dist import collectives
+from ase_dist.evaluation.delta_m import delta_m, directions
+from ase_dist.files import json_safe
+from ase_dist.tasks import Task
+from ase_dist.training.loop.evaluate import Results
+
+NEVER = -1
+
+
+@dataclass
+class History:
+    """Results of the first and the latest evaluation, of the trivial predictors, and after which step they were best.
+
+    ``best_score`` is Delta_m over the trivial predictors, percent; an evaluation before the first step has none.
+    ``train_seconds`` and ``images`` (of all ranks) count every start of the run.
+    """
+
+    first: Results | None = None
+    latest: Results | None = None
+    trivial: Results = field(default_factory=dict)
+    evaluated_at: int = NEVER
+    best_step: int = NEVER
+    best_score: float = -math.inf
+    train_seconds: float = 0.0
+    images: int = 0
+
+    def add(self, step: int, results: Results, tasks: Sequence[Task]) -> None:
+        """Keep the results of the evaluation at ``step``; ``trivial`` must be there."""
+        self.first, self.latest, self.evaluated_at = self.first or results, results, step
+        score = gain(tasks, results, self.trivial)
+        if step > 0 and score > self.best_score:
+            self.best_step, self.best_score = step, score
+
+    def to_meta(self) -> dict[str, Any]:
+        """Plain JSON, the same on all ranks (collective: clocks differ, the first rank's holds)."""
+        values = {**vars(self), "train_seconds": collectives.gather_objects(self.train_seconds)[0]}
+        return {name: json_safe(value) for name, value in values.items()}
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> History:
+        """The reverse of ``to_meta``."""
+        history = cls(**meta)
+        history.best_score = -math.inf if meta["best_score"] is None else meta["best_score"]
+        history.first, history.latest = _results(meta["first"]), _results(meta["latest"])
+        history.trivial = _results(meta["trivial"]) or {}
+        return history
+
+
+def gain(tasks: Sequence[Task], results: Results, trivial: Results) -> float:
+    """Delta_m of ``results`` over ``trivial``, percent, over the tasks where it is defined; -inf if nowhere."""
+    pairs = {task.name: (results[task.name][task.metric], trivial[task.name][task.metric]) for task in tasks}
+    defined = {name: pair for name, pair in pairs.items() if all(map(math.isfinite, pair)) and pair[1] != 0}
+    if not defined:
+        return -math.inf
+    scores, reference = ({name: pair[i] for name, pair in defined.items()} for i in (0, 1))
+    chosen = [task for task in tasks if task.name in defined]
+    return delta_m(scores, reference, higher_is_better=directions(chosen))
+
+
+def _results(stored: Mapping[str, Mapping[str, float | None]] | None) -> Results | None:
+    if stored is None:
+        return None
+    return {
+        task: {name: math.nan if value is None else value for name, value in metrics.items()}
+        for task, metrics in stored.items()
+    }

@@ -1,0 +1,190 @@
+"""``launch/evaluate.py``: run and export score what the run found, two ranks what one does; mistakes are a sentence."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ase_dist.commands.evaluate import main
+from ase_dist.deployment.evaluate_model import EvaluationRequest, data_settings
+from ase_dist.deployment.export import export_run
+from ase_dist.deployment.reference import read_reference
+from ase_dist.deployment.trained_model import open_trained_model
+from tests.training.conftest import start_world
+from tests.training.tiny_runs import ROOT, metric_lines, tiny_run
+
+COMMAND = ROOT / "launch" / "evaluate.py"
+
+
+def train(rank, folder):
+    scenes = Path((folder / "scenes").read_text())
+    return tiny_run(scenes, folder / "run", "eval.edge_ods=true", "train.max_steps=2", "checkpoint.every=1")
+
+
+@pytest.fixture(scope="module")
+def folder(scenes, tmp_path_factory):
+    """A run that has scored odsF itself, and its export."""
+    folder = tmp_path_factory.mktemp("saved")
+    (folder / "scenes").write_text(str(scenes))
+    codes, results = start_world(train, folder, seconds=200)()
+    assert codes == [0] and results == [0]
+    export_run(folder / "run", folder / "export")
+    return folder
+
+
+@pytest.fixture
+def evaluate():
+    return main
+
+
+@pytest.fixture
+def no_pool(monkeypatch):
+    """Boundaries are counted in this process: two images are not worth others."""
+    monkeypatch.setattr("ase_dist.deployment.evaluate_model.default_workers", lambda processes: 0)
+
+
+def found(out):
+    return json.loads((out / "metrics.json").read_text())
+
+
+def close(one, two, *, rel):
+    assert one.keys() == two.keys()
+    for task in one:
+        assert one[task] == pytest.approx(two[task], rel=rel, nan_ok=True), task
+
+
+@pytest.mark.single_gpu
+def test_the_run_its_export_and_the_command_agree(folder, scenes, tmp_path, evaluate, no_pool, capsys):
+    """The run evaluated with its engine; the command rebuilds the model from either folder."""
+    summary = json.loads((folder / "run" / "summary.json").read_text())["metrics"]
+    assert summary["edge"]["ods_f"] == metric_lines(folder / "run", "eval")[2]["metrics"]["edge"]["ods_f"]
+    assert evaluate([str(folder / "run"), "--edge-ods", "--device", "cpu"]) == 0
+    out = folder / "run" / "evaluation"
+    close(found(out)["results"], summary, rel=1e-3)
+    printed = capsys.readouterr().out
+    assert printed == (out / "metrics.md").read_text() and "odsF" in printed
+    assert r"\toprule" in (out / "metrics.tex").read_text()
+    data = [f"data.root={scenes}", "data.val_images=3", "data.train_images=10", "data.scene_size=40"]
+    export = [str(folder / "export"), "--edge-ods", "--out", str(tmp_path), "--device", "cpu", *data]
+    assert evaluate([*export, "--reference", str(folder / "run")]) == 0
+    close(found(tmp_path)["results"], found(out)["results"], rel=1e-6)
+    assert found(tmp_path)["comparison"]["delta_m_percent"] == pytest.approx(0, abs=1e-3)
+    assert found(tmp_path)["comparison"]["tasks"]["edge"]["score"] == "ods_f"
+
+
+@pytest.mark.single_gpu
+def test_fewer_tasks_and_older_weights(folder, tmp_path, evaluate, no_pool):
+    run = folder / "run"
+    arguments = [str(run), "--tasks", "normals,semseg", "--checkpoint", str(run / "checkpoints" / "step_1")]
+    assert evaluate([*arguments, "--reference", "paper", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    tree = found(tmp_path)
+    assert list(tree["results"]) == ["normals", "semseg"] and tree["step"] == 1
+    assert tree["comparison"]["left_out"] == ["edge", "human_parts", "saliency"]
+
+
+@pytest.mark.multi_gpu
+def test_two_ranks_find_what_one_does(folder, tmp_path, evaluate, no_pool):
+    """Three images, one of the ranks has one more; a batch is one image, so that the arithmetic is the same."""
+    arguments = [
+        str(folder / "run"),
+        "eval.batch_size=1",
+        "--edge-ods",
+        "--nms",
+        "--device",
+        "cpu",
+        "--reference",
+        "paper",
+    ]
+    assert evaluate([*arguments, "--out", str(tmp_path / "one")]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launcher, COMMAND, *arguments, "--out", str(tmp_path / "two")], capture_output=True,
+                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = found(tmp_path / "one"), found(tmp_path / "two")
+    close(two.pop("results"), one.pop("results"), rel=1e-12)
+    delta = (one.pop("comparison"), two.pop("comparison"))
+    assert delta[0]["delta_m_percent"] == pytest.approx(delta[1]["delta_m_percent"], rel=1e-12)
+    assert one == two and one["images"] == 3 and "non-maxima suppressed" in one["edges"]
+    assert (tmp_path / "one" / "metrics.md").read_text() == (tmp_path / "two" / "metrics.md").read_text()
+    printed = done.stdout
+    if printed.startswith("[Gloo]"):  # which older torch prints (seen with 2.10)
+        printed = printed[printed.index("# ") :]
+    assert printed == (tmp_path / "two" / "metrics.md").read_text()  # once
+
+
+@pytest.mark.single_gpu
+def test_other_data_keep_the_model_and_lose_the_place(folder, tmp_path):
+    saved = open_trained_model(folder / "run", device=torch.device("cpu"))
+    own = data_settings(saved, EvaluationRequest(folder / "run"))
+    assert own.data == saved.settings.data and own.tasks == ("semseg", "human_parts", "saliency", "edge", "normals")
+    named = data_settings(saved, EvaluationRequest(folder / "run", data="pascal_context")).data
+    assert (named.name, named.root) == ("pascal_context", None)
+    placed = data_settings(
+        saved, EvaluationRequest(folder / "run", data=str(tmp_path), overrides=("data.limit_val=2",))
+    ).data
+    assert (placed.name, placed.root, placed.limit_val) == ("pascal_context", tmp_path, 2)
+
+
+MISTAKES = {
+    "nothing": (["nowhere"], r"'nowhere' is neither a run nor an export"),
+    "checkpoint": (["RUN", "--checkpoint", "nowhere"], r"'nowhere' is not a whole checkpoint"),
+    "checkpoint of an export": (["EXPORT", "--checkpoint", "best"], r"--checkpoint: .* is an export"),
+    "task": (["RUN", "--tasks", "depth"], r"tasks: scenes has no task 'depth'"),
+    "task of the data": (["RUN", "--data", "nyud", "--tasks", "depth"], r"the model has no 'depth', wanted some of"),
+    "classes": (["RUN", "--data", "nyud", "--tasks", "semseg"], r"semseg has 40 channels in nyud, 21 in the model"),
+    "data": (["RUN", "--data", "pascal"], r"--data: 'pascal' is neither a folder nor one of .* did you mean"),
+    "no data": (["RUN", "--data", "EMPTY"], r"no such list"),
+    "setting": (["RUN", "train.lr=1"], r"an evaluation sets data\.\*, eval\.\* and tasks only"),
+    "unknown setting": (["RUN", "data.rooot=x"], r"data\.rooot: there is no such setting"),
+    "nms": (["RUN", "--nms"], r"--nms: .*add --edge-ods"),
+    "no edges": (["RUN", "--edge-ods", "--tasks", "semseg"], r"--edge-ods: there is no edge task among semseg"),
+    "paper without ods": (["RUN", "--reference", "paper"], r"scores edge by ods_f.*add --edge-ods"),
+    "reference": (["RUN", "--reference", "nowhere"], r"--reference: got 'nowhere', wanted 'paper'"),
+    "empty reference": (["RUN", "--reference", "EMPTY/x.json"], r"x\.json holds no scores"),
+    "broken reference": (["RUN", "--reference", "EMPTY/y.json"], r"cannot read .*y\.json"),
+    "short reference": (["RUN", "--reference", "EMPTY/z.json"], r"has no task 'semseg', it has edge"),
+    "device": (["RUN", "--device", "tpu9"], r"--device: "),
+    "out": (["RUN", "--out", "EMPTY/x.json/deeper", "--tasks", "normals"], r"--out: cannot write to"),
+}
+
+
+@pytest.mark.single_gpu
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_sentence(mistake, folder, tmp_path, evaluate, no_pool, capsys):
+    arguments, sentence = MISTAKES[mistake]
+    places = {"RUN": str(folder / "run"), "EXPORT": str(folder / "export"), "EMPTY": str(tmp_path)}
+    for name, text in (("x", "{}"), ("y", "{"), ("z", '{"edge": {"bce": 1}}')):
+        (tmp_path / f"{name}.json").write_text(text)
+    for word, place in places.items():
+        arguments = [argument.replace(word, place) for argument in arguments]
+    if "--device" not in arguments:
+        arguments += ["--device", "cpu"]
+    assert evaluate(arguments) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.search(sentence, errors[0]), errors[0]
+
+
+@pytest.mark.single_gpu
+def test_references_come_from_wherever_scores_are_kept(folder, tmp_path):
+    run = shutil.copytree(folder / "run", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "checkpoints"))
+    summary, card = read_reference(str(run)), read_reference(str(folder / "export"))
+    assert summary.scores == card.scores and summary.data == card.data == "scenes"
+    (run / "evaluation").mkdir()
+    report = {
+        "format": "ase_dist evaluation",
+        "title": "t",
+        "data": "d",
+        "results": {"edge": {"bce": 1.0, "ods_f": None}},
+    }
+    (run / "evaluation" / "metrics.json").write_text(json.dumps(report))
+    newer = read_reference(str(run))
+    assert (newer.name, newer.data, newer.scores["edge"]["bce"]) == ("t", "d", 1.0)
+    (tmp_path / "plain.json").write_text('{"edge": {"bce": 2}}')
+    assert read_reference(str(tmp_path / "plain.json")).scores == {"edge": {"bce": 2.0}}

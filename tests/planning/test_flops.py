@@ -1,0 +1,46 @@
+"""FLOPs counted against sums by hand, forward and backward, for every kind of layer that torch's counter misses."""
+
+import pytest
+
+from ase_dist.planning.flops import count_flops
+from ase_dist.tasks import select_tasks
+
+pytestmark = pytest.mark.single_gpu
+
+D, H, TOKENS, TASKS, BLOCKS = 32, 128, 5, 5, 2  # of conftest's tiny ViT on 32 pixels
+
+
+def products(*sides):
+    result = 2
+    for side in sides:
+        result *= side
+    return result
+
+
+def test_lora_experts_and_routers_cost_their_products(settings_for):
+    bare = count_flops(settings_for(moe={"enabled": False}, lora_rank=0))
+    lora = count_flops(settings_for(lora_rank=0, moe={"num_experts": 4, "rank": 2}))
+    rows = TOKENS * TASKS * BLOCKS
+    pairs = 2 * products(rows, 8, D + H)  # fc1 and fc2, N * r = 8 columns each
+    router = products(rows, D, 4)
+    assert lora.forward - bare.forward == pairs + router
+    assert lora.backward - bare.backward == 2 * (pairs + router)
+
+
+def test_feed_forward_experts_cost_those_that_are_active(settings_for):
+    bare = count_flops(settings_for(moe={"enabled": False}, lora_rank=0))
+    ffn = count_flops(settings_for(
+        lora_rank=0, moe={"experts": "ffn", "hidden": 64, "num_experts": 8, "k": 2, "num_shared": 0, "gating": "topk"}
+    ))  # fmt: skip
+    rows = TOKENS * TASKS * BLOCKS
+    base, active = 2 * products(rows, D, H), 2 * products(2 * rows, D, 64)
+    router, biases = products(rows, D, 8), products(2 * rows, 8, D + 64)
+    assert ffn.forward - bare.forward == active + router + biases - base
+    assert ffn.backward - bare.backward == 2 * (active + router) + products(2 * rows, 8, D + 64) - base
+
+
+def test_a_resnet_without_sharing_costs_tasks_nothing_but_heads(settings_for):
+    plain = {"backbone": "resnet18", "backbone_args": {}, "tune": "full", "lora_rank": 0, "moe": {"enabled": False}}
+    one, five = (count_flops(settings_for(tasks=tasks, head="linear", **plain)) for tasks in (["edge"], None))
+    heads = {task.name: products(16, 512, 16 * task.channels) for task in select_tasks("scenes")}
+    assert five.forward - one.forward == sum(heads.values()) - heads["edge"]

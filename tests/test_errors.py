@@ -1,0 +1,41 @@
+"""One sentence from pydantic's errors."""
+
+from typing import Annotated
+
+import pytest
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from ase_dist.errors import first_problem
+
+pytestmark = pytest.mark.single_gpu
+
+
+def refuse(value: int) -> int:
+    raise ValueError(f"Never {value}")
+
+
+class Leaf(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    size: int = 1
+    never: Annotated[int, AfterValidator(refuse)] = 0
+
+
+class Tree(BaseModel):
+    leaves: list[Leaf]
+
+
+@pytest.mark.parametrize(
+    ("tree", "kind", "where", "got", "why"),
+    [
+        ({"leaves": [{}, {"size": "x"}]}, "int_parsing", "leaves.1.size", "x", "input should be a valid integer"),
+        ({"leaves": [{"sise": 1}]}, "extra_forbidden", "leaves.0.sise", 1, "extra inputs are not permitted"),
+        ({"leaves": [{"never": 3}]}, "value_error", "leaves.0.never", 3, "Never 3"),
+        ([], "model_type", "", [], "input should be a valid dictionary"),
+    ],
+)
+def test_the_first_problem_is_named(tree, kind, where, got, why):
+    with pytest.raises(ValidationError) as caught:
+        Tree.model_validate(tree)
+    problem = first_problem(caught.value)
+    assert (problem.kind, problem.where, problem.got) == (kind, where, got)
+    assert problem.why.startswith(why)

@@ -1,0 +1,116 @@
+"""metrics.jsonl: what is written is read back, whatever killed the writer, and a resumed run rewrites its steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ase_dist.training.record.metrics import Recorder, read_metrics
+
+pytestmark = pytest.mark.single_gpu
+
+
+def write_steps(folder: Path, steps: range) -> Path:
+    recorder = Recorder(folder, enabled=True)
+    for step in steps:
+        recorder.write("train", step=step, values={"loss": step / 3})
+    recorder.close()
+    return recorder.path
+
+
+def steps_of(path: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(path)]
+
+
+def test_values_of_every_form_are_read_back(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, enabled=True)
+    load = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    values = {
+        "epoch": 0.5, "loss": torch.tensor(1.25), "losses": {"edge": np.float32(0.5)}, "expert_load": load,
+        "tasks": ("edge", "depth"), "skipped": False, "note": None, "where": tmp_path,
+    }  # fmt: skip
+    recorder.write("train", step=7, values=values)
+    (record,) = read_metrics(recorder.path)  # flushed: readable while the run goes on
+    assert (record["kind"], record["step"]) == ("train", 7)
+    assert (record["epoch"], record["loss"], record["losses"]) == (0.5, 1.25, {"edge": 0.5})
+    np.testing.assert_allclose(record["expert_load"], load, rtol=1e-4)
+    assert (record["tasks"], record["skipped"], record["note"]) == (["edge", "depth"], False, None)
+    assert record["where"] == str(tmp_path)
+
+
+def test_what_is_not_finite_is_null_and_the_line_stays_json(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, enabled=True)
+    recorder.write("train", step=0, values={"loss": float("nan"), "load": torch.tensor([1.0, float("inf")])})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    record = json.loads(recorder.path.read_text(), parse_constant=refuse)
+    assert record["loss"] is None and record["load"] == [1.0, None]
+
+
+def test_disabled_leaves_the_disk_alone(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "none", enabled=False)
+    recorder.write("train", step=0, values={"loss": 1.0})
+    recorder.truncate_after(0)
+    recorder.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("cut", [1, 2, 10, 25])
+def test_a_line_cut_short_is_skipped_and_not_glued_to_the_next(tmp_path: Path, cut: int) -> None:
+    path = write_steps(tmp_path, range(4))
+    path.write_bytes(path.read_bytes()[:-cut])
+    whole = [0, 1, 2, 3] if cut == 1 else [0, 1, 2]  # without its newline a line is still whole
+    assert steps_of(path) == whole
+    write_steps(tmp_path, range(4, 6))
+    assert steps_of(path) == [*whole, 4, 5]
+
+
+def test_a_tail_of_zero_bytes_after_a_power_cut_is_skipped(tmp_path: Path) -> None:
+    path = write_steps(tmp_path, range(3))
+    path.write_bytes(path.read_bytes() + b"\0" * 100)
+    assert steps_of(path) == [0, 1, 2]
+
+
+def test_damage_before_the_last_line_is_an_error_with_its_line(tmp_path: Path) -> None:
+    path = write_steps(tmp_path, range(4))
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], lines[1][:9] + "\n", *lines[2:]]))
+    with pytest.raises(ValueError, match="line 2"):
+        read_metrics(path)
+
+
+def test_truncation_drops_later_steps_and_writing_goes_on(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(6))
+    recorder = Recorder(tmp_path, enabled=True)
+    recorder.truncate_after(3)
+    assert steps_of(recorder.path) == [0, 1, 2, 3]
+    recorder.write("eval", step=4, values={})
+    recorder.close()
+    assert steps_of(recorder.path) == [0, 1, 2, 3, 4]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_an_evaluation_that_the_checkpoint_does_not_know_is_dropped_too(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(4))
+    recorder = Recorder(tmp_path, enabled=True)
+    for step in (1, 3):
+        recorder.write("eval", step=step, values={})
+    recorder.truncate_after(3)
+    assert [record["step"] for record in read_metrics(recorder.path) if record["kind"] == "eval"] == [1, 3]
+    recorder.truncate_after(3, evaluated=False)
+    assert [record["step"] for record in read_metrics(recorder.path) if record["kind"] == "eval"] == [1]
+    recorder.close()
+
+
+def test_writing_after_close_does_nothing_and_no_file_has_no_records(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    recorder = Recorder(tmp_path, enabled=True)
+    recorder.close()
+    recorder.write("train", step=1, values={})
+    assert read_metrics(recorder.path) == []
