@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ase_dist.evaluation.tables import to_markdown
     from ase_dist.training.process.ranks import join
     from ase_dist.training.record.console import close_console, set_up_logging
+    from ase_dist.training.record.run_folder import RunFolder
 
     request = EvaluationRequest(
         arguments.model,
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with join(device=arguments.device) as world:
             report = evaluate_model(request, world, console=set_up_logging(rank=world.rank))
             if world.is_first:
-                write_report(report, arguments.out or arguments.model / "evaluation")
+                write_report(report, arguments.out or RunFolder(arguments.model).evaluation)
                 sys.stdout.write(to_markdown(report))
     except ValueError as error:
         return refuse(error)

@@ -42,12 +42,14 @@ def _keep(overrides: Sequence[str], out: Path | None) -> int:
     from ase_dist.config import load_settings
     from ase_dist.files import write_atomic
     from ase_dist.models.pretrained import FOLDER, save_backbone
+    from ase_dist.training.record.run_folder import RunFolder
     from ase_dist.training.state.checkpoint import open_checkpoint
 
     settings = load_settings(CONFIG, overrides)
-    summary = json.loads((settings.output / "summary.json").read_text())
+    run = RunFolder(settings.output)
+    summary = run.read_summary()
     out = out or FOLDER / f"{settings.model.backbone}.safetensors"
-    with open_checkpoint(settings.output / "checkpoints" / f"step_{summary['step']}") as checkpoint:
+    with open_checkpoint(run.checkpoints / f"step_{summary['step']}") as checkpoint:
         prefix = "weight/"
         weights = {name.removeprefix(prefix): name for name in checkpoint.names() if name.startswith(prefix)}
         save_backbone({name: checkpoint.tensor(source) for name, source in weights.items()}, out)

@@ -7,14 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ase_dist.deployment.trained_model import is_run
 from ase_dist.errors import UserError
 from ase_dist.evaluation.comparison import Reference, paper_reference
 from ase_dist.evaluation.tables import FORMAT
 from ase_dist.models.export_file import CARD
+from ase_dist.training.record.run_folder import RunFolder
 
 PAPER = "paper"
-EVALUATION = Path("evaluation", "metrics.json")  # where an evaluation writes by default, in the folder of its model
+EVALUATION_FILE = "metrics.json"  # of the folder that an evaluation writes
 
 
 def read_reference(name: str) -> Reference:
@@ -27,14 +27,15 @@ def read_reference(name: str) -> Reference:
     path = Path(name)
     if path.is_file():
         return _from_file(path, name)
-    if (path / EVALUATION).is_file():
-        return _from_file(path / EVALUATION, name)
+    run = RunFolder(path)
+    if (run.evaluation / EVALUATION_FILE).is_file():
+        return _from_file(run.evaluation / EVALUATION_FILE, name)
     if (path / CARD).is_file():
         card = _read(path / CARD)
         return _reference(name, card.get("data", ""), card.get("metrics"), path / CARD)
-    if is_run(path):
-        summary = _read(path / "summary.json")
-        return _reference(name, summary.get("data", ""), summary.get("metrics"), path / "summary.json")
+    if run.config.is_file():
+        summary = _read(run.summary)
+        return _reference(name, summary.get("data", ""), summary.get("metrics"), run.summary)
     raise UserError(f"--reference: got {name!r}, wanted {PAPER!r}, the folder of a run or an export, or a JSON file")
 
 

@@ -17,12 +17,12 @@ from ase_dist.models.export_file import CARD
 from ase_dist.models.names_of_trained import trained_entries
 from ase_dist.tasks import Task, select_tasks
 from ase_dist.training.loop.components import frozen_digest
+from ase_dist.training.record.run_folder import RunFolder
 from ase_dist.training.state.checkpoint import Checkpoint
 from ase_dist.training.state.checkpoint.catalog import BEST, list_checkpoints, read_pointer
 from ase_dist.training.state.checkpoint.verify import verify
 
 LOGGER = logging.getLogger("ase_dist")
-CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,10 @@ def open_trained_model(path: str | Path, *, checkpoint: str = "newest", device: 
     Raises UserError where ``path`` is neither, or not whole.
     """
     path = Path(path)
-    if not is_run(path):
+    config = RunFolder(path).config
+    if not config.is_file():
         if not is_export(path):
-            raise UserError(f"{str(path)!r} is neither a run nor an export: it holds no {CONFIG} and no {CARD}")
+            raise UserError(f"{str(path)!r} is neither a run nor an export: it holds no {config.name} and no {CARD}")
         if checkpoint != "newest":
             raise UserError(f"--checkpoint: {str(path)!r} is an export, which holds one model; leave the option out")
         return _open_export(path, device)
@@ -54,11 +55,6 @@ def open_trained_model(path: str | Path, *, checkpoint: str = "newest", device: 
     with choose_checkpoint(path, checkpoint) as found:
         model = rebuild(settings, tasks, found).requires_grad_(False).to(device).eval()
         return TrainedModel(path, "run", model, tasks, settings, found.step)
-
-
-def is_run(path: Path) -> bool:
-    """Whether ``path`` looks like the folder of a run."""
-    return (path / CONFIG).is_file()
 
 
 def is_export(path: Path) -> bool:
@@ -76,14 +72,15 @@ def _open_export(path: Path, device: torch.device) -> TrainedModel:
 
 def read_run(run: Path) -> Settings:
     """The settings of a run, from its folder."""
-    if not is_run(run):
-        raise UserError(f"{str(run)!r} is no run, there is no {CONFIG} in it; name the output= of a run")
-    return load_settings(run / CONFIG)
+    config = RunFolder(run).config
+    if not config.is_file():
+        raise UserError(f"{str(run)!r} is no run, there is no {config.name} in it; name the output= of a run")
+    return load_settings(config)
 
 
 def choose_checkpoint(run: Path, wanted: str) -> Checkpoint:
     """'newest', 'best' or a path. Damaged ones are passed over for 'newest' with a warning, else they are an error."""
-    folder = run / "checkpoints"
+    folder = RunFolder(run).checkpoints
     if wanted == "newest":
         names = [listed.name for listed in list_checkpoints(folder)] if folder.is_dir() else []
         paths = [folder / name for name in names]

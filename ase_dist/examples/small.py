@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ase_dist.commands import train
+from ase_dist.training.record.run_folder import RunFolder
 
 SMALL = (
     "data.train_images=6",
@@ -40,7 +40,7 @@ def run(*settings: str, prepare: Callable[[Path], None] | None = None) -> dict[s
         code = train.main([*SMALL, f"data.root={data}", f"output={output}", *settings])
         if code:
             raise SystemExit(code)
-        summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
+        summary: dict[str, Any] = RunFolder(output).read_summary()
     for task, metrics in summary["metrics"].items():
         print(f"{task:12}", ", ".join(f"{name} {value:.3g}" for name, value in metrics.items() if "/" not in name))
     return summary

@@ -10,27 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ase_dist.report.text import plural, size
+from ase_dist.training.record.run_folder import RunFolder, meaning
 
-MEANINGS = {
-    "config.yaml": "the merged settings; --config reads it again",
-    "ds_config.json": "DeepSpeed's JSON as the engine got it",
-    "env.json": "versions, commit, host, command line",
-    "train.log": "the log of rank 0",
-    "metrics.jsonl": "every number of the run",
-    "summary.json": "results, sizes, times, how it ended",
-    "predictions": "image, truth and prediction per task",
-    "plots": "the curves and heat maps as PNG",
-    "checkpoints": "portable checkpoints: safetensors and a manifest each",
-    "tensorboard": "the scalars for TensorBoard",
+STUDY_MEANINGS = {
     "settings": "the settings that each run was started with",
     "runs": "a folder per variant and seed",
     "study.json": "what was asked",
     "results.json": "every result by variant and seed",
     "results.md": "the table as Markdown",
     "results.csv": "the values by seed",
-    "output.log": "what the run wrote to its terminal",
 }
-PATTERNS = {r"rank_\d+\.log": "the log of that rank", r"rank_\d+\.beat": "the last sign of life of that rank"}
 MOST = 60  # entries that are listed
 LINE = 100  # characters of a command before it goes on below
 LAUNCHER_OPTION = re.compile(r"--local[_-]rank(=.*)?$")
@@ -56,10 +45,10 @@ class Checkpoint(NamedTuple):
 def list_files(folder: Path) -> tuple[list[Entry], int]:
     """What lies in ``folder``, and how many entries more than are listed; temporary and hidden files left out."""
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    entries = [
-        Entry(f"{path.name}/" if path.is_dir() else path.name, _describe(path), _meaning(path.name))
-        for path in paths[:MOST]
-    ]
+    entries = []
+    for path in paths[:MOST]:
+        what_for = STUDY_MEANINGS.get(path.name) or meaning(path.name)
+        entries.append(Entry(f"{path.name}/" if path.is_dir() else path.name, _describe(path), what_for))
     return entries, max(0, len(paths) - MOST)
 
 
@@ -81,7 +70,7 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     ]
 
 
-def commands(folder: Path, environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+def commands(run: RunFolder, environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What repeats the run, with a word on each: the command as it was given, and its settings as they were merged."""
     given = environment.get("command")
     world = environment.get("world_size")
@@ -89,12 +78,12 @@ def commands(folder: Path, environment: Mapping[str, Any]) -> list[tuple[str, st
     found = []
     if isinstance(given, list) and given:
         found.append(("as it was started", _launched([str(word) for word in given], ranks)))
-    if (folder / "config.yaml").is_file():
-        again = ["-m", "ase_dist", "train", "--config", str(folder / "config.yaml")]
-        if (folder / "ds_config.json").is_file():
-            again += ["--deepspeed_config", str(folder / "ds_config.json")]
+    if run.config.is_file():
+        again = ["-m", "ase_dist", "train", "--config", str(run.config)]
+        if run.ds_config.is_file():
+            again += ["--deepspeed_config", str(run.ds_config)]
         found.append(
-            ("from its own settings, into another folder", _launched([*again, f"output={folder}_again"], ranks))
+            ("from its own settings, into another folder", _launched([*again, f"output={run.path}_again"], ranks))
         )
     return found
 
@@ -131,8 +120,3 @@ def _bytes(path: Path) -> int:
         return path.lstat().st_size
     except OSError:
         return 0
-
-
-def _meaning(name: str) -> str:
-    patterns = (text for pattern, text in PATTERNS.items() if re.fullmatch(pattern, name))
-    return MEANINGS.get(name) or next(patterns, "")

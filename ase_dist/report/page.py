@@ -10,7 +10,6 @@ import base64
 import functools
 import hashlib
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ import ase_dist
 from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
 from ase_dist.report import text
-from ase_dist.report.run_page import is_run, run_content
+from ase_dist.report.run_page import run_content
 from ase_dist.report.study_page import is_study, study_content
+from ase_dist.training.record.run_folder import RunFolder
 
 ASSETS = Path(__file__).parent / "assets"
-DEFAULT_NAME = "report.html"
 POLICY = (
     "default-src 'none'; img-src data:; style-src '{style}'; script-src '{script}'; base-uri 'none'; form-action 'none'"
 )
@@ -37,7 +36,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     Raises UserError with one sentence where ``folder`` is neither or ``out`` cannot be written.
     """
     folder = Path(folder)
-    out = folder / DEFAULT_NAME if out is None else Path(out)
+    out = RunFolder(folder).report if out is None else Path(out)
     template, content = _content(folder.absolute(), out.absolute())
     try:
         write_atomic(out, render(template, content))
@@ -80,13 +79,10 @@ def _templates() -> Environment:
 
 
 def _content(folder: Path, out: Path) -> tuple[str, dict[str, Any]]:
-    kinds: list[tuple[Callable[[Path], bool], str, Callable[[], dict[str, Any]]]] = [
-        (is_study, "study.html", lambda: study_content(folder, out=out)),
-        (is_run, "run.html", lambda: run_content(folder)),
-    ]
-    for is_kind, template, content in kinds:
-        if is_kind(folder):
-            return template, content()
+    if is_study(folder):
+        return "study.html", study_content(folder, out=out)
+    if RunFolder(folder).looks_used():
+        return "run.html", run_content(RunFolder(folder))
     problem = "there is no such folder" if not folder.is_dir() else "it has none of the files that either leaves"
     raise UserError(f"{str(folder)!r} is neither a run's folder nor a study's: {problem}; name the output of a run")
 

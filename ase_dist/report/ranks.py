@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ase_dist.training.record.run_folder import RunFolder
+
 LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ \[rank \d+\] ([A-Z]+) (.*)")
 PROGRESS = re.compile(r"train (\d+)/\d+ ")
 SILENT = re.compile(r"rank \d+ on .* has made no progress for ")  # of ``guards.Watchdog``
@@ -68,19 +70,17 @@ class RankReport:
         return self.notices[-MOST_NOTICES:]
 
 
-def read_ranks(folder: Path, *, now: float | None = None) -> list[RankReport]:
-    """Every rank that left a log or a sign of life in ``folder``, in order; ``now`` in seconds since 1970."""
+def read_ranks(run: RunFolder, *, now: float | None = None) -> list[RankReport]:
+    """Every rank that left a log or a sign of life behind, in order; ``now`` in seconds since 1970."""
     now = time.time() if now is None else now
-    names = [path.name for pattern in ("rank_*.log", "rank_*.beat") for path in folder.glob(pattern)]
-    ranks = {int(match[1]) for name in names if (match := re.match(r"rank_(\d{1,7})\.", name))}
-    return [_read_rank(folder, rank, now) for rank in sorted(ranks)]
+    return [_read_rank(run, rank, now) for rank in run.ranks()]
 
 
-def _read_rank(folder: Path, rank: int, now: float) -> RankReport:
+def _read_rank(run: RunFolder, rank: int, now: float) -> RankReport:
     report = RankReport(rank)
-    lines, report.is_cut = _tail(folder / f"rank_{rank}.log")
+    lines, report.is_cut = _tail(run.rank_log(rank))
     _read_lines(report, lines)
-    beat = folder / f"rank_{rank}.beat"
+    beat = run.beat(rank)
     if beat.is_file():
         state = _state(beat)
         report.host, report.doing = str(state.get("host", "")), str(state.get("doing", ""))

@@ -8,37 +8,35 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ase_dist.errors import UserError
-from ase_dist.training.record.metrics import FILE, read_metrics
+from ase_dist.training.record.metrics import read_metrics
 
 T = TypeVar("T")
 
 
 class Reader:
-    """Reads from ``folder``; ``problems`` are the sentences about what it could not read, missing files left out."""
+    """Reads files; ``problems`` are the sentences about what it could not read, missing files left out."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
         self.problems: list[str] = []
 
-    def json(self, name: str) -> dict[str, Any]:
+    def json(self, path: Path) -> dict[str, Any]:
         """The object in a JSON file; {} where there is none."""
-        return self.parsed(name, _object) or {}
+        return self.parsed(path, _object) or {}
 
-    def parsed(self, name: str, parse: Callable[[str], T]) -> T | None:
+    def parsed(self, path: Path, parse: Callable[[str], T]) -> T | None:
         """What ``parse`` makes of a file's text; None where there is no such file or it makes nothing of it."""
-        path = self.folder / name
         if not path.exists():
             return None
         try:
             return parse(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            self.problems.append(f"{name} cannot be read: {' '.join(str(error).split())[:300]}.")
+            self.problems.append(f"{path.name} cannot be read: {' '.join(str(error).split())[:300]}.")
             return None
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self, path: Path) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; none where it is damaged before its end."""
         try:
-            return read_metrics(self.folder / FILE)
+            return read_metrics(path)
         except (OSError, ValueError) as error:
             self.problems.append(f"{' '.join(str(error).split())}; the page shows no number of it.")
             return []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ase_dist.report import curves, listing
 from ase_dist.report.heatmaps import draw_matrix, heat_maps, short
-from ase_dist.report.images import Album, Candidate, make_album
+from ase_dist.report.images import Candidate, make_album
 from ase_dist.report.outcome import outcome, settle_ranks
 from ase_dist.report.ranks import RankReport, read_ranks
 from ase_dist.report.reading import Reader
@@ -18,30 +17,24 @@ from ase_dist.report.results import gains, other_metrics, result_rows
 from ase_dist.report.settings import read_settings, settings_sections
 from ase_dist.report.text import DASH, many, plural, significant, size
 from ase_dist.training.record.console import clock
+from ase_dist.training.record.run_folder import RunFolder
 
-MARKS = ("config.yaml", "metrics.jsonl", "summary.json", "env.json")  # any of them makes a folder a run's
-STEP = re.compile(r"step_(\d+)\.png")
 MOST_RANKS = 64  # rows of the table of ranks
 
 
-def is_run(folder: Path) -> bool:
-    """Whether ``folder`` looks like the output of a run."""
-    return any((folder / name).is_file() for name in MARKS)
-
-
-def run_content(folder: Path) -> dict[str, Any]:
+def run_content(run: RunFolder) -> dict[str, Any]:
     """What the template ``run.html`` shows."""
-    reader = Reader(folder)
-    summary, environment = reader.json("summary.json"), reader.json("env.json")
-    settings = reader.parsed("config.yaml", read_settings) or {}
-    records = _records(reader, summary)
-    ranks = read_ranks(folder)
+    reader = Reader()
+    summary, environment = reader.json(run.summary), reader.json(run.environment)
+    settings = reader.parsed(run.config, read_settings) or {}
+    records = _records(reader.metrics(run.metrics), summary)
+    ranks = read_ranks(run)
     total = _total_steps(summary, settings)
     result = outcome(summary, ranks, last_step=records.last_step, total=total)
     settle_ranks(ranks, result)
     rows = result_rows(records)
     return {
-        "title": _title(folder),
+        "title": _title(run.path),
         "about": _about(settings, records),
         "outcome": result,
         "problems": reader.problems,
@@ -50,7 +43,7 @@ def run_content(folder: Path) -> dict[str, Any]:
         "gain": gains(rows),
         "evaluated_at": _steps_of(records, "eval"),
         "other_metrics": other_metrics(records),
-        "album": prediction_album(folder),
+        "album": make_album(prediction_candidates(run)),
         "metric_charts": curves.metric_charts(records, rows),
         "loss_charts": curves.loss_charts(records),
         "course_charts": curves.course_charts(records),
@@ -59,32 +52,26 @@ def run_content(folder: Path) -> dict[str, Any]:
         "environment": _environment(environment),
         "starts": [(int(r["step"]), r.get("world")) for r in records.of_kind("run")],
         **_ranks(ranks, records, settings),
-        "files": listing.list_files(folder),
-        "checkpoints": listing.list_checkpoints(folder / "checkpoints"),
-        "commands": listing.commands(folder, environment),
-        "folder": str(folder),
+        "files": listing.list_files(run.path),
+        "checkpoints": listing.list_checkpoints(run.checkpoints),
+        "commands": listing.commands(run, environment),
+        "folder": str(run.path),
     }
 
 
-def prediction_album(folder: Path) -> Album:
-    """The grids of predictions, by step."""
-    return make_album(prediction_candidates(folder))
-
-
-def prediction_candidates(folder: Path, *, label: str = "") -> list[Candidate]:
-    """The pictures in predictions/ by step; others after them by name."""
+def prediction_candidates(run: RunFolder, *, label: str = "") -> list[Candidate]:
+    """The run's pictures of predictions by step; others after them by name."""
     found = []
-    for path in (folder / "predictions").glob("*.png"):
-        match = STEP.fullmatch(path.name)
-        order = (int(match[1]) if match else 10**12, path.name)
-        caption = f"Step {int(match[1]):,}" if match else path.stem
+    for path in run.predictions.glob("*.png"):
+        step = run.step_of_prediction(path)
+        order = (10**12 if step is None else step, path.name)
+        caption = path.stem if step is None else f"Step {step:,}"
         found.append((order, Candidate(path, f"{label}{caption}")))
     return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
 
 
-def _records(reader: Reader, summary: Mapping[str, Any]) -> Records:
-    """metrics.jsonl; where it has no evaluation, that of the summary stands for it."""
-    lines = reader.metrics()
+def _records(lines: list[dict[str, Any]], summary: Mapping[str, Any]) -> Records:
+    """The lines of metrics.jsonl; where they have no evaluation, that of the summary stands for it."""
     if not any(line["kind"] == "eval" for line in lines) and isinstance(summary.get("metrics"), dict):
         step = summary.get("metrics_step")
         names = list(summary["metrics"])

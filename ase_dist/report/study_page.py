@@ -22,10 +22,10 @@ from ase_dist.report.run_page import prediction_candidates
 from ase_dist.report.settings import as_text
 from ase_dist.report.study_files import Curve, Facts, Results, Values, Variant, parse
 from ase_dist.report.study_table import Row, spread_text, study_columns, study_rows, study_task
+from ase_dist.training.record.run_folder import RunFolder
 
 MARKS = ("study.json", "results.json")
 PLOTS_BUDGET = 2_000_000  # bytes of the page's pictures; the rest is for predictions
-RUN_PAGE = "report.html"
 CURVES = {
     "conflicting": ("Pairs of tasks in conflict", "% of pairs, mean over seeds", 100.0),
     "cosine": ("Mean cosine between tasks' gradients", "on the shared experts, mean over seeds", 1.0),
@@ -40,9 +40,9 @@ def is_study(folder: Path) -> bool:
 
 def study_content(folder: Path, *, out: Path) -> dict[str, Any]:
     """What the template ``study.html`` shows; links are relative to the page at ``out``."""
-    reader = Reader(folder)
-    facts = reader.parsed("study.json", lambda text: parse(text, Facts)) or Facts()
-    results = reader.parsed("results.json", lambda text: parse(text, Results)) or Results()
+    reader = Reader()
+    facts = reader.parsed(folder / "study.json", lambda text: parse(text, Facts)) or Facts()
+    results = reader.parsed(folder / "results.json", lambda text: parse(text, Results)) or Results()
     columns = study_columns(results)
     rows = study_rows(facts, results, columns)
     plots = make_album(_plots(folder), budget=PLOTS_BUDGET)
@@ -112,7 +112,7 @@ def _line(curve: Curve, key: str, factor: float, label: str, color: str) -> Line
 def _grids(folder: Path, variants: Sequence[Variant]) -> list[Candidate]:
     """The last grid of predictions of each run that stands for a variant."""
     by_run = [
-        prediction_candidates(folder / run, label=f"{variant.title}, {run}: ")
+        prediction_candidates(RunFolder(folder / run), label=f"{variant.title}, {run}: ")
         for variant in variants
         for run in _shown_runs(folder, variant)
     ]
@@ -124,17 +124,17 @@ def _shown_runs(folder: Path, variant: Variant) -> list[str]:
     shown: list[str] = []
     covered: set[str] = set()
     for run in variant.runs:
-        tasks = _tasks_of(folder / run) or {run}
+        tasks = _tasks_of(RunFolder(folder / run)) or {run}
         if not tasks <= covered and (not shown or len(tasks) < len(variant.metrics)):
             shown.append(run)
             covered |= tasks
     return shown
 
 
-def _tasks_of(run: Path) -> set[str]:
+def _tasks_of(run: RunFolder) -> set[str]:
     """The tasks on the first line of a run's metrics; none where it cannot be read."""
     try:
-        with (run / "metrics.jsonl").open("rb") as file:
+        with run.metrics.open("rb") as file:
             return set(Records([json.loads(file.readline(1_000_000))]).tasks)
     except (OSError, ValueError, TypeError, KeyError):
         return set()
@@ -155,22 +155,19 @@ def _variant(folder: Path, row: Row, results: Results, album: Album, reader: Rea
     }
 
 
-def _shown(folder: Path, run: str, album: Album, reader: Reader) -> dict[str, Any]:
+def _shown(folder: Path, name: str, album: Album, reader: Reader) -> dict[str, Any]:
     """The curves of a run, and its last picture where there is one and it was not left out."""
-    mine = folder / run / "predictions"
-    shot = next((shot for shot in album.shots if shot.path.parent == mine), None)
-    return {"run": run, "charts": _run_charts(folder / run, reader), "shot": shot}
-
-
-def _run_charts(run: Path, reader: Reader) -> list[Chart]:
-    mine = Reader(run)
-    records = Records(mine.metrics())
-    reader.problems += mine.problems
+    run = RunFolder(folder / name)
+    records = Records(reader.metrics(run.metrics))
     rows = [row for row in result_rows(records) if len(row.series.steps) > 1]
-    return [*curves.loss_charts(records), *curves.metric_charts(records, rows)]
+    return {
+        "run": name,
+        "charts": [*curves.loss_charts(records), *curves.metric_charts(records, rows)],
+        "shot": next((shot for shot in album.shots if shot.path.parent == run.predictions), None),
+    }
 
 
 def _link(run: Path, out: Path) -> str:
     """A run's own page as seen from this one; empty where it has none."""
-    page = run / RUN_PAGE
+    page = RunFolder(run).report
     return quote(os.path.relpath(page, out.parent)) if page.is_file() else ""

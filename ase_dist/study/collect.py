@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,8 +69,7 @@ def _variant(variant: Variant, jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def _summary(job: Job) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((job.folder / "summary.json").read_text(encoding="utf-8"))
-    return summary
+    return job.run.read_summary()
 
 
 def _merged(summaries: Sequence[Mapping[str, Any]]) -> Metrics:
@@ -130,7 +128,7 @@ def _gain(scores: Mapping[str, float | None], base: Mapping[str, float], tasks: 
 
 def _over_training(jobs: Sequence[Job]) -> dict[str, Any]:
     """Mean shared gate and gradient conflict by step, where the runs recorded them; averaged over layers and tasks."""
-    records = [read_metrics(job.folder / "metrics.jsonl") for job in jobs]
+    records = [read_metrics(job.run.metrics) for job in jobs]
     found: dict[str, Any] = {}
     gates = [_curve(lines, "shared_gate") for lines in records]
     if gates and all(gates):

@@ -14,6 +14,7 @@ from ase_dist.errors import UserError
 from ase_dist.study.presets import Preset
 from ase_dist.study.variants import Variant
 from ase_dist.tasks import select_tasks
+from ase_dist.training.record.run_folder import RunFolder
 
 # settings that may differ between two starts of a run; bf16 is kept as it was resolved
 UNCOMPARED = ("output", "resume", "train.threads", "train.bf16")
@@ -34,6 +35,11 @@ class Job:
         return self.settings.output
 
     @property
+    def run(self) -> RunFolder:
+        """The files in it."""
+        return RunFolder(self.folder)
+
+    @property
     def name(self) -> str:
         """Variant, seed and, where there is one, task."""
         return self.folder.relative_to(self.out / "runs").as_posix()
@@ -50,13 +56,13 @@ class Job:
         """
         self._check_same()
         try:
-            summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+            summary = self.run.read_summary()
         except (OSError, json.JSONDecodeError):
             return False
         return bool(summary.get("exit") == "done" and summary.get("step") == summary.get("total_steps"))
 
     def _check_same(self) -> None:
-        path = self.folder / "config.yaml"
+        path = self.run.config
         if not path.is_file():
             return
         other = _comparable(load_settings(path))

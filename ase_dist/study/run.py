@@ -99,6 +99,6 @@ def _write_results(out: Path, study: Study, preset: Preset, variants: Sequence[V
 def _copy_heat_maps(out: Path, study: Study, jobs: Sequence[Job]) -> None:
     """Expert activation by layer, early, midway and at the end, of one run of the variant chosen (Fig. 4)."""
     job = next((job for job in jobs if job.variant == study.heat_map and job.is_done()), None)
-    for source in [] if job is None else sorted((job.folder / "plots").glob("expert*.png")):
+    for source in [] if job is None else sorted(job.run.plots.glob("expert*.png")):
         (out / "plots").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, out / "plots" / source.name)

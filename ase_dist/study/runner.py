@@ -90,7 +90,7 @@ class Runner:
             self._finished += 1
             LOGGER.info("done  %s in %s%s", running.name, clock(time.monotonic() - running.began), self._left())
             if not self.keep_checkpoints:
-                shutil.rmtree(running.job.folder / "checkpoints", ignore_errors=True)
+                shutil.rmtree(running.job.run.checkpoints, ignore_errors=True)
         elif not self.stopped:
             self.failed.append(running.name)
             LOGGER.error("failed %s, exit code %s: %s", running.name, running.process.returncode, running.last_line())
@@ -132,7 +132,7 @@ class _Running:
 
     def __init__(self, job: Job, slot: int, slots: Slots) -> None:
         self.job, self.slot, self.name = job, slot, job.name
-        self.log = job.folder / "output.log"
+        self.log = job.run.output_log
         write_atomic(job.config, to_yaml(job.settings))
         job.folder.mkdir(parents=True, exist_ok=True)
         self.began = time.monotonic()
@@ -148,7 +148,7 @@ class _Running:
 
     def progress(self) -> str:
         """Its last numbers."""
-        lines = [line for line in read_metrics(self.job.folder / "metrics.jsonl") if line["kind"] == "train"]
+        lines = [line for line in read_metrics(self.job.run.metrics) if line["kind"] == "train"]
         if not lines:
             return "starting"
         last, steps = lines[-1], self.job.settings.train.max_steps

@@ -59,7 +59,7 @@ def conflict_values(step):
 
 
 def write_metrics(folder):
-    recorder = Recorder(folder, enabled=True)
+    recorder = Recorder(folder / "metrics.jsonl", enabled=True)
     recorder.write("run", step=0, values={"tasks": TASKS, "data": "scenes", "shared_experts": SHARED, "world": 2})
     recorder.write("eval", step=0, values=eval_values(0))
     for step in STEPS:

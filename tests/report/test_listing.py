@@ -7,6 +7,7 @@ import pytest
 
 from ase_dist.config import load_settings
 from ase_dist.report.listing import MOST, commands, list_checkpoints, list_files
+from ase_dist.training.record.run_folder import RunFolder
 from ase_dist.training.state.checkpoint import CheckpointStore
 from tests.training.conftest import save, truncate
 
@@ -42,8 +43,8 @@ def test_checkpoints_newest_first_damaged_ones_named(tmp_path):
 
 
 def test_the_command_without_what_a_launcher_adds(run_folder):
-    (_, given), (_, again) = commands(run_folder, {"command": ["launch/train.py", "--local_rank=0", "output=a b"],
-                                                   "world_size": 1})  # fmt: skip
+    started = {"command": ["launch/train.py", "--local_rank=0", "output=a b"], "world_size": 1}
+    (_, given), (_, again) = commands(RunFolder(run_folder), started)
     assert given == "python launch/train.py 'output=a b'"
     words = shlex.split(again.replace("\\\n", ""))
     assert load_settings(words[words.index("--config") + 1]).seed == 7  # the run's
@@ -52,17 +53,17 @@ def test_the_command_without_what_a_launcher_adds(run_folder):
 
 def test_a_long_command_goes_on_below_and_is_the_same_to_a_shell(tmp_path):
     words = ["launch/train.py", *(f"some.setting={i}" for i in range(20)), "output=it's here"]
-    ((_, given),) = commands(tmp_path, {"command": words})
+    ((_, given),) = commands(RunFolder(tmp_path), {"command": words})
     assert given.count("\n") > 2 and max(map(len, given.splitlines())) < 110
     said = subprocess.run(["sh", "-c", f"printf '%s\\n' {given}"], capture_output=True, text=True, check=True).stdout
     assert said.splitlines() == ["python", *words]
 
 
 def test_several_ranks_need_a_launcher(run_folder):
-    given = commands(run_folder, {"command": ["launch/train.py"], "world_size": 4})[0][1]
+    given = commands(RunFolder(run_folder), {"command": ["launch/train.py"], "world_size": 4})[0][1]
     assert given == "torchrun --nproc_per_node 4 launch/train.py"
 
 
 @pytest.mark.parametrize("odd", [{}, {"command": None}, {"command": "x"}, {"command": [], "world_size": "many"}])
 def test_what_is_not_recorded_is_not_repeated(tmp_path, odd):
-    assert commands(tmp_path, odd) == []
+    assert commands(RunFolder(tmp_path), odd) == []

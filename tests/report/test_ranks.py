@@ -7,6 +7,7 @@ import pytest
 from ase_dist.report import ranks as ranks_module
 from ase_dist.report.outcome import outcome, settle_ranks
 from ase_dist.report.ranks import MOST_NOTICES, RankReport, read_ranks
+from ase_dist.training.record.run_folder import RunFolder
 from tests.report.conftest import write_log
 
 pytestmark = pytest.mark.single_gpu
@@ -26,7 +27,7 @@ def beat(folder, rank, *, age):
 
 def ended(folder, summary, *, last_step=6):
     """The word for the run and those for its ranks."""
-    found = read_ranks(folder, now=NOW)
+    found = read_ranks(RunFolder(folder), now=NOW)
     result = outcome(summary, found, last_step=last_step, total=6)
     settle_ranks(found, result)
     return result, [report.ended for report in found]
@@ -35,7 +36,7 @@ def ended(folder, summary, *, last_step=6):
 def test_a_log_says_how_far_a_rank_came_and_when(tmp_path):
     write_log(tmp_path, 0)
     write_log(tmp_path, 10, f"{STAMP}WARNING odd\nmore of it", f"{STAMP}INFO fine", "stray")
-    zero, ten = read_ranks(tmp_path, now=NOW)
+    zero, ten = read_ranks(RunFolder(tmp_path), now=NOW)
     assert (zero.rank, zero.starts, zero.steps, zero.warnings, zero.errors) == (0, 1, 6, 0, 0)
     assert (zero.first, zero.last) == ("2026-01-02 03:04:01", "2026-01-02 03:04:03")
     assert ten.rank == 10 and ten.warnings == 1 and ten.notices[0].text == "odd\nmore of it"
@@ -74,7 +75,7 @@ def test_one_rank_killed_while_the_other_reports_it(tmp_path):
     beat(tmp_path, 0, age=100)
     result, ranks = ended(tmp_path, {})
     assert result.word == "killed" and ranks == ["killed", "failed"]
-    assert "OSError: gone" in read_ranks(tmp_path, now=NOW)[1].notices[0].text
+    assert "OSError: gone" in read_ranks(RunFolder(tmp_path), now=NOW)[1].notices[0].text
 
 
 def test_an_error_without_summary_and_none_at_all(tmp_path):
@@ -89,7 +90,7 @@ def test_a_silent_run_ended_itself(tmp_path):
     beat(tmp_path, 1, age=1)
     result, ranks = ended(tmp_path, {})
     assert (result.word, ranks) == ("ended itself", ["silent"])
-    assert 'File "x"' in read_ranks(tmp_path, now=NOW)[0].notices[0].text
+    assert 'File "x"' in read_ranks(RunFolder(tmp_path), now=NOW)[0].notices[0].text
 
 
 def test_the_summary_of_an_earlier_start_says_nothing_of_this_one(tmp_path):
@@ -102,7 +103,7 @@ def test_a_new_start_forgives_the_end_of_the_one_before(tmp_path):
     again = (tmp_path / "rank_1.log").read_text()
     write_log(tmp_path, 1, ERROR)
     (tmp_path / "rank_1.log").write_text((tmp_path / "rank_1.log").read_text() + again)
-    (report,) = read_ranks(tmp_path, now=NOW)
+    (report,) = read_ranks(RunFolder(tmp_path), now=NOW)
     assert (report.starts, report.errors) == (2, 1)
     assert ended(tmp_path, SUMMARY)[1] == ["done"]
 
@@ -110,7 +111,7 @@ def test_a_new_start_forgives_the_end_of_the_one_before(tmp_path):
 def test_only_the_end_of_a_long_log_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(ranks_module, "TAIL", 2000)
     write_log(tmp_path, 0, *[f"{STAMP}WARNING number {i}" for i in range(200)])
-    (report,) = read_ranks(tmp_path, now=NOW)
+    (report,) = read_ranks(RunFolder(tmp_path), now=NOW)
     assert report.is_cut and 0 < report.warnings < 60
     assert report.shown[-1].text == "number 199" and len(report.shown) == MOST_NOTICES
 
@@ -119,7 +120,7 @@ def test_logs_in_no_encoding_and_odd_beats_are_read_all_the_same(tmp_path):
     (tmp_path / "rank_0.log").write_bytes(b"\xff\xfe\x00 nonsense\n" + f"{STAMP}ERROR \xe9\n".encode("latin-1"))
     (tmp_path / "rank_1.beat").write_text("[1, 2")
     (tmp_path / "rank_x.log").write_text("other")
-    zero, one = read_ranks(tmp_path, now=NOW)
+    zero, one = read_ranks(RunFolder(tmp_path), now=NOW)
     assert zero.errors == 1 and (one.host, one.doing) == ("", "")
 
 

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from ase_dist.training.record import console
 from ase_dist.training.record.console import StepProgress, clock, close_console, set_up_logging, table
-from ase_dist.training.record.run_folder import LOGGER, RunFolder, close_logs
+from ase_dist.training.record.logs import LOGGER, close_logs, open_logs
+from ase_dist.training.record.run_folder import RunFolder
 
 pytestmark = pytest.mark.single_gpu
 
@@ -70,7 +71,7 @@ def test_on_a_terminal_the_bar_replaces_the_lines_which_files_still_get(
     fake = Console(file=stream, force_terminal=True, width=120)
     monkeypatch.setattr(console, "Console", lambda stderr: fake)
     assert set_up_logging(rank=0) is fake
-    RunFolder(tmp_path).open_logs(rank=0)
+    open_logs(RunFolder(tmp_path), rank=0)
     with StepProgress("train", total=4, console=fake) as progress:
         LOGGER.info("an event")
         progress.advance(1)

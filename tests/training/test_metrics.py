@@ -12,10 +12,11 @@ import torch
 from ase_dist.training.record.metrics import Recorder, read_metrics
 
 pytestmark = pytest.mark.single_gpu
+FILE = "metrics.jsonl"
 
 
 def write_steps(folder: Path, steps: range) -> Path:
-    recorder = Recorder(folder, enabled=True)
+    recorder = Recorder(folder / FILE, enabled=True)
     for step in steps:
         recorder.write("train", step=step, values={"loss": step / 3})
     recorder.close()
@@ -27,7 +28,7 @@ def steps_of(path: Path) -> list[int]:
 
 
 def test_values_of_every_form_are_read_back(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, enabled=True)
+    recorder = Recorder(tmp_path / FILE, enabled=True)
     load = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
     values = {
         "epoch": 0.5, "loss": torch.tensor(1.25), "losses": {"edge": np.float32(0.5)}, "expert_load": load,
@@ -43,7 +44,7 @@ def test_values_of_every_form_are_read_back(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_is_null_and_the_line_stays_json(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, enabled=True)
+    recorder = Recorder(tmp_path / FILE, enabled=True)
     recorder.write("train", step=0, values={"loss": float("nan"), "load": torch.tensor([1.0, float("inf")])})
 
     def refuse(name: str) -> None:
@@ -54,7 +55,7 @@ def test_what_is_not_finite_is_null_and_the_line_stays_json(tmp_path: Path) -> N
 
 
 def test_disabled_leaves_the_disk_alone(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "none", enabled=False)
+    recorder = Recorder(tmp_path / "none" / FILE, enabled=False)
     recorder.write("train", step=0, values={"loss": 1.0})
     recorder.truncate_after(0)
     recorder.close()
@@ -87,7 +88,7 @@ def test_damage_before_the_last_line_is_an_error_with_its_line(tmp_path: Path) -
 
 def test_truncation_drops_later_steps_and_writing_goes_on(tmp_path: Path) -> None:
     write_steps(tmp_path, range(6))
-    recorder = Recorder(tmp_path, enabled=True)
+    recorder = Recorder(tmp_path / FILE, enabled=True)
     recorder.truncate_after(3)
     assert steps_of(recorder.path) == [0, 1, 2, 3]
     recorder.write("eval", step=4, values={})
@@ -98,7 +99,7 @@ def test_truncation_drops_later_steps_and_writing_goes_on(tmp_path: Path) -> Non
 
 def test_an_evaluation_that_the_checkpoint_does_not_know_is_dropped_too(tmp_path: Path) -> None:
     write_steps(tmp_path, range(4))
-    recorder = Recorder(tmp_path, enabled=True)
+    recorder = Recorder(tmp_path / FILE, enabled=True)
     for step in (1, 3):
         recorder.write("eval", step=step, values={})
     recorder.truncate_after(3)
@@ -110,7 +111,7 @@ def test_an_evaluation_that_the_checkpoint_does_not_know_is_dropped_too(tmp_path
 
 def test_writing_after_close_does_nothing_and_no_file_has_no_records(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
-    recorder = Recorder(tmp_path, enabled=True)
+    recorder = Recorder(tmp_path / FILE, enabled=True)
     recorder.close()
     recorder.write("train", step=1, values={})
     assert read_metrics(recorder.path) == []

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ase_dist.training.record.metrics import Recorder
 from ase_dist.training.record.plots import draw_all, draw_heatmap, draw_losses, draw_metrics, draw_shared_gate
+from ase_dist.training.record.run_folder import RunFolder
 
 pytestmark = pytest.mark.single_gpu
 
@@ -28,7 +29,7 @@ def train_record(step: int, *, experts: bool = True) -> dict[str, Any]:
 
 
 def write_run(folder: Path, steps: range, *, experts: bool = True, evals: bool = True) -> None:
-    recorder = Recorder(folder, enabled=True)
+    recorder = Recorder(RunFolder(folder).metrics, enabled=True)
     recorder.write("run", step=steps.start, values={key: RUN[key] for key in ("tasks", "data", "shared_experts")})
     for step in steps:
         recorder.write("train", step=step, values=train_record(step, experts=experts))
@@ -55,7 +56,7 @@ def test_what_was_recorded_is_drawn(
     tmp_path: Path, steps: range, experts: bool, evals: bool, expected: list[str]
 ) -> None:
     write_run(tmp_path, steps, experts=experts, evals=evals)
-    written = draw_all(tmp_path)
+    written = draw_all(RunFolder(tmp_path))
     assert sorted(path.name for path in written) == expected
     assert sorted(path.name for path in (tmp_path / "plots").glob("*.png")) == expected
     for path in written:
@@ -66,15 +67,15 @@ def test_what_was_recorded_is_drawn(
 
 def test_a_resumed_run_is_drawn_over_both_of_its_parts(tmp_path: Path) -> None:
     write_run(tmp_path, range(1, 6))
-    recorder = Recorder(tmp_path, enabled=True)
+    recorder = Recorder(RunFolder(tmp_path).metrics, enabled=True)
     recorder.truncate_after(3)
     recorder.close()
     write_run(tmp_path, range(4, 9))
-    assert len(draw_all(tmp_path)) == 5
+    assert len(draw_all(RunFolder(tmp_path))) == 5
 
 
 def test_a_run_without_a_line_draws_nothing(tmp_path: Path) -> None:
-    assert draw_all(tmp_path) == []
+    assert draw_all(RunFolder(tmp_path)) == []
     assert list(tmp_path.iterdir()) == []
 
 

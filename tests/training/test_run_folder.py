@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ase_dist.training.record import run_folder
-from ase_dist.training.record.run_folder import LOGGER, RunFolder, close_logs, environment, hide_secrets
+from ase_dist.training.record.environment import _git_commit, environment, hide_secrets
+from ase_dist.training.record.logs import LOGGER, close_logs, format_line, open_logs, parse_line
+from ase_dist.training.record.run_folder import RunFolder, meaning
 
 pytestmark = pytest.mark.single_gpu
 
@@ -29,7 +32,7 @@ def test_every_file_is_written_and_reads_back(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "runs" / "a")
     folder.write_config("seed: 0\n")
     folder.write_ds_config({"zero_optimization": {"stage": 2}})
-    folder.write_environment({"accelerator": "cpu", "world_size": 2})
+    folder.write_environment({**environment(), "accelerator": "cpu", "world_size": 2})
     folder.write_summary({"step": 3, "checkpoint": tmp_path})
     assert names(folder.path) == ["config.yaml", "ds_config.json", "env.json", "summary.json"]
     assert (folder.path / "config.yaml").read_text() == "seed: 0\n"
@@ -43,7 +46,7 @@ def test_every_file_is_written_and_reads_back(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"output: cannot write to .*output=FOLDER") as caught:
-        RunFolder(tmp_path / name)
+        RunFolder(tmp_path / name).create()
     assert "\n" not in str(caught.value)
 
 
@@ -53,7 +56,7 @@ def test_a_read_only_folder_is_found_at_the_start(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Path, "touch", refuse)
     with pytest.raises(ValueError, match="Permission denied"):
-        RunFolder(tmp_path / "a")
+        RunFolder(tmp_path / "a").create()
 
 
 def test_resume_never_refuses_a_folder_with_metrics(tmp_path: Path) -> None:
@@ -69,7 +72,7 @@ def test_resume_never_refuses_a_folder_with_metrics(tmp_path: Path) -> None:
 def test_log_lines_carry_the_rank_and_are_appended(tmp_path: Path, rank: int, files: list[str]) -> None:
     folder = RunFolder(tmp_path)
     for message in ("first", "second"):  # a run and its continuation
-        folder.open_logs(rank=rank)
+        open_logs(folder, rank=rank)
         logging.getLogger("ase_dist.training.loop").info(message)
         close_logs()
     assert names(tmp_path) == files
@@ -107,4 +110,47 @@ def test_secrets_on_the_command_line_are_starred(argument: str, shown: str) -> N
 
 
 def test_a_commit_is_named_only_for_a_checkout_of_this_package(tmp_path: Path) -> None:
-    assert run_folder._git_commit(tmp_path) is None
+    assert _git_commit(tmp_path) is None
+
+
+def test_naming_the_files_of_a_run_makes_nothing_and_needs_no_torch(tmp_path: Path) -> None:
+    program = """
+import sys
+from ase_dist.training.record.run_folder import RunFolder
+folder = RunFolder(sys.argv[1])
+print(folder.metrics, folder.prediction(7), folder.beat(3), folder.ranks(), folder.looks_used())
+assert "torch" not in sys.modules and "deepspeed" not in sys.modules
+"""
+    place = tmp_path / "not yet"
+    done = subprocess.run([sys.executable, "-c", program, str(place)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    named = [place / "metrics.jsonl", place / "predictions" / "step_000007.png", place / "rank_3.beat"]
+    assert done.stdout.strip() == f"{' '.join(map(str, named))} [] False"
+    assert not place.exists()
+
+
+def test_pictures_and_ranks_are_found_by_the_names_that_they_were_given(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert [folder.step_of_prediction(folder.prediction(step)) for step in (0, 12, 1_234_567)] == [0, 12, 1_234_567]
+    assert folder.step_of_prediction(tmp_path / "mine.png") is None
+    for path in (folder.rank_log(2), folder.beat(10), folder.rank_log(10), tmp_path / "rank_x.log"):
+        path.touch()
+    assert folder.ranks() == [2, 10]
+
+
+def test_every_file_of_a_run_has_a_meaning(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    files = [value.fget(folder) for value in vars(RunFolder).values() if isinstance(value, property)]
+    assert len(files) > 10
+    assert [path.name for path in [*files, folder.rank_log(3), folder.beat(12)] if not meaning(path.name)] == []
+    assert meaning("rank_x.log") == meaning("notes.txt") == ""
+
+
+def test_a_line_that_bypasses_logging_reads_like_one_of_its_own(tmp_path: Path) -> None:
+    open_logs(RunFolder(tmp_path), rank=5)
+    LOGGER.critical("the end: %s", 7)
+    close_logs()
+    for line in ((tmp_path / "rank_5.log").read_text(), format_line(5, "CRITICAL", "the end: 7")):
+        found = parse_line(line.rstrip("\n"))
+        assert found is not None and found[1:] == (5, "CRITICAL", "the end: 7")
+    assert parse_line("Traceback (most recent call last):") is None

@@ -20,10 +20,12 @@ from ase_dist.training.loop.trainer import Trainer, mean_label_counts, training_
 from ase_dist.training.process import runtime
 from ase_dist.training.process.guards import ExitCode
 from ase_dist.training.process.runtime import World
+from ase_dist.training.record import environment
 from ase_dist.training.record.console import StepProgress, close_console, set_up_logging, table
+from ase_dist.training.record.logs import close_logs, open_logs
 from ase_dist.training.record.metrics import Recorder
 from ase_dist.training.record.reports import start_tables, summary
-from ase_dist.training.record.run_folder import RunFolder, close_logs
+from ase_dist.training.record.run_folder import RunFolder
 from ase_dist.training.state.checkpoint import CheckpointStore
 from ase_dist.training.state.run_state import RunState
 
@@ -81,9 +83,10 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
 
 def _open_folder(settings: Settings, world: World) -> RunFolder:
     """The folder, once the first rank has seen that it may be used."""
-    folder = raise_together(lambda: RunFolder(settings.output))
+    folder = RunFolder(settings.output)
+    raise_together(folder.create)
     raise_together(lambda: folder.refuse_used(resume=settings.resume) if world.is_first else None)
-    folder.open_logs(rank=world.rank)
+    open_logs(folder, rank=world.rank)
     return folder
 
 
@@ -94,6 +97,7 @@ def _write_surroundings(folder: RunFolder, components: RunComponents) -> None:
         folder.write_ds_config(components.config.deepspeed)
         folder.write_environment(
             {
+                **environment.environment(),
                 "world_size": components.world.size,
                 "device": str(components.world.device),
                 "torch_threads": torch.get_num_threads(),
@@ -120,7 +124,7 @@ def _trainer(components: RunComponents, state: RunState, folder: RunFolder, cons
 
 def _recorder(components: RunComponents, state: RunState, folder: RunFolder) -> Recorder:
     """metrics.jsonl without the lines that will be written again, and a line that says what it is about."""
-    recorder = Recorder(folder.path, enabled=components.world.is_first)
+    recorder = Recorder(folder.metrics, enabled=components.world.is_first)
     start = state.step if state.is_saved else -1
     recorder.truncate_after(start, evaluated=state.history.evaluated_at == start)
     moe = components.settings.model.moe
@@ -152,7 +156,7 @@ def _conclude(folder: RunFolder, components: RunComponents, state: RunState, cod
         if code is ExitCode.DONE:
             from ase_dist.training.record.plots import draw_all  # matplotlib would delay the start
 
-            draw_all(folder.path)
+            draw_all(folder)
         LOGGER.info("the run's files are in %s", folder.path)
 
 

@@ -266,7 +266,7 @@ class Trainer:
         self._monitor([(f"eval/{t.name}/{t.metric}", results[t.name][t.metric], step) for t in self.tasks])
         if gallery.images:
             grid = prediction_grid(torch.stack(gallery.images), gallery.labels, gallery.predictions, self.tasks)
-            save_png(grid, self.folder.predictions / f"step_{step:06d}.png")
+            save_png(grid, self.folder.prediction(step))
 
     def _maybe_save(self) -> None:
         if self._save_is_due() and not self.state.is_saved:

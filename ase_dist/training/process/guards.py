@@ -30,6 +30,7 @@ from torch import Tensor
 from ase_dist.collectives import all_reduce_sum, gather_objects, rank, world_size
 from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
+from ase_dist.training.record.run_folder import RunFolder
 
 STDERR = 2
 MISSED = 3  # beats in a row without which a rank on another host, whose process cannot be looked at, counts as dead
@@ -223,7 +224,7 @@ class Watchdog:
     def __init__(self, folder: Path, *, timeout: float) -> None:
         if timeout <= 0:
             raise UserError(f"guard.timeout: got {timeout}, wanted more than 0 seconds")
-        self.folder, self.timeout = Path(folder), timeout
+        self.run_folder, self.timeout = RunFolder(folder), timeout
         self._interval = min(timeout / 8, 5.0)
         self._last = (time.monotonic(), 0, "starting")  # replaced as a whole: two threads use it
         self._leaving, self._force_exit_on_close = threading.Event(), False
@@ -232,8 +233,8 @@ class Watchdog:
         self._threads = [threading.Thread(target=loop, name=name, daemon=True) for name, loop in loops.items()]
 
     def __enter__(self) -> Watchdog:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._log = (self.folder / f"rank_{rank()}.log").open("ab", buffering=0)
+        self.run_folder.path.mkdir(parents=True, exist_ok=True)
+        self._log = self.run_folder.rank_log(rank()).open("ab", buffering=0)
         self.beat("starting")
         self._show_life()
         self._put_off_last_resort()
@@ -247,7 +248,7 @@ class Watchdog:
         self._leaving.set()
         for thread in self._threads:
             thread.join(timeout=GRACE)
-        self._beat_file(rank()).unlink(missing_ok=True)
+        self.run_folder.beat(rank()).unlink(missing_ok=True)
         if (
             self._force_exit_on_close
         ):  # no thread of Python's: it may be in C++ that the process does not come to its end
@@ -314,14 +315,14 @@ class Watchdog:
         _, beats, doing = self._last
         state = {"beats": beats, "doing": doing, "host": platform.node(), "pid": os.getpid()}
         with contextlib.suppress(OSError):  # a full disk is for whoever saves to report
-            write_atomic(self._beat_file(rank()), json.dumps(state))
+            write_atomic(self.run_folder.beat(rank()), json.dumps(state))
 
     def _suspicion(self, other: int) -> tuple[bool, str]:
         """Whether another rank looks dead, and a clause about it; an empty one where it is as far as this one."""
         try:
-            state = json.loads(self._beat_file(other).read_text())
+            state = json.loads(self.run_folder.beat(other).read_text())
             # Both times are the file server's: the clocks of two nodes may differ.
-            age = self._beat_file(rank()).stat().st_mtime - self._beat_file(other).stat().st_mtime
+            age = self.run_folder.beat(rank()).stat().st_mtime - self.run_folder.beat(other).stat().st_mtime
         except (OSError, ValueError):
             return True, f"rank {other} has not started, has left, or writes its beats elsewhere"
         who, last = f"rank {other} on {state['host']}", f"the last thing it was known to begin is {state['doing']!r}"
@@ -330,9 +331,6 @@ class Watchdog:
         if age > MISSED * self._interval:
             return True, f"{who} gave no sign of life for {age:.0f} s, {last}"
         return False, f"{who} is behind, {last}" if state["beats"] < self._last[1] else ""
-
-    def _beat_file(self, of_rank: int) -> Path:
-        return self.folder / f"rank_{of_rank}.beat"
 
 
 def _is_alive(pid: int) -> bool:

@@ -16,6 +16,7 @@ from types import FrameType
 
 from ase_dist.config import Settings
 from ase_dist.errors import UserError
+from ase_dist.training.record.run_folder import RunFolder
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # of ``guards.ExitCode``: done, unusable settings, not saved, stopped, not finite. Another start would end alike.
@@ -43,7 +44,7 @@ def supervise(arguments: Sequence[str], settings: Settings, *, restarts: int) ->
 
 def _resume(settings: Settings, *, attempt: int) -> list[str]:
     """A restarted run goes on from what it has saved itself, whatever the first start began from."""
-    has_saved = any((settings.output / "checkpoints").glob("step_*"))
+    has_saved = any(RunFolder(settings.output).checkpoints.glob("step_*"))
     return ["resume=auto"] if attempt and (has_saved or settings.resume == "never") else []
 
 

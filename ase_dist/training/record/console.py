@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from ase_dist.training.record.run_folder import LOG_FORMAT, LOGGER
+from ase_dist.training.record.logs import LOGGER, formatter
 
 _HANDLER = "ase_dist console"
 
@@ -62,7 +62,7 @@ def _rich_handler(console: Console) -> logging.Handler:
 
 def _plain_handler(rank: int) -> logging.Handler:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(LOG_FORMAT.format(rank=rank)))
+    handler.setFormatter(formatter(rank))
     return handler
 
 

@@ -26,18 +26,17 @@ from typing import IO, Any
 from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
 
-FILE = "metrics.jsonl"
 ARRAY_DIGITS = 5  # significant digits of numbers in arrays; layers x tasks x N of them a line fill disks
 
 
 class Recorder:
-    """Appends lines to ``folder``/metrics.jsonl and flushes each; does nothing at all unless ``enabled`` (rank 0).
+    """Appends lines to the file ``path`` and flushes each; does nothing at all unless ``enabled`` (rank 0).
 
     Opening it drops the half line that a killed run may have left, so that the next line is not glued to it.
     """
 
-    def __init__(self, folder: str | Path, *, enabled: bool) -> None:
-        self.path = Path(folder) / FILE
+    def __init__(self, path: Path, *, enabled: bool) -> None:
+        self.path = path
         self._file: IO[str] | None = None
         if enabled:
             if not _ends_whole(self.path):

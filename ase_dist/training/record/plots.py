@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from ase_dist.files import write_atomic
 from ase_dist.tasks import Task, find_task
-from ase_dist.training.record.metrics import FILE, read_metrics
+from ase_dist.training.record.metrics import read_metrics
+from ase_dist.training.record.run_folder import RunFolder
 
 Record = Mapping[str, Any]
 Array = NDArray[np.float64]
@@ -48,13 +49,12 @@ STYLE = {
 }
 
 
-def draw_all(folder: str | Path) -> list[Path]:
-    """Draw what the metrics.jsonl in ``folder`` has the numbers for into ``folder``/plots; the files, in that order.
+def draw_all(run_folder: RunFolder) -> list[Path]:
+    """Draw what the run's metrics have the numbers for into its folder of plots; the files, in that order.
 
     Raises UserError where the metrics are damaged, see ``read_metrics``.
     """
-    folder = Path(folder)
-    records = read_metrics(folder / FILE)
+    records = read_metrics(run_folder.metrics)
     train, evals = _of_kind(records, "train"), _of_kind(records, "eval")
     run = next(iter(reversed(_of_kind(records, "run"))), {})
     figures: dict[str, Figure | None] = {}
@@ -64,7 +64,7 @@ def draw_all(folder: str | Path) -> list[Path]:
         for i, name in enumerate(run.get("tasks", ())):
             figures[f"expert_heatmap_{name}.png"] = draw_heatmap(train, run, task=i)
         figures["shared_gate.png"] = draw_shared_gate(train, run)
-        return [_save(figure, folder / "plots" / name) for name, figure in figures.items() if figure is not None]
+        return [_save(figure, run_folder.plots / name) for name, figure in figures.items() if figure is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,71 +1,157 @@
-"""The output folder of a run: settings, surroundings, logs and result, each file written whole or not at all.
+"""The output folder of a run: the name and meaning of every file in it, and how each is written whole or not at all.
 
-Layout: config.yaml, ds_config.json, env.json, summary.json, metrics.jsonl (see ``recorder``), train.log, rank_N.log,
-predictions/*.png, checkpoints/, and the plots beside them.
+Naming the files of a run needs no torch and makes nothing: the launcher, the report, the study and the deployment of a
+trained model all ask ``RunFolder`` where a file is.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Mapping, Sequence
-from importlib import metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
 
-LOGGER = logging.getLogger("ase_dist")
-PACKAGES = ("ase-dist", "torch", "torchvision", "deepspeed", "timm", "numpy", "safetensors")
-LOG_FORMAT = "%(asctime)s [rank {rank}] %(levelname)s %(message)s"
-_LOG_FILE = "ase_dist log file"  # the handlers' name
-
-_SECRET_VALUE = re.compile(r"(?i)^(.*?(?:key|token|password|passwd|secret)[^=]*=).*$")
-_SECRET_FLAG = re.compile(r"(?i)^--?[\w.-]*(?:key|token|password|passwd|secret)[\w.-]*$")
-_URL_LOGIN = re.compile(r"(://)[^/@\s]+@")
+MEANINGS = {
+    "config.yaml": "the merged settings; --config reads it again",
+    "ds_config.json": "DeepSpeed's JSON as the engine got it",
+    "env.json": "versions, commit, host, command line",
+    "train.log": "the log of rank 0",
+    "metrics.jsonl": "every number of the run",
+    "summary.json": "results, sizes, times, how it ended",
+    "predictions": "image, truth and prediction per task",
+    "plots": "the curves and heat maps as PNG",
+    "checkpoints": "portable checkpoints: safetensors and a manifest each",
+    "evaluation": "what the command evaluate wrote",
+    "tensorboard": "the scalars for TensorBoard",
+    "csv": "the scalars as CSV",
+    "report.html": "the run as a page",
+    "output.log": "what the run wrote to its terminal, where a study started it",
+}
+_RANK_FILE = re.compile(r"rank_(\d{1,7})\.(log|beat)", re.ASCII)
+_RANK_MEANINGS = {"log": "the log of that rank", "beat": "the last sign of life of that rank"}
+_PREDICTION = re.compile(r"step_(\d+)\.png", re.ASCII)
 
 
 class RunFolder:
-    """The folder ``path``, made with its parents where it does not exist.
+    """The folder ``path`` of a run. Building one touches no file; ``create`` makes the folder.
 
-    Only rank 0 calls the ``write_`` methods; every rank may open its log. Raises UserError with one sentence where the
-    folder cannot be made or written to.
+    Only rank 0 calls the ``write_`` methods.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Names
+
+    @property
+    def config(self) -> Path:
+        """The settings as they were merged, YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def ds_config(self) -> Path:
+        """DeepSpeed's JSON as the engine got it."""
+        return self.path / "ds_config.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, host and command line, see ``ase_dist.training.record.environment``."""
+        return self.path / "env.json"
+
+    @property
+    def summary(self) -> Path:
+        """The result of the run, see ``ase_dist.training.record.reports.summary``."""
+        return self.path / "summary.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Every number, one JSON object a line, see ``ase_dist.training.record.metrics``."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def train_log(self) -> Path:
+        """The log of rank 0, once more under a name that does not depend on ranks."""
+        return self.path / "train.log"
+
+    def rank_log(self, rank: int) -> Path:
+        """The log of a rank."""
+        return self.path / f"rank_{rank}.log"
+
+    def beat(self, rank: int) -> Path:
+        """The sign of life of a rank, see ``Watchdog``; gone once the rank has ended in good order."""
+        return self.path / f"rank_{rank}.beat"
+
+    def ranks(self) -> list[int]:
+        """The ranks that left a log or a sign of life, in order."""
+        found = [_RANK_FILE.fullmatch(path.name) for path in self.path.glob("rank_*")]
+        return sorted({int(match[1]) for match in found if match})
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints; ``CheckpointStore`` makes it."""
+        return self.path / "checkpoints"
+
+    @property
+    def predictions(self) -> Path:
+        """The folder of pictures of predictions."""
+        return self.path / "predictions"
+
+    def prediction(self, step: int) -> Path:
+        """The picture of the evaluation at ``step``."""
+        return self.predictions / f"step_{step:06d}.png"
+
+    @staticmethod
+    def step_of_prediction(path: Path) -> int | None:
+        """The reverse of ``prediction``; None for a picture of another name."""
+        match = _PREDICTION.fullmatch(path.name)
+        return int(match[1]) if match else None
+
+    @property
+    def plots(self) -> Path:
+        """The folder of plots."""
+        return self.path / "plots"
+
+    @property
+    def evaluation(self) -> Path:
+        """Where the command evaluate writes unless it is told otherwise."""
+        return self.path / "evaluation"
+
+    @property
+    def report(self) -> Path:
+        """The page of the run."""
+        return self.path / "report.html"
+
+    @property
+    def output_log(self) -> Path:
+        """What a run that a study started wrote to its terminal."""
+        return self.path / "output.log"
+
+    def looks_used(self) -> bool:
+        """Whether there is anything of a run to show: its settings, numbers, result or surroundings."""
+        return any(path.is_file() for path in (self.config, self.metrics, self.summary, self.environment))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Writing
+
+    def create(self) -> None:
+        """Make the folder and its parents. Raises UserError where it cannot be made or written to."""
+        probe = self.path / f".probe.{platform.node()}.{os.getpid()}.tmp"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _probe(self.path)
+            probe.touch()  # better now than after the first epoch
+            probe.unlink()
         except OSError as error:
             raise UserError(
                 f"output: cannot write to {str(self.path)!r} ({error.strerror or error}); "
                 "name a folder that can be written to with output=FOLDER"
             ) from None
-
-    @property
-    def metrics(self) -> Path:
-        """The log of numbers, one JSON object a line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints; whoever saves makes it."""
-        return self.path / "checkpoints"
-
-    @property
-    def predictions(self) -> Path:
-        """The folder of pictures of predictions; ``write_atomic`` makes it."""
-        return self.path / "predictions"
 
     def refuse_used(self, *, resume: str) -> None:
         """Raise UserError where ``resume`` is "never" and a run has already written metrics here.
@@ -80,114 +166,32 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         """Keep the whole tree of settings, as YAML."""
-        write_atomic(self.path / "config.yaml", text)
+        write_atomic(self.config, text)
 
     def write_ds_config(self, config: Mapping[str, Any]) -> None:
-        """Keep the DeepSpeed JSON as the engine got it, every "auto" resolved."""
-        write_atomic(self.path / "ds_config.json", _to_json(config))
+        """Keep DeepSpeed's JSON as the engine got it, every "auto" resolved."""
+        write_atomic(self.ds_config, _to_json(config))
 
-    def write_environment(self, extra: Mapping[str, Any] | None = None) -> None:
-        """Keep ``environment()`` and what the caller knows beside it (accelerator, world size)."""
-        write_atomic(self.path / "env.json", _to_json({**environment(), **(extra or {})}))
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        """Keep the surroundings of the run."""
+        write_atomic(self.environment, _to_json(environment))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Keep the result of the run; the old one stays until the new one is whole."""
-        write_atomic(self.path / "summary.json", _to_json(summary))
+        write_atomic(self.summary, _to_json(summary))
 
-    def open_logs(self, *, rank: int) -> None:
-        """Send this process's log lines to rank_N.log, and rank 0's to train.log too; both are appended to."""
-        for name in ["train.log", "rank_0.log"] if rank == 0 else [f"rank_{rank}.log"]:
-            handler = logging.FileHandler(self.path / name, encoding="utf-8")
-            handler.name = _LOG_FILE
-            handler.setFormatter(logging.Formatter(LOG_FORMAT.format(rank=rank)))
-            LOGGER.addHandler(handler)
-        LOGGER.setLevel(logging.INFO)
+    def read_summary(self) -> dict[str, Any]:
+        """The result of the run. Raises OSError where there is none, ValueError where it is not JSON."""
+        found: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
+        return found
 
 
-def close_logs() -> None:
-    """Close every log file that a ``RunFolder`` opened in this process."""
-    for handler in [handler for handler in LOGGER.handlers if handler.name == _LOG_FILE]:
-        LOGGER.removeHandler(handler)
-        handler.close()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-def _probe(folder: Path) -> None:
-    """Raise OSError where no file can be made in ``folder``: better now than after the first epoch."""
-    probe = folder / f".probe.{platform.node()}.{os.getpid()}.tmp"
-    probe.touch()
-    probe.unlink()
+def meaning(name: str) -> str:
+    """What a file or folder of this name in a run's folder is for; empty where no run makes it."""
+    match = _RANK_FILE.fullmatch(name)
+    return _RANK_MEANINGS[match[2]] if match else MEANINGS.get(name, "")
 
 
 def _to_json(value: Mapping[str, Any]) -> str:
     """Indented JSON; a path or another foreign value becomes its text."""
     return json.dumps(value, indent=2, default=str) + "\n"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Surroundings
-
-
-def environment() -> dict[str, Any]:
-    """What a stranger needs to repeat or explain a run: versions, host, cores, memory, the command. No variables.
-
-    Memory is in bytes, ``git_commit`` None outside a checkout of this package; secrets on the command line are starred.
-    """
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "git_commit": _git_commit(Path(__file__).parent),
-        "hostname": platform.node(),
-        "platform": platform.platform(),
-        "cores_physical": psutil.cpu_count(logical=False),
-        "cores_logical": psutil.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "command": hide_secrets(_command()),
-    }
-
-
-def _command() -> list[str]:
-    """How this process was started, in words for ``python``."""
-    script, *others = sys.argv
-    started_as_module = Path(script).parts[-2:] == ("ase_dist", "__main__.py")
-    return ["-m", "ase_dist", *others] if started_as_module else [script, *others]
-
-
-def hide_secrets(arguments: Sequence[str]) -> list[str]:
-    """The command line with stars for what follows a name such as key, token or password, and for logins in URLs."""
-    shown: list[str] = []
-    for i, argument in enumerate(arguments):
-        is_value = i > 0 and _SECRET_FLAG.match(arguments[i - 1]) is not None
-        text = "***" if is_value else _SECRET_VALUE.sub(r"\1***", argument)
-        shown.append(_URL_LOGIN.sub(r"\1***@", text))
-    return shown
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit(folder: Path) -> str | None:
-    """The commit of the checkout that this package runs from, "+changes" where tracked files differ from it."""
-    if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None  # not a checkout, or one of something else that only contains an installed copy
-    commit = _git(folder, "rev-parse", "HEAD")
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return f"{commit}+changes" if commit and changes else commit
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
