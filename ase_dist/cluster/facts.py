@@ -13,13 +13,12 @@ import platform
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 from ase_dist.cluster.network import interface_towards
 from ase_dist.cores import usable_cores
+from ase_dist.versions import PACKAGES, version_of
 
-PACKAGES = ("ase-dist", "torch", "torchvision", "deepspeed", "timm", "numpy", "safetensors")
 CODE = ("*.py", "*.yaml")  # of the package; caches and bytecode aside
 NO_FOLDER = "missing"
 
@@ -63,7 +62,7 @@ def gather(question: Question) -> Facts:
         interface=interface.name if interface else "",
         address=interface.address if interface else "",
         data=digest_folder(Path(question.data)) if question.data else "",
-        packages={name: _version(name) for name in PACKAGES},
+        packages={name: version_of(name) or "missing" for name in PACKAGES},
     )
 
 
@@ -111,13 +110,6 @@ def devices() -> int:
     import torch
 
     return torch.accelerator.device_count() if hasattr(torch, "accelerator") else torch.cuda.device_count()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "missing"
 
 
 def main(arguments: list[str]) -> int:

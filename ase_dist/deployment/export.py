@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import ase_dist
 from ase_dist.config import ModelSettings, Settings
 from ase_dist.data.loader import build_eval_loader
 from ase_dist.data.transforms import IMAGE_MEAN, IMAGE_STD
@@ -29,6 +27,7 @@ from ase_dist.tasks import Task, select_tasks
 from ase_dist.training.loop.evaluate import Gallery, Results, evaluate
 from ase_dist.training.state.checkpoint import Checkpoint
 from ase_dist.training.state.checkpoint.files import TEMPORARY, discard, make_empty, put_in_place
+from ase_dist.versions import versions_of
 
 LOGGER = logging.getLogger("ase_dist")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -103,12 +102,6 @@ def _metrics(checkpoint: Checkpoint) -> Any:
 
 def _card(settings: Settings, tasks: tuple[Task, ...], *, dtype: str, sha256: str, **facts: Any) -> Card:
     image = ImageFacts(size=settings.data.size, mean=IMAGE_MEAN, std=IMAGE_STD)
-    versions = {
-        "ase_dist": ase_dist.__version__,
-        "torch": str(torch.__version__),
-        "timm": timm.__version__,
-        "safetensors": safetensors.__version__,
-    }
     return Card(
         tasks=tasks,
         image=image,
@@ -116,7 +109,7 @@ def _card(settings: Settings, tasks: tuple[Task, ...], *, dtype: str, sha256: st
         dtype=dtype,
         sha256=sha256,
         data=settings.data.name,
-        versions=versions,
+        versions=versions_of("ase_dist", "torch", "timm", "safetensors"),
         **facts,
     )
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-import ase_dist
 from ase_dist.deployment.exported import ExportedModel
 from ase_dist.errors import UserError, did_you_mean
 from ase_dist.files import replacing
 from ase_dist.models.lora import merge_lora
 from ase_dist.models.multitask import checked_tasks
 from ase_dist.tasks import Kind
+from ase_dist.versions import versions_of
 
 LOGGER = logging.getLogger("ase_dist")
 FACTS = "ase_dist.json"  # in a .pt2 an extra file of this name, in ONNX a property of the model
@@ -145,7 +145,7 @@ def facts(model: ExportedModel, program: ExportedProgram) -> str:
         "outputs": sorted(outputs, key=lambda output: names.index(str(output["name"]))),
         "step": model.card.step,
         "metrics": model.card.metrics,
-        "versions": {"ase_dist": ase_dist.__version__, "torch": str(torch.__version__)},
+        "versions": versions_of("ase_dist", "torch"),
     }
     return json.dumps(tree)
 

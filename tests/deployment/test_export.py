@@ -35,7 +35,7 @@ def runs(scenes, tmp_path_factory):
     (folder / "scenes").write_text(str(scenes))
     codes, results = start_world(train, folder, seconds=200)()
     assert codes == [0] and results[0][:2] == [0, 0]
-    assert results[0][2].startswith("ValueError: model.init_from: x: no export")
+    assert results[0][2].startswith("UserError: model.init_from: x: no export")
     return folder
 
 

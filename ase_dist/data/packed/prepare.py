@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import logging
 import os
 import shutil
@@ -47,6 +46,7 @@ from ase_dist.data.readers import reader_of
 from ase_dist.errors import UserError
 from ase_dist.files import fsync, sha256_of, write_atomic
 from ase_dist.tasks import select_tasks
+from ase_dist.versions import versions_of
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ def _manifest(request: Request, jobs: Sequence[Job], fingerprint: str, tasks: tu
         pictures=request.pictures,
         source=str(request.source.resolve()),
         fingerprint=fingerprint,
-        software={name: importlib.metadata.version(name) for name in ("ase-dist", "pillow", "scikit-image")},
+        software=versions_of("ase-dist", "pillow", "scikit-image"),
         splits={split: tuple(entries) for split, entries in splits.items()},
     )
 

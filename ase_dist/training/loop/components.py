@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from ase_dist import __version__, collectives
+from ase_dist import collectives
 from ase_dist.config import Settings, flat
 from ase_dist.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader, data_fingerprint
 from ase_dist.errors import UserError
@@ -22,6 +22,7 @@ from ase_dist.training.loop import engine as engines
 from ase_dist.training.loop.conflict import check_conflict_settings
 from ase_dist.training.process import runtime
 from ase_dist.training.process.runtime import World
+from ase_dist.versions import versions_of
 
 T = TypeVar("T")
 
@@ -129,7 +130,7 @@ def require_same_on_ranks(facts: Mapping[str, object]) -> None:
 
 def require_same_start(settings: Settings, ds_config: Mapping[str, Any]) -> None:
     """Compare settings, DeepSpeed's JSON and versions over the ranks; see ``require_same_on_ranks``."""
-    versions = {"the version of ase_dist": __version__, "the version of torch": torch.__version__}
+    versions = {f"the version of {name}": version for name, version in versions_of("ase_dist", "torch").items()}
     json_hash = hashlib.sha256(json.dumps(ds_config, sort_keys=True, default=str).encode()).hexdigest()[:16]
     require_same_on_ranks(
         {**flat(settings.model_dump(mode="json")), "the DeepSpeed JSON (SHA-256)": json_hash, **versions}

@@ -8,13 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-PACKAGES = ("ase-dist", "torch", "torchvision", "deepspeed", "timm", "numpy", "safetensors")
+from ase_dist.versions import PACKAGES, version_of
 
 _SECRET_VALUE = re.compile(r"(?i)^(.*?(?:key|token|password|passwd|secret)[^=]*=).*$")
 _SECRET_FLAG = re.compile(r"(?i)^--?[\w.-]*(?:key|token|password|passwd|secret)[\w.-]*$")
@@ -31,7 +30,7 @@ def environment() -> dict[str, Any]:
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "git_commit": _git_commit(Path(__file__).parent),
         "hostname": platform.node(),
         "platform": platform.platform(),
@@ -50,13 +49,6 @@ def hide_secrets(arguments: Sequence[str]) -> list[str]:
         text = "***" if is_value else _SECRET_VALUE.sub(r"\1***", argument)
         shown.append(_URL_LOGIN.sub(r"\1***@", text))
     return shown
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git_commit(folder: Path) -> str | None:

@@ -12,11 +12,8 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import safetensors
-import torch
 from pydantic import JsonValue
 
-import ase_dist
 from ase_dist.collectives import rank, world_size
 from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
@@ -42,6 +39,7 @@ from ase_dist.training.state.checkpoint.manifest import MANIFEST, FileEntry, jso
 from ase_dist.training.state.checkpoint.reader import Checkpoint, open_checkpoint
 from ase_dist.training.state.checkpoint.shards import Shard, Written, all_arrived, merge, write_shards
 from ase_dist.training.state.checkpoint.verify import verify
+from ase_dist.versions import versions_of
 
 LOGGER = logging.getLogger(__name__)
 _PROBE = ".probe"
@@ -132,8 +130,9 @@ class CheckpointStore:
         files = merge(reports)
         self._await_files(temporary, files)
         sequence = 1 + max((found.sequence or 0 for found in list_checkpoints(self.folder)), default=0)
+        versions = {"python": platform.python_version(), **versions_of("torch", "safetensors", "ase_dist")}
         manifest = make_manifest(
-            step=step, sequence=sequence, world_size=world_size(), versions=_versions(), files=files, meta=meta
+            step=step, sequence=sequence, world_size=world_size(), versions=versions, files=files, meta=meta
         )
         write_atomic(temporary / MANIFEST, manifest.to_bytes())  # brings the folder's names to disk as well
         put_in_place(temporary, self.folder / checkpoint_name(step))
@@ -243,12 +242,3 @@ def _fingerprint(step: int, meta: Mapping[str, JsonValue]) -> dict[str, str]:
     """The step and a hash of each value of meta: small, for every rank gets everyone's."""
     make_manifest(step=step, sequence=0, world_size=1, versions={}, files=[], meta=meta)  # says what is no JSON
     return {"step": str(step), **{f"meta[{key!r}]": json_digest(value) for key, value in meta.items()}}
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "safetensors": safetensors.__version__,
-        "ase_dist": ase_dist.__version__,
-    }
