@@ -291,7 +291,7 @@ def _lora_ffn(base: Any, rank: int, *, seed: int) -> Any:
 
 
 def _print(rows: list[Row], arguments: argparse.Namespace) -> None:
-    from ase_dist.training.record.console import table
+    from ase_dist.tables import Table
 
     tokens = TASKS * TOKENS * arguments.images
     title = (f"per layer, {arguments.ranks} ranks, {tokens} tokens each, N/k/S/r {arguments.experts}/{arguments.k}/"
@@ -299,7 +299,7 @@ def _print(rows: list[Row], arguments: argparse.Namespace) -> None:
     columns = ("shape", "side", "dispatch", "forward ms", "fwd+bwd ms", "forward ratio", "fwd+bwd ratio", "MB sent")
     cells = [(r.shape, r.side, r.dispatch, r.forward_ms, r.step_ms, r.forward_ratio, r.step_ratio, r.bytes_sent / 1e6)
              for r in rows]  # fmt: skip
-    print(table(title, columns, cells))
+    print(Table(columns, cells, title=title).to_text())
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from peers.plain import frozen, index_loop, ours
 from torch import Tensor, nn
 
 from ase_dist.planning.flops import FlopCounter
-from ase_dist.training.record.console import table
+from ase_dist.tables import Table
 
 FLOOR, OURS, LOOP = "frozen FFN", "ours", "loop over experts"
 BARS = {"16/3/1/4": (1.25, 1.7), "32/6/2/2": (1.25, 2.0), "64/12/4/1": (1.25, 2.8), "128/24/8/1": (1.4, None)}
@@ -220,7 +220,7 @@ def _print(rows: Sequence[Row], arguments: argparse.Namespace) -> None:
         for r in rows
     ]  # fmt: skip
     title = f"{mine.shape}, {mine.experts}, {mine.tokens} tokens, {arguments.dtype}, {arguments.threads} threads"
-    print(table(title, columns, cells))
+    print(Table(columns, cells, title=title).to_text())
     print(*_verdicts(mine, {row.side: row for row in rows}), sep="\n", end="\n\n", flush=True)
 
 

@@ -29,8 +29,8 @@ from ase_dist import collectives
 from ase_dist.config import build_settings
 from ase_dist.models import build_model
 from ase_dist.moe import MoEFFN
+from ase_dist.tables import Table
 from ase_dist.tasks import select_tasks
-from ase_dist.training.record.console import table
 
 TOKENS, DEFAULT = 197, Experts(16, 3, 1, 4)
 Step = Callable[[], Times]
@@ -60,8 +60,8 @@ def main() -> None:
             rows += _along(axis, AXES[axis](arguments), arguments)
     names = list(dict.fromkeys(row.axis for row in rows))
     slopes = {name: _slope([row for row in rows if row.axis == name]) for name in names}
-    print(table("forward + backward, ms of one thread", ("axis", "at", "ms", "relative"),
-                [(row.axis, row.label, row.ms, row.relative) for row in rows]))  # fmt: skip
+    cells = [(row.axis, row.label, row.ms, row.relative) for row in rows]
+    print(Table(("axis", "at", "ms", "relative"), cells, title="forward + backward, ms of one thread").to_text())
     for name, slope in slopes.items():
         low, high = BARS.get(name, (-math.inf, math.inf))
         note = f" ({low} to {high}: {'met' if low <= slope <= high else 'NOT met'})" if name in BARS else ""

@@ -45,9 +45,9 @@ from ase_dist.data.loader import build_train_loader
 from ase_dist.models import build_model
 from ase_dist.ops import doubled_conv, products
 from ase_dist.registries import HEADS
+from ase_dist.tables import Table
 from ase_dist.tasks import Task, select_tasks
 from ase_dist.training.loop import losses
-from ase_dist.training.record.console import table
 
 BACKBONES = {"vit_s": "vit_small_patch16_224", "vit_b": "vit_base_patch16_224", "tiny": "vit_tiny_patch16_224"}
 OURS, LOOP, LORA, NEITHER = "ase_16_3_1_4", "a pass per task", "mtl_vit_lora", "neither"
@@ -242,9 +242,13 @@ def _report(rows: list[Row], arguments: argparse.Namespace) -> None:
         title = (f"{shape}, {arguments.batch} image(s) of {arguments.size} a step, five tasks, {arguments.head} heads, "
                  f"float32, {arguments.threads} threads, {arguments.ranks} rank(s)")  # fmt: skip
         columns = ("side", "images/s", "step ms", "over plain LoRA", "processor", "peak MB", "trained")
-        print(table(title, columns, [(r.side, r.images_per_second, r.step_ms, r.ratio_to_lora, r.processor_ratio,
-                                      r.peak_mb, r.trained) for r in group]))  # fmt: skip
-        print(table("ms by part", ("side", *PARTS), [(r.side, *(r.parts_ms[part] for part in PARTS)) for r in group]))
+        cells = [
+            (r.side, r.images_per_second, r.step_ms, r.ratio_to_lora, r.processor_ratio, r.peak_mb, r.trained)
+            for r in group
+        ]
+        print(Table(columns, cells, title=title).to_text())
+        parts = [(r.side, *(r.parts_ms[part] for part in PARTS)) for r in group]
+        print(Table(("side", *PARTS), parts, title="ms by part").to_text())
         ratios = {row.side: row.ratio_to_lora for row in group}
         for suffix, which in (("", "with the same operators"), (PLAIN, "with torch's own operators")):
             share, gain = ratios[OURS] / ratios[LORA + suffix], ratios[LOOP + suffix] / ratios[OURS]

@@ -78,7 +78,7 @@ def headline(task: Task, values: Mapping[str, float]) -> str:
     return "ods_f" if task.kind == "edges" and math.isfinite(values.get("ods_f", math.nan)) else task.metric
 
 
-def written(value: float | None, unit: str = "") -> str:
+def format_score(value: float | None, unit: str = "") -> str:
     """A number as tables show it: two decimals of percent and degrees, else four significant digits; "-" for none."""
     if value is None or not math.isfinite(value):
         return "-"

@@ -11,7 +11,7 @@ from typing import Any
 
 from ase_dist.errors import UserError
 from ase_dist.planning.plan import BF16, ModelSizes, Plan, crossover, dispatch_bytes
-from ase_dist.training.record.console import table
+from ase_dist.tables import Cell, Table
 
 DISPATCHES = ("gather", "all_to_all")
 MB = 1e6
@@ -55,10 +55,11 @@ def report(sizes: ModelSizes, plans: Sequence[Plan], *, tokens: int, bandwidth: 
         "compute ms",
         *(f"step ms, {name}" for name in ("local", *DISPATCHES)),
     )
-    return "\n".join([facts, table(titles[0], held, memory), table(titles[1], sent, wire), ASSUMPTIONS])
+    tables = Table(held, memory, title=titles[0]), Table(sent, wire, title=titles[1])
+    return "\n".join([facts, *(table.to_text() for table in tables), ASSUMPTIONS])
 
 
-def _wire_row(p: Plan) -> list[object]:
+def _wire_row(p: Plan) -> list[Cell]:
     moved = [None if name not in p.wire_dispatch else p.wire_dispatch[name] / MB for name in DISPATCHES]
     times = [None if n not in p.step_seconds else p.step_seconds[n] * 1e3 for n in ("local", *DISPATCHES)]
     return [

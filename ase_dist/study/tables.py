@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ase_dist.evaluation.seeds import mean_and_spread
-from ase_dist.evaluation.tables import markdown_table
 from ase_dist.study.collect import task_of
+from ase_dist.tables import MISSING, Column, Measured, Table
 from ase_dist.tasks import Task
-
-MISSING = "-"
 
 
 def markdown(title: str, data_title: str, results: Mapping[str, Any]) -> str:
     """The table with mean +- sample standard deviation over seeds, the best mean of each column in bold."""
     tasks = [task_of(results, name) for name in results["tasks"]]
     variants = results["variants"]
-    heads = [
+    columns: list[Column | str] = [
         "variant",
-        *(_head(task) for task in tasks),
-        "Delta_m, % (up)",
+        *(
+            Column(f"{task.title}, {task.metric_title}", higher_is_better=task.higher_is_better, mark_best=True)
+            for task in tasks
+        ),
+        Column("Delta_m", "%", higher_is_better=True, mark_best=True),
         "trained, M",
         "all, M",
         "GFLOP an image",
@@ -31,9 +30,8 @@ def markdown(title: str, data_title: str, results: Mapping[str, Any]) -> str:
         "memory, GB",
         "seeds",
     ]
-    best = _best(variants, tasks)
-    rows = [_row(variant, tasks, best) for variant in variants]
-    lines = [f"# {title}", "", _preamble(data_title, variants), "", markdown_table(heads, rows), ""]
+    table = Table(columns, [_row(variant, tasks) for variant in variants])
+    lines = [f"# {title}", "", _preamble(data_title, variants), "", table.to_markdown(), ""]
     missing = [name for variant in variants for name in variant["missing"]]
     if missing:
         lines += [f"Not done: {', '.join(missing)}.", ""]
@@ -42,18 +40,15 @@ def markdown(title: str, data_title: str, results: Mapping[str, Any]) -> str:
 
 def as_csv(results: Mapping[str, Any]) -> str:
     """One line per variant, task, metric and seed, and per variant and seed its Delta_m."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["variant", "label", "seed", "task", "metric", "value"])
+    rows = []
     for variant in results["variants"]:
         for i, seed in enumerate(variant["seeds"]):
-            head = [variant["name"], variant["label"], seed]
+            head = variant["name"], variant["label"], seed
             for task, metrics in variant["metrics"].items():
-                for metric, values in metrics.items():
-                    writer.writerow([*head, task, metric, values[i]])
+                rows += [(*head, task, metric, values[i]) for metric, values in metrics.items()]
             if variant["delta_m"] is not None:
-                writer.writerow([*head, "", "delta_m", variant["delta_m"][i]])
-    return buffer.getvalue()
+                rows.append((*head, "", "delta_m", variant["delta_m"][i]))
+    return Table(("variant", "label", "seed", "task", "metric", "value"), rows).to_csv()
 
 
 def _preamble(data_title: str, variants: Sequence[Mapping[str, Any]]) -> str:
@@ -65,58 +60,28 @@ def _preamble(data_title: str, variants: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _head(task: Task) -> str:
-    return f"{task.title}, {task.metric_title} ({'up' if task.higher_is_better else 'down'})"
-
-
-def _row(variant: Mapping[str, Any], tasks: Sequence[Task], best: Mapping[str, float]) -> list[str]:
-    scores = [_score(variant, task, best) for task in tasks]
-    gain = mean_and_spread(variant["delta_m"] or [])
+def _row(variant: Mapping[str, Any], tasks: Sequence[Task]) -> list[str | Measured]:
+    scores = []
+    for task in tasks:
+        values = variant["metrics"].get(task.name, {}).get(task.metric, [])
+        mean = mean_and_spread(values)[0]
+        scores.append(_mean_and_spread(values, ".4f" if mean < 1 else ".2f"))  # losses are small numbers
     sizes = variant["parameters"] or {}
     speed, memory = (mean_and_spread(variant[key])[0] for key in ("images_per_second", "memory_bytes"))
+    millions = [sizes.get(key, math.nan) / 1e6 for key in ("trained", "total")]
+    numbers = (*millions, variant["flops"]["forward"] / 1e9, speed, memory / 1e9)
     return [
         variant["label"],
         *scores,
-        _bold(_spread(gain, signed=True), is_best=gain[0] == best.get("delta_m")),
-        _number(sizes.get("trained", math.nan) / 1e6, 2),
-        _number(sizes.get("total", math.nan) / 1e6, 2),
-        _number(variant["flops"]["forward"] / 1e9, 2),
-        _number(speed, 2),
-        _number(memory / 1e9, 2),
+        _mean_and_spread(variant["delta_m"] or [], "+.2f"),
+        *(f"{number:.2f}" if math.isfinite(number) else MISSING for number in numbers),
         str(len(variant["seeds"])),
     ]
 
 
-def _score(variant: Mapping[str, Any], task: Task, best: Mapping[str, float]) -> str:
-    values = variant["metrics"].get(task.name, {}).get(task.metric, [])
-    pair = mean_and_spread(values)
-    digits = 4 if pair[0] < 1 else 2  # losses are small numbers
-    return _bold(_spread(pair, digits=digits), is_best=pair[0] == best.get(task.name))
-
-
-def _best(variants: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> dict[str, float]:
-    """The best mean of each column."""
-    found = {}
-    for task in tasks:
-        means = [mean_and_spread(v["metrics"].get(task.name, {}).get(task.metric, []))[0] for v in variants]
-        known = [mean for mean in means if math.isfinite(mean)]
-        if known:
-            found[task.name] = max(known) if task.higher_is_better else min(known)
-    gains = [mean_and_spread(variant["delta_m"] or [])[0] for variant in variants]
-    return {**found, "delta_m": max((gain for gain in gains if math.isfinite(gain)), default=math.nan)}
-
-
-def _spread(pair: tuple[float, float], *, digits: int = 2, signed: bool = False) -> str:
-    mean, spread = pair
+def _mean_and_spread(values: Sequence[float | None], form: str) -> Measured:
+    """``mean +- deviation`` over seeds, compared by the mean; the mean alone of one seed."""
+    mean, spread = mean_and_spread(values)
     if not math.isfinite(mean):
-        return MISSING
-    text = f"{mean:+.{digits}f}" if signed else f"{mean:.{digits}f}"
-    return text if not math.isfinite(spread) else f"{text} +- {spread:.{digits}f}"
-
-
-def _number(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else MISSING
-
-
-def _bold(text: str, *, is_best: bool) -> str:
-    return f"**{text}**" if is_best and text != MISSING else text
+        return Measured(MISSING, math.nan)
+    return Measured(f"{mean:{form}}" + (f" +- {spread:{form.lstrip('+')}}" if math.isfinite(spread) else ""), mean)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ase_dist.evaluation.metrics import EdgeOds, build_metric
-from ase_dist.evaluation.scores import CLASS_PREFIX, SCORES, headline, score_of, written
+from ase_dist.evaluation.scores import CLASS_PREFIX, SCORES, format_score, headline, score_of
 from ase_dist.tasks import NYUD_TASKS, PASCAL_TASKS
 
 from .conftest import TASK_OF_KIND, random_image
@@ -60,4 +60,4 @@ def test_edges_stand_by_ods_where_it_was_computed():
     [(12.3456, "%", "12.35"), (0.0123456, "", "0.01235"), (math.nan, "%", "-"), (None, "", "-"), (1.0, "deg", "1.00")],
 )
 def test_numbers_are_written_as_tables_want_them(value, unit, text):
-    assert written(value, unit) == text
+    assert format_score(value, unit) == text

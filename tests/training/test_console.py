@@ -1,4 +1,4 @@
-"""What a person sees: one bar or one line per report, warnings only from other ranks, tables in columns."""
+"""What a person sees: one bar or one line per report, warnings only from other ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from ase_dist.training.record import console
-from ase_dist.training.record.console import StepProgress, clock, close_console, set_up_logging, table
+from ase_dist.training.record.console import StepProgress, clock, close_console, set_up_logging
 from ase_dist.training.record.logs import LOGGER, close_logs, open_logs
 from ase_dist.training.record.run_folder import RunFolder
 
@@ -92,24 +92,6 @@ def test_the_time_left_counts_this_run_only(monkeypatch: pytest.MonkeyPatch) -> 
         assert progress.seconds_left(55) == pytest.approx(10 / 5 * 45)
         assert clock(progress.seconds_left(50)) == "-"
     assert clock(3725.4) == "1:02:05"
-
-
-def test_a_table_has_aligned_columns_and_plain_text() -> None:
-    rows = [["semseg", 0.123456, 1234567, True], ["human parts", None, 8, "no"]]
-    text = table("Tasks", ["name", "loss", "pixels", "used"], rows)
-    assert text.isascii() and not text.endswith("\n")
-    title, rule, head, _, first, second, end = text.split("\n")
-    assert title == "Tasks" and rule == end and set(rule) == {"-"}
-    assert head.split() == ["name", "loss", "pixels", "used"]
-    assert first.split() == ["semseg", "0.1235", "1,234,567", "True"]
-    assert second.split() == ["human", "parts", "-", "8", "no"]
-    ends = [line.index(cell) + len(cell) for line, cell in ((head, "pixels"), (first, "1,234,567"), (second, "8"))]
-    assert len(set(ends)) == 1  # numbers stand to the right
-    assert first.index("True") == head.index("used")
-
-
-def test_a_table_without_rows_is_its_head() -> None:
-    assert table("Empty", ["a", "bb"], []).split("\n") == ["Empty", "-----", "a  bb", "-----", "-----"]
 
 
 def test_messages_are_not_read_as_markup(monkeypatch: pytest.MonkeyPatch) -> None:

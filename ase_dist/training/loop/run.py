@@ -13,6 +13,7 @@ from rich.console import Console
 from ase_dist.config import MonitorSettings, Settings, to_yaml
 from ase_dist.data.loader import first_images
 from ase_dist.evaluation.constant import ConstantPredictor
+from ase_dist.tables import Table
 from ase_dist.training.ds_config import resolve
 from ase_dist.training.loop.components import RunComponents, build, raise_together, require_same_start
 from ase_dist.training.loop.evaluate import fit_constants
@@ -21,7 +22,7 @@ from ase_dist.training.process import runtime
 from ase_dist.training.process.guards import ExitCode
 from ase_dist.training.process.runtime import World
 from ase_dist.training.record import environment
-from ase_dist.training.record.console import StepProgress, close_console, set_up_logging, table
+from ase_dist.training.record.console import StepProgress, close_console, set_up_logging
 from ase_dist.training.record.logs import close_logs, open_logs
 from ase_dist.training.record.metrics import Recorder
 from ase_dist.training.record.reports import start_tables, summary
@@ -168,4 +169,4 @@ def _take_one_step(components: RunComponents) -> None:
     components.engine.backward(total)
     components.engine.step()
     rows = [(name, float(value.detach())) for name, value in by_task.items()]
-    LOGGER.info("\n%s", table("one batch, forward and backward", ("task", "loss"), rows))
+    LOGGER.info("\n%s", Table(("task", "loss"), rows, title="one batch, forward and backward").to_text())

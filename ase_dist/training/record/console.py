@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: log lines, start-up tables and progress.
+"""What a person sees while a run goes: log lines and progress.
 
 Rank 0 of a terminal gets rich's colours and a live bar; everything else (a file, a cluster's log, another rank) gets
 plain lines, and of the other ranks only warnings. Everything goes to the standard error.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -64,36 +64,6 @@ def _plain_handler(rank: int) -> logging.Handler:
     handler = logging.StreamHandler()
     handler.setFormatter(formatter(rank))
     return handler
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-
-
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table as plain text in columns, ASCII, without a last newline: for the log, a terminal and a file alike.
-
-    Numbers stand to the right and have four significant digits; None is shown as a dash.
-    """
-    cells = [[_cell(value) for value in row] for row in rows]
-    texts = [list(columns)] + [[text for text, _ in row] for row in cells]
-    widths = [max(len(row[i]) for row in texts) for i in range(len(columns))]
-    is_right = [all(row[i][1] for row in cells) for i in range(len(columns))]
-    lines = [
-        "  ".join(row[i].rjust(widths[i]) if is_right[i] else row[i].ljust(widths[i]) for i in range(len(columns)))
-        for row in texts
-    ]
-    rule = "-" * len(lines[0])
-    return "\n".join(line.rstrip() for line in [title, rule, lines[0], rule, *lines[1:], rule])
-
-
-def _cell(value: object) -> tuple[str, bool]:
-    """The text of a cell, and whether it may stand to the right."""
-    if value is None:
-        return "-", True
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value), False
-    return (f"{value:,}" if isinstance(value, int) else f"{value:.4g}"), True
 
 
 # ---------------------------------------------------------------------------------------------------------------------

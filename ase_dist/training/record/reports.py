@@ -11,13 +11,13 @@ from torch import Tensor
 from ase_dist import collectives
 from ase_dist.config import MoESettings
 from ase_dist.evaluation.scores import headline, score_of
+from ase_dist.tables import Table
 from ase_dist.tasks import Task
 from ase_dist.training.loop.components import RunComponents
 from ase_dist.training.loop.engine import memory_bytes
 from ase_dist.training.loop.evaluate import Results
 from ase_dist.training.process.guards import ExitCode
 from ase_dist.training.process.runtime import World
-from ase_dist.training.record.console import table
 from ase_dist.training.record.traffic import dispatch_rows, dispatch_summary
 from ase_dist.training.state.history import History
 
@@ -48,16 +48,16 @@ def start_tables(components: RunComponents) -> str:
             f"{'bf16' if train.bf16 else 'fp32'}, {torch.get_num_threads()} CPU threads a rank",
         ),
         ("steps", f"{components.total_steps} of {images} images"),
-        ("output", settings.output),
+        ("output", str(settings.output)),
     ]
     tables = [
-        table("run", ("", ""), rows),
-        table("parameters", ("group", "total", "trained", "size"), components.parameters.as_rows()),
+        Table(("", ""), rows, title="run"),
+        Table(("group", "total", "trained", "size"), components.parameters.as_rows(), title="parameters"),
     ]
     traffic = expert_traffic(components)
     if traffic:
-        tables.append(table("expert parallelism, a rank's traffic", ("", ""), dispatch_rows(traffic)))
-    return "\n".join(tables)
+        tables.append(Table(("", ""), dispatch_rows(traffic), title="expert parallelism, a rank's traffic"))
+    return "\n".join(table.to_text() for table in tables)
 
 
 def expert_traffic(components: RunComponents) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def result_table(title: str, tasks: Sequence[Task], results: Results, trivial: R
             arrow = "higher" if score.higher_is_better else "lower"
             others = [(found or {}).get(task.name, {}).get(key) for found in (trivial, first)]
             rows.append((task.title, name, arrow, *others, results[task.name][key]))
-    return table(title, ("task", "metric", "better", "trivial", "first", "now"), rows)
+    return Table(("task", "metric", "better", "trivial", "first", "now"), rows, title=title).to_text()
 
 
 def summary(components: RunComponents, history: History, *, step: int, code: ExitCode) -> dict[str, Any]:
