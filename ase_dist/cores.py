@@ -19,6 +19,11 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
     return max(1, min(physical, allowed, physical if quota is None else math.ceil(quota)))
 
 
+def share_of_cores(processes: int) -> int:
+    """Of ``usable_cores``, the share of one of ``processes`` alike on this machine; at least 1."""
+    return max(1, usable_cores() // processes)
+
+
 def cpu_quota(cgroup: Path = CGROUP) -> float | None:
     """Processors' worth of time that the control group grants; None where there is no limit. Versions 1 and 2."""
     try:

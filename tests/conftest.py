@@ -35,6 +35,20 @@ def device():
     return torch.device(name) if name == "cpu" else torch.device(name, 0)
 
 
+@pytest.fixture
+def one_sentence():
+    """Checks an error for users: one line that has each of ``parts`` and the word for what was got or is missing."""
+
+    def check(raised, *parts):
+        message = str(raised.value)
+        assert "\n" not in message
+        assert not message.endswith(".")
+        for part in parts:
+            assert str(part) in message, message
+
+    return check
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """The folder with data/ and weights/ that ASE_SHARED names, by default ../shared beside the repository."""

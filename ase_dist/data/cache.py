@@ -30,11 +30,6 @@ def cache_folder() -> Path:
     return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "ase_dist"
 
 
-def cores() -> int:
-    """Cores that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextlib.contextmanager
 def locked(place: Path) -> Iterator[None]:
     """Hold the lock of ``place``, a hidden file beside it; the lock dies with its holder, the file itself stays.

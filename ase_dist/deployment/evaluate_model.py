@@ -12,11 +12,11 @@ from typing import Literal
 from rich.console import Console
 
 from ase_dist.config import Settings, override_settings
+from ase_dist.cores import share_of_cores
 from ase_dist.data.loader import EvalLoader, build_eval_loader
 from ase_dist.deployment.reference import read_reference
 from ase_dist.deployment.trained_model import TrainedModel, open_trained_model
 from ase_dist.errors import UserError, did_you_mean
-from ase_dist.evaluation.boundary_workers import default_workers
 from ase_dist.evaluation.comparison import Comparison, Reference, compare
 from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.evaluation.ods import MAX_DIST, THRESHOLDS
@@ -64,9 +64,7 @@ def evaluate_model(request: EvaluationRequest, world: World, *, console: Console
     trained = open_trained_model(request.path, checkpoint=request.checkpoint, device=world.device)
     settings = data_settings(trained, request)
     tasks = _common_tasks(trained, settings)
-    ods = (
-        EdgeOds(request.nms, workers=default_workers(processes=world.local_size)) if _has_ods(request, tasks) else None
-    )
+    ods = EdgeOds(request.nms, workers=share_of_cores(world.local_size)) if _has_ods(request, tasks) else None
     if reference is not None:
         compare(tasks, _any_results(tasks, ods), reference)  # before the work: what is missing is missed now
     loader = build_eval_loader(settings, tasks, rank=world.rank, world_size=world.size, split=request.split)

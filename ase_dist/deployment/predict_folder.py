@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ase_dist.cores import usable_cores
 from ase_dist.deployment.images import Pixels, find_images, read_rgb
 from ase_dist.deployment.predictor import Prediction, Predictor
 from ase_dist.errors import UserError, did_you_mean
@@ -98,7 +98,7 @@ def predict_files(
     """
     outcome, names = Outcome(), [task.name for task in tasks]
     batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
-    threads = min(MOST_THREADS, os.cpu_count() or 1)
+    threads = min(MOST_THREADS, usable_cores())
     try:
         out.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ase_dist.cores import usable_cores
 from ase_dist.evaluation.binary import EdgesMetric
 from ase_dist.evaluation.boundary import boundary_scores, threshold_values, with_best
 from ase_dist.evaluation.boundary_counts import Floats, Protocol
-from ase_dist.evaluation.boundary_workers import ImageCounter, default_workers
+from ase_dist.evaluation.boundary_workers import ImageCounter
 from ase_dist.evaluation.metric import NOTHING
 from ase_dist.tasks import Task
 
@@ -43,7 +44,7 @@ class BoundaryMetric(EdgesMetric):
         self.totals = torch.cat((self.totals, torch.zeros(4 * (THRESHOLDS + 1), dtype=torch.float64)))
         levels = tuple(threshold_values(THRESHOLDS).tolist())
         protocol = Protocol(levels, max_dist=MAX_DIST, thin=True, nms=ods.nms, matching="published")
-        self._counter = ImageCounter(protocol, workers=default_workers() if ods.workers is None else ods.workers)
+        self._counter = ImageCounter(protocol, workers=usable_cores() if ods.workers is None else ods.workers)
         self._pushed = 0
 
     def update(self, prediction: Tensor, label: Tensor) -> None:

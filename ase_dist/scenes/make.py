@@ -2,12 +2,12 @@
 
 Any number of processes may ask for the same data set at once. One makes it, the others wait for its lock, which the
 system frees if the maker dies; what a dead maker left behind is removed by the next. A data set without a manifest of
-the wanted settings does not count. Nothing here forks: rendering goes to plain subprocesses, so it is safe to ask
-from a training process whose libraries have started threads, and from a daemon.
+the wanted settings does not count.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -16,20 +16,19 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ase_dist.data.cache import cache_folder, cores, flush, locked, remove, track_progress
+from ase_dist.cores import usable_cores
+from ase_dist.data.cache import cache_folder, flush, locked, remove, track_progress
 from ase_dist.errors import UserError
 from ase_dist.files import fsync
-from ase_dist.scenes.layout import VAL_START, make_folders, write_lists
-from ase_dist.scenes.render import RENDERER_VERSION
-from ase_dist.scenes.worker import render_here, render_in_workers
+from ase_dist.scenes.layout import VAL_START, make_folders, scene_id, write_lists, write_scene
+from ase_dist.scenes.render import RENDERER_VERSION, render_scene
+from ase_dist.workers import WorkerDiedError, run_calls
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STARTUP = 8  # a process takes as long to start as about so many scenes to render
-MOST_WORKERS = (
-    16  # by default: enough for hundreds of scenes a second, and a container may own fewer cores than it sees
-)
+MOST_WORKERS = 16  # by default: enough for hundreds of scenes a second
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,13 @@ def ensure_scenes(root: Path | None, *, train: int, val: int, size: int, seed: i
     Raises UserError for settings out of range, and OSError in one sentence where the folder cannot be written; then
     nothing is left behind.
     """
-    wanted = _checked(SceneSet(train, val, size, seed), workers)
+    wanted = SceneSet(train, val, size, seed)
+    for name, low, high in (("train", 1, VAL_START), ("val", 1, VAL_START), ("size", 32, 4096), ("seed", 0, 2**31 - 1)):
+        value = getattr(wanted, name)
+        if not isinstance(value, int) or not low <= value <= high:
+            raise UserError(f"scenes: {name} is {value!r}, wanted a whole number from {low} to {high}")
+    if workers is not None and workers < 1:
+        raise UserError(f"scenes: workers is {workers}, wanted at least 1, or None for one for each core")
     parent = Path(root) if root is not None else cache_folder()
     place = parent / wanted.folder
     if is_complete(place, wanted):
@@ -71,7 +76,7 @@ def ensure_scenes(root: Path | None, *, train: int, val: int, size: int, seed: i
         with locked(place):
             if not is_complete(place, wanted):
                 remove([*parent.glob(f".{place.name}.making-*"), place])
-                _make(place, wanted, workers if workers is not None else min(cores(), MOST_WORKERS))
+                _make(place, wanted, workers if workers is not None else min(usable_cores(), MOST_WORKERS))
     except OSError as error:
         raise type(error)(
             f"cannot make the generated scenes in {parent}: {error.strerror or error}; "
@@ -88,14 +93,10 @@ def is_complete(place: Path, wanted: SceneSet) -> bool:
         return False
 
 
-def _checked(wanted: SceneSet, workers: int | None) -> SceneSet:
-    for name, low, high in (("train", 1, VAL_START), ("val", 1, VAL_START), ("size", 32, 4096), ("seed", 0, 2**31 - 1)):
-        value = getattr(wanted, name)
-        if not isinstance(value, int) or not low <= value <= high:
-            raise UserError(f"scenes: {name} is {value!r}, wanted a whole number from {low} to {high}")
-    if workers is not None and workers < 1:
-        raise UserError(f"scenes: workers is {workers}, wanted at least 1, or None for one for each core")
-    return wanted
+def make_scene(folder: Path, seed: int, number: int, size: int) -> int:
+    """Render scene ``number`` of data set ``seed``, write its files into ``folder`` and return 1, for counting."""
+    write_scene(folder, scene_id(seed, number), render_scene(seed=seed, index=number, size=size))
+    return 1
 
 
 def _make(place: Path, wanted: SceneSet, workers: int) -> None:
@@ -105,14 +106,16 @@ def _make(place: Path, wanted: SceneSet, workers: int) -> None:
         make_folders(making)
         numbers = wanted.numbers
         write_lists(making, seed=wanted.seed, train=numbers[: wanted.train], val=numbers[wanted.train :])
-        workers = min(workers, -(-len(numbers) // STARTUP))
-        render = render_here if workers == 1 or not sys.executable else render_in_workers
-        done = (1 for _ in render(making, seed=wanted.seed, size=wanted.size, numbers=numbers, workers=workers))
+        workers = min(workers, -(-len(numbers) // STARTUP)) if sys.executable else 1
+        calls = ((making, wanted.seed, number, wanted.size) for number in numbers)
+        done = run_calls(make_scene, calls, workers=workers, in_order=False)
         track_progress(done, len(numbers), doing="rendering", did="rendered", things="scenes", where=f"into {place}")
         (making / MANIFEST).write_text(json.dumps(asdict(wanted), indent=1) + "\n", encoding="utf-8")
         flush(making)
         making.replace(place)
         fsync(place.parent)
+    except WorkerDiedError as error:
+        raise OSError(errno.ECHILD, str(error)) from None
     finally:
         if making.exists():
             shutil.rmtree(making, ignore_errors=True)

@@ -18,9 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-import psutil
-
 from ase_dist.config import to_yaml
+from ase_dist.cores import share_of_cores
 from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
 from ase_dist.study.jobs import Job
@@ -164,8 +163,7 @@ def _threads(job: Job, slots: Slots) -> list[str]:
     """The cores are shared out among runs at once, unless the settings say how many a run takes."""
     if job.settings.train.threads is not None or slots.jobs == 1:
         return []
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    return [f"train.threads={max(1, cores // slots.jobs)}"]
+    return [f"train.threads={share_of_cores(slots.jobs)}"]
 
 
 def _environment(slot: int, slots: Slots) -> dict[str, str]:

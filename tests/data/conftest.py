@@ -115,20 +115,6 @@ def nyud(tmp_path):
     return NyudFolder(tmp_path / "NYUD_MT")
 
 
-@pytest.fixture
-def one_sentence():
-    """Checks an error for users: one line that has each of ``parts`` and the word for what was got or is missing."""
-
-    def check(raised, *parts):
-        message = str(raised.value)
-        assert "\n" not in message
-        assert not message.endswith(".")
-        for part in parts:
-            assert str(part) in message, message
-
-    return check
-
-
 @pytest.fixture(scope="session")
 def photographs(shared_data):
     """The folder of real photographs in the PASCAL_MT layout, where this machine has it."""

@@ -14,6 +14,7 @@ import pytest
 
 from ase_dist.data.packed import jobs, prepare, shard
 from ase_dist.data.packed.dataset import PackedDataset
+from ase_dist.errors import UserError
 from tests.data.packing import ALL, command, contents, packed_names, request, start, state
 
 pytestmark = pytest.mark.single_gpu
@@ -189,8 +190,9 @@ def test_two_at_once_pack_it_once(six, tmp_path):
 
 
 def children(process):
-    found = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(pid) for pid in found.read_text().split()] if found.exists() else []
+    return [
+        int(pid) for found in Path(f"/proc/{process.pid}/task").glob("*/children") for pid in found.read_text().split()
+    ]
 
 
 def alive(pid):
@@ -230,14 +232,15 @@ def test_a_killed_packing_leaves_no_process_and_goes_on(many, tmp_path):
     assert contents(place) == contents(prepare.prepare(request(many.root), tmp_path / "alone"))
 
 
-class Deadly:
+class Deadly(shard.Job):
     """Ends the process that it is sent to."""
 
     def __reduce__(self):
         return os._exit, (1,)
 
 
-def test_a_worker_that_dies_is_told_in_a_sentence(one_sentence):
-    with pytest.raises(ValueError, match="ended early") as raised:
-        list(jobs._results([(Deadly(), None)], 2))
+def test_a_worker_that_dies_is_told_in_a_sentence(one_sentence, tmp_path):
+    job = Deadly("pascal_context", tmp_path, "train", ("a",) * 100, ("semseg",), "pixels", tmp_path / "train-000.bin")
+    with pytest.raises(UserError, match="ended early") as raised:
+        jobs.run_jobs([(job, None)] * 2, 2, doing="checking", did="checked", where="nowhere")
     one_sentence(raised, "the same command goes on", "--workers")

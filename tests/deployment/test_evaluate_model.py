@@ -46,7 +46,7 @@ def evaluate():
 @pytest.fixture
 def no_pool(monkeypatch):
     """Boundaries are counted in this process: two images are not worth others."""
-    monkeypatch.setattr("ase_dist.deployment.evaluate_model.default_workers", lambda processes: 0)
+    monkeypatch.setattr("ase_dist.deployment.evaluate_model.share_of_cores", lambda processes: 0)
 
 
 def found(out):

@@ -1,19 +1,13 @@
 """The boundary metric streams what ``evaluate_boundaries`` counts at once, and adds it to the cross-entropy."""
 
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
 from ase_dist.evaluation.boundary import evaluate_boundaries
-from ase_dist.evaluation.boundary_workers import default_workers
 from ase_dist.evaluation.metrics import EdgeOds, build_metric
 from ase_dist.evaluation.ods import SCORES, BoundaryMetric
 from ase_dist.tasks import IGNORE
@@ -88,21 +82,27 @@ def test_a_killed_process_loses_no_count(caplog):
     for i, (prediction, label) in enumerate(pairs):
         metric.update(prediction, label)
         if i == 2:
-            for process in list(metric._counter._pool._processes.values()):
+            pool, deadline = metric._counter.pool, time.monotonic() + 60
+            while len(pool.processes) < 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            for process in pool.processes:
                 process.kill()
     metric.finish()
     assert torch.equal(metric.totals, expected)
-    assert [record.message[:44] for record in caplog.records] == ["a process that counts boundaries was killed,"]
+    assert [record.message for record in caplog.records] == [
+        "a worker process ended early (exit code -9), perhaps for want of memory; counting boundaries goes on in "
+        "this one, more slowly"
+    ]
 
 
 def test_closing_ends_the_processes_without_their_counts():
     metric = build_metric(EDGES, edge_ods=EdgeOds(workers=2))
     for prediction, label in images(3):
         metric.update(prediction, label)
-    processes = list(metric._counter._pool._processes.values())
-    assert any(process.is_alive() for process in processes)
+    processes = list(metric._counter.pool.processes)
+    assert any(process.poll() is None for process in processes)
     metric.close()
-    assert not any(process.is_alive() for process in processes)
+    assert all(process.poll() is not None for process in processes)
     assert not metric.totals[3:].any()
 
 
@@ -111,55 +111,3 @@ def test_only_edges_are_scored_so():
     for kind in ("classes", "mask", "normals", "depth"):
         task = TASK_OF_KIND[kind]
         assert type(build_metric(task, edge_ods=EdgeOds())) is type(build_metric(task))
-
-
-def test_cores_are_shared_among_ranks():
-    assert default_workers(processes=1) >= default_workers(processes=2) >= default_workers(processes=10**6) == 1
-
-
-WORKERS = """
-import time, numpy
-from ase_dist.evaluation.boundary_counts import Protocol
-from ase_dist.evaluation.boundary_workers import ImageCounter
-
-if __name__ == "__main__":
-    counter = ImageCounter(Protocol((0.5,), max_dist=0.0075, thin=True, nms=False, matching="exact"), workers=2)
-    image = numpy.eye(40)
-    def count():
-        for i in range(4):
-            counter.push((i, image, [image > 0]))
-        return sum(counts[0, 0] for counts in counter.drain())
-    print(count(), *counter._pool._processes, flush=True)
-    input()
-    print(count(), flush=True)
-    time.sleep(600)
-"""
-
-
-def is_running(pid):
-    try:
-        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE  # that nobody has buried yet
-    except psutil.NoSuchProcess:
-        return False
-
-
-def test_workers_ignore_signals_and_end_with_their_parent(tmp_path):
-    """A launcher signals every process of a job while the parent still wants its counts; a killed one leaves nobody."""
-    script = tmp_path / "script.py"
-    script.write_text(WORKERS)
-    parent = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        first, *workers = parent.stdout.readline().split()
-        for pid in workers:
-            for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                os.kill(int(pid), name)
-        parent.stdin.write("\n")
-        parent.stdin.flush()
-        assert parent.stdout.readline().strip() == first == "160.0" and len(workers) == 2
-    finally:
-        parent.kill()
-        parent.wait()
-    deadline = time.monotonic() + 30
-    while any(map(is_running, workers)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(map(is_running, workers))

@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 from scipy.io import loadmat
 
+from ase_dist import workers
 from ase_dist.commands import make_scenes
 from ase_dist.data.decode import NORMALS_IDS
 from ase_dist.data.pascal_context import PascalContext
-from ase_dist.scenes import make, worker
+from ase_dist.scenes import make
 from ase_dist.scenes.classes import CONTEXT, NORMALS_VALID, PARTS, VOC
 from ase_dist.scenes.layout import VAL_START, scene_id
 from ase_dist.scenes.make import SceneSet, ensure_scenes
@@ -159,7 +160,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
     def full(*_args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(worker, "write_scene", full)
+    monkeypatch.setattr(make, "write_scene", full)
     with pytest.raises(OSError) as raised:
         ensure_scenes(tmp_path, **WANTED, workers=1)
     one_sentence(raised, "No space left on device", tmp_path)
@@ -174,12 +175,15 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path, one_senten
 
 
 def test_errors_and_deaths_of_workers_are_raised(tmp_path: Path, monkeypatch) -> None:
-    job = {"seed": 0, "size": 32, "numbers": range(4), "workers": 2}
-    with pytest.raises(OSError, match="No such file or directory"):
-        list(worker.render_in_workers(tmp_path / "absent", **job))
-    monkeypatch.setattr(worker.sys, "executable", shutil.which("false"))
-    with pytest.raises(OSError, match="ended early"):
-        list(worker.render_in_workers(tmp_path, **job))
+    monkeypatch.setattr(make, "STARTUP", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(make, "make_folders", lambda folder: (folder / "ImageSets/Context").mkdir(parents=True))
+        with pytest.raises(OSError, match=r"cannot make the generated scenes in .*: No such file or directory"):
+            ensure_scenes(tmp_path, **WANTED, workers=2)
+    monkeypatch.setattr(workers.sys, "executable", shutil.which("false"))
+    with pytest.raises(OSError, match=r"cannot make the generated scenes in .*: a worker process ended early"):
+        ensure_scenes(tmp_path, **WANTED, workers=2)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,16 @@
-"""Doing the jobs of packing in this process or in several, with word of how far they are."""
+"""Doing the jobs of packing in this process or in several, and logging the progress."""
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 
-import torch
-
-from ase_dist.data.cache import cores, track_progress
+from ase_dist.cores import usable_cores
+from ase_dist.data.cache import track_progress
 from ase_dist.data.packed.shard import Findings, Job, check, pack
+from ase_dist.data.readers import reader_of
 from ase_dist.errors import UserError
-from ase_dist.workers import begin_worker
+from ase_dist.tasks import DATA_SETS, DataSet
+from ase_dist.workers import WorkerDiedError, run_calls
 
 FEW = 64  # images that are not worth starting processes for
 
@@ -20,47 +18,34 @@ FEW = 64  # images that are not worth starting processes for
 def run_jobs(
     jobs: Sequence[tuple[Job, str | None]], workers: int | None, *, doing: str, did: str, where: str
 ) -> list[Findings]:
-    """Do the jobs, in this process or in several, and tell how far they are; in the order of the jobs."""
-    images = sum(len(job.names) for job, _ in jobs)
+    """The findings of (job, fingerprint) in the order of the jobs; without a fingerprint a job is checked only.
+
+    ``workers`` None: a process for each core. Raises UserError where one of the processes is killed.
+    """
     if workers is not None and workers < 1:
         raise UserError(f"--workers: got {workers}, wanted at least 1")
-    workers = min(workers or cores(), len(jobs)) if images > FEW else 1
+    if not jobs:
+        return []
+    images, data = sum(len(job.names) for job, _ in jobs), jobs[0][0].data
+    workers = min(workers or usable_cores(), len(jobs))
+    if images <= FEW or reader_of(data).__module__ == "__main__":  # which other processes could not import
+        workers = 1
+    calls = ((number, job, fingerprint, DATA_SETS[data]) for number, (job, fingerprint) in enumerate(jobs))
     found: dict[int, Findings] = {}
 
-    def finished() -> Iterator[int]:
-        for number, findings in _results(jobs, workers):
-            found[number] = findings
-            yield findings.images
-
-    if jobs:
-        track_progress(finished(), images, doing=doing, did=did, things="images", where=where)
-    return [found[number] for number in sorted(found)]
-
-
-def _results(jobs: Sequence[tuple[Job, str | None]], workers: int) -> Iterator[tuple[int, Findings]]:
-    if workers <= 1:
-        yield from ((number, _do(job, stamp)) for number, (job, stamp) in enumerate(jobs))
-        return
-    spawn = multiprocessing.get_context("spawn")  # forking a process that has torch loaded is not safe
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
-        numbers = {pool.submit(_do, job, stamp): number for number, (job, stamp) in enumerate(jobs)}
+    def counts() -> Iterator[int]:
         try:
-            for future in as_completed(numbers):
-                yield numbers[future], future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a packing process ended early, perhaps for want of memory; the same command goes on, "
-                "try it with fewer --workers"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+            for number, findings in run_calls(do_job, calls, workers=workers, in_order=False):
+                found[number] = findings
+                yield findings.images
+        except WorkerDiedError as error:
+            raise UserError(f"{error}; the same command goes on, try it with fewer --workers") from None
+
+    track_progress(counts(), images, doing=doing, did=did, things="images", where=where)
+    return [found[number] for number in range(len(jobs))]
 
 
-def _do(job: Job, fingerprint: str | None) -> Findings:
-    return check(job) if fingerprint is None else pack(job, fingerprint)
-
-
-def _start_worker() -> None:
-    """One thread each, beside what every worker does."""
-    begin_worker()
-    torch.set_num_threads(1)
+def do_job(number: int, job: Job, fingerprint: str | None, data_set: DataSet) -> tuple[int, Findings]:
+    """``number`` and the findings of a job; a worker does not know the data sets that a program has added."""
+    DATA_SETS.setdefault(job.data, data_set)
+    return number, check(job) if fingerprint is None else pack(job, fingerprint)

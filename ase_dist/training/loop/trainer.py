@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ase_dist import collectives
 from ase_dist.config import Settings
+from ase_dist.cores import share_of_cores
 from ase_dist.data.batch import Batch
 from ase_dist.data.loader import EvalLoader, TrainLoader
-from ase_dist.evaluation.boundary_workers import default_workers
 from ase_dist.evaluation.constant import ConstantPredictor
 from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.models import ModelOutput
@@ -253,7 +253,7 @@ class Trainer:
     @property
     def _edge_ods(self) -> EdgeOds | None:
         """How boundaries are scored, on this rank's share of the cores, or None."""
-        workers = default_workers(processes=self.world.local_size)
+        workers = share_of_cores(self.world.local_size)
         return EdgeOds(workers=workers) if self.settings.eval.edge_ods else None
 
     def _report_evaluation(self, gallery: Gallery) -> None:

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from ase_dist.cluster import launchers
+from ase_dist.cores import share_of_cores
 from ase_dist.errors import UserError
-from ase_dist.training.process.runtime import World, keep_freed_memory, threads_per_rank
+from ase_dist.training.process.runtime import World, keep_freed_memory
 
 TIMEOUT = 1800.0  # seconds that a collective may take
 
@@ -34,7 +35,7 @@ def join(*, device: str | None, timeout: float = TIMEOUT) -> Iterator[World]:
         torch.cuda.set_device(where)
     else:
         keep_freed_memory()
-        torch.set_num_threads(threads_per_rank(local_size))
+        torch.set_num_threads(share_of_cores(local_size))
     is_ours = size > 1 and not dist.is_initialized()
     if is_ours:
         backend = "nccl" if where.type == "cuda" else "gloo"

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
 from ase_dist.cluster import launchers
-from ase_dist.cores import usable_cores
+from ase_dist.cores import share_of_cores
 from ase_dist.errors import UserError
 from ase_dist.moe import deepspeed_compat
 from ase_dist.seeding import derive_seed
@@ -72,7 +72,7 @@ def start(*, timeout: float, threads: int | None) -> World:
     if is_cpu:
         deepspeed_compat.skip_cpu_communication_build()
         keep_freed_memory()
-        torch.set_num_threads(threads or threads_per_rank(local_size))
+        torch.set_num_threads(threads or share_of_cores(local_size))
     else:
         accelerator.set_device(local_rank)
     _join(accelerator.communication_backend_name(), timeout=timeout)
@@ -141,11 +141,6 @@ def seed_everything(seed: int, *, rank: int) -> None:
     random.seed(derive_seed(seed, "python", rank))
     np.random.seed(derive_seed(seed, "numpy", rank) % 2**32)
     torch.manual_seed(derive_seed(seed, "torch", rank))
-
-
-def threads_per_rank(local_size: int) -> int:
-    """Physical cores that this process may use, shared among the ranks of its node; at least 1."""
-    return max(1, usable_cores() // local_size)
 
 
 def keep_freed_memory() -> None:
