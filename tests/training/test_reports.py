@@ -1,9 +1,18 @@
-"""The table of an evaluation: each task's own metric, and odsF beside the cross-entropy of edges where there is one."""
+"""What a run says of itself: the table of an evaluation, and the load of experts whatever the gating mode is called."""
+
+import subprocess
+import sys
 
 import pytest
+import torch
 
+from ase_dist.moe import MoEFFN
+from ase_dist.moe.gating import Gates, dense
+from ase_dist.registries import GATINGS
 from ase_dist.tasks import PASCAL_TASKS
-from ase_dist.training.record.reports import result_table
+from ase_dist.training.process.runtime import World
+from ase_dist.training.record.reports import MicroStep, SpanStatistics, result_table
+from tests.moe.conftest import FFN
 
 pytestmark = pytest.mark.single_gpu
 TASKS = (PASCAL_TASKS["semseg"], PASCAL_TASKS["edge"])
@@ -28,3 +37,36 @@ def test_ods_has_a_row_of_its_own_without_a_trivial_value():
 def test_the_first_evaluation_may_have_been_without_it():
     first = {"semseg": {"miou": 8.0}, "edge": {"bce": 0.06}}
     assert [row[4] for row in rows(first)] == ["8", "0.06", "-"]
+
+
+def half(logits_TN, *, k, num_shared):
+    """A mode that ignores k: the first half of the routed experts and all shared ones are active."""
+    active_TN = torch.ones_like(logits_TN, dtype=torch.bool)
+    active_TN[..., 2:4] = False
+    return Gates(logits_TN.sigmoid() * active_TN, active_TN, logits_TN.softmax(dim=-1))
+
+
+@pytest.mark.parametrize(
+    ("mode", "load"), [(dense, [1.0] * 6), (half, [1.0, 1.0, 0.0, 0.0, 1.0, 1.0])], ids=["dense", "half"]
+)
+def test_the_load_of_a_mode_of_ones_own_is_the_share_of_tokens(mode, load, monkeypatch):
+    """An expert that is active for every token has load 1, under k=1 and under a name that says nothing."""
+    monkeypatch.setitem(GATINGS, "of_ones_own", mode)
+    layer = MoEFFN(FFN(8, 16), num_experts=6, k=1, num_shared=2, rank=2, num_tasks=2, gating="of_ones_own")
+    output = layer(torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)))
+    world = World(0, 1, 0, 1, torch.device("cpu"), native_bf16=False)
+    span = SpanStatistics(TASKS, world, layers=[layer])
+    losses = {task.name: torch.tensor(1.0) for task in TASKS}
+    counts, gates = output.expert_counts[None], output.mean_gates[None]
+    for _ in range(3):
+        span.add(MicroStep(losses, torch.tensor(2.0), torch.tensor(0.0), counts, gates, ["a.jpg"]))
+    span.seconds = 1.0
+    values = span.take()
+    assert torch.equal(values["expert_load"], torch.tensor([[load, load]]))
+    torch.testing.assert_close(values["shared_gate"], output.mean_gates[None, :, 4:].sum(dim=-1))
+
+
+def test_the_trainer_is_imported_without_matplotlib():
+    program = "import ase_dist.training.loop.run, sys; assert 'matplotlib' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -19,8 +19,7 @@ from ase_dist.data.loader import EvalLoader, TrainLoader
 from ase_dist.evaluation.constant import ConstantPredictor
 from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.models import ModelOutput
-from ase_dist.moe.router import TaskRouter
-from ase_dist.pictures.grid import prediction_grid, save_png
+from ase_dist.moe import MoEFFN
 from ase_dist.tasks import Task
 from ase_dist.training.loop import losses
 from ase_dist.training.loop.conflict import forward_outside_engine, gradient_conflict
@@ -68,9 +67,10 @@ class Trainer:
         self.guard = guards.FiniteGuard(policy=settings.guard.non_finite, max_skips=settings.guard.max_skips)
         self.stop = guards.StopFlag()
         self.watchdog = guards.Watchdog(folder.path, timeout=settings.guard.timeout)
-        self.span = SpanStatistics(tasks, world, moe=settings.model.moe)
+        layers = [module for module in engine.module.modules() if isinstance(module, MoEFFN)]
+        self.span = SpanStatistics(tasks, world, layers=layers)
         self.stopping = False  # agreed upon by all ranks
-        self._routers = [module for module in engine.module.modules() if isinstance(module, TaskRouter)]
+        self._routers = [layer.router for layer in layers]
 
     def train(self) -> guards.ExitCode:
         """Run until the last step or until a rank is asked to stop."""
@@ -265,6 +265,8 @@ class Trainer:
         LOGGER.info("\n%s", result_table(title, self.tasks, results, history.trivial, history.first))
         self._monitor([(f"eval/{t.name}/{t.metric}", results[t.name][t.metric], step) for t in self.tasks])
         if gallery.images:
+            from ase_dist.pictures.grid import prediction_grid, save_png  # matplotlib would delay the start
+
             grid = prediction_grid(torch.stack(gallery.images), gallery.labels, gallery.predictions, self.tasks)
             save_png(grid, self.folder.prediction(step))
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ase_dist import collectives
-from ase_dist.config import MoESettings
 from ase_dist.evaluation.scores import headline, score_of
+from ase_dist.moe import MoEFFN
 from ase_dist.tables import Table
 from ase_dist.tasks import Task
 from ase_dist.training.loop.components import RunComponents
@@ -82,16 +82,18 @@ class MicroStep(NamedTuple):
 class SpanStatistics:
     """Adds up what happens between two lines of the log, on the device; read once, at the end of the span.
 
-    ``seconds`` is for the loop to add the time of its steps to, so that evaluations do not count.
+    ``layers`` are the model's layers with experts, all alike: of each token as many experts are active as their gating
+    mode makes active. ``seconds`` is for the loop to add the time of its steps to, so that evaluations do not count.
     """
 
     _sums: Tensor | None
     _load: Tensor | None
     _gates: Tensor | None
 
-    def __init__(self, tasks: Sequence[Task], world: World, *, moe: MoESettings) -> None:
-        self.tasks, self.world, self.num_shared = tasks, world, moe.num_shared
-        self.active = moe.num_experts if moe.gating == "dense" else moe.k + moe.num_shared
+    def __init__(self, tasks: Sequence[Task], world: World, *, layers: Sequence[MoEFFN]) -> None:
+        self.tasks, self.world = tasks, world
+        self.num_shared = layers[0].num_shared if layers else 0
+        self.active = layers[0].k + self.num_shared if layers else 0
         self._clear()
 
     def add(self, micro: MicroStep) -> None:
