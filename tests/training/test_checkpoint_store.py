@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ase_dist.training.state.checkpoint import CheckpointStore, SaveError, catalog, files, shards
+from ase_dist.training.state.checkpoint import CheckpointStore, SaveError, catalog, files, open_checkpoint, shards
 from tests.training.conftest import META, entries, flip_byte, groups, loads, save, truncate
 
 pytestmark = pytest.mark.single_gpu
@@ -112,6 +112,25 @@ def test_the_newest_and_the_best_are_kept(store):
     store.mark_best(40)
     save(store, 50)
     assert entries(store) == ["best", "latest", "step_40", "step_50"]
+
+
+def test_the_meta_of_a_checkpoint_changes_without_its_tensors_or_its_place(store):
+    save(store, 10, 20)
+    files = {path: path.stat().st_ino for path in store.folder.glob("step_10/*.safetensors")}
+    store.update_meta(10, {"best": 0.75, "new": [1]})
+    with open_checkpoint(store.folder / "step_10") as found:
+        assert dict(found.meta) == {**META, "best": 0.75, "new": [1]}
+    assert {path: path.stat().st_ino for path in files} == files and loads(store) == 20
+
+
+def test_a_change_of_meta_that_fails_leaves_the_checkpoint_as_it_was(store):
+    save(store, 10)
+    before = (store.folder / "step_10" / "manifest.json").read_bytes()
+    for step, changes, words in ((10, {"x": float("nan")}, "not plain JSON"), (30, {"x": 1}, "missing")):
+        with pytest.raises(SaveError, match=rf"the checkpoint of step {step} was not updated: .*{words}.*as it was"):
+            store.update_meta(step, changes)
+    assert (store.folder / "step_10" / "manifest.json").read_bytes() == before
+    assert entries(store) == ["latest", "step_10"]
 
 
 def test_only_what_is_saved_can_be_best(store):

@@ -15,6 +15,7 @@ from ase_dist.models.multitask import MultiTaskViT
 from ase_dist.training.loop import trainer
 from ase_dist.training.process import guards
 from ase_dist.training.process.guards import ExitCode
+from ase_dist.training.state.checkpoint import CheckpointStore
 from ase_dist.training.state.run_state import RunState
 from tests.training.conftest import start_world
 from tests.training.tiny_runs import (
@@ -25,6 +26,7 @@ from tests.training.tiny_runs import (
     not_finite,
     said,
     same_bits,
+    saved_meta,
     tiny_run,
     trained,
 )
@@ -129,18 +131,29 @@ def evaluation_fails(rank, folder):
     broken = mock.patch.object(trainer, "evaluate", side_effect=RuntimeError("no memory left"))
     with broken:
         sentence = said(scenes, folder / "failed", *once)
-    left = trained(folder / "failed", 6)
+    left = checkpoint(folder / "failed", 6)
     tiny_run(scenes, folder / "failed", *once)
-    tiny_run(scenes, folder / "whole", *once)
-    return sentence, same_bits(left, trained(folder / "failed", 6))
+    saved, save = [], CheckpointStore.save
+
+    def counted(store, step, *arguments, **options):
+        saved.append(step)
+        return save(store, step, *arguments, **options)
+
+    with mock.patch.object(CheckpointStore, "save", counted):
+        tiny_run(scenes, folder / "whole", "checkpoint.every=2", "eval.every=3", "eval.pictures=0")
+    return sentence, same_bits(left, checkpoint(folder / "failed", 6)), saved
 
 
 @pytest.mark.single_gpu
-def test_an_evaluation_that_fails_costs_no_step(scenes, tmp_path):
-    [(sentence, differing)] = end(start(evaluation_fails, scenes, tmp_path, size=1), codes=[0])
+def test_an_evaluation_that_fails_costs_no_step_and_no_step_is_written_twice(scenes, tmp_path):
+    [(sentence, differing, saved)] = end(start(evaluation_fails, scenes, tmp_path, size=1), codes=[0])
     assert sentence == "RuntimeError: no memory left" and differing == []
     assert [*metric_lines(tmp_path / "failed", "eval")] == [6]
-    assert metric_lines(tmp_path / "failed", "eval") == metric_lines(tmp_path / "whole", "eval")
+    assert metric_lines(tmp_path / "failed", "eval")[6] == metric_lines(tmp_path / "whole", "eval")[6]
+    assert saved == [2, 3, 4, 6], "3 is the best so far; 6 is saved before its evaluation, which joins it"
+    for name in ("failed", "whole"):
+        history = saved_meta(tmp_path / name, 6)["history"]
+        assert history["evaluated_at"] == 6 and history["latest"].keys() == history["trivial"].keys()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class Trainer:
             self._evaluate_and_save()
 
     def _evaluate_and_save(self) -> None:
-        """What is due. Saved before, too, so that nothing that befalls an evaluation costs a step."""
+        """What is due. Save first, so that a failing evaluation loses nothing; its results are added afterwards."""
         self._maybe_save()
         self._maybe_evaluate()
         self._maybe_save()
@@ -246,8 +246,7 @@ class Trainer:
         if evaluation is None:
             return
         history.trivial = history.trivial or evaluation.trivial
-        history.add(step, evaluation.results, self.tasks)
-        self.state.is_saved = False
+        self.state.add_results(evaluation.results, self.tasks)
         self._report_evaluation(gallery)
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -24,9 +24,11 @@ from ase_dist.data.loader import TrainLoader
 from ase_dist.errors import UserError
 from ase_dist.models.names_of_trained import Entry, trained_entries
 from ase_dist.moe import deepspeed_compat
+from ase_dist.tasks import Task
+from ase_dist.training.loop.evaluate import Results
 from ase_dist.training.process.runtime import World
 from ase_dist.training.state.checkpoint import Checkpoint, CheckpointStore
-from ase_dist.training.state.history import History
+from ase_dist.training.state.history import NEVER, History
 
 LOGGER = logging.getLogger("ase_dist")
 KINDS = ("weight", *deepspeed_compat.MOMENTS)
@@ -36,7 +38,7 @@ class RunState:
     """Saves and restores a run through ``store``.
 
     ``step`` is the number of optimiser steps done, ``history`` what they brought, ``is_saved`` whether a checkpoint
-    holds just that.
+    holds both.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class RunState:
         self.settings, self.world, self.store = settings, world, store
         self.zero_stage, self.backbone = zero_stage, dict(backbone)
         self.step, self.history, self.is_saved = 0, History(), False
+        self._saved_step = NEVER  # whose weights and random states are on disk, if not its latest history
 
     def advance(self, *, images: int) -> None:
         """One more step is done, over ``images`` on all ranks."""
@@ -52,8 +55,21 @@ class RunState:
         self.history.images += images
         self.is_saved = False
 
+    def add_results(self, results: Results, tasks: Sequence[Task]) -> None:
+        """This step was evaluated."""
+        self.history.add(self.step, results, tasks)
+        self.is_saved = False
+
     def save(self, engine: Any, loader: TrainLoader) -> None:
-        """Write a checkpoint of this step (collective). Raises SaveError; the checkpoints before it stay."""
+        """Write a checkpoint of this step (collective). Raises SaveError; the checkpoints before it stay.
+
+        Of a step that was evaluated after it was saved only the history is written again, into its manifest.
+        """
+        if self._saved_step == self.step:
+            self.store.update_meta(self.step, {"history": self.history.to_meta()})
+            self._mark_best()
+            self.is_saved = True
+            return
         meta = {
             "settings_hash": settings_hash(self.settings),
             "settings": self.settings.model_dump(mode="json"),
@@ -67,7 +83,7 @@ class RunState:
         }
         path = self.store.save(self.step, self._shards(engine), meta=meta)
         self._mark_best()
-        self.is_saved = True
+        self._saved_step, self.is_saved = self.step, True
         LOGGER.info("saved step %d to %s", self.step, path)
 
     def resume(self, engine: Any, loader: TrainLoader) -> bool:
@@ -145,6 +161,7 @@ class RunState:
         loader.load_state_dict(meta["sampler"])
         deepspeed_compat.restore_counters(engine, meta["engine"], last_epoch=meta["schedule"]["last_epoch"])
         self.step, self.history, self.is_saved = checkpoint.step, History.from_meta(meta["history"]), True
+        self._saved_step = self.step
         if meta["topology"]["world"] == self.world.size:
             _restore_random_state({n: checkpoint.tensor(n) for n in _random_names(self.world.rank)})
 

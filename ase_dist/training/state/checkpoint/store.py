@@ -35,7 +35,7 @@ from ase_dist.training.state.checkpoint.files import (
     sweep,
     wait_until,
 )
-from ase_dist.training.state.checkpoint.manifest import MANIFEST, FileEntry, json_digest, make_manifest
+from ase_dist.training.state.checkpoint.manifest import MANIFEST, FileEntry, json_digest, make_manifest, read_manifest
 from ase_dist.training.state.checkpoint.reader import Checkpoint, open_checkpoint
 from ase_dist.training.state.checkpoint.shards import Shard, Written, all_arrived, merge, write_shards
 from ase_dist.training.state.checkpoint.verify import verify
@@ -94,6 +94,31 @@ class CheckpointStore:
             ) from None
         self._damaged.discard(checkpoint_name(step))
         return self.folder / checkpoint_name(step)
+
+    def update_meta(self, step: int, changes: Mapping[str, JsonValue]) -> None:
+        """Replace these values of the meta of ``step_N`` by one write of its manifest; its tensors stay as they are.
+
+        Raises SaveError on all ranks if it fails; then the checkpoint is as it was.
+        """
+        path = self.folder / checkpoint_name(step)
+
+        def rewrite_manifest() -> None:
+            old = read_manifest(path)
+            new = make_manifest(
+                step=step,
+                sequence=old.sequence,
+                world_size=old.world_size,
+                versions=old.versions,
+                files=old.files,
+                meta={**old.meta, **changes},
+            )
+            write_atomic(path / MANIFEST, new.to_bytes())
+
+        try:
+            _check_same(step, changes)
+            on_rank_zero(rewrite_manifest)
+        except RankError as error:
+            raise SaveError(f"the checkpoint of step {step} was not updated: {error}; it is as it was") from None
 
     def holds(self, step: int) -> bool:
         """Whether there is a checkpoint of this step; it may be damaged."""
