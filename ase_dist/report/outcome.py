@@ -1,4 +1,4 @@
-"""How a run ended, or that it has not: one word and one sentence, from its summary and what its ranks left behind."""
+"""How a run ended, or that it has not: one word and one sentence, from its records and what its ranks left behind."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 from ase_dist.report import text
 from ase_dist.report.ranks import RankReport
+from ase_dist.report.records import Records
 
 GOOD, OPEN, BAD = "good", "open", "bad"
+LONGEST_REASON = 600  # characters
 
 
 @dataclass(frozen=True)
@@ -21,60 +23,55 @@ class Outcome:
     sentence: str
 
 
-def outcome(summary: Mapping[str, Any], ranks: Sequence[RankReport], *, last_step: int, total: int | None) -> Outcome:
-    """``summary`` is that of summary.json, {} where there is none; ``last_step`` the last with a record, or -1."""
-    reached = f"step {max(last_step, 0):,}" + (f" of {total:,}" if total else "")
-    for report in ranks:
-        if report.ended == "silent":
-            sentence = f"Rank {report.rank} made no progress and ended itself; the last record is of {reached}."
-            return Outcome("ended itself", BAD, sentence)
-    killed = [report for report in ranks if report.ended == "killed"]
+def outcome(records: Records, summary: Mapping[str, Any], ranks: Sequence[RankReport], *, total: int | None) -> Outcome:
+    """``summary`` is that of summary.json, {} where there is none, and stands in for an end that was not recorded.
+
+    That is so in runs of version 0.1, which recorded no ends; there a summary of an earlier start is passed over.
+    """
+    reached = f"step {max(records.last_step, 0):,}" + (f" of {total:,}" if total else "")
+    last = f"the last record is of {reached}."
+    silent, killed, failed = ([r for r in ranks if r.ended == word] for word in ("silent", "killed", "failed"))
+    if silent:
+        return Outcome("ended itself", BAD, f"{_whom(silent)} made no progress, so the run ended itself; {last}")
     if killed:
-        return Outcome(
-            "killed",
-            BAD,
-            f"{_whom(killed)} left without a word, so the run was killed or its machine went "
-            f"down; the last record is of {reached}.",
-        )
+        why = "left without a word, so the run was killed or its machine went down"
+        return Outcome("killed", BAD, f"{_whom(killed)} {why}; {last}")
     if any(report.ended == "running" for report in ranks):
-        return Outcome(
-            "running", OPEN, f"The run was at work when this page was made; the last record is of {reached}."
-        )
-    if summary and _is_current(summary, last_step):
-        return _from_summary(str(summary.get("exit", "unknown")), reached)
-    failed = [report for report in ranks if report.ended == "failed"]
+        return Outcome("running", OPEN, f"The run was at work when this page was made; {last}")
+    exit, step = records.exit, summary.get("step")
+    if not records.has_ends and isinstance(step, int) and step >= records.last_step:
+        exit = str(summary.get("exit", "unknown"))
+    if exit:
+        return _ended(exit, records.why, reached, last)
     if failed:
-        return Outcome(
-            "failed", BAD, f"{_whom(failed)} ended with an error, see below; the last record is of {reached}."
-        )
-    return Outcome(
-        "no summary",
-        BAD,
-        "The run wrote no summary: it ended by an error that its logs do not hold, or it "
-        f"was not even begun; the last record is of {reached}.",
-    )
+        return Outcome("failed", BAD, f"{_whom(failed)} ended with an error, see below; {last}")
+    sentence = "The run recorded no end: it was killed as it began or as it ended, or it was not even begun"
+    return Outcome("no end", BAD, f"{sentence}; {last}")
 
 
 def settle_ranks(ranks: Sequence[RankReport], result: Outcome) -> None:
-    """A rank whose log says nothing of its end ended as the run did, where that went well."""
+    """Where a run went well, so did every rank that left no sign of life behind."""
     for report in ranks:
-        if report.ended == "unknown" and result.tone == GOOD:
+        if report.ended in ("unknown", "failed") and result.tone == GOOD:
             report.ended = result.word
 
 
-def _from_summary(word: str, reached: str) -> Outcome:
-    if word == "done":
+def _ended(exit: str, why: str, reached: str, last: str) -> Outcome:
+    """By the name of the exit code, see ``ExitCode``."""
+    reason = f": {why[:LONGEST_REASON].rstrip('.')}" if why else ""
+    if exit == "done":
         return Outcome("done", GOOD, "The run took its last step, evaluated and saved.")
-    if word == "stopped":
+    if exit == "stopped":
         sentence = f"A signal stopped the run after {reached}, with a checkpoint; the same command goes on from there."
         return Outcome("stopped", OPEN, sentence)
-    return Outcome(word[:40], BAD, f"The summary says {word[:40]!r}; the last record is of {reached}.")
-
-
-def _is_current(summary: Mapping[str, Any], last_step: int) -> bool:
-    """Whether the summary is of the last start: an older one knows nothing of later steps."""
-    step = summary.get("step")
-    return isinstance(step, int) and step >= last_step
+    words = {
+        "silent": ("ended itself", "The run made no progress"),
+        "non_finite": ("not finite", "A loss or a gradient was not finite"),
+        "not_saved": ("not saved", "A checkpoint could not be saved"),
+        "failed": ("failed", "The run ended with an error"),
+    }
+    word, sentence = words.get(exit, (exit[:40], f"The run ended as {exit[:40]!r}"))
+    return Outcome(word, BAD, f"{sentence}{reason}; {last}")
 
 
 def _whom(reports: Sequence[RankReport]) -> str:

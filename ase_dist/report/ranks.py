@@ -1,22 +1,24 @@
-"""What each rank did, from its log and its last sign of life: how far it came, what it warned of, how it ended."""
+"""What each rank did, from its log, its last sign of life and the records of starts and ends.
+
+Of a log only the prefix of its lines is read, see ``ase_dist.training.record.logs``; messages are shown as they are.
+"""
 
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ase_dist.report.records import Records
+from ase_dist.training.record.logs import parse_line
 from ase_dist.training.record.run_folder import RunFolder
 
-LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ \[rank \d+\] ([A-Z]+) (.*)")
-PROGRESS = re.compile(r"train (\d+)/\d+ ")
-SILENT = re.compile(r"rank \d+ on .* has made no progress for ")  # of ``guards.Watchdog``
-STOPPED = "stopped by a signal"
-START_TABLE = "run"  # the line after an empty one with which every start begins, see ``reports.start_tables``
+ERRORS = ("ERROR", "CRITICAL")
+# exits that all ranks of a run share; where it failed or was silent only the ranks themselves know which of them did
+SHARED_ENDS = {"done": "done", "stopped": "stopped", "non_finite": "not finite", "not_saved": "not saved"}
 TAIL = 2_000_000  # bytes of a log that are read, its end
 FRESH = 60.0  # seconds for which a sign of life stands for a rank that is still at work
 MOST_NOTICES = 20  # that are shown of a rank, the newest
@@ -36,19 +38,18 @@ class Notice:
 class RankReport:
     """One rank over all starts of the run; ``ended`` is about the last of them.
 
-    ``steps`` is the last step that its log reports, ``doing`` what it did last where it left a sign of life behind.
+    ``doing`` is what it did last where it left a sign of life behind.
     """
 
     rank: int
     starts: int = 0
     first: str = ""
     last: str = ""
-    steps: int | None = None
     notices: list[Notice] = field(default_factory=list)
     host: str = ""
     doing: str = ""
     is_cut: bool = False
-    ended: str = "unknown"  # done | stopped | running | killed | silent | failed | unknown
+    ended: str = "unknown"  # one of SHARED_ENDS' words, running, killed, silent, failed or unknown
 
     def count(self, *levels: str) -> int:
         """How many notices are of these levels."""
@@ -62,7 +63,7 @@ class RankReport:
     @property
     def errors(self) -> int:
         """Errors over all starts."""
-        return self.count("ERROR", "CRITICAL")
+        return self.count(*ERRORS)
 
     @property
     def shown(self) -> list[Notice]:
@@ -70,22 +71,28 @@ class RankReport:
         return self.notices[-MOST_NOTICES:]
 
 
-def read_ranks(run: RunFolder, *, now: float | None = None) -> list[RankReport]:
+def read_ranks(run: RunFolder, records: Records, *, now: float | None = None) -> list[RankReport]:
     """Every rank that left a log or a sign of life behind, in order; ``now`` in seconds since 1970."""
     now = time.time() if now is None else now
-    return [_read_rank(run, rank, now) for rank in run.ranks()]
+    return [_read_rank(run, records, rank, now) for rank in run.ranks()]
 
 
-def _read_rank(run: RunFolder, rank: int, now: float) -> RankReport:
-    report = RankReport(rank)
+def _read_rank(run: RunFolder, records: Records, rank: int, now: float) -> RankReport:
+    report = RankReport(rank, starts=sum(rank < world for world in records.worlds))
     lines, report.is_cut = _tail(run.rank_log(rank))
     _read_lines(report, lines)
     beat = run.beat(rank)
-    if beat.is_file():
+    if beat.is_file() and rank < (records.worlds or [rank + 1])[-1]:  # else it is of an earlier start with more ranks
         state = _state(beat)
         report.host, report.doing = str(state.get("host", "")), str(state.get("doing", ""))
-        if report.ended != "silent":
-            report.ended = "running" if now - beat.stat().st_mtime < FRESH else "killed"
+        is_fresh = now - beat.stat().st_mtime < FRESH
+        report.ended = "silent" if state.get("ended") == "silent" else "running" if is_fresh else "killed"
+    elif records.exit in SHARED_ENDS:
+        report.ended = SHARED_ENDS[records.exit]
+    elif (rank == 0 and records.exit == "failed") or any(  # it is rank 0 that records ends
+        notice.level in ERRORS and notice.time >= records.started for notice in report.notices
+    ):
+        report.ended = "failed"
     return report
 
 
@@ -101,43 +108,20 @@ def _tail(path: Path) -> tuple[list[str], bool]:
 
 
 def _read_lines(report: RankReport, lines: Iterable[str]) -> None:
-    """Messages with the lines that follow them; every start begins anew what is known of the end."""
-    is_notice = opens_table = False
+    """Times of the first and the last message, and the notices with the lines that follow them."""
+    is_notice = False
     for line in lines:
-        match = LINE.fullmatch(line)
-        if SILENT.match(line):
-            report.ended, is_notice = "silent", True
-            report.notices.append(Notice(report.last, "ERROR", line[:NOTICE_LENGTH]))
-        elif match is None:
-            if opens_table and line == START_TABLE:
-                report.starts, report.ended = report.starts + 1, "unknown"
-            elif is_notice:
-                _append(report, line)
-        else:
-            is_notice = _read_message(report, *match.groups())
-        opens_table = match is not None and not match[3]
-
-
-def _read_message(report: RankReport, when: str, level: str, text: str) -> bool:
-    """Take in one message; whether it is a notice."""
-    report.first, report.last = report.first or when, when
-    if progress := PROGRESS.match(text):
-        report.steps = int(progress[1])
-    elif text.startswith(STOPPED):
-        report.ended = "stopped"
-    if level == "INFO":
-        return False
-    if level in ("ERROR", "CRITICAL"):
-        report.ended = "failed"
-    report.notices.append(Notice(when, level, text[:NOTICE_LENGTH]))
-    return True
-
-
-def _append(report: RankReport, line: str) -> None:
-    """A line of a traceback to the last notice, within reason."""
-    notice = report.notices[-1]
-    if len(notice.text) < NOTICE_LENGTH * 4:
-        report.notices[-1] = Notice(notice.time, notice.level, f"{notice.text}\n{line[:NOTICE_LENGTH]}")
+        found = parse_line(line)
+        if found is not None:
+            report.first, report.last = report.first or found.time, found.time
+            is_notice = found.level not in ("DEBUG", "INFO")
+            if is_notice:
+                report.notices.append(Notice(found.time, found.level, found.message[:NOTICE_LENGTH]))
+        elif is_notice:
+            notice = report.notices[-1]
+            if len(notice.text) < NOTICE_LENGTH * 4:
+                text = f"{notice.text}\n{line[:NOTICE_LENGTH]}"
+                report.notices[-1] = Notice(notice.time, notice.level, text)
 
 
 def _state(beat: Path) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ase_dist.tasks import find_task
+from ase_dist.training.record.metrics import STARTS_AND_ENDS
 
 Array = NDArray[np.float64]
 
@@ -66,11 +67,20 @@ class Series:
 
 
 class Records:
-    """The records of one metrics.jsonl by kind, and what its newest "run" line says."""
+    """The records of one metrics.jsonl by kind, what its newest "run" line says, and how that start ended.
+
+    ``worlds`` are the numbers of ranks of the starts; ``started`` is the time of the last one, ``exit`` and ``why`` its
+    end, empty where none is recorded. ``has_ends`` is false of a run of version 0.1, which recorded no ends.
+    """
 
     def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
         self._records = records
-        run: Mapping[str, Any] = next((record for record in reversed(records) if record["kind"] == "run"), {})
+        last = max((i for i, record in enumerate(records) if record["kind"] == "run"), default=len(records))
+        run: Mapping[str, Any] = records[last] if records[last:] else {}
+        end: Mapping[str, Any] = next((record for record in reversed(records[last:]) if record["kind"] == "end"), {})
+        self.worlds = [r["world"] for r in self.of_kind("run") if isinstance(r.get("world"), int)]
+        self.has_ends, self.started = "attempt" in run, str(run.get("time", ""))
+        self.exit, self.why = str(end.get("exit", "")), str(end.get("why", ""))
         self.data = str(run.get("data", ""))
         self.tasks = _names(run.get("tasks"))
         self.shared = sorted(value for value in _list(run.get("shared_experts")) if isinstance(value, int))
@@ -81,8 +91,8 @@ class Records:
 
     @property
     def last_step(self) -> int:
-        """The last step that any record is about; -1 where there is none."""
-        return max((int(record["step"]) for record in self._records), default=-1)
+        """The last step that any number is about; -1 where there is none."""
+        return max((int(r["step"]) for r in self._records if r["kind"] not in STARTS_AND_ENDS), default=-1)
 
     def series(self, kind: str, *keys: str) -> Series:
         """The numbers at the path ``keys`` of the records that have something there."""

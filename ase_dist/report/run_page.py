@@ -28,9 +28,9 @@ def run_content(run: RunFolder) -> dict[str, Any]:
     summary, environment = reader.json(run.summary), reader.json(run.environment)
     settings = reader.parsed(run.config, read_settings) or {}
     records = _records(reader.metrics(run.metrics), summary)
-    ranks = read_ranks(run)
+    ranks = read_ranks(run, records)
     total = _total_steps(summary, settings)
-    result = outcome(summary, ranks, last_step=records.last_step, total=total)
+    result = outcome(records, summary, ranks, total=total)
     settle_ranks(ranks, result)
     rows = result_rows(records)
     return {
@@ -177,15 +177,19 @@ def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _ranks(ranks: list[RankReport], records: Records, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The table of ranks, those with something to say first where there are too many, and the images of each."""
+    """The table of ranks, those with something to say first where there are too many, and notes on it."""
     train = branch(settings, "train")
     batch, accumulation = train.get("batch_size"), train.get("gradient_accumulation_steps")
     per_step = batch * accumulation if isinstance(batch, int) and isinstance(accumulation, int) else None
+    step = max(records.last_step, 0)
+    images = f"Each rank trained on {step * per_step:,} images up to step {step:,}." if per_step else ""
     notable = sorted(ranks, key=lambda r: (not r.errors, not r.warnings, r.ended == "done", r.rank))[:MOST_RANKS]
     left_out = len(ranks) - len(notable)
     return {
         "ranks": sorted(notable, key=lambda report: report.rank),
-        "ranks_left_out": f"{plural(left_out, 'more rank')} with nothing to report." if left_out else "",
-        "images_per_step": per_step,
-        "last_step": max(records.last_step, 0),
+        "rank_notes": [
+            *([images] if images else []),
+            "Waiting times are not recorded.",
+            *([f"{plural(left_out, 'more rank')} with nothing to report."] if left_out else []),
+        ],
     }

@@ -1,15 +1,19 @@
 """A page of what training and studies leave today, not of what the other tests make up."""
 
 import json
+import os
+import platform
+from unittest import mock
 
 import pytest
 
 from ase_dist.report.page import write_report
 from ase_dist.study.run import run_study
 from ase_dist.study.runner import Slots
+from ase_dist.training.loop import trainer
 from tests.study.conftest import in_process, toy  # noqa: F401  (fixtures)
 from tests.training.conftest import scenes  # noqa: F401
-from tests.training.tiny_runs import tiny_run
+from tests.training.tiny_runs import said, tiny_run
 
 pytestmark = pytest.mark.single_gpu
 
@@ -38,11 +42,27 @@ def test_a_run_shows_in_every_section(scenes, folder, read_page):  # noqa: F811
     assert len(page.rows(page.root.one("table", class_="results"))) == 1 + 5 + 1
     assert not page.root.all("aside")
     ranks = page.rows(page.root.one("section", id="ranks").all("table")[0])
-    assert ranks[1][:5] == ["Rank 0", "done", "6", "24", "1"]
+    assert ranks[1][:3] == ["Rank 0", "done", "1"]
     frames = json.loads(page.root.one("script", id="heat-data").raw)
     assert [label.split(",")[0] for label in frames["labels"]] == [f"step {step}" for step in range(1, 7)]
     assert len(page.root.one("section", id="predictions").all("img")) == 3
     assert page.root.one("section", id="files").one("h3").text == "Checkpoints"
+
+
+def test_a_failed_run_is_told_with_its_reason_and_forgiven_when_it_goes_on(scenes, folder, read_page):  # noqa: F811
+    def head():
+        return read_page(write_report(folder)).root.one("p", class_="state").text
+
+    with mock.patch.object(trainer, "evaluate", side_effect=RuntimeError("no memory left")):
+        sentence = said(scenes, folder)
+    assert sentence == "RuntimeError: no memory left"
+    failed, reason = "failed The run ended with an error: RuntimeError: no memory left;", "the last record is of step 6"
+    assert head().startswith(failed) and reason in head()
+    assert tiny_run(scenes, folder) == 0 and head().startswith("done ")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [(line["kind"], line.get("attempt"), line.get("exit")) for line in lines if line["kind"] in ("run", "end")]
+    assert kept == [("run", 1, None), ("end", None, "failed"), ("run", 2, None), ("end", None, "done")]
+    assert lines[0]["ranks"] == [{"host": platform.node(), "pid": os.getpid()}]
 
 
 def test_a_study_shows_its_variants_and_what_is_missing(toy, in_process, tmp_path, read_page):  # noqa: F811

@@ -1,6 +1,7 @@
 """Signals only set a flag, non-finite steps are told and counted, silence ends a process that says where it stood."""
 
 import inspect
+import json
 import math
 import os
 import re
@@ -13,6 +14,7 @@ import torch
 
 from ase_dist.collectives import barrier
 from ase_dist.training.process.guards import ExitCode, FiniteGuard, NonFiniteError, StopFlag, Watchdog, all_finite, vote
+from ase_dist.training.record.logs import parse_line
 from ase_dist.training.state.checkpoint import CheckpointStore
 from tests.training.conftest import META, groups, loads, start_world
 
@@ -213,7 +215,7 @@ def beats_in_time(rank, folder):
 
 
 def sleeps_past_the_limit(rank, folder):
-    with Watchdog(folder, timeout=0.5) as watchdog:
+    with Watchdog(folder, timeout=0.5, on_silence=(folder / "said").write_text) as watchdog:
         watchdog.beat("backward of step 12")
         time.sleep(60)
 
@@ -292,6 +294,9 @@ def test_silence_ends_the_process_and_says_where(worlds):
     assert codes == [ExitCode.SILENT]
     assert re.search(r"rank 0 on \S+ has made no progress .* the last thing it began was 'backward of step 12'", log)
     assert "in sleeps_past_the_limit" in log, "the stack of the main thread"
+    assert parse_line(log.splitlines()[0]).level == "CRITICAL"
+    assert json.loads((folder / "rank_0.beat").read_text())["ended"] == "silent"
+    assert "made no progress" in (folder / "said").read_text()
 
 
 @pytest.mark.single_gpu

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +97,34 @@ def test_truncation_drops_later_steps_and_writing_goes_on(tmp_path: Path) -> Non
     recorder.close()
     assert steps_of(recorder.path) == [0, 1, 2, 3, 4]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_starts_and_ends_are_kept_whatever_step_a_resumed_run_goes_back_to(tmp_path: Path) -> None:
+    for step, exit_word in ((0, "failed"), (4, "stopped")):
+        recorder = Recorder(tmp_path / FILE, enabled=True)
+        recorder.truncate_after(step)
+        recorder.write_start(step=step, values={"world": 2})
+        recorder.write("train", step=step + 4, values={})
+        recorder.write_end(step=step + 4, exit=exit_word, why="a reason")
+        recorder.close()
+    recorder = Recorder(tmp_path / FILE, enabled=True)
+    recorder.truncate_after(2)
+    recorder.close()
+    found = [(r["kind"], r["step"], r.get("attempt"), r.get("exit")) for r in read_metrics(recorder.path)]
+    assert found == [("run", 0, 1, None), ("end", 4, None, "failed"), ("run", 4, 2, None), ("end", 8, None, "stopped")]
+
+
+def test_an_end_is_written_while_a_line_is_under_way_and_an_error_of_the_disk_is_no_new_one(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / FILE, enabled=True)
+    recorder.write("train", step=1, values={"loss": 1.0})
+    threading.Thread(target=lambda: recorder.write_end(step=1, exit="silent", why="stuck")).start()
+    recorder.write("train", step=2, values={"loss": 1.0})
+    while len(read_metrics(recorder.path)) < 3:
+        time.sleep(0.01)
+    assert sorted(record["kind"] for record in read_metrics(recorder.path)) == ["end", "train", "train"]
+    recorder.path.unlink()
+    recorder.path.mkdir()
+    recorder.write_end(step=2, exit="failed", why="cannot be written")
 
 
 def test_an_evaluation_that_the_checkpoint_does_not_know_is_dropped_too(tmp_path: Path) -> None:

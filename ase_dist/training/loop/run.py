@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import platform
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from rich.console import Console
 
+from ase_dist import collectives
 from ase_dist.config import MonitorSettings, Settings, to_yaml
 from ase_dist.data.loader import first_images
 from ase_dist.evaluation.constant import ConstantPredictor
@@ -19,19 +21,20 @@ from ase_dist.training.loop.components import RunComponents, build, raise_togeth
 from ase_dist.training.loop.evaluate import fit_constants
 from ase_dist.training.loop.trainer import Trainer, mean_label_counts, training_loss
 from ase_dist.training.process import runtime
-from ase_dist.training.process.guards import ExitCode
+from ase_dist.training.process.guards import ExitCode, NonFiniteError
 from ase_dist.training.process.runtime import World
-from ase_dist.training.record import environment
 from ase_dist.training.record.console import StepProgress, close_console, set_up_logging
+from ase_dist.training.record.environment import environment
 from ase_dist.training.record.logs import close_logs, open_logs
 from ase_dist.training.record.metrics import Recorder
 from ase_dist.training.record.reports import start_tables, summary
 from ase_dist.training.record.run_folder import RunFolder
-from ase_dist.training.state.checkpoint import CheckpointStore
+from ase_dist.training.state.checkpoint import CheckpointStore, SaveError
 from ase_dist.training.state.run_state import RunState
 
 LOGGER = logging.getLogger("ase_dist")
 TRIVIAL_IMAGES = 128  # training images that the trivial predictors are fitted on
+EXIT_CODES = {SaveError: ExitCode.NOT_SAVED, NonFiniteError: ExitCode.NON_FINITE}  # of what all ranks raise
 
 
 def run(settings: Settings, ds_config: Mapping[str, Any]) -> ExitCode:
@@ -66,83 +69,66 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
         closing.callback(close_console)
         require_same_start(settings, ds_config)
         config = resolve(settings, ds_config, world=world.size, native_bf16=world.native_bf16)
-        folder = _open_folder(config.settings, world)
+        folder = RunFolder(config.settings.output)
+        raise_together(folder.create)
+        raise_together(lambda: folder.refuse_used(resume=settings.resume) if world.is_first else None)
+        open_logs(folder, rank=world.rank)
         closing.callback(close_logs)
+
         components = build(config, world)
         closing.callback(components.close)
         store = CheckpointStore(folder.checkpoints, keep=config.settings.checkpoint.keep)
         state = RunState(config.settings, world, store, zero_stage=config.zero_stage, backbone=components.backbone)
         state.resume(components.engine, components.train_loader)
-        _write_surroundings(folder, components)
-        trainer = _trainer(components, state, folder, console)
-        closing.callback(trainer.recorder.close)
+        if world.is_first:
+            folder.write_config(to_yaml(config.settings))
+            folder.write_ds_config(config.deepspeed)
+            machine = {"device": str(world.device), "torch_threads": torch.get_num_threads()}
+            folder.write_environment({**environment(), "world_size": world.size, **machine})
+        recorder = Recorder(folder.metrics, enabled=world.is_first)
+        closing.callback(recorder.close)
+        start_record(recorder, components, state)
+
+        trainer = Trainer(
+            components,
+            state=state,
+            folder=folder,
+            recorder=recorder,
+            progress=StepProgress("train", total=components.total_steps, start=state.step, console=console),
+            constants={} if state.history.trivial else fit_trivial_predictors(components),
+        )
         LOGGER.info("\n%s", start_tables(components))
-        code = trainer.train()
-        _conclude(folder, components, state, code)
+        try:
+            code = trainer.train()
+            if world.is_first:
+                conclude(folder, components, state, code)
+        except Exception as error:
+            code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), ExitCode.FAILED)
+            why = f"{type(error).__name__}: {error}" if code is ExitCode.FAILED else str(error)
+            recorder.write_end(step=state.step, exit=code.name.lower(), why=why)
+            raise
+        recorder.write_end(step=state.step, exit=code.name.lower(), why="")
         return code
 
 
-def _open_folder(settings: Settings, world: World) -> RunFolder:
-    """The folder, once the first rank has seen that it may be used."""
-    folder = RunFolder(settings.output)
-    raise_together(folder.create)
-    raise_together(lambda: folder.refuse_used(resume=settings.resume) if world.is_first else None)
-    open_logs(folder, rank=world.rank)
-    return folder
-
-
-def _write_surroundings(folder: RunFolder, components: RunComponents) -> None:
-    """The first rank: the settings as they hold, DeepSpeed's JSON, the machine."""
-    if components.world.is_first:
-        folder.write_config(to_yaml(components.settings))
-        folder.write_ds_config(components.config.deepspeed)
-        folder.write_environment(
-            {
-                **environment.environment(),
-                "world_size": components.world.size,
-                "device": str(components.world.device),
-                "torch_threads": torch.get_num_threads(),
-            }
-        )
-
-
-def _trainer(components: RunComponents, state: RunState, folder: RunFolder, console: Console | None) -> Trainer:
-    return Trainer(
-        components.settings,
-        components.tasks,
-        components.world,
-        components.engine,
-        train_loader=components.train_loader,
-        eval_loader=components.eval_loader,
-        state=state,
-        folder=folder,
-        recorder=_recorder(components, state, folder),
-        progress=StepProgress("train", total=components.total_steps, start=state.step, console=console),
-        constants={} if state.history.trivial else _constants(components),
-        total_steps=components.total_steps,
-    )
-
-
-def _recorder(components: RunComponents, state: RunState, folder: RunFolder) -> Recorder:
-    """metrics.jsonl without the lines that will be written again, and a line that says what it is about."""
-    recorder = Recorder(folder.metrics, enabled=components.world.is_first)
+def start_record(recorder: Recorder, components: RunComponents, state: RunState) -> None:
+    """Take back the lines that will be written again, and say what the next ones are about (collective)."""
     start = state.step if state.is_saved else -1
     recorder.truncate_after(start, evaluated=state.history.evaluated_at == start)
-    moe = components.settings.model.moe
-    shared = list(range(moe.num_experts - moe.num_shared, moe.num_experts)) if moe.enabled else []
-    names = [task.name for task in components.tasks]
+    moe, world = components.settings.model.moe, components.world
+    processes = collectives.gather_objects({"host": platform.node(), "pid": os.getpid()})
     about = {
-        "tasks": names,
+        "tasks": [task.name for task in components.tasks],
         "data": components.settings.data.name,
-        "shared_experts": shared,
-        "world": components.world.size,
+        "shared_experts": list(range(moe.num_experts - moe.num_shared, moe.num_experts)) if moe.enabled else [],
+        "world": world.size,
+        "ranks": processes,
     }
-    recorder.write("run", step=state.step, values=about)
-    return recorder
+    recorder.write_start(step=state.step, values=about)
 
 
-def _constants(components: RunComponents) -> dict[str, ConstantPredictor]:
-    """The trivial predictors, fitted on the first training images, which all ranks share among them."""
+def fit_trivial_predictors(components: RunComponents) -> dict[str, ConstantPredictor]:
+    """The predictors that look at no image, fitted on the first training images, which all ranks share among them."""
     place = {"rank": components.world.rank, "world_size": components.world.size}
     loader = first_images(components.train_loader, components.settings, limit=TRIVIAL_IMAGES, **place)
     constants = fit_constants(loader, components.tasks, device=components.world.device)
@@ -150,15 +136,14 @@ def _constants(components: RunComponents) -> dict[str, ConstantPredictor]:
     return constants
 
 
-def _conclude(folder: RunFolder, components: RunComponents, state: RunState, code: ExitCode) -> None:
-    """The first rank: summary.json, and the plots unless whoever stopped the run is waiting."""
-    if components.world.is_first:
-        folder.write_summary(summary(components, state.history, step=state.step, code=code))
-        if code is ExitCode.DONE:
-            from ase_dist.training.record.plots import draw_all  # matplotlib would delay the start
+def conclude(folder: RunFolder, components: RunComponents, state: RunState, code: ExitCode) -> None:
+    """Write the summary, and draw the plots of a run that is done: whoever stopped one is waiting."""
+    folder.write_summary(summary(components, state.history, step=state.step, code=code))
+    if code is ExitCode.DONE:
+        from ase_dist.training.record.plots import draw_all  # matplotlib would delay the start
 
-            draw_all(folder)
-        LOGGER.info("the run's files are in %s", folder.path)
+        draw_all(folder)
+    LOGGER.info("the run's files are in %s", folder.path)
 
 
 def _take_one_step(components: RunComponents) -> None:

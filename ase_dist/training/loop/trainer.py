@@ -6,22 +6,20 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ase_dist import collectives
-from ase_dist.config import Settings
 from ase_dist.cores import share_of_cores
 from ase_dist.data.batch import Batch
-from ase_dist.data.loader import EvalLoader, TrainLoader
 from ase_dist.evaluation.constant import ConstantPredictor
 from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.models import ModelOutput
 from ase_dist.moe import MoEFFN
 from ase_dist.tasks import Task
 from ase_dist.training.loop import losses
+from ase_dist.training.loop.components import RunComponents
 from ase_dist.training.loop.conflict import forward_outside_engine, gradient_conflict
 from ase_dist.training.loop.evaluate import Gallery, evaluate
 from ase_dist.training.process import guards
@@ -40,33 +38,28 @@ AGREED_ERRORS = (guards.NonFiniteError, SaveError)  # every rank raises them, no
 class Trainer:
     """One run, from its first or its resumed step to its last.
 
-    ``engine`` is DeepSpeed's; ``state`` knows how to save all that a resumed run needs. ``train`` returns the exit code
-    that the run ends with (see ``guards.ExitCode``).
+    ``state`` knows how to save all that a resumed run needs. ``constants`` are the trivial predictors, where an
+    evaluation is still to tell how good they are. ``train`` returns the exit code that the run ends with.
     """
 
     def __init__(
         self,
-        settings: Settings,
-        tasks: Sequence[Task],
-        world: World,
-        engine: Any,
+        components: RunComponents,
         *,
-        train_loader: TrainLoader,
-        eval_loader: EvalLoader,
         state: RunState,
         folder: RunFolder,
         recorder: Recorder,
         progress: StepProgress,
         constants: Mapping[str, ConstantPredictor],
-        total_steps: int,
     ) -> None:
+        settings, tasks, world, engine = components.settings, components.tasks, components.world, components.engine
         self.settings, self.tasks, self.world, self.engine = settings, tasks, world, engine
-        self.train_loader, self.eval_loader, self.state = train_loader, eval_loader, state
-        self.folder, self.recorder, self.progress = folder, recorder, progress
-        self.constants, self.total_steps = constants, total_steps
+        self.train_loader, self.eval_loader = components.train_loader, components.eval_loader
+        self.state, self.folder, self.recorder, self.progress = state, folder, recorder, progress
+        self.constants, self.total_steps = constants, components.total_steps
         self.guard = guards.FiniteGuard(policy=settings.guard.non_finite, max_skips=settings.guard.max_skips)
         self.stop = guards.StopFlag()
-        self.watchdog = guards.Watchdog(folder.path, timeout=settings.guard.timeout)
+        self.watchdog = guards.Watchdog(folder.path, timeout=settings.guard.timeout, on_silence=self._record_silence)
         layers = [module for module in engine.module.modules() if isinstance(module, MoEFFN)]
         self.span = SpanStatistics(tasks, world, layers=layers)
         self.stopping = False  # agreed upon by all ranks
@@ -99,6 +92,9 @@ class Trainer:
         self._maybe_save()
         self._maybe_evaluate()
         self._maybe_save()
+
+    def _record_silence(self, sentence: str) -> None:
+        self.recorder.write_end(step=self.state.step, exit=guards.ExitCode.SILENT.name.lower(), why=sentence)
 
     def _suspects(self) -> str:
         """Which other rank looks dead, for the log; one that just dies gets a moment to be seen dead."""

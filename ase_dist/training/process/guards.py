@@ -17,7 +17,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -30,6 +30,7 @@ from torch import Tensor
 from ase_dist.collectives import all_reduce_sum, gather_objects, rank, world_size
 from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
+from ase_dist.training.record.logs import format_line
 from ase_dist.training.record.run_folder import RunFolder
 
 STDERR = 2
@@ -218,13 +219,14 @@ class Watchdog:
        twice the time, dumps the stacks and ends the process with code 1.
 
     ``timeout`` must be longer than the longest time between two beats: beat while evaluating, compiling and saving too.
+    ``on_silence`` is given the sentence before the process ends, in the watchdog's thread.
     Raises UserError where it is not positive, OSError where the log cannot be opened.
     """
 
-    def __init__(self, folder: Path, *, timeout: float) -> None:
+    def __init__(self, folder: Path, *, timeout: float, on_silence: Callable[[str], None] | None = None) -> None:
         if timeout <= 0:
             raise UserError(f"guard.timeout: got {timeout}, wanted more than 0 seconds")
-        self.run_folder, self.timeout = RunFolder(folder), timeout
+        self.run_folder, self.timeout, self._on_silence = RunFolder(folder), timeout, on_silence
         self._interval = min(timeout / 8, 5.0)
         self._last = (time.monotonic(), 0, "starting")  # replaced as a whole: two threads use it
         self._leaving, self._force_exit_on_close = threading.Event(), False
@@ -301,19 +303,22 @@ class Watchdog:
         last_resort.start()
         sentence = (
             f"rank {rank()} on {platform.node()} has made no progress for {silent:.0f} s (limit {self.timeout:g} s), "
-            f"the last thing it began was {doing!r}; {self.suspects()}; stacks are in {self._log.name}\n"
+            f"the last thing it began was {doing!r}; {self.suspects()}; stacks are in {self._log.name}"
         )
-        self._log.write(sentence.encode())
+        # Not through logging: the main thread may be stuck with its lock.
+        self._log.write(format_line(rank(), "CRITICAL", sentence).encode())
         faulthandler.dump_traceback(file=self._log, all_threads=True)
         os.fsync(self._log.fileno())
-        # Not through logging: the main thread may be stuck with its lock. Not into a full pipe: that would block.
-        if select.select([], [STDERR], [], 1.0)[1]:
-            os.write(STDERR, sentence.encode())
+        self._show_life(ended="silent")
+        if select.select([], [STDERR], [], 1.0)[1]:  # not into a full pipe: that would block
+            os.write(STDERR, f"{sentence}\n".encode())
+        if self._on_silence is not None:
+            self._on_silence(sentence)
         os._exit(ExitCode.SILENT)
 
-    def _show_life(self) -> None:
+    def _show_life(self, **more: str) -> None:
         _, beats, doing = self._last
-        state = {"beats": beats, "doing": doing, "host": platform.node(), "pid": os.getpid()}
+        state = {"beats": beats, "doing": doing, "host": platform.node(), "pid": os.getpid(), **more}
         with contextlib.suppress(OSError):  # a full disk is for whoever saves to report
             write_atomic(self.run_folder.beat(rank()), json.dumps(state))
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ase_dist.training.record.run_folder import RunFolder
 
 LOGGER = logging.getLogger("ase_dist")
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"  # local time
 LOG_FORMAT = "%(asctime)s [rank {rank}] %(levelname)s %(message)s"
 _PREFIX = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ \[rank (\d+)\] ([A-Z]+) (.*)")
 _FILE_HANDLER = "ase_dist log file"
@@ -37,7 +38,7 @@ def parse_line(line: str) -> LogLine | None:
 def format_line(rank: int, level: str, message: str) -> str:
     """A line as the handlers write it, for code that must not wait for the lock of ``logging``."""
     now = time.time()
-    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+    stamp = time.strftime(TIME_FORMAT, time.localtime(now))
     return f"{stamp},{int(now % 1 * 1000):03d} [rank {rank}] {level} {message}\n"
 
 

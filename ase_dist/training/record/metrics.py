@@ -3,7 +3,9 @@
 A line has ``kind`` and ``step`` and what the kind brings; the keys that ``plots`` draws are:
 
 - ``run``: tasks (names, in the model's order), data (the data set's name), shared_experts (their ids); one at every
-  start.
+  start, with attempt (1 for the first), time, world and ranks [{host, pid}].
+- ``end``: how the start before it ended: exit (the name of its ``ExitCode`` in small letters), why (a sentence), time.
+  Missing where the process was killed. ``step`` is the last one taken.
 - ``train``: loss, losses {task: loss}; and where there are experts: expert_load [layers][tasks][N], the share of the
   task's tokens for which an expert was active; mean_gates [layers][tasks][N]; shared_gate [layers][tasks], the mean
   over tokens of the shared experts' gates together.
@@ -12,20 +14,25 @@ A line has ``kind`` and ``step`` and what the kind brings; the keys that ``plots
 - ``eval``: metrics {task: {metric: value}}; trivial, of the same form, for a predictor that learned nothing.
 
 Any other key is kept too (epoch, seconds, lr, images_per_second, memory). NaN and infinities are written as null.
+Times are local ones of the first rank's host, as in the logs: 2026-01-31 12:00:00.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
+from ase_dist.training.record.logs import TIME_FORMAT
 
+STARTS_AND_ENDS = ("run", "end")  # the history of the attempts, of which a resumed run takes nothing back
 ARRAY_DIGITS = 5  # significant digits of numbers in arrays; layers x tasks x N of them a line fill disks
 
 
@@ -50,16 +57,33 @@ class Recorder:
         self._file.write(_line({"kind": kind, "step": step, **values}))
         self._file.flush()
 
+    def write_start(self, *, step: int, values: Mapping[str, Any]) -> None:
+        """Append the "run" line of this start: ``values``, the time and the number of the attempt."""
+        if self._file is not None:
+            attempt = 1 + sum(record["kind"] == "run" for record in read_metrics(self.path))
+            self.write("run", step=step, values={**values, "attempt": attempt, "time": time.strftime(TIME_FORMAT)})
+
+    def write_end(self, *, step: int, exit: str, why: str) -> None:
+        """Append the "end" line of this start; the watchdog's thread may call it while ``write`` is stuck.
+
+        A disk that is full is no reason to lose the error that ends the run, so nothing is raised.
+        """
+        if self._file is not None:
+            end = {"kind": "end", "step": step, "exit": exit, "why": why}
+            with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:
+                file.write(_line({**end, "time": time.strftime(TIME_FORMAT)}))
+
     def truncate_after(self, step: int, *, evaluated: bool = True) -> None:
         """Drop the lines that a run which resumes at ``step`` will write again: those of later steps.
 
-        The evaluation of ``step`` itself is among them where its checkpoint does not know of it.
+        The evaluation of ``step`` itself is among them where its checkpoint does not know of it. Starts and ends stay,
+        whatever their step: they happened.
         """
         if self._file is None:
             return
         self._file.close()
         stale = {} if evaluated else {"kind": "eval", "step": step}
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        kept = [r for r in read_metrics(self.path) if r["step"] <= step or r["kind"] in STARTS_AND_ENDS]
         _rewrite(self.path, [record for record in kept if not stale or not stale.items() <= record.items()])
         self._file = self.path.open("a", encoding="utf-8")
 

@@ -47,7 +47,7 @@ class RunState:
         self.settings, self.world, self.store = settings, world, store
         self.zero_stage, self.backbone = zero_stage, dict(backbone)
         self.step, self.history, self.is_saved = 0, History(), False
-        self._saved_step = NEVER  # whose weights and random states are on disk, if not its latest history
+        self._saved_step = NEVER  # whose weights and random states are in the store, if not its latest history
 
     def advance(self, *, images: int) -> None:
         """One more step is done, over ``images`` on all ranks."""
@@ -161,7 +161,8 @@ class RunState:
         loader.load_state_dict(meta["sampler"])
         deepspeed_compat.restore_counters(engine, meta["engine"], last_epoch=meta["schedule"]["last_epoch"])
         self.step, self.history, self.is_saved = checkpoint.step, History.from_meta(meta["history"]), True
-        self._saved_step = self.step
+        is_ours = checkpoint.path.resolve().parent == self.store.folder.resolve()  # else another run's: resume=PATH
+        self._saved_step = self.step if is_ours else NEVER
         if meta["topology"]["world"] == self.world.size:
             _restore_random_state({n: checkpoint.tensor(n) for n in _random_names(self.world.rank)})
 
