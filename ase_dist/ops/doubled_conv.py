@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ase_dist.ops.modes import differentiable_gradients, wants_second_order
 from ase_dist.ops.products import linear, outer
 
-LEAST_WIDTH = 64  # channels in and out from which the small products pay
+MIN_CHANNELS = 64  # channels in and out from which the small products pay
 BLOCK = 8  # cells of an axis in a dense block; more means more zeros multiplied, fewer means smaller products
 
 
@@ -46,7 +47,7 @@ def _by_taps(x_BDhw: Tensor, conv: nn.Conv2d) -> bool:
         type(x_BDhw) is Tensor  # not a fake one
         and x_BDhw.device.type == "cpu"
         and x_BDhw.dtype == conv.weight.dtype == torch.float32
-        and min(conv.in_channels, conv.out_channels) >= LEAST_WIDTH
+        and min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
@@ -58,7 +59,7 @@ class DoubledConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BDhw: Tensor, weight_OD33: Tensor, bias_O: Tensor) -> Tensor:
         """One row of taps after the other: channels, then the width, then the height, which sums the rows up."""
-        ctx.save_for_backward(x_BDhw, weight_OD33)
+        ctx.save_for_backward(x_BDhw, weight_OD33, bias_O)
         (B, _, h, w), O = x_BDhw.shape, len(weight_OD33)
         x_TD = _cells(x_BDhw)
         wide_RwO = x_TD.new_empty(B * h, 2 * w, O)
@@ -74,10 +75,12 @@ class DoubledConv(torch.autograd.Function):
         return y_BhwO.permute(0, 3, 1, 2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_BOhw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad_BOhw: Tensor) -> tuple[Tensor | None, ...]:
         """The transposed products in the opposite order."""
-        x_BDhw, weight_OD33 = ctx.saved_tensors
+        x_BDhw, weight_OD33, bias_O = ctx.saved_tensors
+        if wants_second_order():
+            inputs = (x_BDhw, weight_OD33, bias_O)
+            return tuple(differentiable_gradients(_plain, inputs, ctx.needs_input_grad, grad_BOhw))
         (B, D, h, w), O = x_BDhw.shape, len(weight_OD33)
         x_TD = _cells(x_BDhw)
         grad_BhwO = grad_BOhw.permute(0, 2, 3, 1).contiguous()
@@ -94,6 +97,10 @@ class DoubledConv(torch.autograd.Function):
             grad_x_TD += linear(taps_T3O, _row_of_taps(weight_OD33, i).T)
             grad_weight_OD33[:, :, i] = outer(taps_T3O, x_TD).view(3, O, D).permute(1, 2, 0)
         return grad_x_TD.view(B, h, w, D).permute(0, 3, 1, 2), grad_weight_OD33, grad_BhwO.sum((0, 1, 2))
+
+
+def _plain(x_BDhw: Tensor, weight_OD33: Tensor, bias_O: Tensor) -> Tensor:
+    return F.conv2d(double(x_BDhw), weight_OD33, bias_O, padding=1)
 
 
 def _cells(x_BDhw: Tensor) -> Tensor:

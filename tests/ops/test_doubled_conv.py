@@ -84,3 +84,13 @@ class _Doubled(nn.Module):
 
     def forward(self, x):
         return doubled_conv(x, self.layer)
+
+
+def test_second_derivatives_are_those_of_the_convolution_of_the_doubled_image():
+    given = inputs(grid=(3, 2))
+    results = []
+    for function in (DoubledConv.apply, doubled_first):
+        first = torch.autograd.grad(function(*given).pow(3).sum(), given, create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in first)
+        results.append(torch.autograd.grad(penalty, given))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
