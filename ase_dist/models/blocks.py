@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.layer import TaskIndex
-from ase_dist.ops.autocast import autocast as enter_autocast
+from ase_dist.ops.modes import autocast as enter_autocast
 
 
 class BlockOutput(NamedTuple):
@@ -65,6 +65,5 @@ class TaskBlock(nn.Module):
         if not self.has_moe:
             empty = x_tBPD.new_zeros(x_tBPD.shape[0], 0, dtype=torch.float32)
             return BlockOutput(self.mlp(x_tBPD), empty.sum(), empty.long(), empty)
-        if isinstance(self.mlp, MoEFFN):
-            return BlockOutput(*self.mlp(x_tBPD, task=task))
-        return BlockOutput(*self.mlp(x_tBPD, task=task, with_stats=True))  # DeepSpeed's interface gives three
+        assert isinstance(self.mlp, MoEFFN)
+        return BlockOutput(*self.mlp.with_statistics(x_tBPD, task=task))

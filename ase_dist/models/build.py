@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from ase_dist.config import ModelSettings, MoESettings, Settings
+from ase_dist.config import ModelSettings, Settings
 from ase_dist.errors import UserError
 from ase_dist.models.activation_checkpointing import checkpoint_block
 from ase_dist.models.backbone import Backbone, build_backbone
 from ase_dist.models.blocks import TaskBlock
-from ase_dist.models.global_names import moe_core
 from ase_dist.models.heads import HeadFactory, TaskHead
 from ase_dist.models.init_from import ExportInitializer
 from ase_dist.models.lora import add_lora
@@ -103,7 +101,9 @@ def _build_blocks(
         layer = None
         if chosen.moe.enabled and (index + 1) % chosen.moe.every_n_blocks == 0:
             layer = _moe_layer(block.mlp, chosen, num_tasks, seed=derive_seed(seed, name, "moe"), kind=expert_layer)
-            ffn, places = _without_experts(layer, chosen.moe)
+            # LoRA goes on those linears under the experts that carry none, as in the paper
+            free = () if "bypass" in chosen.moe.adapt else {"fc1", "fc2"} - set(chosen.moe.adapt)
+            ffn, places = (layer, ()) if layer.base is None else (layer.base, sorted(free))
         else:
             ffn, places = block.mlp, None
         add_lora(ffn, seed=derive_seed(seed, name, "mlp"), only=places, **lora)
@@ -111,28 +111,18 @@ def _build_blocks(
     return blocks
 
 
-def _moe_layer(base: nn.Module, chosen: ModelSettings, num_tasks: int, *, seed: int, kind: ExpertLayer) -> nn.Module:
-    options: dict[str, Any] = {**_layer_options(chosen.moe), "num_tasks": num_tasks, "seed": seed}
+def _moe_layer(base: nn.Module, chosen: ModelSettings, num_tasks: int, *, seed: int, kind: ExpertLayer) -> MoEFFN:
+    moe = chosen.moe
+    names = ("num_experts", "k", "num_shared", "rank", "alpha", "experts", "hidden", "adapt", "gating", "aux_losses")
+    options: dict[str, Any] = {**{name: getattr(moe, name) for name in names}, "num_tasks": num_tasks, "seed": seed}
     try:
         if kind == "plain":
-            return MoEFFN(base, **options)
+            return MoEFFN(base, sync_statistics=True, **options)
         from ase_dist.moe import ASEMoE
 
-        return ASEMoE(base, ep_size=chosen.moe.ep_size, dispatch=chosen.moe.dispatch, **options)
-    except ValueError as error:
+        return ASEMoE(base, ep_size=moe.ep_size, dispatch=moe.dispatch, **options)
+    except UserError as error:
         raise UserError(f"model.moe on {chosen.backbone}: {error}") from None
-
-
-def _layer_options(moe: MoESettings) -> Mapping[str, Any]:
-    names = ("num_experts", "k", "num_shared", "rank", "alpha", "experts", "hidden", "adapt", "gating", "aux_losses")
-    return {name: getattr(moe, name) for name in names}
-
-
-def _without_experts(layer: nn.Module, moe: MoESettings) -> tuple[nn.Module, Sequence[str]]:
-    """The FFN under the experts and those of its linears that carry none: LoRA goes there, as in the paper."""
-    core = moe_core(layer)
-    free = () if "bypass" in moe.adapt else tuple(name for name in ("fc1", "fc2") if name not in moe.adapt)
-    return (core, ()) if core.base is None else (core.base, free)
 
 
 class HeadFacts(NamedTuple):

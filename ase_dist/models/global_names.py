@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ase_dist.models.multitask_resnet import MultiTaskModel
 from ase_dist.moe import MoEFFN
@@ -25,9 +25,7 @@ def named_tensors(model: MultiTaskModel) -> dict[str, Tensor]:
             state[name] = tensor
             continue
         local = name.removeprefix(f"{prefix}.")
-        core = moe_core(layers[prefix])
-        local = local if core is layers[prefix] else local.removeprefix("moe.")
-        state |= {f"{prefix}.{part}": row for part, row in _parts(core, local, tensor)}
+        state |= {f"{prefix}.{part}": row for part, row in _parts(layers[prefix], local, tensor)}
     return state
 
 
@@ -41,10 +39,3 @@ def _parts(layer: MoEFFN, name: str, tensor: Tensor) -> Iterator[tuple[str, Tens
     digits = len(str(layer.num_experts - 1))
     for row, expert in enumerate(ids):
         yield f"{rest.replace('_', '.')}.{expert:0{digits}}", tensor[row]
-
-
-def moe_core(layer: nn.Module) -> MoEFFN:
-    """The plain layer in a MoE layer of either kind."""
-    core = layer if isinstance(layer, MoEFFN) else layer.moe
-    assert isinstance(core, MoEFFN)
-    return core

@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers: routers, experts, dispatch, and DeepSpeed's face of them. Usable alone.
+"""Mixture-of-experts layers: routers, experts, dispatch, and their form for DeepSpeed. Usable alone.
 
 ``ASEMoE`` extends ``deepspeed.moe.layer.MoE``; ``MoEFFN`` is the same layer as a plain module without DeepSpeed.
 ``TaskFFN`` puts either where a model of another library expects its FFN, ``FFN`` gives that library's the names wanted.

@@ -1,6 +1,9 @@
-"""Banks of experts as stacked tensors: LoRA pairs, and full feed-forward experts as in M3ViT and Mod-Squad.
+"""Experts as stacked tensors that own their compute: LoRA pairs on a frozen FFN, and full feed-forward experts.
 
-Letters: n experts of this bank, r rank, D input width, O output width, H hidden width of a feed-forward expert.
+Letters: T tokens of all tasks together, N experts (routed first, the S shared last), n routed experts, m experts of
+this rank, k active routed ones, r rank, D input width, O output width, H hidden width of a feed-forward expert,
+L tokens sent to other ranks, M rows received from them, K = rows times their active experts.
+
 An expert is initialised from its *global* id, so that the same experts result however they are sharded. Parameter
 names avoid the word "expert", by which DeepSpeed's checkpoints would mistake them for its own.
 """
@@ -9,183 +12,249 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ase_dist.ops import products
-from ase_dist.ops.lowrank import Activation
+from ase_dist.moe.dispatch.exchange import ReturnRows, SendRows, TokenExchange, exchanged_linear
+from ase_dist.ops.grouped import grouped_linear
+from ase_dist.ops.lowrank import (
+    Activation,
+    AdaptedLinear,
+    add_lowrank,
+    gated_ffn,
+    is_frozen_linear,
+    is_plain_linear,
+    lowrank_linear,
+)
+from ase_dist.ops.modes import is_exporting
 from ase_dist.seeding import generator
 
 Shape = tuple[int, int]  # (input width, output width) of an adapted linear
+Tensors = Mapping[str, Tensor]  # stacked tensors of experts by name
+FeedForward = Any  # an nn.Module with fc1, act and fc2
+
+
+class RoutedTokens(NamedTuple):
+    """The tokens of all tasks and what the routers decided for them; ``k`` routed experts are active for each."""
+
+    x_TD: Tensor
+    gates_TN: Tensor
+    active_TN: Tensor
+    k: int
 
 
 class LoRAExperts(nn.Module):
-    """For each adapted place a pair A [n, r, D], B [n, O, r]; A Kaiming-uniform, B zero (LoRA, arXiv 2106.09685)."""
+    """For each adapted place a pair A [m, r, D], B [m, O, r]; A Kaiming-uniform, B zero (LoRA, arXiv 2106.09685).
+
+    y = fc2(act(fc1(x))) with the gated pairs of a token's active experts on its linears (Eq. 10, arXiv 2510.00570).
+    """
 
     def __init__(self, ids: Sequence[int], places: Mapping[str, Shape], *, rank: int, seed: int) -> None:
         super().__init__()
         self.places = tuple(places)
-        self.values_per_token = sum(
-            dim_in + dim_out for dim_in, dim_out in places.values()
-        )  # of a token there and back
+        self.values_per_token = sum(dim_in + dim_out for dim_in, dim_out in places.values())  # sent and returned
         for place, (dim_in, dim_out) in places.items():
-            a_nrD = torch.empty(len(ids), rank, dim_in)
+            a_mrD = torch.empty(len(ids), rank, dim_in)
             for slot, global_id in enumerate(ids):
                 bound = 1 / math.sqrt(dim_in)  # kaiming_uniform_ with a = sqrt(5), as in LoRA and peft
-                a_nrD[slot].uniform_(-bound, bound, generator=generator(seed, place, "A", global_id))
-            self.register_parameter(f"{place}_A", nn.Parameter(a_nrD))
+                a_mrD[slot].uniform_(-bound, bound, generator=generator(seed, place, "A", global_id))
+            self.register_parameter(f"{place}_A", nn.Parameter(a_mrD))
             self.register_parameter(f"{place}_B", nn.Parameter(torch.zeros(len(ids), dim_out, rank)))
 
     def tensors(self) -> dict[str, Tensor]:
-        """``{place}.A`` and ``{place}.B`` of this bank, the parameters themselves."""
+        """``{place}.A`` and ``{place}.B`` of these experts, the parameters themselves."""
         return {f"{p}.{m}": getattr(self, f"{p}_{m}") for p in self.places for m in ("A", "B")}
+
+    def compute(
+        self, tokens: RoutedTokens, base: FeedForward, act: Activation, *, routed: Tensors, shared: Tensors | None
+    ) -> Tensor:
+        """The output [T, D] where the tensors of all ``routed`` and ``shared`` experts are on this rank."""
+        pairs, x_TD, gates_TN = _concatenated_pairs(routed, shared, self.places), tokens.x_TD, tokens.gates_TN
+        if is_frozen_linear(base.fc1, x_TD) and is_frozen_linear(base.fc2, x_TD):
+            fc1, fc2 = (
+                AdaptedLinear(fc.weight, fc.bias, *pairs.get(name, (None, None)))
+                for name, fc in (("fc1", base.fc1), ("fc2", base.fc2))
+            )
+            y_TD = gated_ffn(x_TD, fc1, fc2, gates_TN=gates_TN, activation=act)
+        else:
+            h = _adapted_linear(x_TD, base.fc1, pairs.get("fc1"), gates_TN)
+            y_TD = _adapted_linear(h, base.fc2, pairs.get("fc2"), gates_TN, activation=act)
+        if "bypass" in pairs:
+            y_TD = add_lowrank(y_TD, x_TD, *pairs["bypass"], gates=gates_TN)
+        return y_TD
+
+    def compute_exchanged(
+        self,
+        tokens: RoutedTokens,
+        base: FeedForward,
+        act: Activation,
+        *,
+        shared: Tensors | None,
+        exchange: TokenExchange,
+    ) -> Tensor:
+        """The output [T, D] where tokens go to the ranks of their experts and come back, once for each adapted linear.
+
+        ``exchange`` carries them; meanwhile this rank computes the base and the experts that it has itself.
+        """
+        remote = _concatenated_pairs(self.tensors(), None, self.places)
+        local = _concatenated_pairs(self.tensors(), shared, self.places)
+        local_gates = torch.cat([exchange.local_gates_Tm, tokens.gates_TN[:, exchange.num_routed :]], dim=1)
+
+        def linear(x: Tensor, place: str, module: nn.Module | None, activation: Activation | None = None) -> Tensor:
+            """module(act(x)) plus the gated pairs; fused and overlapped where ``module`` is plain and frozen."""
+            weights: tuple[Tensor | None, Tensor | None] = (None, None)
+            y = None
+            if module is not None and place in local and is_frozen_linear(module, x):
+                weights, module = (module.weight, module.bias), None
+            elif activation is not None:
+                x, activation = activation(x), None
+            if module is not None:
+                y = module(x)
+            if place in local:
+                pairs = (*local[place], *remote[place])
+                delta = exchanged_linear(x, *weights, pairs, local_gates, exchange, activation=activation)
+                y = delta if y is None else y + delta
+            assert y is not None
+            return y
+
+        h = linear(tokens.x_TD, "fc1", base.fc1)
+        y_TD = linear(h, "fc2", base.fc2, act)
+        return y_TD + linear(tokens.x_TD, "bypass", None) if "bypass" in local else y_TD
+
+
+def _adapted_linear(
+    x: Tensor,
+    linear: nn.Module,
+    pair: tuple[Tensor, Tensor] | None,
+    gates: Tensor,
+    *,
+    activation: Activation | None = None,
+) -> Tensor:
+    """linear(act(x)) plus the gated pair; fused where ``linear`` is a plain ``nn.Linear``."""
+    if pair is not None and is_plain_linear(linear):
+        return lowrank_linear(x, linear.weight, linear.bias, *pair, gates=gates, activation=activation)
+    x = x if activation is None else activation(x)
+    y: Tensor = linear(x)
+    return y if pair is None else add_lowrank(y, x, *pair, gates=gates)
+
+
+def _concatenated_pairs(
+    routed: Tensors, shared: Tensors | None, places: Iterable[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The pairs of all experts, routed first, side by side: per place A [N r, D] and B [O, N r]."""
+    stacked = routed if shared is None else {name: torch.cat([t, shared[name]]) for name, t in routed.items()}
+    return {p: (stacked[f"{p}.A"].flatten(0, 1), stacked[f"{p}.B"].transpose(0, 1).flatten(1)) for p in places}
 
 
 class FFNExperts(nn.Module):
-    """Feed-forward experts D -> H -> D, stacked: fc1 [n, H, D], [n, H], fc2 [n, D, H], [n, D].
+    """Feed-forward experts D -> H -> D, stacked: fc1 [m, H, D], [m, H], fc2 [m, D, H], [m, D].
 
-    Upcycled from the base they replace: expert i takes H of its hidden units, drawn by the expert's id, with fc2
-    scaled so that it estimates the base without bias; with the base's own H each starts as a copy of it.
+    y = the gated sum of a token's active experts, as in M3ViT and Mod-Squad. Upcycled from the FFN that they replace:
+    expert i takes H of its hidden units, drawn by the expert's id, with fc2 scaled so that it estimates that FFN
+    without bias; with the FFN's own H each starts as a copy of it.
     """
 
     def __init__(self, ids: Sequence[int], fc1: nn.Linear, fc2: nn.Linear, *, hidden: int, seed: int) -> None:
         super().__init__()
-        width = fc1.out_features
-        self.values_per_token = fc1.in_features + fc2.out_features  # of a token there and back
-        units = [_draw(width, hidden, seed=seed, global_id=i, device=fc1.weight.device) for i in ids]
+        width, device = fc1.out_features, fc1.weight.device
+        self.values_per_token = fc1.in_features + fc2.out_features  # sent and returned
+        units = [torch.arange(width, device=device) for _ in ids]
+        if hidden < width:
+            orders = (torch.randperm(width, generator=generator(seed, "hidden", i)) for i in ids)
+            units = [order[:hidden].sort().values.to(device) for order in orders]
+
+        def stack(parts: Iterable[Tensor], *shape: int) -> nn.Parameter:
+            tensors = list(parts)
+            return nn.Parameter(torch.stack(tensors) if tensors else torch.empty(0, *shape))
+
         with torch.no_grad():
-            self.fc1_weight = _stack((fc1.weight[u] for u in units), (hidden, fc1.in_features))
-            self.fc2_weight = _stack((fc2.weight[:, u] * (width / hidden) for u in units), (fc2.out_features, hidden))
-            self.fc1_bias = _stack((_bias(fc1)[u] for u in units), (hidden,))
-            self.fc2_bias = _stack((_bias(fc2) for _ in units), (fc2.out_features,))
+            bias1, bias2 = (
+                torch.zeros(fc.out_features, device=device) if fc.bias is None else fc.bias for fc in (fc1, fc2)
+            )
+            self.fc1_weight = stack((fc1.weight[u] for u in units), hidden, fc1.in_features)
+            self.fc2_weight = stack((fc2.weight[:, u] * (width / hidden) for u in units), fc2.out_features, hidden)
+            self.fc1_bias = stack((bias1[u] for u in units), hidden)
+            self.fc2_bias = stack((bias2 for _ in units), fc2.out_features)
 
     def tensors(self) -> dict[str, Tensor]:
-        """``fc1.weight``, ``fc1.bias``, ``fc2.weight``, ``fc2.bias`` of this bank, the parameters themselves."""
+        """``fc1.weight``, ``fc1.bias``, ``fc2.weight``, ``fc2.bias`` of these experts, the parameters themselves."""
         return {f"{p}.{m}": getattr(self, f"{p}_{m}") for p in ("fc1", "fc2") for m in ("weight", "bias")}
 
+    def compute(
+        self, tokens: RoutedTokens, base: FeedForward, act: Activation, *, routed: Tensors, shared: Tensors | None
+    ) -> Tensor:
+        """The output [T, D] where the tensors of all ``routed`` and ``shared`` experts are on this rank.
 
-def lora_pairs(tensors: Mapping[str, Tensor], places: Iterable[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The stacked pairs as concatenated ones: per place A [n r, D] and B [O, n r]."""
-    return {p: (tensors[f"{p}.A"].flatten(0, 1), tensors[f"{p}.B"].transpose(0, 1).flatten(1)) for p in places}
+        Routed experts see the rows that chose them, sorted by expert, in two grouped products: dropless, without
+        padding, and with shapes that depend on T and k alone, so that nothing is read back from the device. A program
+        that is exported takes one expert after the other instead: ONNX has no grouped products.
+        """
+        x_TD, n, k = tokens.x_TD, len(routed["fc1.weight"]), tokens.k
+        gates_Tn, active_Tn = tokens.gates_TN[:, :n], tokens.active_TN[:, :n]
+        y_TD = torch.zeros_like(x_TD)
+        if k and is_exporting():
+            y_TD = _one_after_the_other(x_TD, gates_Tn, active_Tn, routed, act)
+        elif k:
+            idx_Tk = active_Tn.to(torch.uint8).topk(k, dim=-1).indices
+            order_K = idx_Tk.flatten().argsort(stable=True)
+            expert_K, token_K = idx_Tk.flatten()[order_K], order_K // k
+            y_KD = _grouped_ffn(x_TD[token_K], expert_K, routed, act) * gates_Tn[token_K, expert_K].unsqueeze(-1)
+            y_TD = y_TD.index_add(0, token_K, y_KD.to(x_TD.dtype))
+        return y_TD if shared is None else y_TD + _wide_ffn(x_TD, tokens.gates_TN[:, n:], shared, act)
+
+    def compute_exchanged(
+        self,
+        tokens: RoutedTokens,
+        base: FeedForward,
+        act: Activation,
+        *,
+        shared: Tensors | None,
+        exchange: TokenExchange,
+    ) -> Tensor:
+        """The output [T, D] where tokens go to the ranks of their experts and come back, by ``exchange``."""
+        own, x_TD = self.tensors(), tokens.x_TD
+        rows_MD = SendRows.apply(x_TD, exchange)
+        y_TD = _active_rows(x_TD, exchange.local_gates_Tm, own, act)
+        if shared is not None:
+            y_TD = y_TD + _wide_ffn(x_TD, tokens.gates_TN[:, exchange.num_routed :], shared, act)
+        y_MD = _active_rows(rows_MD, exchange.remote_gates_Mm, own, act)
+        return y_TD + ReturnRows.apply(y_MD, exchange, x_TD.shape[0])
 
 
-def apply_all(x_TD: Tensor, gates_Tn: Tensor, bank: Mapping[str, Tensor], act: Activation) -> Tensor:
-    """Gated sum of feed-forward experts that see every token, as one wide FFN with the gates on its hidden units."""
-    h_TM = F.linear(x_TD, bank["fc1.weight"].flatten(0, 1), bank["fc1.bias"].flatten())
+def _wide_ffn(x_TD: Tensor, gates_Tn: Tensor, experts: Tensors, act: Activation) -> Tensor:
+    """Gated sum of experts that see every token, as one wide FFN with the gates on its hidden units."""
+    h_TM = F.linear(x_TD, experts["fc1.weight"].flatten(0, 1), experts["fc1.bias"].flatten())
     gated_TM = (act(h_TM).unflatten(-1, (gates_Tn.shape[-1], -1)) * gates_Tn.unsqueeze(-1)).flatten(-2).to(x_TD.dtype)
-    weight_DM = bank["fc2.weight"].transpose(0, 1).flatten(1)
-    return F.linear(gated_TM, weight_DM) + gates_Tn.to(x_TD.dtype) @ bank["fc2.bias"]
+    weight_DM = experts["fc2.weight"].transpose(0, 1).flatten(1)
+    return F.linear(gated_TM, weight_DM) + gates_Tn.to(x_TD.dtype) @ experts["fc2.bias"]
 
 
-def apply_routed(
-    x_TD: Tensor, gates_Tn: Tensor, active_Tn: Tensor, k: int, bank: Mapping[str, Tensor], act: Activation
+def _grouped_ffn(x_KD: Tensor, expert_K: Tensor, experts: Tensors, act: Activation) -> Tensor:
+    """Row i through expert ``expert_K[i]`` (ascending): [K, D]."""
+    one_hot_Kn = F.one_hot(expert_K, experts["fc1.weight"].shape[0])
+    ends_n = one_hot_Kn.sum(dim=0).cumsum(dim=0).to(torch.int32)
+    select_Kn = one_hot_Kn.to(x_KD.dtype)  # biases as a product: its backward is one too, not a scattered sum
+    h_KH = grouped_linear(x_KD, experts["fc1.weight"], ends_n) + select_Kn @ experts["fc1.bias"]
+    return grouped_linear(act(h_KH), experts["fc2.weight"], ends_n) + select_Kn @ experts["fc2.bias"]
+
+
+def _active_rows(x_MD: Tensor, gates_Mm: Tensor, experts: Tensors, act: Activation) -> Tensor:
+    """The gated sum, per row, of those of this rank's routed experts whose gate is not 0: [M, D]."""
+    expert_K, row_K = gates_Mm.T.nonzero().unbind(dim=1)  # ascending by expert
+    y_KD = _grouped_ffn(x_MD[row_K], expert_K, experts, act) * gates_Mm[row_K, expert_K].unsqueeze(-1)
+    return torch.zeros_like(x_MD).index_add(0, row_K, y_KD.to(x_MD.dtype))
+
+
+def _one_after_the_other(
+    x_TD: Tensor, gates_Tn: Tensor, active_Tn: Tensor, experts: Tensors, act: Activation
 ) -> Tensor:
-    """Gated sum of each token's k active feed-forward experts: rows sorted by expert, two grouped products.
-
-    Dropless and without padding; shapes depend on T and k alone, so nothing is read back from the device. A program
-    that is exported takes one expert after the other instead: ONNX has no grouped products.
-    """
-    if products.is_exporting():
-        return apply_in_turn(x_TD, gates_Tn, active_Tn, bank, act)
-    idx_Tk = active_Tn.to(torch.uint8).topk(k, dim=-1).indices
-    order_M = idx_Tk.flatten().argsort(stable=True)
-    expert_M, token_M = idx_Tk.flatten()[order_M], order_M // k
-    y_MD = grouped_ffn(x_TD[token_M], expert_M, bank, act)
-    gate_M = gates_Tn[token_M, expert_M]
-    weighted_MD = (y_MD * gate_M.unsqueeze(-1)).to(x_TD.dtype)
-    return torch.zeros_like(x_TD).index_add(0, token_M, weighted_MD)
-
-
-def apply_in_turn(
-    x_TD: Tensor, gates_Tn: Tensor, active_Tn: Tensor, bank: Mapping[str, Tensor], act: Activation
-) -> Tensor:
-    """``apply_routed`` in plain operations, each expert on the tokens that it is active for, however many."""
+    """The gated sum in plain operations, each expert on the tokens that it is active for, however many."""
     y_TD = torch.zeros_like(x_TD)
-    for i, (fc1, bias1, fc2, bias2) in enumerate(zip(*bank.values(), strict=True)):
-        idx_M = active_Tn[:, i].nonzero().squeeze(1)
-        y_MD = F.linear(act(F.linear(x_TD[idx_M], fc1, bias1)), fc2, bias2)
-        y_TD = y_TD.index_add(0, idx_M, (y_MD * gates_Tn[idx_M, i].unsqueeze(-1)).to(x_TD.dtype))
+    for i, (fc1, bias1, fc2, bias2) in enumerate(zip(*experts.values(), strict=True)):
+        idx_K = active_Tn[:, i].nonzero().squeeze(1)
+        y_KD = F.linear(act(F.linear(x_TD[idx_K], fc1, bias1)), fc2, bias2)
+        y_TD = y_TD.index_add(0, idx_K, (y_KD * gates_Tn[idx_K, i].unsqueeze(-1)).to(x_TD.dtype))
     return y_TD
-
-
-def grouped_ffn(x_MD: Tensor, expert_M: Tensor, bank: Mapping[str, Tensor], act: Activation) -> Tensor:
-    """Row m through expert ``expert_M[m]`` (ascending) of the bank: [M, D]."""
-    one_hot_Mn = F.one_hot(expert_M, bank["fc1.weight"].shape[0])
-    ends_n = one_hot_Mn.sum(dim=0).cumsum(dim=0).to(torch.int32)
-    select_Mn = one_hot_Mn.to(x_MD.dtype)  # biases as a product: its backward is one too, not a scattered sum
-    h_MH = grouped_linear(x_MD, bank["fc1.weight"], ends_n) + select_Mn @ bank["fc1.bias"]
-    return grouped_linear(act(h_MH), bank["fc2.weight"], ends_n) + select_Mn @ bank["fc2.bias"]
-
-
-def grouped_linear(x_MD: Tensor, weight_nOD: Tensor, ends_n: Tensor) -> Tensor:
-    """x W_e^T where the rows ends[e-1] .. ends[e] belong to expert e; ``ends_n`` is int32 on the rows' device."""
-    return _GroupedLinear.apply(x_MD, weight_nOD, ends_n)
-
-
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, weight_nOD: Tensor, ends_n: Tensor) -> Tensor:
-        ctx.save_for_backward(x_MD, weight_nOD, ends_n)
-        return _grouped_product(x_MD, weight_nOD.transpose(1, 2), ends_n)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_MD, weight_nOD, ends_n = ctx.saved_tensors
-        grad_MO = grad_MO.contiguous()
-        grad_x_MD = _grouped_product(grad_MO, weight_nOD, ends_n)
-        grad_weight_nOD = _grouped_outer(grad_MO, x_MD, ends_n)
-        return grad_x_MD, grad_weight_nOD, None
-
-
-def _grouped_product(x_MK: Tensor, weight_nKO: Tensor, ends_n: Tensor) -> Tensor:
-    """Rows of group e times weight e. Widths that torch's kernel refuses are padded with zeros, which is exact."""
-    if not _has_kernel(x_MK):
-        return torch.einsum("mn,mk,nko->mo", _membership(x_MK, ends_n), x_MK, weight_nKO)
-    K, O = weight_nKO.shape[1:]
-    x_MK = F.pad(x_MK, (0, _padding(K, x_MK)))
-    weight_nOK = F.pad(weight_nKO.transpose(1, 2), (0, _padding(K, x_MK), 0, _padding(O, x_MK)))
-    return F.grouped_mm(x_MK, weight_nOK.transpose(1, 2), offs=ends_n)[:, :O]
-
-
-def _grouped_outer(y_MO: Tensor, x_MK: Tensor, ends_n: Tensor) -> Tensor:
-    """y^T x over the rows of each group: [n, O, K], zero for a group without rows."""
-    if not _has_kernel(x_MK):
-        return torch.einsum("mn,mo,mk->nok", _membership(x_MK, ends_n), y_MO, x_MK)
-    O, K = y_MO.shape[1], x_MK.shape[1]
-    y_MO, x_MK = F.pad(y_MO, (0, _padding(O, y_MO))), F.pad(x_MK, (0, _padding(K, x_MK)))
-    return F.grouped_mm(y_MO.T, x_MK, offs=ends_n)[:, :O, :K]
-
-
-def _has_kernel(x: Tensor) -> bool:
-    return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _padding(width: int, like: Tensor) -> int:
-    return -width % (16 // like.element_size())  # rows must begin on 16 bytes
-
-
-def _membership(x_MK: Tensor, ends_n: Tensor) -> Tensor:
-    rows_M1 = torch.arange(x_MK.shape[0], device=x_MK.device).unsqueeze(1)
-    starts_n = F.pad(ends_n[:-1], (1, 0))
-    return ((rows_M1 >= starts_n) & (rows_M1 < ends_n)).to(x_MK.dtype)
-
-
-def _draw(width: int, hidden: int, *, seed: int, global_id: int, device: torch.device) -> Tensor:
-    if hidden == width:
-        return torch.arange(width, device=device)
-    order = torch.randperm(width, generator=generator(seed, "hidden", global_id))
-    return order[:hidden].sort().values.to(device)
-
-
-def _stack(parts: Iterable[Tensor], shape: tuple[int, ...]) -> nn.Parameter:
-    tensors = list(parts)
-    return nn.Parameter(torch.stack(tensors) if tensors else torch.empty(0, *shape))
-
-
-def _bias(linear: nn.Linear) -> Tensor:
-    return linear.bias if linear.bias is not None else torch.zeros(linear.out_features, device=linear.weight.device)

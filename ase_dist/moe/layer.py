@@ -5,7 +5,9 @@ Letters: t tasks, T tokens of one task, D width, N experts (routed first, the S 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -13,13 +15,13 @@ from torch import Tensor, nn
 
 from ase_dist import collectives
 from ase_dist.errors import UserError, did_you_mean
-from ase_dist.moe.dispatch import AllToAllDispatch, Dispatch, GatherDispatch, LayerShape, LocalDispatch
-from ase_dist.moe.dispatch.base import FeedForward, Routed
-from ase_dist.moe.experts import FFNExperts, LoRAExperts
+from ase_dist.moe.dispatch import Choice, LayerShape, gather_experts, plan_exchange
+from ase_dist.moe.experts import FeedForward, FFNExperts, LoRAExperts, RoutedTokens
 from ase_dist.moe.gating import Gates, check_gating
 from ase_dist.moe.losses import check_aux_losses, weighted_router_loss
 from ase_dist.moe.router import TaskRouter, router_statistics
 from ase_dist.moe.sharding import Shard
+from ase_dist.ops.lowrank import Activation, CopyFirst, check_activation
 from ase_dist.seeding import derive_seed
 
 PLACES = ("fc1", "fc2", "bypass")
@@ -43,14 +45,15 @@ class MoEOutput(NamedTuple):
 class MoEFFN(nn.Module):
     """A frozen FFN with N experts on it, of which k routed and S shared ones act on each token.
 
-    1. the task's router gives each token its gates (``gating``: a row of the paper's table)
-    2. the dispatch brings tokens and experts together
+    1. the task's router gives each token its gates (``gating``: a mode of the paper's comparison)
+    2. ``dispatch`` brings tokens and experts together; on one rank they are together already
     3. ``lora`` experts: y = fc2(act(fc1(x))), each adapted linear with its gated low-rank pairs added (Eq. 10);
        ``ffn`` experts: y = the gated sum of feed-forward experts that replace the base
     4. the router losses, over the tokens of all ranks where ``sync_statistics`` is set
 
-    ``base`` is any module with ``fc1``, ``act`` and ``fc2``; it is frozen and kept. Raises UserError for settings
-    that contradict each other or the base.
+    ``base`` is any module with ``fc1``, ``act`` and ``fc2``; it is frozen and kept. ``num_experts`` counts the shared
+    ones; ``alpha`` scales LoRA experts by alpha / rank (None: by 1); ``hidden`` is an ffn expert's width. Raises
+    UserError for settings that contradict each other or the base.
     """
 
     def __init__(
@@ -70,19 +73,20 @@ class MoEFFN(nn.Module):
         aux_losses: Mapping[str, float] | None = None,
         seed: int = 0,
         shard: Shard | None = None,
+        sync_statistics: bool = False,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not super(): that of a subclass with DeepSpeed's MoE would build DeepSpeed's experts
         self.k = check_gating(gating, num_experts=num_experts, k=k, num_shared=num_shared)
         check_base(base)
         self.num_experts, self.num_shared, self.num_tasks = num_experts, num_shared, num_tasks
-        routed = num_experts - num_shared
+        num_routed = num_experts - num_shared
         self.dim: int = base.fc1.in_features
         self.aux_losses = dict({"mutual_information": 0.005} if aux_losses is None else aux_losses)
         check_aux_losses(self.aux_losses)
-        self.shard = shard or Shard(routed)
-        self.dispatch: Dispatch = LocalDispatch()
-        self.group: dist.ProcessGroup | None = None
-        self.sync_statistics = False
+        self.shard = shard or Shard(num_routed)
+        self.dispatch: Choice | None = "local"  # None: not decided yet, see ``ASEMoE``
+        self.sync_statistics = sync_statistics
+        self._group = _SharedGroup(None)
         self.router = TaskRouter(
             self.dim,
             num_experts=num_experts,
@@ -92,39 +96,57 @@ class MoEFFN(nn.Module):
             gating=gating,
             seed=derive_seed(seed, "router"),
         )
-        shared_ids = range(routed, num_experts)
+        shared_ids = range(num_routed, num_experts)
         self.base: nn.Module | None = None
         self.act: nn.Module | None = None
         self.routed: LoRAExperts | FFNExperts
         self.shared: LoRAExperts | FFNExperts | None
         if experts == "lora":
-            self.scale = _lora_scale(rank, alpha)
-            places = {place: _place_shape(base, place) for place in _check_adapt(adapt)}
+            if rank < 1 or (alpha is not None and alpha <= 0):
+                raise UserError(
+                    f"rank, alpha: got {rank}, {alpha}, wanted rank >= 1 and alpha > 0 (None: alpha = rank)"
+                )
+            self.scale = 1.0 if alpha is None else alpha / rank
+            places = _adapted_shapes(base, adapt)
+            self._copy_before_act = check_activation(base.act, width=base.fc1.out_features)
             self.base = base.requires_grad_(False)
             self.routed = LoRAExperts(self.shard.ids, places, rank=rank, seed=seed)
             self.shared = LoRAExperts(shared_ids, places, rank=rank, seed=seed) if num_shared else None
         elif experts == "ffn":
+            if not (isinstance(base.fc1, nn.Linear) and isinstance(base.fc2, nn.Linear)):
+                raise UserError("base: experts='ffn' start from its weights and need fc1 and fc2 to be nn.Linear")
+            width = base.fc1.out_features
+            hidden = max(1, width // max(k + num_shared, 1)) if hidden is None else hidden
+            if not 1 <= hidden <= width:
+                raise UserError(f"hidden: got {hidden}, wanted 1 to the base's {width}")
             self.scale = 1.0
-            self.act = base.act
-            fc1, fc2, width = _check_ffn(base, hidden, active=k + num_shared)
-            self.routed = FFNExperts(self.shard.ids, fc1, fc2, hidden=width, seed=seed)
-            self.shared = FFNExperts(shared_ids, fc1, fc2, hidden=width, seed=seed) if num_shared else None
+            self.act, self._copy_before_act = base.act, False
+            self.routed = FFNExperts(self.shard.ids, base.fc1, base.fc2, hidden=hidden, seed=seed)
+            self.shared = FFNExperts(shared_ids, base.fc1, base.fc2, hidden=hidden, seed=seed) if num_shared else None
         else:
             raise UserError(f"experts: got {experts!r}, wanted 'lora' or 'ffn'")
-        self.to(base.fc1.weight.device, base.fc1.weight.dtype if base.fc1.weight.is_floating_point() else None)
+        weight: Tensor = base.fc1.weight
+        self.to(weight.device, weight.dtype if weight.is_floating_point() else None)
 
     def forward(self, x: Tensor, *, task: TaskIndex = None) -> MoEOutput:
         """Apply the layer to x [tasks, ..., D]; with ``task`` an index to [..., D], with a list to [len, ..., D]."""
         x_tTD, tasks = self._streams(x, task)
         logits_tTN, routing = self.router(x_tTD, tasks)
-        y_TD = self._mix(x_tTD.flatten(0, 1), routing)
+        gates_tTN = routing.gates if self.scale == 1.0 else routing.gates * self.scale
+        tokens = RoutedTokens(x_tTD.flatten(0, 1), gates_tTN.flatten(0, 1), routing.active.flatten(0, 1), self.k)
+        y_TD = self._apply_experts(tokens)
         stats = router_statistics(logits_tTN, routing, over_ranks=self.sync_statistics and self.training)
         aux_loss = weighted_router_loss(stats, self.aux_losses)
         counts_tN = routing.active.sum(dim=1)
-        gates_tN = routing.gates.detach().sum(dim=1) / max(x_tTD.shape[1], 1)
-        if isinstance(task, int):
-            counts_tN, gates_tN = counts_tN[0], gates_tN[0]
-        return MoEOutput(y_TD.view_as(x), aux_loss, counts_tN, gates_tN)
+        mean_tN = routing.gates.detach().sum(dim=1) / max(x_tTD.shape[1], 1)
+        if _is_index(task):
+            counts_tN, mean_tN = counts_tN[0], mean_tN[0]
+        return MoEOutput(y_TD.view_as(x), aux_loss, counts_tN, mean_tN)
+
+    def with_statistics(self, x: Tensor, *, task: TaskIndex = None) -> MoEOutput:
+        """A call of the layer, hooks included, that gives everything by name, whatever form ``forward`` gives it in."""
+        result: MoEOutput = self(x, task=task)
+        return result
 
     def gates(self, x: Tensor, *, task: TaskIndex = None) -> Tensor:
         """The gates of x [tasks, ..., D] as a dense tensor [tasks, ..., N], 0 where an expert is inactive."""
@@ -136,6 +158,16 @@ class MoEFFN(nn.Module):
         """Drop the routers of all other tasks, for good; those of ``tasks``, no longer trained, count from 0."""
         self.router.weight = nn.Parameter(self.router.weight.detach()[list(tasks)], requires_grad=False)
         self.num_tasks = len(tasks)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the routed experts in shards; None where this process has all of them."""
+        return self._group.group
+
+    def share_experts(self, group: dist.ProcessGroup, dispatch: Choice | None) -> None:
+        """Use ``dispatch`` over ``group``, whose ranks hold the routed experts in shards; None: not decided yet."""
+        assert self.shard.count == collectives.group_size(group), "the shard was made for another group"
+        self._group, self.dispatch = _SharedGroup(group), dispatch
 
     def layer_shape(self) -> LayerShape:
         """The sizes from which the cost of a dispatch follows."""
@@ -150,20 +182,15 @@ class MoEFFN(nn.Module):
             element_bytes=one_expert[0].element_size(),
         )
 
-    def share_experts(self, group: dist.ProcessGroup, dispatch: str) -> None:
-        """Use ``dispatch`` ("gather" or "all_to_all") over ``group``, whose ranks hold the routed experts in shards."""
-        assert self.shard.count == collectives.group_size(group), "the shard was made for another group"
-        self.group = group
-        kind = {"gather": GatherDispatch, "all_to_all": AllToAllDispatch}[dispatch]
-        self.dispatch = kind(self.routed, group=group, shard=self.shard)  # type: ignore[assignment]
-
     def _streams(self, x: Tensor, task: TaskIndex) -> tuple[Tensor, list[int]]:
         """x as [t, T, D] and the tasks of its first axis."""
-        if isinstance(task, int):
-            x = x.unsqueeze(0)
-            tasks = [task]
-        else:
-            tasks = list(range(self.num_tasks)) if task is None else list(task)
+        try:
+            if _is_index(task):
+                x, tasks = x.unsqueeze(0), [operator.index(task)]  # type: ignore[arg-type]
+            else:
+                tasks = list(range(self.num_tasks) if task is None else map(operator.index, task))  # type: ignore[arg-type]
+        except TypeError:
+            raise UserError(f"task: got {task!r}, wanted the number of a task or a list of them") from None
         if x.dim() < 2 or x.shape[-1] != self.dim or x.shape[0] != len(tasks):
             raise UserError(
                 f"x: got shape {list(x.shape)}, wanted [{len(tasks)} tasks, ..., {self.dim}]; for one task give "
@@ -173,22 +200,58 @@ class MoEFFN(nn.Module):
             raise UserError(f"task: got {task}, wanted indices from 0 to {self.num_tasks - 1}")
         return x.reshape(len(tasks), -1, self.dim), tasks
 
-    def _mix(self, x_TD: Tensor, routing: Gates) -> Tensor:
-        gates_tTN = routing.gates if self.scale == 1.0 else routing.gates * self.scale
-        gates_TN = gates_tTN.flatten(0, 1)
-        tokens = Routed(x_TD, gates_TN, routing.active.flatten(0, 1), self.k, self.num_shared)
-        if isinstance(self.routed, LoRAExperts):
-            assert self.base is not None and not isinstance(self.shared, FFNExperts)
-            return self.dispatch.lora(tokens, self.base, self.routed, self.shared)
-        assert self.act is not None and not isinstance(self.shared, LoRAExperts)
-        return self.dispatch.ffn(tokens, self.act, self.routed, self.shared)
+    def _apply_experts(self, tokens: RoutedTokens) -> Tensor:
+        """[T, D]: the experts' compute where tokens and experts meet. See ``ase_dist.moe.dispatch``."""
+        act: Activation = self.act if self.base is None else self.base.act  # type: ignore[assignment]
+        act = CopyFirst(act) if self._copy_before_act else act
+        routed = self.routed.tensors()
+        shared = None if self.shared is None else self.shared.tensors()
+        if self.shard.count == 1:
+            return self.routed.compute(tokens, self.base, act, routed=routed, shared=shared)
+        if self.group is None:
+            raise UserError(
+                f"ep_size: {self.shard.count} ranks share the experts; call deepspeed.initialize on the model first"
+            )
+        if self.dispatch == "all_to_all":
+            exchange = plan_exchange(tokens.gates_TN, tokens.active_TN, self.shard, self.group)
+            return self.routed.compute_exchanged(tokens, self.base, act, shared=shared, exchange=exchange)
+        routed = gather_experts(self.routed, num_routed=self.shard.routed, group=self.group)
+        return self.routed.compute(tokens, self.base, act, routed=routed, shared=shared)
+
+
+def _is_index(task: object) -> bool:
+    """Whether ``task`` is one number, NumPy's and a tensor of no dimensions included."""
+    return isinstance(task, Integral) or getattr(task, "ndim", None) == 0
+
+
+class _SharedGroup:
+    """A process group that copies of a layer share and that pickles leave out: it is of this process only."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _SharedGroup:
+        return self
+
+    def __reduce__(self) -> tuple[type[_SharedGroup], tuple[None]]:
+        return _SharedGroup, (None,)
 
 
 def check_base(base: FeedForward) -> None:
     """Raise UserError unless the layer can stand for ``base``'s forward: fc2(act(fc1(x))) and nothing else."""
+    kind = type(base).__name__
     missing = [name for name in ("fc1", "act", "fc2") if not hasattr(base, name)]
     if missing:
-        raise UserError(f"base: {type(base).__name__} has no {', '.join(missing)}; wanted a module with fc1, act, fc2")
+        raise UserError(
+            f"base: {kind} has no {', '.join(missing)}; wanted a module with fc1, act and fc2, which "
+            "ase_dist.moe.FFN(fc1, act, fc2) makes of parts with other names"
+        )
+    for name in ("fc1", "fc2"):
+        if not (hasattr(getattr(base, name), "in_features") and hasattr(getattr(base, name), "out_features")):
+            raise UserError(
+                f"base: {name} of {kind} is a {type(getattr(base, name)).__name__}, wanted a linear with in_features "
+                "and out_features; a 1x1 convolution can be rewritten as nn.Linear"
+            )
     if base.fc1.out_features != base.fc2.in_features:
         raise UserError(
             f"base: fc1 gives {base.fc1.out_features} features and fc2 takes {base.fc2.in_features}; gated FFNs "
@@ -200,35 +263,13 @@ def check_base(base: FeedForward) -> None:
         raise UserError("base: its norm or dropout between fc1 and fc2 would be skipped; build it without them")
 
 
-def _check_adapt(adapt: Sequence[str]) -> tuple[str, ...]:
+def _adapted_shapes(base: FeedForward, adapt: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(input width, output width) of each place that carries LoRA experts."""
     places = (adapt,) if isinstance(adapt, str) else tuple(adapt)
     for place in places:
         if place not in PLACES:
             raise UserError(f"adapt: got {place!r}, wanted some of {list(PLACES)}{did_you_mean(place, PLACES)}")
     if not places or len(set(places)) != len(places):
         raise UserError(f"adapt: got {list(places)}, wanted one or more of {list(PLACES)}, each once")
-    return places
-
-
-def _place_shape(base: FeedForward, place: str) -> tuple[int, int]:
-    if place == "bypass":
-        return base.fc1.in_features, base.fc2.out_features
-    linear = getattr(base, place)
-    return linear.in_features, linear.out_features
-
-
-def _lora_scale(rank: int, alpha: float | None) -> float:
-    if rank < 1 or (alpha is not None and alpha <= 0):
-        raise UserError(f"rank, alpha: got {rank}, {alpha}, wanted rank >= 1 and alpha > 0 (None: alpha = rank)")
-    return 1.0 if alpha is None else alpha / rank
-
-
-def _check_ffn(base: FeedForward, hidden: int | None, *, active: int) -> tuple[nn.Linear, nn.Linear, int]:
-    fc1, fc2 = base.fc1, base.fc2
-    if not (isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)):
-        raise UserError("base: experts='ffn' start from its weights and need fc1 and fc2 to be nn.Linear")
-    width = fc1.out_features
-    hidden = max(1, width // max(active, 1)) if hidden is None else hidden
-    if not 1 <= hidden <= width:
-        raise UserError(f"hidden: got {hidden}, wanted 1 to the base's {width}")
-    return fc1, fc2, hidden
+    ends = {"fc1": (base.fc1, base.fc1), "fc2": (base.fc2, base.fc2), "bypass": (base.fc1, base.fc2)}
+    return {place: (ends[place][0].in_features, ends[place][1].out_features) for place in places}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ase_dist import collectives
 from ase_dist.moe.gating import Gates
 from ase_dist.moe.losses import RouterStatistics
-from ase_dist.ops.autocast import autocast
+from ase_dist.ops.modes import autocast
 from ase_dist.registries import GATINGS
 
 

@@ -7,8 +7,9 @@ loss = criterion(model(batch)) + router_loss(model)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import operator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,6 @@ from torch import Tensor, nn
 from ase_dist.errors import UserError
 from ase_dist.moe.layer import MoEFFN, MoEOutput
 from ase_dist.ops.lowrank import Activation
-
-if TYPE_CHECKING:
-    from ase_dist.moe.deepspeed_layer import ASEMoE
 
 
 class FFN(nn.Module):
@@ -35,52 +33,79 @@ class FFN(nn.Module):
 
 
 class TaskFFN(nn.Module):
-    """A MoE layer of either kind where a model expects its FFN: one tensor in, one tensor out.
+    """A ``MoEFFN`` or ``ASEMoE`` where a model expects its FFN: one tensor in, one tensor out.
 
-    ``tasks``, at first all of the layer's, are those whose tokens come: the first axis of the input is cut into as many
-    equal parts. What the layer computes beside its output the model around has no way to pass on: ``last`` keeps it
-    until the next forward pass.
+    ``tasks`` are those whose tokens come, all of the layer's unless ``set_tasks`` says otherwise: the first axis of the
+    input is cut into as many equal parts. A model has no way to pass on what the layer computes besides its output, so
+    ``last`` keeps it until the next forward pass; copies and pickles leave it out.
     """
 
-    def __init__(self, layer: MoEFFN | ASEMoE) -> None:
+    def __init__(self, layer: MoEFFN) -> None:
         super().__init__()
         self.layer = layer
-        core = layer if isinstance(layer, MoEFFN) else layer.moe
-        self.tasks: tuple[int, ...] = tuple(range(core.num_tasks))
+        self._tasks: tuple[int, ...] | None = None
         self.last: MoEOutput | None = None
+
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        """The tasks of the equal parts of a batch, in order."""
+        return tuple(range(self.layer.num_tasks)) if self._tasks is None else self._tasks
+
+    @tasks.setter
+    def tasks(self, tasks: Sequence[int]) -> None:
+        numbers = tuple(operator.index(task) for task in tasks)
+        if not numbers or any(not 0 <= number < self.layer.num_tasks for number in numbers):
+            raise UserError(
+                f"set_tasks: got {list(tasks)}, wanted one or more numbers from 0 to {self.layer.num_tasks - 1}"
+            )
+        self._tasks = numbers
 
     def forward(self, x: Tensor) -> Tensor:
         """[tasks * B, ..., D] to the same; UserError where the parts cannot be equal."""
-        if x.shape[0] % len(self.tasks):
+        tasks = self.tasks
+        if x.shape[0] % len(tasks):
             raise UserError(
-                f"x: got a batch of {x.shape[0]} for the tasks {list(self.tasks)}, wanted equally many for each; "
+                f"x: got a batch of {x.shape[0]} for the tasks {list(tasks)}, wanted equally many for each; "
                 "say whose they are with set_tasks(model, [...])"
             )
-        streams = x.unflatten(0, (len(self.tasks), -1))
-        if isinstance(self.layer, MoEFFN):
-            self.last = self.layer(streams, task=self.tasks)
-        else:
-            self.last = self.layer(streams, task=self.tasks, with_stats=True)
-        assert self.last is not None
+        self.last = self.layer.with_statistics(x.unflatten(0, (len(tasks), -1)), task=tasks)
         return self.last.output.flatten(0, 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take: not the last batch with its graph."""
+        return {**vars(self), "last": None}
 
 
 def set_tasks(model: nn.Module, tasks: Sequence[int]) -> None:
     """From now on the equal parts of a batch are of ``tasks``, in this order, in every ``TaskFFN`` of ``model``."""
-    for layer in _layers(model):
-        layer.tasks = tuple(tasks)
+    for layer in _task_ffns(model):
+        layer.tasks = tasks  # type: ignore[assignment]
 
 
 def router_loss(model: nn.Module) -> Tensor:
-    """The weighted router losses of the last forward pass, summed over every ``TaskFFN`` of ``model``: a scalar."""
-    losses = [layer.last.aux_loss for layer in _layers(model) if layer.last is not None]
+    """The weighted router losses of the last forward pass, summed over every ``TaskFFN`` of ``model``: a scalar.
+
+    Raises UserError before the first pass, and where a training pass kept no graph, so that the loss would train
+    nothing: under ``torch.no_grad`` and in re-entrant checkpointing, whose first pass is one without gradients.
+    """
+    losses = []
+    for ffn in _task_ffns(model):
+        if ffn.last is None:
+            continue
+        loss, trains = ffn.last.aux_loss, ffn.layer.training and ffn.layer.router.weight.requires_grad
+        if trains and torch.is_grad_enabled() and not loss.requires_grad:
+            raise UserError(
+                "router_loss: the last forward pass kept no graph, so the router losses would have no gradient; under "
+                "activation checkpointing use checkpoint(..., use_reentrant=False), else call the model with gradients"
+            )
+        losses.append(loss)
     if not losses:
         raise UserError("router_loss: the model's TaskFFN layers have computed nothing yet; call the model first")
     return torch.stack(losses).sum()
 
 
-def _layers(model: nn.Module) -> Iterator[TaskFFN]:
+def _task_ffns(model: nn.Module) -> list[TaskFFN]:
     found = [module for module in model.modules() if isinstance(module, TaskFFN)]
     if not found:
         raise UserError(f"model: got a {type(model).__name__} without a TaskFFN; put one in the place of each FFN")
-    return iter(found)
+    return found

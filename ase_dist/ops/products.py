@@ -12,22 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LEAST_FLOPS = 8e6  # of a product that is worth oneDNN's fixed cost of some 15 microseconds
-BAND_BYTES = 6 * 2**20, 24 * 2**20  # of a band of rows: shorter ones cost more time, longer ones memory
-LEAST_BANDS = 4  # as far as the bounds allow
-
-
-def may_use_custom_autograd(x: Tensor) -> bool:
-    """Whether products with x may be taken from PyTorch's hands: neither under autocast nor in ``torch.export``.
-
-    What is exported runs elsewhere and must hold plain operations only, with no band that depends on this batch.
-    """
-    return not torch.is_autocast_enabled(x.device.type) and not is_exporting()
-
-
-def is_exporting() -> bool:
-    """Whether ``torch.export`` is tracing; before torch 2.7 any tracer, which it cannot tell apart."""
-    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
+MIN_ONEDNN_FLOPS = 8e6  # of a product that is worth oneDNN's fixed cost of some 15 microseconds
+CHUNK_BYTES = 6 * 2**20, 24 * 2**20  # of a chunk of rows: shorter ones cost more time, longer ones memory
+MIN_CHUNKS = 4  # as far as the bounds allow
 
 
 def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -51,13 +38,16 @@ def outer(y_TO: Tensor, x_TD: Tensor) -> Tensor:
     return linear(y_TO.T, x_TD.T)
 
 
-def row_chunks(like_TH: Tensor) -> list[slice]:
-    """The rows of a tensor [T, H] on a CPU in equal parts within ``BAND_BYTES``; elsewhere all of them at once."""
-    rows, width = like_TH.shape
-    if like_TH.device.type != "cpu" or not rows:
+def row_chunks(x_TD: Tensor, *, width: int | None = None) -> list[slice]:
+    """The rows of x on a CPU in equal chunks, so that a tensor [chunk, ``width``] has a size within ``CHUNK_BYTES``.
+
+    ``width`` None is x's own. On other devices all rows are one chunk.
+    """
+    rows, own_width = x_TD.shape
+    if x_TD.device.type != "cpu" or not rows:
         return [slice(0, rows)]
-    total = rows * width * like_TH.element_size()
-    count = -(-total // min(max(total // LEAST_BANDS, BAND_BYTES[0]), BAND_BYTES[1]))
+    total = rows * (own_width if width is None else width) * x_TD.element_size()
+    count = -(-total // min(max(total // MIN_CHUNKS, CHUNK_BYTES[0]), CHUNK_BYTES[1]))
     size = -(-rows // max(1, min(count, rows)))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
@@ -67,7 +57,7 @@ def _by_onednn(x_TD: Tensor, weight_OD: Tensor) -> bool:
         not torch.compiler.is_compiling()  # inductor takes oneDNN for constant weights only
         and x_TD.device.type == "cpu"
         and x_TD.dtype == weight_OD.dtype == torch.float32
-        and 2.0 * x_TD.shape[0] * weight_OD.numel() >= LEAST_FLOPS
+        and 2.0 * x_TD.shape[0] * weight_OD.numel() >= MIN_ONEDNN_FLOPS
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
     )

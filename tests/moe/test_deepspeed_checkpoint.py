@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ase_dist.moe import ASEMoE, deepspeed_compat
-from ase_dist.moe.deepspeed_state import from_engine_names, to_engine_names
+from ase_dist.moe.engine_names import from_engine_names, to_engine_names
 from tests.moe.conftest import FFN, randomise
 from tests.training.conftest import start_world
 
@@ -146,7 +146,7 @@ def test_names_go_there_and_back(prefix):
 @pytest.mark.single_gpu
 def test_without_an_engine_names_are_the_layers_own():
     one, other = (ASEMoE(FFN(seed=seed), seed=seed, **OPTIONS) for seed in (1, 2))
-    assert {name.split(".")[0] for name in one.state_dict()} == {"moe"}
-    randomise(one.moe)
+    assert {name.split(".")[0] for name in one.state_dict()} == {"router", "base", "routed", "shared"}
+    randomise(one)
     other.load_state_dict(one.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))

@@ -64,7 +64,7 @@ def engine_of(stage, ep_size, dispatch, accumulation):
 
     model = Model(lambda base, seed: ASEMoE(base, ep_size=ep_size, dispatch=dispatch, seed=seed, **OPTIONS))
     for i, layer in enumerate(model.layers):
-        randomise(layer.moe, seed=i) if ep_size == 1 else load_random(layer, seed=i)
+        randomise(layer, seed=i) if ep_size == 1 else load_random(layer, seed=i)
     group = {"name": "all", "params": [p for p in model.parameters() if p.requires_grad]}
     optimizer = torch.optim.AdamW(deepspeed_compat.optimizer_groups([group]), lr=0.01, weight_decay=0.1)
     config = {
@@ -80,7 +80,7 @@ def load_random(layer, *, seed):
     """The values of ``randomise``, before the engine has made the layer's group."""
     whole = MoEFFN(FFN(), **OPTIONS)
     randomise(whole, seed=seed)
-    load_global_state(layer.moe, global_state(whole))
+    load_global_state(layer, global_state(whole))
 
 
 def check(stage, ep_size, dispatch, accumulation, *, wanted):
@@ -139,6 +139,44 @@ def grid(rank, folder):
     for case in cases:
         found += check(*case, wanted=wanted[case[-1]])
     return found
+
+
+def auto_dispatch(rank, folder):
+    """What ``auto`` chose, by what came first: an evaluation, a training batch, or the number of tokens."""
+    import deepspeed
+
+    os.environ["LOCAL_RANK"] = str(rank)
+    deepspeed_compat.skip_cpu_communication_build()
+    deepspeed.init_distributed("gloo", verbose=False)
+    layer = ASEMoE(FFN(), ep_size=2, **OPTIONS)
+    layer.set_deepspeed_parallelism()
+    few, many = torch.randn(TASKS, 1 + rank, DIM), torch.randn(TASKS, 200, DIM)
+    cheaper = [layer.layer_shape().cheaper(tokens) for tokens in (1.5 * TASKS, 200 * TASKS)]
+    seen = [layer.dispatch]
+    with torch.no_grad():
+        layer.eval()(few)
+    seen.append(layer.dispatch)
+    layer.train()(many)
+    seen.append(layer.dispatch)
+    with torch.no_grad():
+        layer.eval()(few)
+    seen.append(layer.dispatch)
+    told = ASEMoE(FFN(), ep_size=2, **OPTIONS)
+    told.set_deepspeed_parallelism()
+    told.decide_dispatch(4.0)
+    fixed = ASEMoE(FFN(), ep_size=2, dispatch="gather", **OPTIONS)
+    fixed.set_deepspeed_parallelism()
+    fixed.decide_dispatch(4.0)
+    return {"cheaper": cheaper, "seen": seen, "told": told.dispatch, "fixed": fixed.dispatch}
+
+
+def test_auto_is_decided_by_the_training_batch(tmp_path):
+    world = start_world(auto_dispatch, tmp_path, size=2)()
+    assert world.codes == [0] * 2, world.codes
+    for result in world.results:
+        assert result["cheaper"] == ["all_to_all", "gather"]
+        assert result["seen"] == [None, None, "gather", "gather"]
+        assert (result["told"], result["fixed"]) == ("all_to_all", "gather")
 
 
 def test_the_engine_trains_like_one_process(tmp_path):

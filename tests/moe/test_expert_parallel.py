@@ -146,6 +146,54 @@ def check_base_of_another_kind(rank, folder):
     return found
 
 
+def check_trained_base(rank, folder):
+    """A base that is trained too (full fine-tuning) gets the gradient of one process."""
+    found = []
+    group = groups_of(2)
+    for dispatch in ("gather", "all_to_all"):
+        whole, layer = sharded(group, 2, dispatch, "ase", 3, 1, "lora", ("fc1", "fc2"))
+        x, mine = tokens_of([5, 5, 5, 5])
+        for each, part in ((whole, x), (layer, mine)):
+            each.base.requires_grad_(True)
+            each(part).output.square().sum().backward()
+        for (name, want), have in zip(whole.base.named_parameters(), layer.base.parameters(), strict=True):
+            total = torch.zeros_like(want) if have.grad is None else have.grad.clone()
+            dist.all_reduce(total)
+            if (total - want.grad).norm() > 1e-9 * want.grad.norm():
+                found.append(f"{dispatch}: the gradient of {name} differs by {(total - want.grad).norm():.1e}")
+    return found
+
+
+def check_second_derivatives(rank, folder):
+    """A gradient penalty on x has the gradients of one process, or there is an error that says what to do."""
+
+    def penalty(layer, x):
+        x = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(layer(x).output.square().sum(), x, create_graph=True)
+        first.square().sum().backward()
+        return x.grad, next(iter(layer.routed.tensors().values())).grad
+
+    found = []
+    group = groups_of(4)
+    for dispatch, experts in itertools.product(("gather", "all_to_all"), ("lora", "ffn")):
+        whole, layer = sharded(group, 4, dispatch, "ase", 3, 1, experts, ("fc1", "fc2"))
+        x, mine = tokens_of([5, 5, 5, 5])
+        if dispatch == "gather":
+            (want_x, want_routed), (have_x, have_routed) = penalty(whole, x), penalty(layer, mine)
+            pairs = [(have_x, want_x[:, 5 * rank : 5 * rank + 5]),
+                     (have_routed[: layer.shard.real], layer.shard.own(want_routed))]  # fmt: skip
+            if any((have - want).norm() > 1e-9 * want.norm() for have, want in pairs):
+                found.append(f"{dispatch}, {experts}: the penalty's gradients differ")
+        try:
+            leaves = [mine.clone().requires_grad_(), *layer.routed.parameters()]
+            torch.autograd.grad(layer(leaves[0]).output.sum(), leaves, create_graph=True)
+            found.append(f"{dispatch}, {experts}: no error")
+        except NotImplementedError as error:
+            if "ep_size=1" not in str(error):
+                found.append(f"{dispatch}, {experts}: {error}")
+    return found
+
+
 def check_traffic(rank, folder):
     """Bytes at the collectives: the formula exactly for gather, to the routing for all_to_all."""
     found = []
@@ -181,10 +229,17 @@ def check_prefetch(rank, folder):
     pairs = [sharded(group, 4, "gather", "ase", 3, 1, "lora", ("fc1", "fc2")) for _ in range(3)]
     x, mine = tokens_of([5, 5, 5, 5])
     start = sum([5, 5, 5, 5][:rank])
+    one_layer = pairs[0][1].layer_shape().gather_bytes() // 2
     for round_number in range(3):
         want, have = x, mine
-        for whole, layer in pairs:
-            want, have = whole(want).output, layer(have).output
+        for position, (whole, layer) in enumerate(pairs):
+            with count_traffic() as traffic:
+                have = layer(have).output
+            want = whole(want).output
+            # the first layer's own experts and the second's, then the next one's each time
+            ahead = [2, 1, 0][position] if round_number else 1
+            if traffic.bytes["all_gather"] != ahead * one_layer:
+                found.append(f"pass {round_number}: layer {position} fetched {traffic.bytes} for {one_layer}")
         error = (have - want[:, start : start + 5]).norm().item()
         if error > 1e-9:
             found.append(f"pass {round_number}: outputs differ by {error:.1e}")
@@ -194,9 +249,6 @@ def check_prefetch(rank, folder):
                 with torch.no_grad():
                     for tensor in each.routed.parameters():
                         tensor.mul_(1.5)
-    prefetcher = pairs[0][1].dispatch._prefetcher
-    if len(prefetcher._successor) < 2:
-        found.append("nothing was fetched ahead")
     return found
 
 
@@ -235,7 +287,8 @@ def check_bf16(rank, folder):
 
 
 def run_all(rank, folder):
-    checks = (check_grid, check_extremes, check_base_of_another_kind, check_traffic, check_prefetch,
+    checks = (check_grid, check_extremes, check_base_of_another_kind, check_trained_base,
+              check_second_derivatives, check_traffic, check_prefetch,
               check_recomputation, check_bf16)  # fmt: skip
     return {check.__name__: check(rank, folder) for check in checks}
 

@@ -5,7 +5,7 @@ import torch
 
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.gating import Gates, check_gating, joint, top_routed
-from ase_dist.ops.autocast import autocast
+from ase_dist.ops.modes import autocast
 from ase_dist.registries import GATINGS
 from tests.moe.conftest import FFN
 

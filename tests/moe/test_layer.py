@@ -171,7 +171,7 @@ def test_untouched_ffn_experts_of_full_width_are_copies_of_the_base():
 
 def test_one_task_by_index_and_a_list_of_tasks_equal_their_rows():
     layer = ASEMoE(FFN(), 8, k=2, num_tasks=3)
-    randomise(layer.moe)
+    randomise(layer)
     x = tokens(torch.float32)
     output, _, counts = layer(x)
     one, _, one_counts = layer(x[2].view(1, 7, 12), task=2)
@@ -238,7 +238,7 @@ def test_equals_peft_with_one_expert_of_gate_one():
 def test_the_base_is_frozen_and_the_rest_is_trained():
     layer = ASEMoE(FFN(), 6, k=2, num_tasks=3)
     frozen = {name for name, p in layer.named_parameters() if not p.requires_grad}
-    assert frozen == {f"moe.base.{n}.{p}" for n in ("fc1", "fc2") for p in ("weight", "bias")}
+    assert frozen == {f"base.{n}.{p}" for n in ("fc1", "fc2") for p in ("weight", "bias")}
     assert not any("expert" in name for name in layer.state_dict())
 
 

@@ -34,8 +34,8 @@ def test_products_are_exact_to_rounding(sizes, dtype):
 
 @pytest.mark.parametrize("band_bytes", [1, 4096, 2**40])
 def test_a_product_is_added_in_place_in_bands_of_any_size(band_bytes, monkeypatch):
-    monkeypatch.setattr(products, "BAND_BYTES", (band_bytes, band_bytes))
-    monkeypatch.setattr(products, "LEAST_FLOPS", 0)
+    monkeypatch.setattr(products, "CHUNK_BYTES", (band_bytes, band_bytes))
+    monkeypatch.setattr(products, "MIN_ONEDNN_FLOPS", 0)
     x, weight, _, y = operands((9, 12, 7))
     want = y + x @ weight.T
     assert products.add_linear(y, x, weight) is y
@@ -45,7 +45,7 @@ def test_a_product_is_added_in_place_in_bands_of_any_size(band_bytes, monkeypatc
 @pytest.mark.parametrize("rows", [0, 1, 7, 64])
 @pytest.mark.parametrize("band_bytes", [1, 100, 2**40])
 def test_bands_are_all_rows_once_and_in_order(rows, band_bytes, monkeypatch):
-    monkeypatch.setattr(products, "BAND_BYTES", (band_bytes, band_bytes))
+    monkeypatch.setattr(products, "CHUNK_BYTES", (band_bytes, band_bytes))
     like = torch.empty(rows, 5)
     slices = products.row_chunks(like)
     assert torch.equal(torch.cat([torch.arange(rows)[each] for each in slices]), torch.arange(rows))
@@ -55,7 +55,7 @@ def test_bands_are_all_rows_once_and_in_order(rows, band_bytes, monkeypatch):
 
 
 def test_bands_are_a_quarter_of_the_rows_within_their_bounds(monkeypatch):
-    monkeypatch.setattr(products, "BAND_BYTES", (80, 160))  # 4 and 8 rows of 5 numbers
+    monkeypatch.setattr(products, "CHUNK_BYTES", (80, 160))  # 4 and 8 rows of 5 numbers
     counts = {rows: len(products.row_chunks(torch.empty(rows, 5))) for rows in (3, 8, 16, 24, 32, 64)}
     assert counts == {3: 1, 8: 2, 16: 4, 24: 4, 32: 4, 64: 8}
 

@@ -9,7 +9,6 @@ import pytest
 
 from ase_dist.config import build_settings
 from ase_dist.models import build_model, parameter_table
-from ase_dist.models.global_names import moe_core
 from ase_dist.moe.dispatch import LayerShape
 from ase_dist.planning.plan import (
     ModelSizes,
@@ -116,7 +115,7 @@ def test_sizes_are_those_of_the_model_that_a_run_builds(experts):
     assert sizes.dense == sum(size.trained for name, size in groups.items() if name != "routed")
     assert sizes.frozen == sum(size.total - size.trained for size in groups.values())
     assert sum(layer.routed * layer.expert_values for layer in sizes.layers) == groups["routed"].total
-    shapes = [moe_core(block.mlp).layer_shape() for block in model.blocks]
+    shapes = [block.mlp.layer_shape() for block in model.blocks]
     assert [(s.values_per_token, s.active) for s in sizes.layers] == [(s.values_per_token, s.active) for s in shapes]
     assert sizes.tokens_per_image == 5 * (1 + 4) and sizes.width == 2
 

@@ -310,10 +310,10 @@ def test_a_signal_while_saving(pair):
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("settings", "ValueError: rank 0 and rank 1 differ in train.lr: 0.001 and 0.002"),
-        ("json", "ValueError: rank 0 and rank 1 differ in the DeepSpeed JSON"),
-        ("data", "ValueError: rank 0 and rank 1 differ in training data: copy 0 and copy 1"),
-        ("no data", "ValueError: rank 1: train.txt: no such list"),
+        ("settings", "UserError: rank 0 and rank 1 differ in train.lr: 0.001 and 0.002"),
+        ("json", "UserError: rank 0 and rank 1 differ in the DeepSpeed JSON"),
+        ("data", "UserError: rank 0 and rank 1 differ in training data: copy 0 and copy 1"),
+        ("no data", "UserError: rank 1: train.txt: no such list"),
         ("experts", "is 4 x 24 there and 3 x 24 here"),
         ("heads", "holds another model"),
         ("backbone", "was trained on the backbone"),

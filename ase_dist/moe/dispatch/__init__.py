@@ -1,12 +1,11 @@
-"""How tokens and experts meet: one interface, the same numbers whichever is used.
+"""How tokens and experts meet on several ranks: the same numbers, different bytes.
 
-``local``: all experts are here. ``gather``: experts travel to the tokens. ``all_to_all``: tokens travel to the experts.
+``local``: all experts are on this rank. ``gather``: experts are fetched to the tokens. ``all_to_all``: tokens are sent
+to the experts. ``auto``: the one of the two that sends fewer bytes (``cost``).
 """
 
-from ase_dist.moe.dispatch.all_to_all import AllToAllDispatch
-from ase_dist.moe.dispatch.base import Dispatch
-from ase_dist.moe.dispatch.cost import LayerShape
-from ase_dist.moe.dispatch.gather import GatherDispatch
-from ase_dist.moe.dispatch.local import LocalDispatch
+from ase_dist.moe.dispatch.cost import Choice, LayerShape
+from ase_dist.moe.dispatch.exchange import TokenExchange, plan_exchange
+from ase_dist.moe.dispatch.gather import gather_experts
 
-__all__ = ["AllToAllDispatch", "Dispatch", "GatherDispatch", "LayerShape", "LocalDispatch"]
+__all__ = ["Choice", "LayerShape", "TokenExchange", "gather_experts", "plan_exchange"]

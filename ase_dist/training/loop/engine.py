@@ -11,16 +11,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ase_dist.config import TrainSettings
 from ase_dist.errors import UserError, first_problem
-from ase_dist.models import parameter_groups
-from ase_dist.moe import MoEFFN, deepspeed_compat
+from ase_dist.models import MultiTaskModel, parameter_groups
+from ase_dist.moe import deepspeed_compat
 from ase_dist.training.ds_config import ResolvedConfig
 from ase_dist.training.loop.schedule import schedule_lambda
 from ase_dist.training.process.runtime import World
+from ase_dist.training.record.traffic import tokens_per_image
 
 NO_DECAY_DIMS = 1  # biases, norms and scales are not decayed
 
 
-def initialize(model: nn.Module, config: ResolvedConfig, world: World, *, total_steps: int) -> Any:
+def initialize(model: MultiTaskModel, config: ResolvedConfig, world: World, *, total_steps: int) -> Any:
     """DeepSpeed's engine for ``model``: AdamW with groups of its own for experts, warm-up and decay per step."""
     import deepspeed
 
@@ -31,8 +32,6 @@ def initialize(model: nn.Module, config: ResolvedConfig, world: World, *, total_
     if config.zero_stage == 0 and not train.bf16:
         deepspeed_compat.skip_non_finite_steps(optimizer)
     scheduler = LambdaLR(optimizer, schedule_lambda(train, total=total_steps))
-    if config.zero_stage == 3:
-        count_over_ranks(model)
     deepspeed_compat.import_muon()
     try:
         engine, *_ = deepspeed.initialize(
@@ -41,6 +40,7 @@ def initialize(model: nn.Module, config: ResolvedConfig, world: World, *, total_
     except ValidationError as error:
         problem = first_problem(error)
         raise UserError(f"DeepSpeed JSON: {problem.where}: got {problem.got!r}; {problem.why}") from None
+    decide_dispatch(model, images=train.batch_size)
     deepspeed_compat.undo_trial_step(engine)
     deepspeed_compat.use_true_gradient_norm(engine)
     deepspeed_compat.skip_non_finite_zero_steps(engine)
@@ -99,11 +99,13 @@ def _with_kind(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(kinds[name], parameter) for name, parameter in model.named_parameters()]
 
 
-def count_over_ranks(model: nn.Module) -> None:
-    """Let the router losses see the tokens of all ranks; ``ASEMoE`` does so by itself when the engine finds it."""
-    for module in model.modules():
-        if isinstance(module, MoEFFN):
-            module.sync_statistics = True
+def decide_dispatch(model: MultiTaskModel, *, images: int) -> None:
+    """Settle ``model.moe.dispatch=auto`` for micro-steps of ``images`` on each rank, before the first forward pass."""
+    from ase_dist.moe import ASEMoE
+
+    for layer in model.modules():
+        if isinstance(layer, ASEMoE):
+            layer.decide_dispatch(images * layer.num_tasks * tokens_per_image(model))
 
 
 def memory_bytes(device: torch.device) -> int:

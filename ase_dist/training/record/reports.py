@@ -63,9 +63,7 @@ def start_tables(components: RunComponents) -> str:
 def expert_traffic(components: RunComponents) -> dict[str, Any]:
     """What sharing experts costs on the wire, see ``dispatch_summary``; empty at expert-parallel size 1."""
     settings = components.settings
-    return dispatch_summary(
-        components.engine.module, images=settings.train.batch_size, dispatch=settings.model.moe.dispatch
-    )
+    return dispatch_summary(components.engine.module, images=settings.train.batch_size)
 
 
 class MicroStep(NamedTuple):

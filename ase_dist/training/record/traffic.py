@@ -9,7 +9,7 @@ from ase_dist.models import MultiTaskModel, MultiTaskViT
 from ase_dist.moe import MoEFFN
 
 
-def dispatch_summary(model: MultiTaskModel, *, images: int, dispatch: str) -> dict[str, Any]:
+def dispatch_summary(model: MultiTaskModel, *, images: int) -> dict[str, Any]:
     """Bytes that a rank sends per micro-step, over all layers with experts, for ``images`` on each rank.
 
     ``gather_bytes`` are exact; ``all_to_all_bytes`` expect tokens to choose among experts evenly. Empty where no
@@ -27,7 +27,7 @@ def dispatch_summary(model: MultiTaskModel, *, images: int, dispatch: str) -> di
         "gather_bytes": sum(shape.gather_bytes() for shape in shapes),
         "all_to_all_bytes": round(sum(shape.all_to_all_bytes(shape.expected_rows(tokens)) for shape in shapes)),
         "crossover_tokens": shapes[0].crossover(),
-        "dispatch": [shape.cheaper(tokens) if dispatch == "auto" else dispatch for shape in shapes],
+        "dispatch": [layer.dispatch for layer in layers],
     }
 
 

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from ase_dist.ops import products
-from ase_dist.ops.lora_ffn import Adapted, gated_ffn
-from ase_dist.ops.lowrank import add_lowrank
+from ase_dist.ops.lowrank import AdaptedLinear, add_lowrank, gated_ffn
 
 pytestmark = pytest.mark.single_gpu
 
@@ -23,7 +22,7 @@ def draws():
 def adapted(draw, width_in, width_out, *, bias, pair):
     weight, bias_O = draw(width_out, width_in), draw(width_out) if bias else None
     pairs = (draw(R, width_in), draw(width_out, R)) if pair else (None, None)
-    return Adapted(weight, bias_O, *pairs)
+    return AdaptedLinear(weight, bias_O, *pairs)
 
 
 def reference(x, fc1, fc2, gates, activation):
@@ -37,7 +36,7 @@ def reference(x, fc1, fc2, gates, activation):
 @pytest.mark.parametrize("band_bytes", [1, 300, 2**40])
 @pytest.mark.parametrize(("first", "second", "bias"), list(itertools.product([True, False], repeat=3)))
 def test_equals_the_formula_with_every_gradient(first, second, bias, band_bytes, monkeypatch):
-    monkeypatch.setattr(products, "BAND_BYTES", (band_bytes, band_bytes))
+    monkeypatch.setattr(products, "CHUNK_BYTES", (band_bytes, band_bytes))
     draw = draws()
     fc1, fc2 = adapted(draw, D, H, bias=bias, pair=first), adapted(draw, H, O, bias=bias, pair=second)
     x, gates, direction = draw(T, D), draw(T, N), draw(T, O)

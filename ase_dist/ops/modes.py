@@ -1,0 +1,65 @@
+"""What surrounds a product: autocast, ``torch.export``, second derivatives; and which form of the maths each allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The type that autocast casts products to at this moment; None where it is off or the device has none (meta)."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """``torch.autocast`` to ``dtype``, or off for None.
+
+    Where that is the mode already nothing is entered: a program of ``torch.export`` would keep a graph of its own for
+    what is inside, and ONNX has none.
+    """
+    if autocast_dtype(device_type) == dtype:
+        return nullcontext()
+    return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None)
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is tracing; before torch 2.7 any tracer, which it cannot tell apart."""
+    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
+
+
+def may_use_custom_autograd(x: Tensor) -> bool:
+    """Whether products with x may have hand-written autograd: neither under autocast nor in ``torch.export``.
+
+    What is exported runs elsewhere and must hold plain operations only, with no chunk that depends on this batch.
+    """
+    return autocast_dtype(x.device.type) is None and not is_exporting()
+
+
+def wants_second_order() -> bool:
+    """Whether a backward pass that is running must itself be differentiable (``create_graph=True``).
+
+    Autograd enables gradients inside such a pass only. A compiler that traces a backward pass is not one.
+    """
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def differentiable_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """The gradients of ``function(*inputs)`` for ``grad``, with a graph of their own; None where not ``needed``.
+
+    Called in a backward pass under ``wants_second_order``: ``function`` computes in plain operations what the forward
+    pass did. Each input is replaced by a view of itself, so that an input that was computed from another one (gates
+    from x) does not add its own path to that one's gradient.
+    """
+    with torch.enable_grad():
+        views = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        output = function(*views)
+        wanted = [view for view, need in zip(views, needed, strict=True) if need and view is not None]
+        found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
+    return [next(found) if need and view is not None else None for view, need in zip(views, needed, strict=True)]
