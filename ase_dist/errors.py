@@ -1,17 +1,70 @@
-"""What ends a command, and how it is told: mistakes of users, faults of the moment, pydantic's refusals in words.
+"""How a command ends: exit codes, the errors that become one sentence, and pydantic's refusals in words.
 
-A ``UserError`` becomes one sentence and exit code 2. Every other exception is a bug, of this package or of an
-extension: it keeps its traceback and ends the command with 1 (see ``ase_dist.training.process.exit_codes``).
+``UserError`` and ``RunError`` are told in one sentence. Every other exception is a bug, of this package or of an
+extension: it keeps its traceback and ends the command with 1.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+
+LONGEST_SENTENCE = 400  # characters of an error that are passed on; safetensors and pydantic can write pages
+
+
+def _numbers(names: str) -> frozenset[int]:
+    """The operating system's numbers of errors, of those that it has."""
+    return frozenset(getattr(errno, name) for name in names.split() if hasattr(errno, name))
+
+
+DISK_FULL = _numbers("ENOSPC EDQUOT EFBIG")
+# what a user has named and the operating system refuses
+REFUSED = _numbers("ENOENT EACCES EPERM EROFS ENOTDIR EISDIR EEXIST ENOTEMPTY ENAMETOOLONG ELOOP EXDEV ETXTBSY")
+# a network file system that is not there for a moment; the same call may work a minute later
+TEMPORARY = _numbers(
+    "EIO EREMOTEIO ESTALE ETIMEDOUT ETIME EAGAIN EINTR EBUSY ENOLCK ENOLINK ENETDOWN ENETUNREACH ENETRESET "
+    "ECONNREFUSED ECONNRESET ECONNABORTED ENOTCONN EHOSTDOWN EHOSTUNREACH ESHUTDOWN ECOMM EPROTO"
+)
+
+
+class ExitCode(IntEnum):
+    """Exit status of a command.
+
+    ====  ==========================================================================================================
+    0     done
+    1     a bug, of this package or of an extension: the traceback is on the terminal, in train.log and rank_N.log;
+          also where a thread that never yields was ended (see ``Watchdog``), and where export --check finds other
+          metrics
+    2     settings, data or checkpoints are not usable: the sentence says what to change
+    3     predict: some files could not be read and were skipped
+    71    a file or a connection failed for a moment, as on a network file system: the same command may work now
+    74    a checkpoint or a result could not be saved (disk full, read-only); the ones before it are untouched
+    75    stopped by a signal, after saving: the same command goes on from there
+    76    a loss or a gradient was not finite, and the policy was to stop or the skips were used up
+    77    no progress within the time limit: a rank is dead, stuck or silent; stacks are in rank_N.log
+    130   interrupted (Ctrl-C) while nothing was there to be saved
+    ====  ==========================================================================================================
+
+    ``--max-restarts`` and the Slurm script start again after 1, 71 and 77, and after a process that was killed.
+    """
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    SKIPPED = 3
+    IO_ERROR = 71
+    NOT_SAVED = 74
+    STOPPED = 75
+    NON_FINITE = 76
+    SILENT = 77
+    INTERRUPTED = 130
 
 
 class UserError(ValueError):
@@ -19,6 +72,67 @@ class UserError(ValueError):
 
     The message is one sentence: what, what was got, what was wanted, what to try.
     """
+
+
+class RunError(RuntimeError):
+    """What ends a command, is no mistake in its settings and is told in one sentence: a full disk, a lost rank."""
+
+    def __init__(self, sentence: str, *, exit_code: ExitCode = ExitCode.FAILED) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code
+
+
+def exit_code_of(error: BaseException) -> ExitCode:
+    """The code that a command ends with where ``error`` ends it."""
+    if isinstance(error, RunError):
+        return error.exit_code
+    if isinstance(error, UserError):
+        return ExitCode.USAGE
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED
+    number = _error_number(error)
+    if number in TEMPORARY or isinstance(error, TimeoutError):
+        return ExitCode.IO_ERROR
+    if number in DISK_FULL:
+        return ExitCode.NOT_SAVED
+    return ExitCode.USAGE if number in REFUSED else ExitCode.FAILED
+
+
+def _error_number(error: BaseException) -> int | None:
+    """The operating system's number of an error; libraries written in Rust, as safetensors is, have it in the text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\bos error (\d+)|\bOs \{ code: (\d+)", str(error)) if isinstance(error, Exception) else None
+    return int(found[1] or found[2]) if found else None
+
+
+def has_traceback(error: BaseException) -> bool:
+    """Whether the traceback of ``error`` is shown: a bug's or a failing device's, not that of what a sentence tells."""
+    if isinstance(error, (UserError, RunError)):
+        return exit_code_of(error) is ExitCode.FAILED and error.__cause__ is not None
+    return exit_code_of(error) in (ExitCode.FAILED, ExitCode.IO_ERROR)
+
+
+def describe(error: BaseException) -> str:
+    """An exception as the tail of a sentence: our own sentences as they are, others in one line, not too long."""
+    if isinstance(error, (UserError, RunError)):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    else:
+        text = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
+    return text if len(text) <= LONGEST_SENTENCE else f"{text[:LONGEST_SENTENCE]}..."
+
+
+def file_error(error: Exception, sentence: str) -> UserError | RunError:
+    """What to raise instead of a file's ``error``, with a ``sentence`` that says more.
+
+    A UserError where the user has to do something about it, else a RunError of the same exit code.
+    """
+    code = exit_code_of(error)
+    return (
+        RunError(sentence, exit_code=code) if code in (ExitCode.IO_ERROR, ExitCode.NOT_SAVED) else UserError(sentence)
+    )
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -23,17 +23,18 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_atomic(path: str | Path, data: bytes | str) -> None:
+def write_atomic(path: str | Path, data: bytes | str, *, durable: bool = True) -> None:
     """Replace ``path`` by ``data`` (text as UTF-8), or leave it as it was: whoever reads never sees half a file.
 
-    Makes the parent folder where it is missing. Raises OSError, and takes its temporary file away again.
+    Makes the parent folder where it is missing. ``durable`` False does not wait for the disk, for what is replaced
+    every few seconds and need not survive a power failure. Raises OSError, and takes its temporary file away again.
     """
-    with replacing(path) as temporary:
+    with replacing(path, durable=durable) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """A path beside ``path`` for others to write to, such as ``save_file``; what stands there at the end replaces it.
 
     Makes the parent folder where it is missing. After an error ``path`` is as it was and nothing lies beside it.
@@ -43,12 +44,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        fsync(temporary)
+        if durable:
+            fsync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync(path.parent)  # a rename is on disk only when its folder is
+    if durable:
+        fsync(path.parent)  # a rename is on disk only when its folder is
 
 
 def json_safe(value: Any) -> Any:

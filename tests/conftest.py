@@ -50,6 +50,17 @@ def one_sentence():
 
 
 @pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """The folder in which ``tests.training.tiny_runs`` finds its generated scenes."""
+    from ase_dist.scenes.make import ensure_scenes
+    from tests.training.tiny_runs import SCENE_SIZE, TRAIN_IMAGES, VAL_IMAGES
+
+    root = tmp_path_factory.mktemp("scenes")
+    ensure_scenes(root, train=TRAIN_IMAGES, val=VAL_IMAGES, size=SCENE_SIZE, seed=0)
+    return root
+
+
+@pytest.fixture(scope="session")
 def shared_data():
     """The folder with data/ and weights/ that ASE_SHARED names, by default ../shared beside the repository."""
     folder = Path(os.environ.get("ASE_SHARED", REPOSITORY.parent / "shared"))

@@ -20,10 +20,10 @@ from timm.layers import Mlp
 
 from ase_dist.commands.main import COMMANDS, find_command, module_of
 from ase_dist.config import Settings, load_settings, setting_keys, shipped_configs
+from ase_dist.errors import ExitCode
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.sharding import Shard
 from ase_dist.training.ds_config import read_ds_config, resolve, shipped_ds_configs
-from ase_dist.training.process.guards import ExitCode
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -1,13 +1,16 @@
-"""What all commands share: how their help names them, and the code of a mistake. Imports no torch."""
+"""What all commands share: how their help names them, and how they end. Imports no torch."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
-USAGE = 2  # exit code for options, settings, data or models that cannot be used
+from ase_dist.errors import ExitCode, describe, exit_code_of, has_traceback
+
 SCRIPTS = Path("launch")  # of a checkout; without one there is python -m ase_dist
 MODULE_FILE = "__main__.py"
 
@@ -41,7 +44,23 @@ def without_checkout(text: str) -> str:
     return re.sub(r"(deepspeed |job=\")-m ", r"\1--module ", text)
 
 
-def refuse(error: Exception | str, *, code: int = USAGE) -> int:
+def run_command(work: Callable[[], int], *, interrupted: str = "interrupted") -> int:
+    """The exit code that ``work`` returns, or that of what it raises, which is told on the standard error.
+
+    One sentence for mistakes and faults, a traceback for bugs (see ``ase_dist.errors``); ``interrupted`` after Ctrl-C.
+    """
+    try:
+        return work()
+    except KeyboardInterrupt as error:
+        return refuse(interrupted, code=exit_code_of(error))
+    except Exception as error:
+        if not has_traceback(error):
+            return refuse(describe(error), code=exit_code_of(error))
+        traceback.print_exception(error)
+        return exit_code_of(error)
+
+
+def refuse(sentence: str, *, code: ExitCode = ExitCode.USAGE) -> ExitCode:
     """Say in one sentence why a command ends, and give its exit code."""
-    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.write(f"error: {sentence}\n")
     return code

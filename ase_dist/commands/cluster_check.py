@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ase_dist.cluster.environment import FILE
 from ase_dist.cluster.job import Job
-from ase_dist.cluster.ready import Ready, check
-from ase_dist.commands.cli import USAGE, command_parser
+from ase_dist.cluster.ready import check
+from ase_dist.commands.cli import command_parser, refuse, run_command
+from ase_dist.errors import ExitCode
 
 EPILOG = """The address of the first node is all that goes to the standard output:
   job="launch/train.py --deepspeed_config ds_configs/z2.json output=runs/cluster"
@@ -34,13 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     dashes = words.index("--") if "--" in words else len(words)
     arguments = parser().parse_args(words[:dashes])
-    try:
-        job = Job.of(words[dashes + 1 :])
-        ready = check(arguments.hostfile, job, env=arguments.env, port=arguments.ssh_port, ask=not arguments.no_ssh)
-    except (ValueError, OSError) as error:
-        ready = Ready("", [str(error)])
+    return run_command(lambda: _check(arguments, words[dashes + 1 :]))
+
+
+def _check(arguments: argparse.Namespace, job: Sequence[str]) -> int:
+    ready = check(arguments.hostfile, Job.of(job), env=arguments.env, port=arguments.ssh_port, ask=not arguments.no_ssh)
+    for problem in ready.problems:
+        refuse(problem)
     if ready.problems:
-        sys.stderr.write("".join(f"error: {problem}\n" for problem in ready.problems))
-        return USAGE
+        return ExitCode.USAGE
     sys.stdout.write(f"{ready.master}\n")
     return 0

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ase_dist.commands.cli import command_parser, refuse
+from ase_dist.commands.cli import command_parser, run_command
 
 EPILOG = """examples:
   python launch/evaluate.py runs/scenes --edge-ods
@@ -43,9 +43,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the first rank writes the files and prints the Markdown."""
     arguments = parser().parse_intermixed_args(argv)
+    return run_command(lambda: _evaluate(arguments))
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
     from ase_dist.deployment.evaluate_model import EvaluationRequest, evaluate_model, write_report
     from ase_dist.evaluation.tables import to_markdown
-    from ase_dist.training.process.ranks import join
+    from ase_dist.training.process.runtime import join
     from ase_dist.training.record.console import close_console, set_up_logging
     from ase_dist.training.record.run_folder import RunFolder
 
@@ -66,8 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             if world.is_first:
                 write_report(report, arguments.out or RunFolder(arguments.model).evaluation)
                 sys.stdout.write(to_markdown(report))
-    except ValueError as error:
-        return refuse(error)
     finally:
         close_console()
     return 0

@@ -10,8 +10,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ase_dist.commands.cli import USAGE, command_parser
-from ase_dist.errors import UserError
+from ase_dist.commands.cli import command_parser, refuse, run_command
+from ase_dist.errors import ExitCode, UserError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,21 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, 1 where the check finds other metrics, 2 for what cannot be exported."""
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        odd = _export(arguments)
-    except ValueError as error:
-        logging.error("error: %s", error)
-        return USAGE
-    if odd:
-        logging.error("error: %s does not score what the run found: %s", arguments.out, "; ".join(odd))
-        return 1
-    if arguments.check:
-        logging.info("%s scores what the run found", arguments.out)
-    return 0
+    return run_command(lambda: _export(arguments))
 
 
-def _export(arguments: argparse.Namespace) -> list[str]:
-    """Write what is asked for; the metrics that the check found to be others."""
+def _export(arguments: argparse.Namespace) -> int:
     from ase_dist.deployment.export import check_export, export_run
     from ase_dist.deployment.exported import load
     from ase_dist.deployment.programs import check_formats, deploy
@@ -65,7 +54,12 @@ def _export(arguments: argparse.Namespace) -> list[str]:
         odd = check_export(arguments.run, source, device=arguments.device) if arguments.check else []
     if formats and not odd:
         deploy(load(source), arguments.out, formats=formats, tasks=tasks)
-    return odd
+    if odd:
+        found = f"{arguments.out} does not score what the run found: {'; '.join(odd)}"
+        return refuse(found, code=ExitCode.FAILED)
+    if arguments.check:
+        logging.info("%s scores what the run found", arguments.out)
+    return 0
 
 
 def _words(text: str | None) -> list[str] | None:

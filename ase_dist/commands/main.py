@@ -8,7 +8,7 @@ from importlib import import_module
 from types import ModuleType
 
 import ase_dist
-from ase_dist.commands.cli import refuse
+from ase_dist.commands.cli import run_command
 from ase_dist.errors import UserError, did_you_mean
 
 COMMANDS = (
@@ -39,12 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == VERSION:
         sys.stdout.write(f"{ase_dist.__version__}\n")
         return 0
-    try:
+
+    def run_named() -> int:
         name, others = find_command(words)
-    except ValueError as error:
-        return refuse(error)
-    code: int = module_of(name).main([*launched, *others])
-    return code
+        code: int = module_of(name).main([*launched, *others])
+        return code
+
+    return run_command(run_named)
 
 
 def find_command(words: Sequence[str]) -> tuple[str, list[str]]:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ase_dist.commands.cli import USAGE, command_parser
+from ase_dist.commands.cli import command_parser, run_command
 
 EPILOG = """examples:
   python launch/make_scenes.py
@@ -36,31 +36,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, or 2 after one sentence about what is wrong."""
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        made = _draw_sheet(arguments) if arguments.contact_sheet is not None else _make(arguments)
-    except (ValueError, OSError) as error:
-        logging.error("%s", error)
-        return USAGE
-    logging.info("%s", made)
-    return 0
+    return run_command(lambda: _make(arguments))
 
 
-def _draw_sheet(arguments: argparse.Namespace) -> Path:
+def _make(arguments: argparse.Namespace) -> int:
+    from ase_dist.scenes.make import ensure_scenes
     from ase_dist.scenes.sheet import SHOWN, contact_sheet
 
-    path: Path = arguments.contact_sheet
-    contact_sheet(path, indices=arguments.scenes or SHOWN, seed=arguments.seed, size=arguments.size)
-    return path
-
-
-def _make(arguments: argparse.Namespace) -> Path:
-    from ase_dist.scenes.make import ensure_scenes
-
-    return ensure_scenes(
-        arguments.out,
-        train=arguments.train,
-        val=arguments.val,
-        size=arguments.size,
-        seed=arguments.seed,
-        workers=arguments.workers,
-    )
+    made: Path = arguments.contact_sheet
+    if made is not None:
+        contact_sheet(made, indices=arguments.scenes or SHOWN, seed=arguments.seed, size=arguments.size)
+    else:
+        made = ensure_scenes(
+            arguments.out,
+            train=arguments.train,
+            val=arguments.val,
+            size=arguments.size,
+            seed=arguments.seed,
+            workers=arguments.workers,
+        )
+    logging.info("%s", made)
+    return 0

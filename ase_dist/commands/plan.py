@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ase_dist.commands.cli import command_parser, refuse
-from ase_dist.config import DEFAULT_CONFIG, Settings, load_settings, shipped_configs
+from ase_dist.commands.cli import command_parser, run_command
+from ase_dist.config import DEFAULT_CONFIG, load_settings, shipped_configs
 from ase_dist.errors import UserError
 
 EPILOG = """examples:
@@ -53,14 +53,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, or 2 after one sentence about what is wrong."""
     arguments = parser().parse_intermixed_args(argv)
-    try:
-        _plan(arguments, load_settings(arguments.config, arguments.settings))
-    except (ValueError, OSError) as error:
-        return refuse(error)
-    return 0
+    return run_command(lambda: _plan(arguments))
 
 
-def _plan(arguments: argparse.Namespace, settings: Settings) -> None:
+def _plan(arguments: argparse.Namespace) -> int:
+    settings = load_settings(arguments.config, arguments.settings)
     stages = _numbers("--zero", arguments.zero)
     ep_sizes = None if arguments.ep is None else _numbers("--ep", arguments.ep)
     from ase_dist.files import write_atomic
@@ -85,6 +82,7 @@ def _plan(arguments: argparse.Namespace, settings: Settings) -> None:
             "flops_per_second": flops,
         }
         write_atomic(arguments.json, json.dumps(plan_report.as_json(sizes, plans, **given), indent=2) + "\n")
+    return 0
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -6,15 +6,10 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ase_dist.commands.cli import command_parser, refuse
-from ase_dist.errors import UserError
+from ase_dist.commands.cli import command_parser, run_command
+from ase_dist.errors import ExitCode, UserError
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-SKIPPED = 3  # exit code where some files could not be read
 EPILOG = """examples:
   python launch/predict.py exports/scenes photo.jpg holiday/ --out predictions
   python launch/predict.py exports/scenes holiday/ --out predictions --tasks semseg,edge --batch 16 --device cuda
@@ -41,33 +36,29 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     arguments = parser().parse_intermixed_args(argv)
-    from ase_dist.training.record.console import close_console, set_up_logging
+    return run_command(lambda: _predict(arguments))
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from ase_dist.deployment.predict_folder import choose_tasks, find_sources, predict_files
+    from ase_dist.deployment.predictor import load
+    from ase_dist.training.process.runtime import find_device
+    from ase_dist.training.record.console import StepProgress, close_console, set_up_logging
 
     console = set_up_logging(rank=0)
     try:
-        return _predict(arguments, console)
-    except ValueError as error:
-        return refuse(error)
+        if arguments.batch < 1:
+            raise UserError(f"--batch: got {arguments.batch}, wanted at least 1")
+        sources = find_sources(arguments.images, out=arguments.out)
+        model = load(arguments.export, device=find_device(arguments.device))
+        tasks = choose_tasks(model, arguments.tasks.split(",") if arguments.tasks else None)
+        with StepProgress("predict, images", total=len(sources), console=console) as progress:
+            outcome = predict_files(
+                model, sources, arguments.out, tasks=tasks, batch_size=arguments.batch, advance=progress.log_every_tenth
+            )
+        logging.getLogger("ase_dist").info(
+            "%d images in %s, %d files skipped", len(outcome.written), arguments.out, len(outcome.skipped)
+        )
     finally:
         close_console()
-
-
-def _predict(arguments: argparse.Namespace, console: Console | None) -> int:
-    from ase_dist.deployment.predict_folder import choose_tasks, find_sources, predict_files
-    from ase_dist.deployment.predictor import load
-    from ase_dist.training.process.ranks import find_device
-    from ase_dist.training.record.console import StepProgress
-
-    if arguments.batch < 1:
-        raise UserError(f"--batch: got {arguments.batch}, wanted at least 1")
-    sources = find_sources(arguments.images, out=arguments.out)
-    model = load(arguments.export, device=find_device(arguments.device))
-    tasks = choose_tasks(model, arguments.tasks.split(",") if arguments.tasks else None)
-    with StepProgress("predict, images", total=len(sources), console=console) as progress:
-        outcome = predict_files(
-            model, sources, arguments.out, tasks=tasks, batch_size=arguments.batch, advance=progress.log_every_tenth
-        )
-    logging.getLogger("ase_dist").info(
-        "%d images in %s, %d files skipped", len(outcome.written), arguments.out, len(outcome.skipped)
-    )
-    return SKIPPED if outcome.skipped else 0
+    return ExitCode.SKIPPED if outcome.skipped else ExitCode.DONE

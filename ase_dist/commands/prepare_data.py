@@ -12,10 +12,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ase_dist.commands.cli import USAGE, command_parser
+from ase_dist.commands.cli import command_parser, run_command
 from ase_dist.tasks import packable
 
-INTERRUPTED = 130
 EPILOG = """examples:
   python launch/prepare_data.py pascal-context PASCAL_MT.tgz --check-only
   python launch/prepare_data.py pascal-context PASCAL_MT.tgz --out packed/pascal
@@ -47,18 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, or 2 after one sentence about what is wrong."""
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        _run(arguments)
-    except (ValueError, OSError) as error:
-        logging.error("error: %s", error)
-        return USAGE
-    except KeyboardInterrupt:
-        logging.error("interrupted; the same command goes on from here")
-        return INTERRUPTED
-    return 0
+    return run_command(lambda: _prepare(arguments), interrupted="interrupted; the same command goes on from here")
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _prepare(arguments: argparse.Namespace) -> int:
     from ase_dist.data.packed.layout import is_packed
     from ase_dist.data.packed.prepare import Request, check_only, prepare
     from ase_dist.data.packed.verify import verify
@@ -66,12 +57,13 @@ def _run(arguments: argparse.Namespace) -> None:
     source = arguments.source
     if is_packed(source):
         logging.info("%s: %d packed files are whole", source, verify(source))
-        return
+        return 0
     data = arguments.data.replace("-", "_")
     tasks = tuple(arguments.tasks.split(",")) if arguments.tasks else None
     request = Request(data, source, tasks, arguments.pictures, arguments.subset, arguments.workers)
     if arguments.check_only:
         logging.info("%s: the files of %d images are whole", source, check_only(request, arguments.out))
-        return
+        return 0
     place = prepare(request, arguments.out)
     logging.info("train with data.name=%s data.root=%s", data, place)
+    return 0

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ase_dist.commands.cli import command_parser
+from ase_dist.commands.cli import command_parser, run_command
 
 CONFIG = "scenes_pretrain"
 EPILOG = """examples:
@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ase_dist.commands.train import main as train
 
     options = ["--deepspeed_config", arguments.deepspeed_config] if arguments.deepspeed_config else []
-    return train(["--config", CONFIG, *options, *arguments.settings]) or _keep(arguments.settings, arguments.out)
+    return train(["--config", CONFIG, *options, *arguments.settings]) or run_command(
+        lambda: _keep(arguments.settings, arguments.out)
+    )
 
 
 def _keep(overrides: Sequence[str], out: Path | None) -> int:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ase_dist.commands.cli import command_parser, refuse
+from ase_dist.commands.cli import command_parser, run_command
 
 EPILOG = """examples:
   python launch/report.py runs/scenes
@@ -28,11 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, or 2 after one sentence about what is wrong."""
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    return run_command(lambda: _report(arguments))
+
+
+def _report(arguments: argparse.Namespace) -> int:
     from ase_dist.report.page import write_report
 
-    try:
-        out = write_report(arguments.folder, arguments.out)
-    except ValueError as error:
-        return refuse(error)
+    out = write_report(arguments.folder, arguments.out)
     logging.info("%s, %.1f MB", out, out.stat().st_size / 1e6)
     return 0

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ase_dist.commands.cli import command_parser, refuse
+from ase_dist.commands.cli import command_parser, run_command
 from ase_dist.study.presets import PRESETS
 from ase_dist.study.variants import STUDIES
 
@@ -44,24 +44,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     arguments = parser().parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    return run_command(lambda: _study(arguments))
+
+
+def _study(arguments: argparse.Namespace) -> int:
     from ase_dist.study.run import run_study
     from ase_dist.study.runner import Slots
 
-    try:
-        return run_study(
-            arguments.name,
-            data=arguments.data,
-            seeds=arguments.seeds,
-            out=arguments.out,
-            steps=arguments.steps,
-            only=_names(arguments.only),
-            slots=Slots(arguments.jobs, tuple(_names(arguments.devices))),
-            keep_checkpoints=arguments.keep_checkpoints,
-            train=not arguments.tables_only,
-            overrides=arguments.settings,
-        )
-    except (ValueError, OSError) as error:
-        return refuse(error)
+    return run_study(
+        arguments.name,
+        data=arguments.data,
+        seeds=arguments.seeds,
+        out=arguments.out,
+        steps=arguments.steps,
+        only=_names(arguments.only),
+        slots=Slots(arguments.jobs, tuple(_names(arguments.devices))),
+        keep_checkpoints=arguments.keep_checkpoints,
+        train=not arguments.tables_only,
+        overrides=arguments.settings,
+    )
 
 
 def _names(text: str) -> list[str]:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from ase_dist.baselines import baselines
-from ase_dist.commands.cli import command_parser, refuse
-from ase_dist.config import DEFAULT_CONFIG, Settings, load_settings, setting_keys, shipped_configs, to_yaml
+from ase_dist.commands.cli import command_parser, run_command
+from ase_dist.config import DEFAULT_CONFIG, load_settings, setting_keys, shipped_configs, to_yaml
 from ase_dist.training.ds_config import read_ds_config, shipped_ds_configs
 
 EPILOG = """examples:
@@ -40,25 +40,26 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (see ``ase_dist.training.process.guards.ExitCode``)."""
-    arguments = parser().parse_intermixed_args(argv)
-    try:
-        settings = load_settings(arguments.config, arguments.settings, row=arguments.row)
-        if arguments.print_config or arguments.print_keys:
-            sys.stdout.write("\n".join(setting_keys()) + "\n" if arguments.print_keys else to_yaml(settings))
-            return 0
-        if arguments.max_restarts:
-            return _supervise(arguments, settings, sys.argv[1:] if argv is None else argv)
-    except ValueError as error:
-        return refuse(error)
-    return _train(arguments, settings)
+    """Run the command; returns the exit code (see ``ase_dist.errors.ExitCode``)."""
+    words = sys.argv[1:] if argv is None else argv
+    arguments = parser().parse_intermixed_args(words)
+    return run_command(lambda: _train(arguments, words))
 
 
-def _supervise(arguments: argparse.Namespace, settings: Settings, argv: Sequence[str]) -> int:
-    from ase_dist.training.process.restarts import supervise
+def _train(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    settings = load_settings(arguments.config, arguments.settings, row=arguments.row)
+    if arguments.print_config or arguments.print_keys:
+        sys.stdout.write("\n".join(setting_keys()) + "\n" if arguments.print_keys else to_yaml(settings))
+        return 0
+    if arguments.max_restarts:
+        from ase_dist.training.process.restarts import supervise
 
-    again = [*_without_option(argv, "--max-restarts")]
-    return supervise(["-m", "ase_dist", "train", *again], settings, restarts=arguments.max_restarts)
+        again = _without_option(words, "--max-restarts")
+        return supervise(["-m", "ase_dist", "train", *again], settings, restarts=arguments.max_restarts)
+    from ase_dist.training.loop import run
+
+    work = run.dry_run if arguments.dry_run else run.run
+    return work(settings, read_ds_config(arguments.deepspeed_config))
 
 
 def _without_option(argv: Sequence[str], option: str) -> list[str]:
@@ -69,22 +70,3 @@ def _without_option(argv: Sequence[str], option: str) -> list[str]:
             kept.append(argument)
         is_value = argument == option
     return kept
-
-
-def _train(arguments: argparse.Namespace, settings: Settings) -> int:
-    from ase_dist.training.loop import run
-    from ase_dist.training.process.guards import ExitCode, NonFiniteError
-    from ase_dist.training.process.runtime import JoinError
-    from ase_dist.training.state.checkpoint import SaveError
-
-    work = run.dry_run if arguments.dry_run else run.run
-    try:
-        return int(work(settings, read_ds_config(arguments.deepspeed_config)))
-    except ValueError as error:
-        return refuse(error)
-    except JoinError as error:
-        return refuse(error, code=ExitCode.SILENT)
-    except SaveError as error:
-        return refuse(error, code=ExitCode.NOT_SAVED)
-    except NonFiniteError as error:
-        return refuse(error, code=ExitCode.NON_FINITE)

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
-from ase_dist.errors import UserError
+from ase_dist.errors import UserError, file_error
 
 Array = npt.NDArray[Any]
 
@@ -89,9 +89,9 @@ def read_array(path: Path) -> Array:
         return value
 
 
-def reject(path: Path, got: str, wanted: str) -> ValueError:
+def reject(path: Path, got: str, wanted: str) -> UserError:
     """The error for a file that could be read but holds something else; the caller raises it."""
-    return ValueError(_sentence(path, got, wanted))
+    return UserError(_sentence(path, got, wanted))
 
 
 class _ToldError(ValueError):
@@ -109,7 +109,7 @@ def _reading(path: Path, wanted: str) -> Iterator[None]:
     except _BROKEN as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         size = path.stat().st_size if path.is_file() else 0
-        raise UserError(_sentence(path, f"an unreadable file of {size} bytes ({reason})", wanted)) from None
+        raise file_error(error, _sentence(path, f"an unreadable file of {size} bytes ({reason})", wanted)) from None
 
 
 def _sentence(path: Path, got: str, wanted: str) -> str:

@@ -17,7 +17,7 @@ from ase_dist.data.dataset import RecordDataset
 from ase_dist.data.decode import Decoder, decoder_of
 from ase_dist.data.file_check import FileCheck, Patterns
 from ase_dist.data.files import Array, read_image
-from ase_dist.errors import UserError
+from ase_dist.errors import UserError, file_error
 from ase_dist.tasks import Task
 
 SPLITS = ("train", "val")
@@ -108,7 +108,7 @@ def read_list(folder: Path, split: str) -> list[str]:
         there = sorted(other.stem for other in folder.glob("*.txt")) or "none at all"
         raise UserError(f"{path}: no such list, found {there}; check data.root, or unpack the archive again") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: got an unreadable list ({error}), wanted one image name a line") from None
+        raise file_error(error, f"{path}: got an unreadable list ({error}), wanted one image name a line") from None
     if not names:
         raise UserError(f"{path}: got an empty list, wanted one image name a line; unpack the archive again")
     for name in names:

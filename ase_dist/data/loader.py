@@ -60,7 +60,7 @@ class TrainLoader:
             self._stream = iter(self._prefetcher)
         try:
             batch = next(self._stream)
-        except ValueError:
+        except Exception:
             self._stop_stream()  # a generator that has raised is over; another try reads the same batch again
             raise
         self._sampler.advance()

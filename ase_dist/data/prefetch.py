@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ase_dist.data.sampler import Draw
-from ase_dist.errors import UserError
+from ase_dist.errors import ExitCode, RunError, UserError, describe, exit_code_of
 from ase_dist.workers import ignore_signals
 
 Draws = list[Draw]
@@ -90,7 +90,8 @@ class Prefetcher(Generic[BatchT]):
             atexit.register(self._at_exit)
         for batch in batches:
             if isinstance(batch, _Failure):
-                raise UserError(batch.sentence)
+                is_mistake = batch.exit_code is ExitCode.USAGE
+                raise UserError(batch.sentence) if is_mistake else RunError(batch.sentence, exit_code=batch.exit_code)
             yield batch
 
     def _start(self) -> DataLoader[Any]:
@@ -110,9 +111,10 @@ class Prefetcher(Generic[BatchT]):
 
 @dataclass(frozen=True)
 class _Failure:
-    """A user's mistake met in a loader process; a raised one would arrive wrapped in a traceback."""
+    """What is told in one sentence, met in a loader process; raised there it would arrive wrapped in a traceback."""
 
     sentence: str
+    exit_code: ExitCode
 
 
 class _Fetched(Dataset[Any]):
@@ -122,8 +124,10 @@ class _Fetched(Dataset[Any]):
     def __getitem__(self, draws: Draws) -> Any:
         try:
             return self._fetch(draws)
-        except ValueError as error:
-            return _Failure(str(error))
+        except Exception as error:
+            if exit_code_of(error) is ExitCode.FAILED:  # a bug, whose traceback torch brings along
+                raise
+            return _Failure(describe(error), exit_code_of(error))
 
 
 class _Plan:

@@ -48,7 +48,7 @@ class ExportInitializer:
         assert chosen.init_from is not None
         try:
             self.export: Export = open_export(chosen.init_from)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"model.init_from: {error}") from None
         self.chosen = chosen
         self.tensors = dict(self.export.tensors())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from ase_dist.errors import UserError
+from ase_dist.errors import UserError, file_error
 from ase_dist.files import replacing
 
 FOLDER = Path(__file__).parent / "pretrained"
@@ -101,9 +101,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
-        raise UserError(
+        raise file_error(
+            error,
             f"model.pretrained: {path} cannot be read as tensors alone ({_first_line(error)}); "
-            "if it is whole, save its state dict as .safetensors"
+            "if it is whole, save its state dict as .safetensors",
         ) from None
     return _tensors(_unwrap(state), path)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ase_dist.cores import usable_cores
 from ase_dist.data.cache import cache_folder, flush, locked, remove, track_progress
-from ase_dist.errors import UserError
+from ase_dist.errors import UserError, file_error
 from ase_dist.files import fsync
 from ase_dist.scenes.layout import VAL_START, make_folders, scene_id, write_lists, write_scene
 from ase_dist.scenes.render import RENDERER_VERSION, render_scene
@@ -58,8 +58,8 @@ def ensure_scenes(root: Path | None, *, train: int, val: int, size: int, seed: i
     It lies in ``root`` (None: the user's cache folder) under a name of its own. ``workers`` processes render, by
     default one for each core that this process may use, at most 16.
 
-    Raises UserError for settings out of range, and OSError in one sentence where the folder cannot be written; then
-    nothing is left behind.
+    Raises UserError for settings out of range and where the folder cannot be written, RunError where the disk is full;
+    then nothing is left behind.
     """
     wanted = SceneSet(train, val, size, seed)
     for name, low, high in (("train", 1, VAL_START), ("val", 1, VAL_START), ("size", 32, 4096), ("seed", 0, 2**31 - 1)):
@@ -78,9 +78,10 @@ def ensure_scenes(root: Path | None, *, train: int, val: int, size: int, seed: i
                 remove([*parent.glob(f".{place.name}.making-*"), place])
                 _make(place, wanted, workers if workers is not None else min(usable_cores(), MOST_WORKERS))
     except OSError as error:
-        raise type(error)(
+        raise file_error(
+            error,
             f"cannot make the generated scenes in {parent}: {error.strerror or error}; "
-            f"free some space there or name a folder that can be written"
+            "free some space there or name a folder that can be written",
         ) from error
     return place
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from ase_dist.training.process.guards import ExitCode
+from ase_dist.errors import ExitCode
 from tests.cluster import engine
 from tests.cluster.engine import Containers
 

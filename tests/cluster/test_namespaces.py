@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ase_dist.training.process.guards import ExitCode
+from ase_dist.errors import ExitCode
 from tests.cluster import namespaces
 from tests.cluster.namespaces import HOSTS, Hosts
 from tests.training.tiny_runs import ROOT, TINY, losses, same_bits, trained

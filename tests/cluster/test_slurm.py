@@ -97,7 +97,7 @@ def test_every_rank_is_started_with_the_meeting_point(slurm):
 
 @pytest.mark.parametrize(
     ("code", "count", "is_queued"),
-    [(75, 0, True), (75, 9, True), (1, 0, True), (77, 2, True), (77, 3, False), (137, 0, True),
+    [(75, 0, True), (75, 9, True), (1, 0, True), (71, 0, True), (77, 2, True), (77, 3, False), (137, 0, True),
      (2, 0, False), (74, 0, False), (76, 0, False)],
 )  # fmt: skip
 def test_what_another_start_can_mend_is_queued_again(slurm, code, count, is_queued):

@@ -1,10 +1,13 @@
-"""What commands share: the text of their help with and without a checkout, and how they refuse."""
+"""What commands share: the text of their help with and without a checkout, and how they end."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from ase_dist.commands.cli import USAGE, refuse, script_of, without_checkout
+from ase_dist.commands.cli import run_command, script_of, without_checkout
+from ase_dist.errors import ExitCode, RunError, UserError
 
 pytestmark = pytest.mark.single_gpu
 
@@ -31,7 +34,50 @@ def test_examples_work_without_a_checkout(checkout, package):
     assert without_checkout(checkout) == package
 
 
-def test_a_refusal_is_one_sentence_and_a_code(capsys):
-    assert refuse(ValueError("--steps: got 0, wanted 1 or more")) == USAGE
-    assert refuse("not saved", code=74) == 74
-    assert capsys.readouterr().err == "error: --steps: got 0, wanted 1 or more\nerror: not saved\n"
+def end_by(error, capsys):
+    """The code and the words on the standard error of a command that ``error`` ends."""
+
+    def work():
+        raise error
+
+    code = run_command(work)
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (UserError("--steps: got 0, wanted 1 or more"), 2, "--steps: got 0, wanted 1 or more"),
+        (RunError("the disk is full", exit_code=ExitCode.NOT_SAVED), 74, "the disk is full"),
+        (RunError("rank 1 ended with ValueError: x"), 1, "rank 1 ended with ValueError: x"),
+        (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "x/y"), 2, "No such file or directory: x/y"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "x/y"), 2, "Permission denied: x/y"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), 2, "Read-only file system"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 74, "No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_is_no_bug_is_one_sentence_and_a_code(error, code, sentence, capsys):
+    assert end_by(error, capsys) == (code, f"error: {sentence}\n")
+
+
+@pytest.mark.parametrize("error", [ValueError("too many values"), TypeError("x"), FileNotFoundError("our own words")])
+def test_a_bug_keeps_its_traceback(error, capsys):
+    code, said = end_by(error, capsys)
+    assert code == ExitCode.FAILED and said.count("Traceback (most recent call last)") == 1
+    assert "in work" in said and said.endswith(f"{type(error).__name__}: {error}\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(getattr(errno, name), os.strerror(getattr(errno, name))) for name in ("EIO", "ESTALE", "ETIMEDOUT")]
+    + [ConnectionResetError(errno.ECONNRESET, "reset"), TimeoutError("too slow"), BlockingIOError(errno.EAGAIN, "")],
+)
+def test_what_may_work_in_a_moment_has_a_code_of_its_own(error, capsys):
+    code, said = end_by(error, capsys)
+    assert code == ExitCode.IO_ERROR and "in work" in said
+
+
+def test_a_command_that_ends_well_says_nothing(capsys):
+    assert run_command(lambda: ExitCode.SKIPPED) == 3
+    assert capsys.readouterr().err == ""

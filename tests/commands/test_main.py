@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import ase_dist
-from ase_dist.commands.cli import USAGE, script_of
+from ase_dist.commands.cli import script_of
 from ase_dist.commands.main import COMMANDS, find_command, main, module_of
+from ase_dist.errors import ExitCode
 
 pytestmark = pytest.mark.single_gpu
 
@@ -71,7 +72,7 @@ def test_the_listing_needs_no_torch():
 
 def test_an_unknown_command_is_one_sentence_with_the_nearest():
     done = python("-m", "ase_dist", "trian", "--help")
-    assert done.returncode == USAGE and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.returncode == ExitCode.USAGE and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: there is no command 'trian', did you mean 'train'? (commands: train, ")
 
 

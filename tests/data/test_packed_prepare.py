@@ -14,7 +14,7 @@ import pytest
 
 from ase_dist.data.packed import jobs, prepare, shard
 from ase_dist.data.packed.dataset import PackedDataset
-from ase_dist.errors import UserError
+from ase_dist.errors import ExitCode, RunError, UserError
 from tests.data.packing import ALL, command, contents, packed_names, request, start, state
 
 pytestmark = pytest.mark.single_gpu
@@ -69,17 +69,19 @@ def test_a_full_disk_is_one_sentence_and_what_was_packed_is_kept(six, pack, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(shard._Writer, "add", full)
-        with pytest.raises(OSError, match="No space left on device") as raised:
+        with pytest.raises(RunError, match="No space left on device") as raised:
             pack(six.root)
+    assert raised.value.exit_code == ExitCode.NOT_SAVED
     one_sentence(raised, six.root, tmp_path / "packed", "goes on")
     assert sorted(path.name for path in (tmp_path / ".packed.packing").iterdir()) == ["train-000.bin", "train-000.json"]
     assert packed_names(pack(six.root)) == [f"t{i}" for i in range(5)]
 
 
-def test_a_place_that_cannot_be_written(six, tmp_path, one_sentence, caplog):
+def test_a_place_that_cannot_be_written(six, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     assert command(six.root, "--subset", "--out", tmp_path / "file/packed") == 2
-    assert "Not a directory" in caplog.text or "File exists" in caplog.text
+    said = capsys.readouterr().err
+    assert "Not a directory" in said or "File exists" in said
 
 
 # --- again -----------------------------------------------------------------------------------------------------------

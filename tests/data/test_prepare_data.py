@@ -84,13 +84,13 @@ def test_the_command_packs_checks_and_verifies(six, tmp_path, caplog):
         assert "8 packed files are whole" in caplog.text
 
 
-def test_verifying_names_the_damaged_file_which_can_be_made_again(six, pack, counted, caplog):
+def test_verifying_names_the_damaged_file_which_can_be_made_again(six, pack, counted, capsys):
     place = pack(six.root)
     content = bytearray((place / "train-001.bin").read_bytes())
     content[100] ^= 1
     (place / "train-001.bin").write_bytes(content)
     assert command(place) == 2
-    assert "1 of 8 packed files are damaged (train-001.bin)" in caplog.text
+    assert "1 of 8 packed files are damaged (train-001.bin)" in capsys.readouterr().err
     (place / "train-001.bin").unlink()
     counted.clear()
     pack(six.root)
@@ -106,19 +106,19 @@ def test_verifying_names_the_damaged_file_which_can_be_made_again(six, pack, cou
         ([], "--subset"),
     ],
 )
-def test_the_command_names_mistakes(six, caplog, options, said, tmp_path):
+def test_the_command_names_mistakes(six, capsys, options, said, tmp_path):
     assert command(six.root, "--out", tmp_path / "packed", *options) == 2
-    assert said in caplog.text
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "packed").exists()
 
 
-def test_an_interrupted_command_says_so(six, tmp_path, caplog, monkeypatch):
+def test_an_interrupted_command_says_so(six, tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare, "prepare", interrupted)
     assert command(six.root, "--out", tmp_path / "packed") == 130
-    assert "goes on" in caplog.text
+    assert capsys.readouterr().err == "error: interrupted; the same command goes on from here\n"
 
 
 # --- real photographs ------------------------------------------------------------------------------------------------

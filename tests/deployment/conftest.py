@@ -14,7 +14,6 @@ from ase_dist.deployment.predictor import Predictor, load
 from ase_dist.models import build_model
 from ase_dist.tasks import select_tasks
 from tests.models.conftest import images, model_for, settings_for, shared_weights, stirred  # noqa: F401
-from tests.training.conftest import scenes  # noqa: F401
 
 SETTINGS = {
     "data": {"size": 32},

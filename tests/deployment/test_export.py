@@ -116,11 +116,11 @@ def test_a_second_run_starts_from_the_export_and_is_exported_too(runs, tmp_path)
 # The command
 
 
-def test_the_command_exports_and_checks(runs, tmp_path, command, caplog):
+def test_the_command_exports_and_checks(runs, tmp_path, command, caplog, capsys):
     caplog.set_level(logging.INFO)
     arguments = [str(runs / "run"), str(tmp_path / "out"), "--dtype", "bf16", "--check", "--device", "cpu"]
     assert command(arguments) == 0 and "scores what the run found" in caplog.text
-    assert command(arguments) == 2 and "exists already" in caplog.text
+    assert command(arguments) == 2 and "exists already" in capsys.readouterr().err
 
 
 def test_the_command_writes_programs_beside_the_export(runs, tmp_path, command, caplog):
@@ -137,11 +137,11 @@ def test_the_command_writes_programs_beside_the_export(runs, tmp_path, command, 
         torch.testing.assert_close(found[name], logits, rtol=1e-3, atol=1e-4)
 
 
-def test_metrics_that_differ_are_exit_code_1(runs, copy, tmp_path, command, caplog):
+def test_metrics_that_differ_are_exit_code_1(runs, copy, tmp_path, command, capsys):
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace("limit_val: null", "limit_val: 1"))
     assert command([str(copy), str(tmp_path / "out"), "--check", "--device", "cpu"]) == 1
-    assert "does not score what the run found: semseg" in caplog.text
+    assert "does not score what the run found: semseg" in capsys.readouterr().err
 
 
 MISTAKES = {

@@ -12,7 +12,6 @@ from ase_dist.study.run import run_study
 from ase_dist.study.runner import Slots
 from ase_dist.training.loop import trainer
 from tests.study.conftest import in_process, toy  # noqa: F401  (fixtures)
-from tests.training.conftest import scenes  # noqa: F401
 from tests.training.tiny_runs import said, tiny_run
 
 pytestmark = pytest.mark.single_gpu
@@ -23,7 +22,7 @@ def folder(tmp_path):
     return tmp_path / "run"
 
 
-def test_a_run_shows_in_every_section(scenes, folder, read_page):  # noqa: F811
+def test_a_run_shows_in_every_section(scenes, folder, read_page):
     code = tiny_run(scenes, folder, "eval.gradient_conflict_every=3", "eval.every=3", "eval.at_start=true")
     page = read_page(write_report(folder))
     assert code == 0 and page.root.one("p", class_="state").text.startswith("done")
@@ -49,7 +48,7 @@ def test_a_run_shows_in_every_section(scenes, folder, read_page):  # noqa: F811
     assert page.root.one("section", id="files").one("h3").text == "Checkpoints"
 
 
-def test_a_failed_run_is_told_with_its_reason_and_forgiven_when_it_goes_on(scenes, folder, read_page):  # noqa: F811
+def test_a_failed_run_is_told_with_its_reason_and_forgiven_when_it_goes_on(scenes, folder, read_page):
     def head():
         return read_page(write_report(folder)).root.one("p", class_="state").text
 

@@ -21,6 +21,7 @@ from ase_dist import workers
 from ase_dist.commands import make_scenes
 from ase_dist.data.decode import NORMALS_IDS
 from ase_dist.data.pascal_context import PascalContext
+from ase_dist.errors import ExitCode, RunError, UserError
 from ase_dist.scenes import make
 from ase_dist.scenes.classes import CONTEXT, NORMALS_VALID, PARTS, VOC
 from ase_dist.scenes.layout import VAL_START, scene_id
@@ -161,15 +162,16 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(make, "write_scene", full)
-    with pytest.raises(OSError) as raised:
+    with pytest.raises(RunError) as raised:
         ensure_scenes(tmp_path, **WANTED, workers=1)
+    assert raised.value.exit_code == ExitCode.NOT_SAVED
     one_sentence(raised, "No space left on device", tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path, one_sentence) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError) as raised:
+    with pytest.raises(UserError) as raised:
         ensure_scenes(tmp_path / "file/cache", **WANTED)
     one_sentence(raised, "cannot make the generated scenes", tmp_path / "file/cache")
 
@@ -210,10 +212,10 @@ def test_the_contact_sheet_shows_pictures_beside_labels(tmp_path: Path) -> None:
         contact_sheet(tmp_path / "none.png", indices=[])
 
 
-def test_the_command_makes_both_and_names_mistakes(tmp_path: Path, caplog) -> None:
+def test_the_command_makes_both_and_names_mistakes(tmp_path: Path, capsys) -> None:
     assert make_scenes.main([str(tmp_path), "--train", "1", "--val", "1", "--size", "32", "--workers", "1"]) == 0
     assert len(list(tmp_path.glob("scenes-*/JPEGImages/*"))) == 2
     assert make_scenes.main(["--contact-sheet", str(tmp_path / "s.png"), "--size", "32", "--scenes", "0"]) == 0
     assert (tmp_path / "s.png").exists()
     assert make_scenes.main([str(tmp_path), "--train", "0"]) == 2
-    assert "train" in caplog.text
+    assert "train" in capsys.readouterr().err

@@ -10,14 +10,13 @@ from ase_dist.study import presets, runner
 from ase_dist.training.loop import run
 from ase_dist.training.process import runtime
 from ase_dist.training.record import plots
-from tests.training.conftest import scenes  # noqa: F401  (the fixture)
 from tests.training.tiny_runs import TINY
 
 TASKS = ["semseg", "edge", "normals"]
 
 
 @pytest.fixture
-def toy(scenes, tmp_path, monkeypatch):  # noqa: F811
+def toy(scenes, tmp_path, monkeypatch):
     """The preset "toy": three steps of a tiny model on three tasks of tiny scenes."""
     tree = {"tasks": TASKS}
     for override in TINY:

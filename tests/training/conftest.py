@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from ase_dist.training.state.checkpoint import CheckpointStore
-from tests.training.tiny_runs import SCENE_SIZE, TRAIN_IMAGES, VAL_IMAGES
 
 META = {"settings": "abc", "sampler": {"epoch": 3, "seen": [1, 2]}, "best": 0.1 + 0.2, "none": None}
 SECONDS = 60  # nothing here takes more than a few; what does not end is killed and fails the test
@@ -125,17 +124,3 @@ def _enter(worker: Callable[[int, Path], Any], rank: int, size: int, folder: Pat
 def _result(folder: Path, rank: int) -> Any:
     path = folder / f"result_{rank}.json"
     return json.loads(path.read_text()) if path.is_file() else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs
-
-
-@pytest.fixture(scope="session")
-def scenes(tmp_path_factory):
-    """The folder in which ``tiny_runs`` finds its generated scenes."""
-    from ase_dist.scenes.make import ensure_scenes
-
-    root = tmp_path_factory.mktemp("scenes")
-    ensure_scenes(root, train=TRAIN_IMAGES, val=VAL_IMAGES, size=SCENE_SIZE, seed=0)
-    return root

@@ -11,10 +11,10 @@ from unittest import mock
 import pytest
 
 from ase_dist import collectives
+from ase_dist.errors import ExitCode, UserError
 from ase_dist.models.multitask import MultiTaskViT
 from ase_dist.training.loop import trainer
-from ase_dist.training.process import guards
-from ase_dist.training.process.guards import ExitCode
+from ase_dist.training.process import watchdog
 from ase_dist.training.state.checkpoint import CheckpointStore
 from ase_dist.training.state.run_state import RunState
 from tests.training.conftest import start_world
@@ -245,7 +245,7 @@ def refuse_on_one(here, *arguments, **options):
     from ase_dist.data.loader import build_train_loader
 
     if here == 1:
-        raise ValueError("train.txt: no such list")
+        raise UserError("train.txt: no such list")
     return build_train_loader(*arguments, **options)
 
 
@@ -370,7 +370,7 @@ def peer(folder, *options):
 
 def dies_and_the_other_hangs_at_its_end(rank, folder):
     try:
-        with mock.patch.object(guards, "END_GRACE", 2.0):
+        with mock.patch.object(watchdog, "END_GRACE", 2.0):
             dies_in_forward(rank, folder)
     finally:
         time.sleep(150)

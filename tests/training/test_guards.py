@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from ase_dist.collectives import barrier
-from ase_dist.training.process.guards import ExitCode, FiniteGuard, NonFiniteError, StopFlag, Watchdog, all_finite, vote
+from ase_dist.errors import ExitCode
+from ase_dist.training.process.finite import FiniteGuard, NonFiniteError, all_finite, vote
+from ase_dist.training.process.signals import STOPPING, StopFlag
+from ase_dist.training.process.watchdog import Watchdog
 from ase_dist.training.record.logs import parse_line
 from ase_dist.training.state.checkpoint import CheckpointStore
 from tests.training.conftest import META, groups, loads, start_world
@@ -25,7 +28,7 @@ NAN = float("nan")
 
 
 @pytest.mark.single_gpu
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_sets_the_flag_and_nothing_else(number):
     with StopFlag() as flag:
         assert not flag.requested
@@ -36,11 +39,23 @@ def test_a_signal_sets_the_flag_and_nothing_else(number):
 
 @pytest.mark.single_gpu
 def test_the_previous_handlers_come_back():
-    before = {number: signal.getsignal(number) for number in StopFlag.SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOPPING}
     with pytest.raises(KeyError), StopFlag():
         assert all(signal.getsignal(number) != before[number] for number in before)
         raise KeyError
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+@pytest.mark.single_gpu
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopFlag() as flag:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not flag.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.single_gpu
@@ -65,7 +80,7 @@ def test_a_forked_helper_dies_of_sigterm_and_survives_the_others():
     with StopFlag() as flag:
         if (pid := os.fork()) == 0:
             os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGUSR2)
             os.kill(os.getpid(), signal.SIGTERM)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
@@ -159,6 +174,18 @@ def test_guards_that_cannot_work(tmp_path):
 def test_exit_codes_are_documented():
     documented = {int(code) for code in re.findall(r"^(\d+) ", inspect.getdoc(ExitCode), re.MULTILINE)}
     assert documented == {int(code) for code in ExitCode}
+
+
+@pytest.mark.single_gpu
+def test_a_sign_of_life_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    def slow(path):
+        raise AssertionError(f"{path} was brought to disk")
+
+    monkeypatch.setattr("ase_dist.files.fsync", slow)
+    with Watchdog(tmp_path, timeout=60) as watchdog:
+        watchdog.beat("step 1")
+        watchdog._show_life()
+        assert json.loads((tmp_path / "rank_0.beat").read_text())["doing"] == "step 1"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,19 +2,22 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch.utils import cpp_extension
 
 from ase_dist.commands import train as command
+from ase_dist.errors import ExitCode, UserError
 from ase_dist.training.process import runtime
-from ase_dist.training.process.guards import ExitCode
+from ase_dist.training.process.runtime import find_device, join
+from tests.conftest import LAUNCHER
 from tests.training.conftest import start_world
-
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranks that do not come
@@ -61,6 +64,32 @@ def test_who_waits_for_a_rank_that_never_joins_ends_with_a_sentence(lonely, rank
     assert "Traceback" not in said
 
 
+def port_is_taken(rank, folder):
+    """Rank 0 is to open the meeting point where another program listens already."""
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        os.environ["MASTER_PORT"] = str(other.getsockname()[1])
+        began, said = time.monotonic(), []
+        for enter in (lambda: runtime.start(timeout=100, threads=1), lambda: join(device="cpu").__enter__()):
+            try:
+                enter()
+            except UserError as error:
+                said.append(str(error))
+        return [said, time.monotonic() - began]
+
+
+@pytest.mark.multi_gpu
+def test_a_port_in_use_is_told_at_once(tmp_path):
+    ((said, seconds),) = start_world(port_is_taken, tmp_path)().results
+    assert len(said) == 2 and seconds < 30
+    for sentence in said:
+        assert re.search(r"rank 0: port \d+, at which the ranks are to meet, is in use on", sentence)
+        assert "\n" not in sentence and "--master_port" in sentence
+
+
 def half_launched(rank, folder):
     for name in LAUNCHER:
         os.environ.pop(name, None)
@@ -74,7 +103,41 @@ def half_launched(rank, folder):
 @pytest.mark.single_gpu
 def test_half_a_launcher_is_refused(tmp_path):
     (said,) = start_world(half_launched, tmp_path)().results
-    assert "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing beside RANK" in said
+    assert "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing, though RANK" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A command without an engine
+
+
+def unlaunched(rank, folder):
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
+    with join(device="cpu") as world:
+        return [world.rank, world.size, world.local_size, str(world.device), world.is_first, dist.is_initialized()]
+
+
+@pytest.mark.single_gpu
+def test_alone_there_is_no_group(tmp_path):
+    assert start_world(unlaunched, tmp_path)().results == [[0, 1, 1, "cpu", True, False]]
+
+
+@pytest.mark.single_gpu
+def test_a_ranks_own_gpu_is_taken_where_none_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert find_device(None, local_rank=2) == find_device("cuda", local_rank=2) == torch.device("cuda", 2)
+    assert find_device("cuda:3", local_rank=2) == torch.device("cuda", 3)
+    assert find_device("cpu", local_rank=2) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device(None) == torch.device("cpu")
+
+
+@pytest.mark.single_gpu
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "cuda:x"])
+def test_devices_that_are_not_here_are_told(name):
+    with pytest.raises(ValueError, match=r"--device: "):
+        find_device(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

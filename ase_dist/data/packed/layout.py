@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ase_dist.data.files import Array
 from ase_dist.data.labels import compact_form
-from ase_dist.errors import UserError, first_problem
+from ase_dist.errors import UserError, file_error, first_problem
 from ase_dist.tasks import Kind, packable
 
 MANIFEST = "packed.json"
@@ -134,7 +134,8 @@ def _read(form: type[RecordT], path: Path, *, sha256: str | None = None) -> Reco
         return form.model_validate_json(content)
     except (OSError, ValueError) as error:  # pydantic's is a ValueError too
         reason = first_problem(error).why if isinstance(error, ValidationError) else error
-        raise UserError(
+        raise file_error(
+            error,
             f"{path}: got an unreadable part of a packed data set ({reason}), wanted it whole; "
-            "make it again with launch/prepare_data.py"
+            "make it again with launch/prepare_data.py",
         ) from None

@@ -43,7 +43,7 @@ from ase_dist.data.packed.source import (
 )
 from ase_dist.data.packed.verify import wrong_sizes
 from ase_dist.data.readers import reader_of
-from ase_dist.errors import UserError
+from ase_dist.errors import UserError, file_error
 from ase_dist.files import fsync, sha256_of, write_atomic
 from ase_dist.tasks import select_tasks
 from ase_dist.versions import versions_of
@@ -88,9 +88,10 @@ def prepare(request: Request, out: Path | None = None) -> Path:
             if not (archive and _is_current(place, request, tasks, archive_fingerprint(request.source))):
                 _prepare(request, place, tasks, archive=archive)
     except OSError as error:
-        raise type(error)(
+        raise file_error(
+            error,
             f"cannot pack {request.source} into {place}: {error.strerror or error}; free some space there, or name "
-            "another folder with --out; the same command goes on"
+            "another folder with --out; the same command goes on",
         ) from error
     return place
 

@@ -18,6 +18,7 @@ from ase_dist.data.folder import FolderDataset
 from ase_dist.data.packed.layout import VERSION, Pictures, ShardIndex, index_path, pack_label, read_index
 from ase_dist.data.packed.sizes import other_sizes
 from ase_dist.data.readers import reader_of
+from ase_dist.errors import RunError, UserError
 from ase_dist.files import fsync, write_atomic
 from ase_dist.tasks import select_tasks
 
@@ -91,7 +92,7 @@ def is_done(path: Path, fingerprint: str) -> bool:
     try:
         index = read_index(path)
         return index.fingerprint == fingerprint and path.stat().st_size == index.bytes
-    except (ValueError, OSError):
+    except (UserError, RunError, OSError):
         return False
 
 
@@ -104,7 +105,7 @@ def _sound_records(dataset: FolderDataset, findings: Findings) -> Iterator[Recor
     for i, name in enumerate(dataset.names):
         try:
             record = dataset.read(i)
-        except ValueError as error:
+        except UserError as error:
             findings.problems += _diagnose(dataset, name, str(error))
             continue
         findings.resized += other_sizes(dataset.root, dataset.label_paths(name), record.image.shape[:2])
@@ -128,12 +129,12 @@ def _sentences(dataset: FolderDataset, name: str) -> Iterator[str]:
     try:
         image = read_image(dataset.find(name, dataset.image_files))
         shape = (image.shape[0], image.shape[1])
-    except ValueError as error:
+    except UserError as error:
         yield str(error)
     for task in dataset.tasks:
         try:
             type(dataset)(dataset.root, dataset.split, (task,), names=(name,)).decode_labels(name, shape)
-        except ValueError as error:
+        except UserError as error:
             yield str(error)
 
 

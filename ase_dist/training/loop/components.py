@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ase_dist import collectives
+from ase_dist.agreement import raise_together, require_same_on_ranks
 from ase_dist.config import Settings, flat
 from ase_dist.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader, data_fingerprint
 from ase_dist.errors import UserError
@@ -23,8 +23,6 @@ from ase_dist.training.loop.conflict import check_conflict_settings
 from ase_dist.training.process import runtime
 from ase_dist.training.process.runtime import World
 from ase_dist.versions import versions_of
-
-T = TypeVar("T")
 
 
 class RunComponents(NamedTuple):
@@ -93,39 +91,6 @@ def frozen_digest(model: nn.Module) -> str:
         if not parameter.requires_grad:
             digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Agreement
-
-
-def raise_together(work: Callable[[], T]) -> T:
-    """This rank's result of ``work``, which talks to no other rank. Collective.
-
-    Raises UserError on all ranks, with the sentence of the first that failed, where a user's mistake (ValueError) or
-    a file system (OSError) stops one of them; nobody is left waiting.
-    """
-    result, problem = None, ""
-    try:
-        result = work()
-    except (ValueError, OSError) as error:
-        problem = str(error) or type(error).__name__
-    problems = [str(found) for found in collectives.gather_objects(problem)]
-    for rank, found in enumerate(problems):
-        if found:
-            raise UserError(found if len(set(problems)) == 1 else f"rank {rank}: {found}")
-    return result  # type: ignore[return-value]
-
-
-def require_same_on_ranks(facts: Mapping[str, object]) -> None:
-    """Raise UserError on all ranks where a rank's ``facts``, plain values by name, are not the first's. Collective."""
-    everyone: list[Mapping[str, object]] = collectives.gather_objects(dict(facts))  # type: ignore[assignment]
-    for rank, theirs in enumerate(everyone):
-        odd = [name for name, value in everyone[0].items() if theirs.get(name) != value]
-        if odd:
-            values = f"{everyone[0][odd[0]]} and {theirs.get(odd[0])}"
-            more = f" ({len(odd) - 1} more differ)" if len(odd) > 1 else ""
-            raise UserError(f"rank 0 and rank {rank} differ in {odd[0]}: {values}{more}; start all ranks alike")
 
 
 def require_same_start(settings: Settings, ds_config: Mapping[str, Any]) -> None:

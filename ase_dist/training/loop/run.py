@@ -5,36 +5,36 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from ase_dist import collectives
+from ase_dist.agreement import raise_together
 from ase_dist.config import MonitorSettings, Settings, to_yaml
 from ase_dist.data.loader import first_images
+from ase_dist.errors import ExitCode, RunError, UserError, describe, exit_code_of, has_traceback
 from ase_dist.evaluation.constant import ConstantPredictor
 from ase_dist.tables import Table
 from ase_dist.training.ds_config import resolve
-from ase_dist.training.loop.components import RunComponents, build, raise_together, require_same_start
+from ase_dist.training.loop.components import RunComponents, build, require_same_start
 from ase_dist.training.loop.evaluate import fit_constants
 from ase_dist.training.loop.trainer import Trainer, mean_label_counts, training_loss
 from ase_dist.training.process import runtime
-from ase_dist.training.process.guards import ExitCode, NonFiniteError
 from ase_dist.training.process.runtime import World
-from ase_dist.training.record.console import StepProgress, close_console, set_up_logging
+from ase_dist.training.record.console import FILES_ONLY, StepProgress, close_console, set_up_logging
 from ase_dist.training.record.environment import environment
 from ase_dist.training.record.logs import close_logs, open_logs
 from ase_dist.training.record.metrics import Recorder
 from ase_dist.training.record.reports import start_tables, summary
 from ase_dist.training.record.run_folder import RunFolder
-from ase_dist.training.state.checkpoint import CheckpointStore, SaveError
+from ase_dist.training.state.checkpoint import CheckpointStore
 from ase_dist.training.state.run_state import RunState
 
 LOGGER = logging.getLogger("ase_dist")
 TRIVIAL_IMAGES = 128  # training images that the trivial predictors are fitted on
-EXIT_CODES = {SaveError: ExitCode.NOT_SAVED, NonFiniteError: ExitCode.NON_FINITE}  # of what all ranks raise
 
 
 def run(settings: Settings, ds_config: Mapping[str, Any]) -> ExitCode:
@@ -74,7 +74,7 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
         raise_together(lambda: folder.refuse_used(resume=settings.resume) if world.is_first else None)
         open_logs(folder, rank=world.rank)
         closing.callback(close_logs)
-
+        closing.enter_context(_failure_in_log_files())
         components = build(config, world)
         closing.callback(components.close)
         store = CheckpointStore(folder.checkpoints, keep=config.settings.checkpoint.keep)
@@ -103,12 +103,21 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
             if world.is_first:
                 conclude(folder, components, state, code)
         except Exception as error:
-            code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), ExitCode.FAILED)
-            why = f"{type(error).__name__}: {error}" if code is ExitCode.FAILED else str(error)
-            recorder.write_end(step=state.step, exit=code.name.lower(), why=why)
+            recorder.write_end(step=state.step, exit=exit_code_of(error).name.lower(), why=describe(error))
             raise
         recorder.write_end(step=state.step, exit=code.name.lower(), why="")
         return code
+
+
+@contextmanager
+def _failure_in_log_files() -> Iterator[None]:
+    """Log an exception that ends the run, a bug's with its traceback; on the terminal the command tells it."""
+    try:
+        yield
+    except Exception as error:
+        is_told = isinstance(error, (UserError, RunError)) and not has_traceback(error)
+        LOGGER.error("the run ends: %s", describe(error), exc_info=not is_told, extra={FILES_ONLY: True})
+        raise
 
 
 def start_record(recorder: Recorder, components: RunComponents, state: RunState) -> None:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ase_dist import collectives
+from ase_dist.agreement import RankError
 from ase_dist.cores import share_of_cores
 from ase_dist.data.batch import Batch
+from ase_dist.errors import ExitCode
 from ase_dist.evaluation.constant import ConstantPredictor
 from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.models import ModelOutput
@@ -22,8 +24,10 @@ from ase_dist.training.loop import losses
 from ase_dist.training.loop.components import RunComponents
 from ase_dist.training.loop.conflict import forward_outside_engine, gradient_conflict
 from ase_dist.training.loop.evaluate import Gallery, evaluate
-from ase_dist.training.process import guards
+from ase_dist.training.process.finite import FiniteGuard, NonFiniteError, all_finite, vote
 from ase_dist.training.process.runtime import World
+from ase_dist.training.process.signals import StopFlag
+from ase_dist.training.process.watchdog import Watchdog
 from ase_dist.training.record.console import StepProgress
 from ase_dist.training.record.metrics import Recorder
 from ase_dist.training.record.reports import MicroStep, SpanStatistics, result_table
@@ -32,7 +36,7 @@ from ase_dist.training.state.checkpoint import SaveError
 from ase_dist.training.state.run_state import RunState
 
 LOGGER = logging.getLogger("ase_dist")
-AGREED_ERRORS = (guards.NonFiniteError, SaveError)  # every rank raises them, none is to blame
+AGREED_ERRORS = (NonFiniteError, SaveError, RankError)  # every rank raises them, none is to blame
 
 
 class Trainer:
@@ -57,27 +61,29 @@ class Trainer:
         self.train_loader, self.eval_loader = components.train_loader, components.eval_loader
         self.state, self.folder, self.recorder, self.progress = state, folder, recorder, progress
         self.constants, self.total_steps = constants, components.total_steps
-        self.guard = guards.FiniteGuard(policy=settings.guard.non_finite, max_skips=settings.guard.max_skips)
-        self.stop = guards.StopFlag()
-        self.watchdog = guards.Watchdog(folder.path, timeout=settings.guard.timeout, on_silence=self._record_silence)
+        self.guard = FiniteGuard(policy=settings.guard.non_finite, max_skips=settings.guard.max_skips)
+        self.stop = StopFlag()
+        self.watchdog = Watchdog(folder.path, timeout=settings.guard.timeout, on_silence=self._record_silence)
         layers = [module for module in engine.module.modules() if isinstance(module, MoEFFN)]
         self.span = SpanStatistics(tasks, world, layers=layers)
         self.stopping = False  # agreed upon by all ranks
         self._routers = [layer.router for layer in layers]
 
-    def train(self) -> guards.ExitCode:
+    def train(self) -> ExitCode:
         """Run until the last step or until a rank is asked to stop."""
         with self.stop, self.watchdog, self.progress:
             try:
                 self._loop()
             except Exception as error:
                 if self.world.size > 1 and not isinstance(error, AGREED_ERRORS):
-                    LOGGER.exception("rank %d ends at step %d: %s", self.world.rank, self.state.step, self._suspects())
+                    if isinstance(error, RuntimeError):  # as torch's are where a peer is lost
+                        step = self.state.step
+                        LOGGER.error("rank %d ends at step %d: %s", self.world.rank, step, self._suspects())
                     self.watchdog.force_exit_on_close()
                 raise
         if self.stopping:
             LOGGER.info("stopped by a signal at step %d, saved", self.state.step)
-        return guards.ExitCode.STOPPED if self.stopping else guards.ExitCode.DONE
+        return ExitCode.STOPPED if self.stopping else ExitCode.DONE
 
     def _loop(self) -> None:
         self._warm_shared_logits(self.state.step)  # as the last step left them, for an evaluation before the next
@@ -94,7 +100,7 @@ class Trainer:
         self._maybe_save()
 
     def _record_silence(self, sentence: str) -> None:
-        self.recorder.write_end(step=self.state.step, exit=guards.ExitCode.SILENT.name.lower(), why=sentence)
+        self.recorder.write_end(step=self.state.step, exit=ExitCode.SILENT.name.lower(), why=sentence)
 
     def _suspects(self) -> str:
         """Which other rank looks dead, for the log; one that just dies gets a moment to be seen dead."""
@@ -167,7 +173,7 @@ class Trainer:
     def _finish_step(self, step: int, micro_steps: Sequence[MicroStep]) -> None:
         """Count the step, or report that it was skipped, or raise NonFiniteError; hear whether a rank is to stop."""
         applied = bool(self.engine.was_step_applied())
-        ballot = guards.vote(torch.tensor(applied, device=self.world.device), stop=self.stop.requested)
+        ballot = vote(torch.tensor(applied, device=self.world.device), stop=self.stop.requested)
         values = {} if ballot.finite else self._suspicious_values(micro_steps)
         names = [name for micro in micro_steps for name in micro.names]
         if self.guard.take_step(ballot, step=step, values=values, batch=names):
@@ -181,7 +187,7 @@ class Trainer:
         """This rank's numbers of a step not taken; the gradient's only where every rank's losses are finite."""
         rows = [{**micro.losses, "aux_loss": micro.aux_loss} for micro in micro_steps]
         values = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        is_finite = bool(guards.all_finite(values.values()))
+        is_finite = bool(all_finite(values.values()))
         if not collectives.any_rank(not is_finite, self.world.device):
             values["gradient"] = torch.tensor(math.nan)
         return values

@@ -15,12 +15,20 @@ from collections.abc import Sequence
 from types import FrameType
 
 from ase_dist.config import Settings
-from ase_dist.errors import UserError
+from ase_dist.errors import ExitCode, UserError
+from ase_dist.training.process.signals import stopping_signals
 from ase_dist.training.record.run_folder import RunFolder
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# of ``guards.ExitCode``: done, unusable settings, not saved, stopped, not finite. Another start would end alike.
-FINAL_CODES = frozenset({0, 2, 74, 75, 76})
+FINAL_CODES = frozenset(  # another start would end alike, or nobody wants it
+    {
+        ExitCode.DONE,
+        ExitCode.USAGE,
+        ExitCode.NOT_SAVED,
+        ExitCode.STOPPED,
+        ExitCode.NON_FINITE,
+        ExitCode.INTERRUPTED,
+    }
+)
 PAUSE = 1.0  # seconds before another start
 
 
@@ -53,7 +61,7 @@ class _Child:
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.signalled = False
-        self._previous = {number: signal.signal(number, self._forward) for number in FORWARDED}
+        self._previous = {number: signal.signal(number, self._forward) for number in stopping_signals()}
         self._process = subprocess.Popen([sys.executable, *arguments])
 
     def wait(self) -> int:

@@ -6,9 +6,11 @@ import contextlib
 import ctypes
 import logging
 import os
+import platform
 import random
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
+from ase_dist import collectives
 from ase_dist.cluster import launchers
 from ase_dist.cores import share_of_cores
-from ase_dist.errors import UserError
+from ase_dist.errors import ExitCode, RunError, UserError
 from ase_dist.moe import deepspeed_compat
 from ase_dist.seeding import derive_seed
 
@@ -30,8 +33,11 @@ INT_MAX = 2**31 - 1
 PORT_KEY = "ase_dist/port"  # of the store that this attempt's ranks meet in
 
 
-class JoinError(RuntimeError):
+class JoinError(RunError):
     """The ranks did not come together within the time limit; one sentence that says where and why."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence, exit_code=ExitCode.SILENT)
 
 
 @dataclass(frozen=True)
@@ -52,56 +58,131 @@ class World:
 
 
 def start(*, timeout: float, threads: int | None) -> World:
-    """Join the process group that the launcher describes, or be a world of one without any launcher.
+    """Join the process group that the launcher describes, or be a world of one without any launcher; for an engine.
 
-    ``timeout`` in seconds bounds every collective. Works under deepspeed, torchrun, and plain python, on whatever
-    accelerator DeepSpeed finds. Raises UserError where only some of the launcher's variables are set, JoinError where
-    another rank does not come in time.
+    ``timeout`` in seconds bounds every collective. Works under deepspeed, torchrun, srun, mpirun and plain python, on
+    whatever accelerator DeepSpeed finds. Raises UserError where only some of the launcher's variables are set or the
+    port is taken, JoinError where another rank does not come in time.
     """
-    if not dist.is_initialized():
-        os.environ.update(launchers.task_variables(os.environ))
-        _fill_launcher_variables()
-        os.environ.update(launchers.interface_variables(os.environ))
+    _read_launcher()
+    import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
-    local_rank, local_size = int(os.environ.setdefault("LOCAL_RANK", "0")), _local_size()  # DeepSpeed reads it as well
+    local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank == 0:
         warn_of_build_locks()
     is_cpu = accelerator.device_name() == "cpu"
     if is_cpu:
         deepspeed_compat.skip_cpu_communication_build()
-        keep_freed_memory()
-        torch.set_num_threads(threads or share_of_cores(local_size))
+        _compute_on_cpu(threads)
     else:
         accelerator.set_device(local_rank)
-    _join(accelerator.communication_backend_name(), timeout=timeout)
+    backend, limit = accelerator.communication_backend_name(), timedelta(seconds=timeout)
+    with _told_in_a_sentence(timeout):
+        if _is_under_torchrun():
+            _join_under_torchrun(backend, limit=limit)
+        deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False)
     device = torch.device("cpu") if is_cpu else torch.device(accelerator.device_name(), local_rank)
-    return World(
-        rank=dist.get_rank(),
-        size=dist.get_world_size(),
-        local_rank=local_rank,
-        local_size=local_size,
-        device=device,
-        native_bf16=not is_cpu and bool(accelerator.is_bf16_supported()),
-    )
+    return _world(device, native_bf16=not is_cpu and bool(accelerator.is_bf16_supported()))
 
 
-def _join(backend: str, *, timeout: float) -> None:
-    """Make the process group, or take over the one that is there already."""
-    import deepspeed
+@contextlib.contextmanager
+def join(*, device: str | None, timeout: float = 1800.0) -> Iterator[World]:
+    """``start`` for a command that computes without an engine; the group is left at the end.
 
+    There is a group only where a launcher made several ranks. ``device`` None: this rank's GPU where there are any,
+    else the CPU. Raises UserError for a device that is not here too.
+    """
+    _read_launcher()
+    found = find_device(device, local_rank=int(os.environ["LOCAL_RANK"]))
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    else:
+        _compute_on_cpu(None)
+    is_new = not dist.is_initialized() and int(os.environ["WORLD_SIZE"]) > 1
+    if is_new:
+        backend, limit = "nccl" if found.type == "cuda" else "gloo", timedelta(seconds=timeout)
+        with _told_in_a_sentence(timeout):
+            if _is_under_torchrun():
+                _join_under_torchrun(backend, limit=limit)
+            else:
+                dist.init_process_group(backend, timeout=limit)
     try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
-            _join_under_torchrun(backend, limit=timedelta(seconds=timeout))
-        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout), verbose=False)
+        yield _world(found, native_bf16=False)
+    finally:
+        if is_new:
+            stop()
+
+
+def find_device(device: str | None, *, local_rank: int = 0) -> torch.device:
+    """The device of that name, with this rank's number where it has none; UserError where there is no such device."""
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device: got {name!r}, wanted cpu, cuda or one GPU such as cuda:1") from None
+    if found.type == "cuda" and found.index is None:
+        found = torch.device("cuda", local_rank)
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if found.type not in ("cpu", "cuda") or (found.index or 0) >= count:
+        raise UserError(f"--device: there is no {found} here, there are {torch.cuda.device_count()} GPUs and the cpu")
+    return found
+
+
+def _read_launcher() -> None:
+    """Set RANK and its like as torchrun would, whichever launcher started this process; refuse half a launcher."""
+    if dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it as well
+        return
+    os.environ.update(launchers.task_variables(os.environ))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if missing and ("RANK" in os.environ or "WORLD_SIZE" in os.environ):
+        raise UserError(
+            f"launcher: {', '.join(missing)} missing, though RANK or WORLD_SIZE is set; start with deepspeed or "
+            "torchrun, or unset both for a single process"
+        )
+    if missing:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({**alone, "MASTER_PORT": str(free_port())})
+    os.environ.update(launchers.interface_variables(os.environ))
+
+
+def _world(device: torch.device, *, native_bf16: bool) -> World:
+    local_rank = int(os.environ["LOCAL_RANK"])
+    return World(collectives.rank(), collectives.world_size(), local_rank, _local_size(), device, native_bf16)
+
+
+def _compute_on_cpu(threads: int | None) -> None:
+    keep_freed_memory()
+    torch.set_num_threads(threads or share_of_cores(_local_size()))
+
+
+@contextlib.contextmanager
+def _told_in_a_sentence(timeout: float) -> Iterator[None]:
+    """Turn what torch raises where ranks do not come together into one sentence.
+
+    A port that another program listens on is known at once, and no other start finds it free.
+    """
+    try:
+        yield
     except RuntimeError as error:  # torch's DistError where a rank is missing, gloo's own where it went again
         rank, size, address, port = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"rank {rank}: port {port}, at which the ranks are to meet, is in use on {platform.node()} by another "
+                "program; give the launcher another with --master_port, or wait until that program has ended"
+            ) from None
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
         raise JoinError(
             f"rank {rank} of {size} could not join the others at {address}:{port} within {timeout:g} s ({reason}); "
             "a rank that ended before it joined says why in its own output"
         ) from None
+
+
+def _is_under_torchrun() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized()
 
 
 def _join_under_torchrun(backend: str, *, limit: timedelta) -> None:
@@ -183,23 +264,6 @@ def warn_of_build_locks() -> None:
 def _local_size() -> int:
     """Ranks on this node, as torchrun or deepspeed's launcher calls them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-
-
-def _fill_launcher_variables() -> None:
-    """Make plain ``python`` a world of one; refuse half a launcher."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in os.environ]
-    if not missing:
-        return
-    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-        raise UserError(
-            f"launcher: {', '.join(missing)} missing beside RANK or WORLD_SIZE; start with deepspeed or torchrun, or "
-            "unset both for a single process"
-        )
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(defaults)
-    os.environ["LOCAL_WORLD_SIZE"] = "1"
-    os.environ["MASTER_PORT"] = str(free_port())
 
 
 def free_port() -> int:

@@ -19,7 +19,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from ase_dist.training.record.logs import LOGGER, formatter
 
+FILES_ONLY = "is_for_log_files"  # attribute of records that the terminal gets in another way
 _HANDLER = "ase_dist console"
+
+
+class _HideLinesForFiles(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not getattr(record, FILES_ONLY, False)
 
 
 class _HideProgressLines(logging.Filter):
@@ -39,6 +45,7 @@ def set_up_logging(*, rank: int, terminal: bool | None = None) -> Console | None
     is_rich = rank == 0 and (console.is_terminal if terminal is None else terminal)
     handler = _rich_handler(console) if is_rich else _plain_handler(rank)
     handler.name = _HANDLER
+    handler.addFilter(_HideLinesForFiles())
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ase_dist import collectives
+from ase_dist.errors import ExitCode
 from ase_dist.evaluation.scores import headline, score_of
 from ase_dist.moe import MoEFFN
 from ase_dist.tables import Table
@@ -16,7 +17,6 @@ from ase_dist.tasks import Task
 from ase_dist.training.loop.components import RunComponents
 from ase_dist.training.loop.engine import memory_bytes
 from ase_dist.training.loop.evaluate import Results
-from ase_dist.training.process.guards import ExitCode
 from ase_dist.training.process.runtime import World
 from ase_dist.training.record.traffic import dispatch_rows, dispatch_summary
 from ase_dist.training.state.history import History

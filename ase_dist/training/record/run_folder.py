@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ase_dist.errors import UserError
+from ase_dist.errors import UserError, file_error
 from ase_dist.files import write_atomic
 
 MEANINGS = {
@@ -148,9 +148,10 @@ class RunFolder:
             probe.touch()  # better now than after the first epoch
             probe.unlink()
         except OSError as error:
-            raise UserError(
+            raise file_error(
+                error,
                 f"output: cannot write to {str(self.path)!r} ({error.strerror or error}); "
-                "name a folder that can be written to with output=FOLDER"
+                "name a folder that can be written to with output=FOLDER",
             ) from None
 
     def refuse_used(self, *, resume: str) -> None:

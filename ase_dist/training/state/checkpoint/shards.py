@@ -10,9 +10,8 @@ from typing import NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ase_dist.errors import UserError
+from ase_dist.errors import RunError, UserError, describe, exit_code_of
 from ase_dist.files import fsync, sha256_of
-from ase_dist.training.state.checkpoint.agree import describe
 from ase_dist.training.state.checkpoint.files import wait_until
 from ase_dist.training.state.checkpoint.manifest import SUFFIX, FileEntry, file_entry
 
@@ -32,12 +31,14 @@ def write_shards(folder: Path, shards: Iterable[Shard], *, patience: float) -> l
 
     A file is brought to disk and hashed in a thread, while the next group is being read and written.
     After a failure the iterable is still drained, without writing: its next group may hold a collective in which the
-    other ranks wait. Raises UserError with the file and the reason; an error inside the iterable passes through.
+    other ranks wait. Raises RunError with the file and the reason; an error inside the iterable passes through.
     """
     finishing: list[tuple[str, Future[Written]]] = []
-    problem = None
+    problem: Exception | None = None
     if not wait_until(folder.is_dir, patience=patience):
-        problem = f"{folder} is not there, though rank 0 made it; checkpoints need a folder that all nodes share"
+        problem = UserError(
+            f"{folder} is not there, though rank 0 made it; checkpoints need a folder that all nodes share"
+        )
     with ThreadPoolExecutor(THREADS) as pool:
         for name, tensors in shards:
             if problem is None:
@@ -50,7 +51,9 @@ def write_shards(folder: Path, shards: Iterable[Shard], *, patience: float) -> l
     reasons = ((name, future.exception()) for name, future in finishing)  # the pool has waited for them
     problems = [_could_not(name, reason) for name, reason in reasons if isinstance(reason, Exception)]
     if problem is not None or problems:
-        raise UserError([*problems, problem][0])
+        first = [*problems, problem][0]
+        assert first is not None
+        raise first
     return [future.result() for _, future in finishing]
 
 
@@ -87,8 +90,10 @@ def _finish(path: Path, tensors: tuple[str, ...]) -> Written:
     return Written(file_entry(path.name, size=path.stat().st_size, sha256=sha256_of(path)), tensors)
 
 
-def _could_not(name: str, error: Exception) -> str:
-    return f"could not write {name}{SUFFIX} ({describe(error)})"
+def _could_not(name: str, error: Exception) -> RunError:
+    found = RunError(f"could not write {name}{SUFFIX} ({describe(error)})", exit_code=exit_code_of(error))
+    found.__cause__ = error
+    return found
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from ase_dist.agreement import RankError, on_every_rank, on_rank_zero
 from ase_dist.collectives import rank, world_size
-from ase_dist.errors import UserError
+from ase_dist.errors import ExitCode, RunError, UserError, describe, file_error
 from ase_dist.files import write_atomic
-from ase_dist.training.state.checkpoint.agree import RankError, describe, on_every_rank, on_rank_zero
 from ase_dist.training.state.checkpoint.catalog import (
     BEST,
     LATEST,
@@ -45,8 +45,15 @@ LOGGER = logging.getLogger(__name__)
 _PROBE = ".probe"
 
 
-class SaveError(RuntimeError):
-    """A checkpoint was not saved; the sentence is the same on all ranks, and what was saved before is untouched."""
+class SaveError(RunError):
+    """A checkpoint was not saved; the sentence is the same on all ranks, and what was saved before is untouched.
+
+    Its exit code is NOT_SAVED, but IO_ERROR where the file system failed for a moment, and FAILED after a bug.
+    """
+
+    def __init__(self, sentence: str, *, cause: RunError | None = None) -> None:
+        passes = cause is not None and cause.exit_code in (ExitCode.IO_ERROR, ExitCode.FAILED)
+        super().__init__(sentence, exit_code=cause.exit_code if cause and passes else ExitCode.NOT_SAVED)
 
 
 class CheckpointStore:
@@ -90,8 +97,9 @@ class CheckpointStore:
         except RankError as error:
             on_rank_zero(lambda: discard(temporary))
             raise SaveError(
-                f"the checkpoint of step {agreed} was not saved: {error}; what was saved before is untouched"
-            ) from None
+                f"the checkpoint of step {agreed} was not saved: {error}; what was saved before is untouched",
+                cause=error,
+            ) from error.__cause__
         self._damaged.discard(checkpoint_name(step))
         return self.folder / checkpoint_name(step)
 
@@ -134,7 +142,8 @@ class CheckpointStore:
         try:
             on_rank_zero(lambda: self._write_mark(step))
         except RankError as error:
-            raise SaveError(f"step {step} was not marked as the best: {error}; the mark before it stays") from None
+            sentence = f"step {step} was not marked as the best: {error}; the mark before it stays"
+            raise SaveError(sentence, cause=error) from error.__cause__
 
     def _write_mark(self, step: int | None) -> None:
         if step is None:
@@ -227,9 +236,10 @@ def _check_shared(folder: Path, *, patience: float) -> None:
     try:
         token = on_rank_zero(lambda: _prepare(folder))
     except RankError as error:
-        raise UserError(
+        raise file_error(
+            error,
             f"checkpoints: cannot write to {str(folder)!r} ({error}); "
-            "name a folder that can be written to with output=FOLDER"
+            "name a folder that can be written to with output=FOLDER",
         ) from None
     probe = folder / _PROBE
     seen = on_every_rank(

@@ -1,0 +1,108 @@
+"""Non-finite numbers, and what all ranks decide after each step: did it count, and does one of them want to stop.
+
+``ballot = vote(finite, stop=...)`` begins the one all-reduce of a step; ``guard.take_step(ballot, ...)`` says whether
+the step counts and ``ballot.stop`` whether to save and leave. The ballot is read once a step, the only time that the
+host waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ase_dist.collectives import all_reduce_sum, gather_objects, rank
+from ase_dist.errors import ExitCode, RunError, UserError
+
+
+class Vote:
+    """What all ranks decided together; the first property that is read waits for the device, the others do not."""
+
+    def __init__(self, counts: Tensor) -> None:
+        self._counts, self._read = counts, (0.0, 0.0)
+        self._is_read = False
+
+    @property
+    def finite(self) -> bool:
+        """Whether the numbers were finite on every rank."""
+        return self._values()[0] == 0
+
+    @property
+    def stop(self) -> bool:
+        """Whether any rank was asked to stop."""
+        return self._values()[1] > 0
+
+    def _values(self) -> tuple[float, float]:
+        if not self._is_read:
+            not_finite, stopping = self._counts.tolist()
+            self._read, self._is_read = (not_finite, stopping), True
+        return self._read
+
+
+def vote(finite: Tensor, *, stop: bool) -> Vote:
+    """Add up ``[not finite, stop]`` over the ranks, on the device of ``finite`` (bool, no dimensions). Collective.
+
+    Nothing here waits for the device, so it can be called early and read late.
+    """
+    return Vote(all_reduce_sum(torch.stack([(~finite).float(), torch.full_like(finite, stop).float()])))
+
+
+def all_finite(values: Iterable[Tensor]) -> Tensor:
+    """Whether every number in ``values`` is finite, as a bool tensor without dimensions on their device."""
+    return torch.stack([value.detach().isfinite().all() for value in values]).all()
+
+
+class NonFiniteError(RunError):
+    """A loss or a gradient is NaN or infinite and the run is to stop; the same sentence on all ranks."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence, exit_code=ExitCode.NON_FINITE)
+
+
+class FiniteGuard:
+    """Decides what follows a non-finite step: "stop" at once, or "skip" it, at most ``max_skips`` in a row."""
+
+    def __init__(self, *, policy: Literal["stop", "skip"] = "stop", max_skips: int = 10) -> None:
+        if policy not in ("stop", "skip") or max_skips < 1:
+            raise UserError(
+                f"guard: got policy {policy!r} and {max_skips} skips, wanted 'stop' or 'skip' and at least 1"
+            )
+        self.policy, self.max_skips = policy, max_skips
+        self.skips = 0  # in a row
+        self.report = ""  # of the last non-finite step
+
+    def take_step(
+        self, ballot: Vote, *, step: int, values: Mapping[str, Tensor], batch: Sequence[object] | Tensor
+    ) -> bool:
+        """True: the optimiser may step. False: skip this one, ``report`` says why. The same on every rank.
+
+        ``values`` are this rank's numbers by name (each task's loss, the gradient norm), ``batch`` the ids of its
+        images; they are looked at only where the ballot is not finite, and then gathered over the ranks (collective).
+        Raises NonFiniteError, with step, rank, names and ids, where the policy or the number of skips ends the run.
+        """
+        if ballot.finite:
+            self.skips = 0
+            return True
+        self.report = _report(step, gather_objects(_non_finite(values, batch)))
+        self.skips += 1
+        if self.policy == "stop":
+            raise NonFiniteError(
+                f"{self.report}; the step was not taken (guard.non_finite=skip goes on past such steps)"
+            )
+        if self.skips > self.max_skips:
+            raise NonFiniteError(f"{self.report}; that is more than {self.max_skips} such steps in a row")
+        return False
+
+
+def _non_finite(values: Mapping[str, Tensor], batch: Sequence[object] | Tensor) -> str:
+    """This rank's clause of the report, empty where all its values are finite."""
+    found = [f"{name} {value.detach().sum().item()}" for name, value in values.items() if not all_finite([value])]
+    ids = batch.tolist() if isinstance(batch, Tensor) else list(batch)
+    return f"rank {rank()}: {', '.join(found)}, batch {ids}" if found else ""
+
+
+def _report(step: int, clauses: Sequence[object]) -> str:
+    found = [str(clause) for clause in clauses if clause]
+    return f"step {step} is not finite ({'; '.join(found) or 'in none of the values that were reported'})"

@@ -1,0 +1,165 @@
+"""Silence: a run that makes no progress is ended, after it has said where it stands and which rank looks dead."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import platform
+import select
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from ase_dist.collectives import rank, world_size
+from ase_dist.errors import ExitCode, UserError
+from ase_dist.files import write_atomic
+from ase_dist.training.record.logs import format_line
+from ase_dist.training.record.run_folder import RunFolder
+
+STDERR = 2
+MISSED = 3  # beats in a row without which a rank on another host, whose process cannot be looked at, counts as dead
+GRACE = 10.0  # seconds that a file system gets to take the last words
+END_GRACE = 30.0  # seconds that a process gets to end after it has lost a peer
+
+
+class Watchdog:
+    """Threads that end this process when the main thread has not called ``beat`` for ``timeout`` seconds.
+
+    1. While entered, ``rank_N.beat`` in ``folder`` is kept up to date; the other ranks read it to name who is missing.
+    2. When the time is up, one sentence and the stacks of all threads go to ``rank_N.log``, the sentence also to the
+       standard error, and the process ends with ``ExitCode.SILENT``. Nothing is saved: the state may be half a step.
+    3. A main thread that holds Python's lock stops the other threads too; then faulthandler's own timer, after up to
+       twice the time, dumps the stacks and ends the process with code 1.
+
+    ``timeout`` must be longer than the longest time between two beats: beat while evaluating, compiling and saving too.
+    ``on_silence`` is given the sentence before the process ends, in the watchdog's thread.
+    Raises UserError where it is not positive, OSError where the log cannot be opened.
+    """
+
+    def __init__(self, folder: Path, *, timeout: float, on_silence: Callable[[str], None] | None = None) -> None:
+        if timeout <= 0:
+            raise UserError(f"guard.timeout: got {timeout}, wanted more than 0 seconds")
+        self.run_folder, self.timeout, self._on_silence = RunFolder(folder), timeout, on_silence
+        self._interval = min(timeout / 8, 5.0)
+        self._last = (time.monotonic(), 0, "starting")  # replaced as a whole: two threads use it
+        self._leaving, self._force_exit_on_close = threading.Event(), False
+        # Two threads: a file system that hangs stops the one that writes, not the one that watches.
+        loops = {"watchdog": self._watch, "heartbeat": self._pulse}
+        self._threads = [threading.Thread(target=loop, name=name, daemon=True) for name, loop in loops.items()]
+
+    def __enter__(self) -> Watchdog:
+        self.run_folder.path.mkdir(parents=True, exist_ok=True)
+        self._log = self.run_folder.rank_log(rank()).open("ab", buffering=0)
+        self.beat("starting")
+        self._show_life()
+        self._put_off_last_resort()
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leaving.set()
+        for thread in self._threads:
+            thread.join(timeout=GRACE)
+        self.run_folder.beat(rank()).unlink(missing_ok=True)
+        if self._force_exit_on_close:
+            # No thread of Python's: it may be in C++ that the process does not come to its end.
+            faulthandler.dump_traceback_later(min(END_GRACE, self.timeout), exit=True, file=self._log)
+            return
+        faulthandler.cancel_dump_traceback_later()
+        self._log.close()
+
+    def force_exit_on_close(self) -> None:
+        """Once this is left the process has ``END_GRACE`` seconds to end, then it is ended with code 1, stacks dumped.
+
+        For a process that has lost a peer: what gloo has under way with that one can hold up its exit for as long as a
+        collective may take.
+        """
+        self._force_exit_on_close = True
+
+    def beat(self, doing: str) -> None:
+        """Say that the main thread is alive and what it begins now, such as "forward of step 12"."""
+        self._last = (time.monotonic(), self._last[1] + 1, doing)
+
+    @property
+    def patience(self) -> float:
+        """Seconds until a rank that has just died looks dead here, on whichever host: its last beat must grow old."""
+        return min(MISSED * self._interval + 1, self.timeout / 2)
+
+    def suspects(self) -> str:
+        """The other ranks that look dead, else those behind this one, with what they did last: for an error's text."""
+        found = [self._suspicion(other) for other in range(world_size()) if other != rank()]
+        clauses = [clause for is_dead, clause in found if is_dead] or [clause for _, clause in found if clause]
+        return "; ".join(clauses) or "no other rank looks dead or behind"
+
+    def _watch(self) -> None:
+        while not self._leaving.wait(self._interval):
+            self._put_off_last_resort()
+            since, _, doing = self._last
+            if time.monotonic() - since > self.timeout:
+                self._end(time.monotonic() - since, doing)
+
+    def _put_off_last_resort(self) -> None:
+        """Set faulthandler's timer anew: it needs no lock of Python's, and goes off when this is no longer called."""
+        faulthandler.dump_traceback_later(self.timeout, exit=True, file=self._log)
+
+    def _pulse(self) -> None:
+        while not self._leaving.wait(self._interval):
+            self._show_life()
+
+    def _end(self, silent: float, doing: str) -> None:
+        last_resort = threading.Timer(GRACE, os._exit, [ExitCode.SILENT])  # where writing the report hangs as well
+        last_resort.daemon = True
+        last_resort.start()
+        sentence = (
+            f"rank {rank()} on {platform.node()} has made no progress for {silent:.0f} s (limit {self.timeout:g} s), "
+            f"the last thing it began was {doing!r}; {self.suspects()}; stacks are in {self._log.name}"
+        )
+        # Not through logging: the main thread may be stuck with its lock.
+        self._log.write(format_line(rank(), "CRITICAL", sentence).encode())
+        faulthandler.dump_traceback(file=self._log, all_threads=True)
+        os.fsync(self._log.fileno())
+        self._show_life(ended="silent")
+        if select.select([], [STDERR], [], 1.0)[1]:  # not into a full pipe: that would block
+            os.write(STDERR, f"{sentence}\n".encode())
+        if self._on_silence is not None:
+            self._on_silence(sentence)
+        os._exit(ExitCode.SILENT)
+
+    def _show_life(self, **more: str) -> None:
+        _, beats, doing = self._last
+        state = {"beats": beats, "doing": doing, "host": platform.node(), "pid": os.getpid(), **more}
+        with contextlib.suppress(OSError):  # a full disk is reported by the next save
+            write_atomic(self.run_folder.beat(rank()), json.dumps(state), durable=False)
+
+    def _suspicion(self, other: int) -> tuple[bool, str]:
+        """Whether another rank looks dead, and a clause about it; an empty one where it is as far as this one."""
+        try:
+            state = json.loads(self.run_folder.beat(other).read_text())
+            # Both times are the file server's: the clocks of two nodes may differ.
+            age = self.run_folder.beat(rank()).stat().st_mtime - self.run_folder.beat(other).stat().st_mtime
+        except (OSError, ValueError):
+            return True, f"rank {other} has not started, has left, or writes its beats elsewhere"
+        who, last = f"rank {other} on {state['host']}", f"the last thing it was known to begin is {state['doing']!r}"
+        if state["host"] == platform.node() and not _is_alive(state["pid"]):
+            return True, f"{who} is dead, {last}"
+        if age > MISSED * self._interval:
+            return True, f"{who} gave no sign of life for {age:.0f} s, {last}"
+        return False, f"{who} is behind, {last}" if state["beats"] < self._last[1] else ""
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
