@@ -6,8 +6,6 @@ imports no torch, so that ``--help`` and ``--print-config`` are immediate.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard
@@ -168,6 +166,96 @@ class Settings(Section):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+OnResume = Literal["refused", "listed", "ignored"]
+
+# What a resumed run does about a setting that is not the checkpoint's. "refused": it would change what the weights
+# mean, which of them exist, or which data are seen in which order. "listed": it is honoured from the resumed step on,
+# and the log says so. "ignored": it changes nothing that is computed. ``tasks`` is refused for another set only.
+ON_RESUME: dict[str, OnResume] = {
+    "output": "ignored",
+    "resume": "ignored",
+    "seed": "refused",
+    "tasks": "refused",
+    "data.name": "refused",
+    "data.root": "listed",  # a folder may have moved
+    "data.size": "refused",
+    "data.augment": "listed",
+    "data.workers": "listed",
+    "data.cache_in_memory": "listed",
+    "data.train_images": "refused",
+    "data.val_images": "listed",
+    "data.scene_size": "refused",
+    "data.scene_seed": "refused",
+    "data.limit_train": "refused",
+    "data.limit_val": "listed",
+    "model.backbone": "refused",
+    "model.backbone_args": "refused",
+    "model.pretrained": "listed",  # a file may have moved; the frozen weights are compared by their hash
+    "model.sharing": "refused",
+    "model.init_from": "listed",  # as model.pretrained
+    "model.tune": "refused",
+    "model.lora_rank": "refused",
+    "model.lora_alpha": "refused",
+    "model.task_embedding": "refused",
+    "model.head": "refused",
+    "model.head_width": "refused",
+    "model.drop_path": "listed",
+    "model.checkpoint_activations": "listed",
+    "model.moe.enabled": "refused",
+    "model.moe.num_experts": "refused",
+    "model.moe.k": "refused",
+    "model.moe.num_shared": "refused",
+    "model.moe.rank": "refused",
+    "model.moe.alpha": "refused",
+    "model.moe.experts": "refused",
+    "model.moe.hidden": "refused",
+    "model.moe.adapt": "refused",
+    "model.moe.gating": "refused",
+    "model.moe.dispatch": "listed",
+    "model.moe.ep_size": "listed",
+    "model.moe.every_n_blocks": "refused",
+    "model.moe.shared_logit_warmup": "listed",
+    "model.moe.aux_losses": "listed",
+    "train.max_steps": "listed",
+    "train.epochs": "listed",
+    "train.batch_size": "listed",
+    "train.gradient_accumulation_steps": "listed",
+    "train.gradient_clipping": "listed",
+    "train.bf16": "listed",
+    "train.lr": "listed",
+    "train.backbone_lr_factor": "listed",
+    "train.min_lr_ratio": "listed",
+    "train.weight_decay": "listed",
+    "train.betas": "listed",
+    "train.eps": "listed",
+    "train.warmup_steps": "listed",
+    "train.schedule": "listed",
+    "train.poly_power": "listed",
+    "train.loss_weights": "listed",
+    "train.log_every": "listed",
+    "train.threads": "listed",
+    "train.compile": "listed",
+    "eval.every": "listed",
+    "eval.at_start": "listed",
+    "eval.batch_size": "listed",
+    "eval.pictures": "listed",
+    "eval.edge_ods": "listed",
+    "eval.gradient_conflict_every": "listed",
+    "checkpoint.every": "listed",
+    "checkpoint.keep": "listed",
+    "guard.non_finite": "listed",
+    "guard.max_skips": "listed",
+    "guard.timeout": "listed",
+    "monitor.tensorboard": "ignored",
+    "monitor.csv": "ignored",
+    "monitor.wandb": "ignored",
+    "monitor.project": "ignored",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
@@ -223,12 +311,6 @@ def find_config(config: str | Path) -> Path:
 def to_yaml(settings: Settings) -> str:
     """The whole tree as YAML, defaults included; reading it back gives equal settings."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-
-
-def settings_hash(settings: Settings, *, without: Iterable[str] = ("output", "resume")) -> str:
-    """SHA-256 of the tree without the keys that do not change what is computed."""
-    tree = {key: value for key, value in settings.model_dump(mode="json").items() if key not in set(without)}
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

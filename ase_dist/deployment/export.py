@@ -22,11 +22,11 @@ from ase_dist.errors import UserError, did_you_mean
 from ase_dist.files import fsync, sha256_of, write_atomic
 from ase_dist.models import MultiTaskModel
 from ase_dist.models.export_file import CARD, WEIGHTS, Card, ImageFacts
-from ase_dist.models.global_names import named_tensors
+from ase_dist.models.names import named_tensors
 from ase_dist.tasks import Task, select_tasks
 from ase_dist.training.loop.evaluate import Gallery, Results, evaluate
-from ase_dist.training.state.checkpoint import Checkpoint
 from ase_dist.training.state.checkpoint.files import TEMPORARY, discard, make_empty, put_in_place
+from ase_dist.training.state.meta import read_meta
 from ase_dist.versions import versions_of
 
 LOGGER = logging.getLogger("ase_dist")
@@ -49,7 +49,10 @@ def export_run(run: str | Path, out: str | Path, *, checkpoint: str = "newest", 
     tasks = select_tasks(settings.data.name, settings.tasks)
     with choose_checkpoint(run, checkpoint) as found:
         model = rebuild(settings, tasks, found)
-        facts = {"step": found.step, "metrics": _metrics(found), "backbone": found.meta["backbone"]}
+        meta = read_meta(found)
+        is_evaluated = meta.history.evaluated_at == found.step  # summary.json has the same at the run's end
+        metrics = meta.history.latest if is_evaluated else None
+        facts = {"step": found.step, "metrics": metrics, "backbone": meta.backbone}
     write_export(out, model, settings, tasks, dtype=dtype, facts=facts)
     LOGGER.info("exported step %d of %s to %s", facts["step"], run, out)
     return out
@@ -92,12 +95,6 @@ def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
         if not found[name].isfinite().all():
             raise UserError(f"export: {name!r} is not finite in {dtype}; use --dtype fp32, or an earlier checkpoint")
     return found
-
-
-def _metrics(checkpoint: Checkpoint) -> Any:
-    """What the evaluation at this very step found (summary.json has the same at the run's end), or None."""
-    history: Any = checkpoint.meta["history"]
-    return history["latest"] if history["evaluated_at"] == checkpoint.step else None
 
 
 def _card(settings: Settings, tasks: tuple[Task, ...], *, dtype: str, sha256: str, **facts: Any) -> Card:

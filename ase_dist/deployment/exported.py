@@ -13,9 +13,9 @@ from ase_dist.config import DataSettings, Settings
 from ase_dist.errors import UserError
 from ase_dist.models.build import build_model
 from ase_dist.models.export_file import CARD, Card, Export, open_export
-from ase_dist.models.global_names import named_tensors
 from ase_dist.models.multitask import ModelOutput
 from ase_dist.models.multitask_resnet import MultiTaskModel
+from ase_dist.models.names import named_tensors
 
 
 class ExportedModel(nn.Module):

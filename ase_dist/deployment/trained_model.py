@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -14,13 +14,16 @@ from ase_dist.deployment.exported import ExportedModel, load
 from ase_dist.errors import UserError
 from ase_dist.models import MultiTaskModel, build_model
 from ase_dist.models.export_file import CARD
-from ase_dist.models.names_of_trained import trained_entries
+from ase_dist.models.names import task_order, trained_entries
 from ase_dist.tasks import Task, select_tasks
 from ase_dist.training.loop.components import frozen_digest
 from ase_dist.training.record.run_folder import RunFolder
 from ase_dist.training.state.checkpoint import Checkpoint
 from ase_dist.training.state.checkpoint.catalog import BEST, list_checkpoints, read_pointer
 from ase_dist.training.state.checkpoint.verify import verify
+from ase_dist.training.state.compare_settings import compare_settings
+from ase_dist.training.state.meta import read_meta
+from ase_dist.training.state.tensors import difference, load_entry
 
 LOGGER = logging.getLogger("ase_dist")
 
@@ -100,25 +103,27 @@ def choose_checkpoint(run: Path, wanted: str) -> Checkpoint:
 
 
 def rebuild(settings: Settings, tasks: tuple[Task, ...], checkpoint: Checkpoint) -> MultiTaskModel:
-    """The plain model with the checkpoint's weights; UserError unless backbone and tensors are the run's own."""
-    plain = settings.model.model_copy(update={"checkpoint_activations": "none"})
-    model = build_model(settings.model_copy(update={"model": plain}), tasks, expert_layer="plain")
-    backbone: Any = checkpoint.meta["backbone"]
-    if frozen_digest(model) != backbone["sha256"]:
-        raise UserError(
-            f"the frozen backbone {settings.model.backbone} that the settings give now is not the one of "
-            f"{checkpoint.path}; see that model.pretrained={settings.model.pretrained} names the same file as then"
-        )
-    entries = trained_entries(model)
-    wanted = {f"weight/{name}": entry.part_shape for entry in entries for name in entry.names}
-    saved = {name: checkpoint.shape(name) for name in checkpoint.names() if name.startswith("weight/")}
-    odd = sorted(name for name in wanted.keys() | saved.keys() if wanted.get(name) != saved.get(name))
-    if odd:
-        raise UserError(
-            f"{checkpoint.path} is not of the model in config.yaml: {len(odd)} tensors differ, the first, "
-            f"{odd[0]!r}, is {saved.get(odd[0], 'missing')} for {wanted.get(odd[0], 'none')}; name another checkpoint"
-        )
+    """The plain model with the checkpoint's weights, in the order of ``tasks``, which the checkpoint may not have.
+
+    Raises UserError unless settings of the model, backbone and tensors are the checkpoint's own.
+    """
+    meta = read_meta(checkpoint)
+    names, saved_names = [task.name for task in tasks], meta.task_names()
+    differences = compare_settings(meta.settings, settings, tasks=names, saved_tasks=saved_names, path=checkpoint.path)
+    other = "; ".join(clause for key, clause in differences.refused.items() if key.startswith(("model.", "tasks")))
+    if not other:
+        plain = settings.model.model_copy(update={"checkpoint_activations": "none"})
+        model = build_model(settings.model_copy(update={"model": plain}), tasks, expert_layer="plain")
+        if frozen_digest(model) != meta.backbone["sha256"]:
+            raise UserError(
+                f"the frozen backbone {settings.model.backbone} that the settings give now is not the one of "
+                f"{checkpoint.path}; see that model.pretrained={settings.model.pretrained} names the same file as then"
+            )
+        entries, order = trained_entries(model), task_order(names, saved_names)
+        other = difference(checkpoint, entries, order=order, kinds=("weight",))
+    if other:
+        raise UserError(f"{checkpoint.path} is not of the model in config.yaml: {other}; name another checkpoint")
     with torch.no_grad():
         for entry in entries:
-            entry.parameter.copy_(entry.join({name: checkpoint.tensor(f"weight/{name}") for name in entry.names}))
+            entry.tensor.copy_(load_entry(checkpoint, entry, "weight", order=order))
     return model

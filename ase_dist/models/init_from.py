@@ -24,8 +24,8 @@ from ase_dist.config import ModelSettings
 from ase_dist.errors import UserError
 from ase_dist.models.backbone import Backbone
 from ase_dist.models.export_file import Export, open_export
-from ase_dist.models.global_names import named_tensors
 from ase_dist.models.multitask import MultiTaskViT
+from ase_dist.models.names import named_tensors
 
 LOGGER = logging.getLogger("ase_dist")
 LAYER = re.compile(r"(blocks\.\d+)\.mlp\.(?:router\.weight|\w+\.(?:A|B|weight|bias)\.\d+)")

@@ -39,6 +39,14 @@ class SharedTrunk(nn.Module):
         return [x] * self.num_tasks
 
 
+class TaskList(nn.ModuleList):
+    """A module per task, in the order of the tasks: checkpoints find them by this class (``names.py``)."""
+
+
+class MixingConv(nn.Conv2d):
+    """A convolution whose input channels are those of all tasks side by side."""
+
+
 class CrossStitch(Sharing):
     """x'_t = sum_s a[t, s, c] x_s for channel c (Misra et al. 2016, arXiv 1604.03539)."""
 
@@ -59,9 +67,9 @@ class NDDR(Sharing):
 
     def __init__(self, channels: int, num_tasks: int) -> None:
         super().__init__()
-        convs = [nn.Conv2d(channels * num_tasks, channels, 1, bias=False) for _ in range(num_tasks)]
-        self.convs = nn.ModuleList(convs)
-        self.norms = nn.ModuleList(group_norm(channels) for _ in range(num_tasks))
+        convs = [MixingConv(channels * num_tasks, channels, 1, bias=False) for _ in range(num_tasks)]
+        self.convs = TaskList(convs)
+        self.norms = TaskList(group_norm(channels) for _ in range(num_tasks))
         own_CC = torch.eye(channels)
         for conv, shares_t in zip(convs, _start_shares(num_tasks), strict=True):
             with torch.no_grad():
@@ -88,13 +96,6 @@ class ParallelTrunk(nn.Module):
         for stage, unit in zip(self.stages, self.units, strict=True):
             features = unit(stage(features))
         return features  # type: ignore[no-any-return]
-
-
-class _PerTask(nn.ModuleList):
-    """A module per task, each on the features of its own."""
-
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        return [module(x) for module, x in zip(self, features, strict=True)]
 
 
 class MTANTrunk(nn.Module):
@@ -131,7 +132,14 @@ class MTANTrunk(nn.Module):
         return masked
 
 
-class _Masks(nn.ModuleList):
+class _PerTask(TaskList):
+    """Each task's module on the features of its own."""
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return [module(x) for module, x in zip(self, features, strict=True)]
+
+
+class _Masks(TaskList):
     """Step 1 of ``MTANTrunk`` for all tasks; ``kept`` is empty at the first stage."""
 
     def forward(self, u_BChw: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:

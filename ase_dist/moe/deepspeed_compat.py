@@ -115,12 +115,12 @@ class Fragment(NamedTuple):
     numel: int
 
 
-def full_shape(parameter: nn.Parameter) -> torch.Size:
+def full_shape(parameter: Tensor) -> torch.Size:
     """The shape of the parameter, also where ZeRO-3 has left only a part of it here."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def read_master(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
+def read_master(engine: Any, parameter: Tensor, kind: str) -> Tensor:
     """The whole ``"weight"`` or moment (``MOMENTS``) of a trained parameter, float32, zeros before the first step.
 
     Collective over the ranks among which ZeRO has divided the parameter: for a routed expert those that replicate it.
@@ -139,7 +139,7 @@ def read_master(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
     return buffer.view(shape)
 
 
-def write_master(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor, *, step: int) -> None:
+def write_master(engine: Any, parameter: Tensor, kind: str, value: Tensor, *, step: int) -> None:
     """Set the whole weight (the model's own too) or moment to ``value``; ``step`` is AdamW's count of steps."""
     fragment = _fragment(engine.optimizer, parameter)
     with torch.no_grad():
@@ -231,21 +231,25 @@ def restore_counters(engine: Any, counters: Mapping[str, int], *, last_epoch: in
         group["lr"] = rate
 
 
+def device_kind() -> str:
+    """The kind of device that DeepSpeed runs on: "cpu", "cuda", ..."""
+    from deepspeed.accelerator import get_accelerator
+
+    return str(get_accelerator().device_name())
+
+
 def device_random_state() -> Tensor:
     """The random state of this rank's accelerator; empty on a CPU, whose generator is torch's own."""
     from deepspeed.accelerator import get_accelerator
 
-    accelerator = get_accelerator()
-    return (
-        torch.empty(0, dtype=torch.uint8) if accelerator.device_name() == "cpu" else accelerator.get_rng_state().cpu()
-    )
+    return torch.empty(0, dtype=torch.uint8) if device_kind() == "cpu" else get_accelerator().get_rng_state().cpu()
 
 
 def restore_device_random_state(state: Tensor) -> None:
-    """Set what ``device_random_state`` gave; nothing for an empty one."""
+    """Set what ``device_random_state`` gave on the same kind of device; nothing for an empty one."""
     from deepspeed.accelerator import get_accelerator
 
-    if state.numel():
+    if len(state):
         get_accelerator().set_rng_state(state)
 
 
@@ -254,7 +258,7 @@ def _basic(engine: Any) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _fragment(optimizer: Any, parameter: nn.Parameter) -> Fragment | None:
+def _fragment(optimizer: Any, parameter: Tensor) -> Fragment | None:
     """Where this rank keeps its part of ``parameter``; None where it has none."""
     if hasattr(parameter, "ds_id"):  # ZeRO-3
         group, start, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -278,14 +282,14 @@ def _fragment(optimizer: Any, parameter: nn.Parameter) -> Fragment | None:
     return Fragment(parameter, 0, 0, parameter.numel())  # ZeRO-0 in fp32
 
 
-def _partition_group(parameter: nn.Parameter) -> dist.ProcessGroup | None:
+def _partition_group(parameter: Tensor) -> dist.ProcessGroup | None:
     """The ranks among which ZeRO has divided the parameter; None where each has all of it."""
     if hasattr(parameter, "ds_id"):
         return parameter.ds_process_group  # type: ignore[attr-defined]
     return getattr(parameter, "_dp_group", None)
 
 
-def _set_model_weight(parameter: nn.Parameter, value: Tensor) -> None:
+def _set_model_weight(parameter: Tensor, value: Tensor) -> None:
     if not hasattr(parameter, "ds_id"):
         parameter.copy_(value)
         return

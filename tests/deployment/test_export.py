@@ -12,7 +12,7 @@ import torch
 import ase_dist
 from ase_dist.deployment.export import check_export, differences, export_run
 from ase_dist.models.export_file import CARD, WEIGHTS
-from ase_dist.models.global_names import named_tensors
+from ase_dist.models.names import named_tensors
 from tests.training.conftest import flip_byte, start_world
 from tests.training.tiny_runs import ROOT, checkpoint, said, tiny_run
 

@@ -18,8 +18,7 @@ from ase_dist.deployment.export import write_export
 from ase_dist.evaluation.decode import decode
 from ase_dist.models import build_model
 from ase_dist.models.export_file import CARD, WEIGHTS
-from ase_dist.models.global_names import named_tensors
-from ase_dist.models.names_of_trained import trained_entries
+from ase_dist.models.names import named_tensors
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.sharding import Shard
 from ase_dist.tasks import select_tasks
@@ -65,18 +64,6 @@ def test_the_model_comes_back_bit_for_bit(variant, exported, images):
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert loaded.tasks == select_tasks("scenes", TASKS) and loaded.image.size == 32 and loaded.card.step == 7
     assert loaded.metrics["edge"]["bce"] == 0.5 and math.isnan(loaded.metrics["edge"]["odd"])
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_names_are_those_of_a_checkpoint(variant, model_for):
-    """One scheme of names, whichever layer: that of the training code, plus the frozen tensors."""
-    model = model_for(**VARIANTS[variant])
-    trained = {name: row for entry in trained_entries(model) for name, row in entry.split(entry.parameter).items()}
-    named = named_tensors(model)
-    assert trained.keys() <= named.keys() and all(torch.equal(named[name], trained[name]) for name in trained)
-    assert sum(t.numel() for t in named.values()) == sum(p.numel() for p in model.parameters())
-    deepspeed = named_tensors(model_for(layer="deepspeed", **VARIANTS[variant]))
-    assert {name: t.shape for name, t in deepspeed.items()} == {name: t.shape for name, t in named.items()}
 
 
 def test_a_shard_has_the_names_of_its_own_experts_and_no_padding(model_for):

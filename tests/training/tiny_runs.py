@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ase_dist.config import load_settings
 from ase_dist.data.loader import TrainLoader
 from ase_dist.models.multitask import MultiTaskViT
-from ase_dist.models.names_of_trained import trained_entries
+from ase_dist.models.names import trained_entries
 from ase_dist.moe.deepspeed_compat import full_shape, is_routed
 from ase_dist.moe.router import TaskRouter
 from ase_dist.training.ds_config import read_ds_config, resolve
@@ -97,13 +97,13 @@ def load_and_save(scenes, source, target, *overrides, config="z0"):
     store = CheckpointStore(target / "checkpoints", keep=1)
     state = RunState(resolved.settings, world, store, zero_stage=resolved.zero_stage, backbone=parts.backbone)
     with LiveBytes() as loading:
-        state.resume(parts.engine, parts.train_loader)
+        state.resume(parts.engine, parts.train_loader, total_steps=parts.total_steps)
     with LiveBytes() as saving:
         state.save(parts.engine, parts.train_loader)
     parts.close()
     sizes = {}
     for entry in trained_entries(parts.engine.module):
-        sizes.setdefault(_group_name(entry), []).append(full_shape(entry.parameter).numel() * 4 * len(KINDS))
+        sizes.setdefault(_group_name(entry), []).append(full_shape(entry.tensor).numel() * 4 * len(KINDS))
     groups = [sum(group) for group in sizes.values()]
     largest = max(size for group in sizes.values() for size in group)
     return {"loading": loading.peak - loading.left, "saving": saving.peak, "parameter": largest, "group": max(groups),

@@ -79,7 +79,7 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
         closing.callback(components.close)
         store = CheckpointStore(folder.checkpoints, keep=config.settings.checkpoint.keep)
         state = RunState(config.settings, world, store, zero_stage=config.zero_stage, backbone=components.backbone)
-        state.resume(components.engine, components.train_loader)
+        state.resume(components.engine, components.train_loader, total_steps=components.total_steps)
         if world.is_first:
             folder.write_config(to_yaml(config.settings))
             folder.write_ds_config(config.deepspeed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from ase_dist.evaluation.delta_m import delta_m, directions
 from ase_dist.files import json_safe
 from ase_dist.tasks import Task
 from ase_dist.training.loop.evaluate import Results
+from ase_dist.training.state.meta import StoredHistory, StoredResults
 
 NEVER = -1
 
@@ -46,13 +47,18 @@ class History:
         return {name: json_safe(value) for name, value in values.items()}
 
     @classmethod
-    def from_meta(cls, meta: Mapping[str, Any]) -> History:
+    def from_meta(cls, stored: StoredHistory) -> History:
         """The reverse of ``to_meta``."""
-        history = cls(**meta)
-        history.best_score = -math.inf if meta["best_score"] is None else meta["best_score"]
-        history.first, history.latest = _results(meta["first"]), _results(meta["latest"])
-        history.trivial = _results(meta["trivial"]) or {}
-        return history
+        return cls(
+            first=_results(stored.first),
+            latest=_results(stored.latest),
+            trivial=_results(stored.trivial) or {},
+            evaluated_at=stored.evaluated_at,
+            best_step=stored.best_step,
+            best_score=-math.inf if stored.best_score is None else stored.best_score,
+            train_seconds=stored.train_seconds,
+            images=stored.images,
+        )
 
 
 def gain(tasks: Sequence[Task], results: Results, trivial: Results) -> float:
@@ -66,7 +72,7 @@ def gain(tasks: Sequence[Task], results: Results, trivial: Results) -> float:
     return delta_m(scores, reference, higher_is_better=directions(chosen))
 
 
-def _results(stored: Mapping[str, Mapping[str, float | None]] | None) -> Results | None:
+def _results(stored: StoredResults | None) -> Results | None:
     if stored is None:
         return None
     return {

@@ -1,8 +1,8 @@
 """All that a resumed run needs: weights, moments, random states, sampler, schedule, in a portable checkpoint.
 
-Saved at any world size, expert-parallel size and ZeRO stage, loaded at any other: tensors stand under global names
-(``named_state``), and the DeepSpeed seam reads and writes what ZeRO has divided. On the same topology a resumed run
-goes on bit for bit. One group of tensors is in memory at a time.
+Saved at any world size, expert-parallel size and ZeRO stage, loaded at any other: tensors have global names
+(``models/names.py``), and ``moe/deepspeed_compat.py`` reads and writes what ZeRO has divided. On the same topology a
+resumed run goes on bit for bit. One group of tensors is in memory at a time.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ import torch
 from torch import Tensor
 
 from ase_dist import collectives
-from ase_dist.config import Settings, settings_hash
+from ase_dist.config import Settings
 from ase_dist.data.loader import TrainLoader
 from ase_dist.errors import UserError
-from ase_dist.models.names_of_trained import Entry, trained_entries
+from ase_dist.models.names import Entry, task_order, trained_entries
 from ase_dist.moe import deepspeed_compat
 from ase_dist.tasks import Task
 from ase_dist.training.loop.evaluate import Results
 from ase_dist.training.process.runtime import World
 from ase_dist.training.state.checkpoint import Checkpoint, CheckpointStore
+from ase_dist.training.state.compare_settings import compare_settings
 from ase_dist.training.state.history import NEVER, History
+from ase_dist.training.state.meta import RunMeta, read_meta
+from ase_dist.training.state.tensors import KINDS, difference, load_entry
 
 LOGGER = logging.getLogger("ase_dist")
-KINDS = ("weight", *deepspeed_compat.MOMENTS)
 
 
 class RunState:
@@ -71,31 +73,40 @@ class RunState:
             self.is_saved = True
             return
         meta = {
-            "settings_hash": settings_hash(self.settings),
             "settings": self.settings.model_dump(mode="json"),
+            "tasks": list(engine.module.task_names),
             "backbone": self.backbone,
-            "topology": self._topology(),
+            "topology": {
+                "world": self.world.size,
+                "ep_size": self.settings.model.moe.ep_size,
+                "zero_stage": self.zero_stage,
+            },
             "sampler": loader.state_dict(),
             "optimizer_steps": engine.global_steps - engine.skipped_steps,
             "history": self.history.to_meta(),
             "engine": {name: getattr(engine, name) for name in deepspeed_compat.COUNTERS},
             "schedule": {"last_epoch": engine.lr_scheduler.last_epoch},
+            "device": deepspeed_compat.device_kind(),
         }
         path = self.store.save(self.step, self._shards(engine), meta=meta)
         self._mark_best()
         self._saved_step, self.is_saved = self.step, True
         LOGGER.info("saved step %d to %s", self.step, path)
 
-    def resume(self, engine: Any, loader: TrainLoader) -> bool:
+    def resume(self, engine: Any, loader: TrainLoader, *, total_steps: int) -> bool:
         """Continue from what ``settings.resume`` names; whether there was a checkpoint (collective).
 
-        Raises UserError where the checkpoint holds other tensors than the model trains.
+        Settings that differ from the checkpoint's are refused or listed in the log (``config.ON_RESUME``). Raises
+        UserError where they are refused, where the checkpoint holds other tensors than the model trains, and where it
+        is of a step beyond ``total_steps``.
         """
         checkpoint = self.store.find(self.settings.resume)
         if checkpoint is None:
             return False
         with checkpoint:
-            self._load(checkpoint, engine, loader)
+            meta = read_meta(checkpoint)
+            self._check(checkpoint, meta, engine, total_steps=total_steps)
+            self._load(checkpoint, meta, engine, loader)
         self._mark_best()
         LOGGER.info("resumed at step %d from %s", self.step, checkpoint.path)
         return True
@@ -107,9 +118,6 @@ class RunState:
 
     # -----------------------------------------------------------------------------------------------------------------
     # Saving
-
-    def _topology(self) -> dict[str, int]:
-        return {"world": self.world.size, "ep_size": self.settings.model.moe.ep_size, "zero_stage": self.zero_stage}
 
     def _shards(self, engine: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """This rank's files, a group of parameters each; reading them is collective, in the same order on all ranks."""
@@ -126,7 +134,7 @@ class RunState:
         sharded: dict[str, Tensor] = {}
         for entry in entries:
             for kind in KINDS:
-                full = deepspeed_compat.read_master(engine, entry.parameter, kind).cpu()
+                full = deepspeed_compat.read_master(engine, entry.tensor, kind).cpu()
                 if self._writes(entry, number):
                     target = sharded if entry.is_sharded else dense
                     target |= {f"{kind}/{name}": part for name, part in entry.split(full).items()}
@@ -144,47 +152,54 @@ class RunState:
     # -----------------------------------------------------------------------------------------------------------------
     # Loading
 
-    def _load(self, checkpoint: Checkpoint, engine: Any, loader: TrainLoader) -> None:
-        meta: Mapping[str, Any] = checkpoint.meta
-        entries = trained_entries(engine.module)
-        self._check_tensors(checkpoint, entries)
-        if meta["backbone"] != self.backbone:
+    def _check(self, checkpoint: Checkpoint, meta: RunMeta, engine: Any, *, total_steps: int) -> None:
+        """Raise UserError unless this run can go on from the checkpoint; log which settings differ."""
+        path = checkpoint.path
+        differences = compare_settings(
+            meta.settings, self.settings, tasks=engine.module.task_names, saved_tasks=meta.task_names(), path=path
+        )
+        if differences.refused:
+            plural = "s" if len(differences.refused) > 1 else ""
             raise UserError(
-                f"resume: {checkpoint.path} was trained on the backbone {meta['backbone']}, this run has "
-                f"{self.backbone}; use the same model.backbone and model.pretrained"
+                f"resume: {'; '.join(differences.refused.values())}; use the run's own value{plural}, or start afresh "
+                "with another output="
             )
-        for entry in entries:
+        if checkpoint.step > total_steps:
+            raise UserError(
+                f"resume: {path} is of step {checkpoint.step}, beyond the end of this run at step {total_steps}; give "
+                "more train.max_steps or train.epochs, or name an earlier checkpoint with resume=PATH"
+            )
+        other = difference(checkpoint, trained_entries(engine.module), order=self._task_order(meta, engine))
+        if other:
+            raise UserError(
+                f"resume: {path} holds another model: {other}; use the run's own settings, or start afresh with "
+                "another output="
+            )
+        if meta.backbone != self.backbone:
+            raise UserError(
+                f"resume: {path} was trained on the backbone {meta.backbone}, this run has {self.backbone}; use the "
+                "same model.backbone and model.pretrained"
+            )
+        if differences.listed:
+            LOGGER.info("settings that differ from those of %s: %s", path, "; ".join(differences.listed.values()))
+
+    @staticmethod
+    def _task_order(meta: RunMeta, engine: Any) -> list[int]:
+        return task_order(engine.module.task_names, meta.task_names())
+
+    def _load(self, checkpoint: Checkpoint, meta: RunMeta, engine: Any, loader: TrainLoader) -> None:
+        order = self._task_order(meta, engine)
+        for entry in trained_entries(engine.module):
             for kind in KINDS:
-                parts = {name: checkpoint.tensor(f"{kind}/{name}") for name in entry.names}
-                value = entry.join(parts).to(entry.parameter.device)
-                deepspeed_compat.write_master(engine, entry.parameter, kind, value, step=meta["optimizer_steps"])
-        loader.load_state_dict(meta["sampler"])
-        deepspeed_compat.restore_counters(engine, meta["engine"], last_epoch=meta["schedule"]["last_epoch"])
-        self.step, self.history, self.is_saved = checkpoint.step, History.from_meta(meta["history"]), True
+                value = load_entry(checkpoint, entry, kind, order=order).to(entry.tensor.device)
+                deepspeed_compat.write_master(engine, entry.tensor, kind, value, step=meta.optimizer_steps)
+        loader.load_state_dict(meta.sampler)
+        deepspeed_compat.restore_counters(engine, meta.engine, last_epoch=meta.schedule.last_epoch)
+        self.step, self.history, self.is_saved = checkpoint.step, History.from_meta(meta.history), True
         is_ours = checkpoint.path.resolve().parent == self.store.folder.resolve()  # else another run's: resume=PATH
         self._saved_step = self.step if is_ours else NEVER
-        if meta["topology"]["world"] == self.world.size:
-            _restore_random_state({n: checkpoint.tensor(n) for n in _random_names(self.world.rank)})
-
-    def _check_tensors(self, checkpoint: Checkpoint, entries: list[Entry]) -> None:
-        """Raise UserError on all ranks unless names and shapes are those of the whole model (collective)."""
-        mine = {f"{kind}/{name}": entry.part_shape for entry in entries for name in entry.names for kind in KINDS}
-        saved = {name: checkpoint.shape(name) for name in checkpoint.names() if not name.startswith("random/")}
-        wanted: dict[str, tuple[int, ...]] = {}
-        for shapes in collectives.gather_objects(mine):
-            wanted |= shapes  # type: ignore[call-overload]
-        odd = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
-        if odd:
-            first = odd[0]
-            raise UserError(
-                f"resume: {checkpoint.path} holds another model: {len(odd)} tensors differ, the first, {first!r}, is "
-                f"{_shape(saved.get(first))} there and {_shape(wanted.get(first))} here; use the run's own settings, "
-                "or start afresh with another output="
-            )
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else " x ".join(map(str, shape)) or "a number"
+        if meta.topology.world == self.world.size:
+            _restore_random_state(checkpoint, device=meta.device)
 
 
 def _group_name(entry: Entry) -> str:
@@ -212,12 +227,19 @@ def _random_state() -> dict[str, Tensor]:
     return dict(zip(_random_names(rank), values, strict=True))
 
 
-def _restore_random_state(state: Mapping[str, Tensor]) -> None:
-    torch_state, keys, position, python, device = state.values()
+def _restore_random_state(checkpoint: Checkpoint, *, device: str | None) -> None:
+    """Set the generators of this rank; that of an accelerator only from the same kind of ``device``."""
+    names = _random_names(collectives.rank())
+    torch_state, keys, position, python, device_state = (checkpoint.tensor(name) for name in names)
     torch.set_rng_state(torch_state)
     where, has_gauss, cached = position.tolist()
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), int(where), int(has_gauss), cached))
     version, *internal = (int(value) for value in python[:-1].tolist())
     gauss = python[-1].item()
     random.setstate((version, tuple(internal), None if math.isnan(gauss) else gauss))
-    deepspeed_compat.restore_device_random_state(device)
+    if device is None:  # older checkpoints do not name it, but the state of a CPU's device is empty
+        device = "cuda" if len(device_state) else "cpu"
+    if device == deepspeed_compat.device_kind():
+        deepspeed_compat.restore_device_random_state(device_state)
+    else:
+        LOGGER.info("the random state of the device is not restored: saved on %s", device)

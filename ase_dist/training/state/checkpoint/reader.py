@@ -58,6 +58,10 @@ class Checkpoint:
         """The shape of a tensor, from the file's header alone."""
         return tuple(self._home(name).get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """The type of a tensor as safetensors names it, such as "F32", from the file's header alone."""
+        return str(self._home(name).get_slice(name).get_dtype())
+
     def tensor(self, name: str, *, part: Part | None = None) -> Tensor:
         """A tensor on the CPU, or the ``part`` of it: a slice of the first dimension, or a tuple of slices.
 

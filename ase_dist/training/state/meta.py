@@ -1,0 +1,96 @@
+"""What a checkpoint says about its run besides tensors (``meta`` in its manifest), validated before it is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
+
+from ase_dist.errors import UserError, first_problem
+from ase_dist.moe.deepspeed_compat import COUNTERS
+from ase_dist.tasks import select_tasks
+from ase_dist.training.state.checkpoint import Checkpoint
+from ase_dist.training.state.checkpoint.manifest import MANIFEST
+
+StoredResults = dict[str, dict[str, float | None]]  # None where a metric was not finite, which JSON cannot say
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True)  # keys that a later version adds are no error
+
+
+class Topology(_Part):
+    """The ranks, the expert-parallel size and the ZeRO stage that saved it."""
+
+    world: int = Field(ge=1)
+    ep_size: int = Field(ge=1)
+    zero_stage: int = Field(ge=0, le=3)
+
+
+class StoredHistory(_Part):
+    """``History`` in JSON."""
+
+    first: StoredResults | None
+    latest: StoredResults | None
+    trivial: StoredResults
+    evaluated_at: int = Field(ge=-1)
+    best_step: int = Field(ge=-1)
+    best_score: float | None
+    train_seconds: float = Field(ge=0)
+    images: NonNegativeInt
+
+
+class Schedule(_Part):
+    """Where the learning rate's schedule stands."""
+
+    last_epoch: NonNegativeInt
+
+
+class RunMeta(_Part):
+    """``meta`` of a run's checkpoint.
+
+    ``tasks`` is the order in which the model's tensors have the tasks, ``device`` the kind of device that the random
+    states of devices are for; both are None in checkpoints of version 0.1.0 and before.
+    """
+
+    settings: dict[str, Any]
+    tasks: tuple[str, ...] | None = None
+    backbone: dict[str, str]  # name, and the SHA-256 of what is frozen
+    topology: Topology
+    sampler: dict[str, int]
+    optimizer_steps: NonNegativeInt
+    history: StoredHistory
+    engine: dict[str, NonNegativeInt]  # the counts that deepspeed_compat.COUNTERS names
+    schedule: Schedule
+    device: str | None = None
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> RunMeta:
+        if self.engine.keys() != {*COUNTERS} or self.backbone.keys() != {"name", "sha256"}:
+            raise ValueError("a part of engine or backbone is missing")
+        if max(self.optimizer_steps, self.schedule.last_epoch) > self.engine["global_steps"]:
+            raise ValueError("more steps of the optimiser or the schedule than of the engine")
+        return self
+
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks in the order in which the model's tensors have them."""
+        if self.tasks is not None:
+            return self.tasks
+        return tuple(task.name for task in select_tasks(self.settings["data"]["name"], self.settings["tasks"]))
+
+
+def read_meta(checkpoint: Checkpoint) -> RunMeta:
+    """The meta of a run's checkpoint. Raises UserError, which names its file, where a part is missing or wrong."""
+    try:
+        meta = RunMeta.model_validate(checkpoint.meta)
+        meta.task_names()
+    except ValidationError as error:
+        problem = first_problem(error)
+        reason = f"meta.{problem.where}: {problem.why} (got {problem.got!r:.80})"
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"meta.settings: {error}"
+    else:
+        return meta
+    raise UserError(
+        f"{checkpoint.path / MANIFEST}: {reason}; it is not the checkpoint of a run, or was changed: use another"
+    )
