@@ -109,8 +109,8 @@ def rebuild(settings: Settings, tasks: tuple[Task, ...], checkpoint: Checkpoint)
     """
     meta = read_meta(checkpoint)
     names, saved_names = [task.name for task in tasks], meta.task_names()
-    differences = compare_settings(meta.settings, settings, tasks=names, saved_tasks=saved_names, path=checkpoint.path)
-    other = "; ".join(clause for key, clause in differences.refused.items() if key.startswith(("model.", "tasks")))
+    differences = compare_settings(meta.settings, settings, tasks=names, saved_tasks=saved_names)
+    other = ", ".join(clause for key, clause in differences.refused.items() if key.startswith(("model.", "tasks")))
     if not other:
         plain = settings.model.model_copy(update={"checkpoint_activations": "none"})
         model = build_model(settings.model_copy(update={"model": plain}), tasks, expert_layer="plain")

@@ -153,7 +153,7 @@ MISTAKES = {
     "other model": (
         lambda run: edit(run, "  k: 2", "  k: 1", "num_experts: 5", "num_experts: 4"),
         {},
-        r"tensors differ",
+        r"model\.moe\.num_experts is 5 there and 4 here, model\.moe\.k is 2 there",
     ),
     "other backbone": (lambda run: edit(run, "\nseed: 0", "\nseed: 1"), {}, r"frozen backbone.*is not the one"),
 }

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ase_dist.config import ON_RESUME, Settings, setting_keys
 
 
 class Differences(NamedTuple):
-    """Settings that differ: clauses such as "seed is 0 in runs/a/checkpoints/step_9 and 1 here", by what to do."""
+    """Settings that differ: by key and as they are shown.
+
+    ``refused``: "seed is 0 there and 1 here"; ``listed``: "train.lr: 0.001 -> 0.0005".
+    """
 
     refused: dict[str, str]
     listed: dict[str, str]
 
 
 def compare_settings(
-    saved: Mapping[str, Any], settings: Settings, *, tasks: Sequence[str], saved_tasks: Sequence[str], path: Path
+    saved: Mapping[str, Any], settings: Settings, *, tasks: Sequence[str], saved_tasks: Sequence[str]
 ) -> Differences:
-    """What differs between the settings ``saved`` in the checkpoint at ``path`` and those of this run, by key.
+    """What differs between the settings ``saved`` in a checkpoint and those of this run, by key.
 
     A key that ``saved`` lacks, being older than the setting, counts as that setting's default. ``tasks`` and
     ``saved_tasks`` are the names of the tasks in order. What is refused and what may differ: ``config.ON_RESUME``.
@@ -37,7 +39,7 @@ def compare_settings(
         if ON_RESUME[key] == "ignored" or _meaning(saved, key, before) == _meaning(here, key, now):
             continue
         if is_refused:
-            refused[key] = f"{key} is {_shown(before)} in {path} and {_shown(now)} here"
+            refused[key] = f"{key} is {_shown(before)} there and {_shown(now)} here"
         else:
             listed[key] = f"{key}: {_shown(before)} -> {_shown(now)}"
     return Differences(refused, listed)

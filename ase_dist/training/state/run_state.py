@@ -156,13 +156,13 @@ class RunState:
         """Raise UserError unless this run can go on from the checkpoint; log which settings differ."""
         path = checkpoint.path
         differences = compare_settings(
-            meta.settings, self.settings, tasks=engine.module.task_names, saved_tasks=meta.task_names(), path=path
+            meta.settings, self.settings, tasks=engine.module.task_names, saved_tasks=meta.task_names()
         )
         if differences.refused:
             plural = "s" if len(differences.refused) > 1 else ""
             raise UserError(
-                f"resume: {'; '.join(differences.refused.values())}; use the run's own value{plural}, or start afresh "
-                "with another output="
+                f"resume: {path} is of another run: {', '.join(differences.refused.values())}; use the run's own "
+                f"value{plural}, or start afresh with another output="
             )
         if checkpoint.step > total_steps:
             raise UserError(
