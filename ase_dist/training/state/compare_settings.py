@@ -36,7 +36,8 @@ def compare_settings(
         else:
             before, now = _value(saved, key, default=_value(default, key)), _value(here, key)
             is_refused = ON_RESUME[key] == "refused"
-        if ON_RESUME[key] == "ignored" or _meaning(saved, key, before) == _meaning(here, key, now):
+        is_same = before == now or _meaning(saved, key, before) == _meaning(here, key, now)
+        if is_same or ON_RESUME[key] == "ignored":
             continue
         if is_refused:
             refused[key] = f"{key} is {_shown(before)} there and {_shown(now)} here"
