@@ -16,7 +16,6 @@ from ase_dist.models.init_from import ExportInitializer
 from ase_dist.models.lora import add_lora
 from ase_dist.models.multitask import MultiTaskViT
 from ase_dist.models.multitask_resnet import MultiTaskModel, MultiTaskResNet, build_resnet_model
-from ase_dist.models.names import moe_core
 from ase_dist.models.resnet import RESNETS, STRIDE, is_resnet
 from ase_dist.models.seeded import seeded_initialisation
 from ase_dist.moe import MoEFFN

@@ -1,4 +1,4 @@
-"""Global names of a model's tensors, those of every checkpoint and export: no rank, shard or wrapper in a name.
+"""Global names of a model's tensors, those of every checkpoint and export: no rank and no shard in a name.
 
 Experts are stored one by one under their global ids, as in ``blocks.3.mlp.fc1.A.07``; every other tensor under its own
 name, as in ``heads.edge.linear.weight``. Some tensors, and some names, depend on the order of the tasks: an ``Entry``
@@ -31,10 +31,10 @@ TASK_AXES: dict[type[nn.Module], tuple[int, ...]] = {
 class Entry:
     """A tensor of a model and its global names.
 
-    ``path`` is its own name, without wrappers. ``names`` is that one, or for stacked experts one name per expert that
-    this rank holds, padding left out; ``all_names`` are those of all ranks, and ``is_sharded`` says that other ranks of
-    the expert-parallel group hold other experts. ``task_axes`` are the axes along which the
-    tasks are stacked, ``task_positions`` the parts of ``path`` (split at its dots) that are the number of a task.
+    ``path`` is its own name. ``names`` is that one, or for stacked experts one name per expert that this rank holds,
+    padding left out; ``all_names`` are those of all ranks, and ``is_sharded`` says that other ranks of the
+    expert-parallel group hold other experts. ``task_axes`` are the axes along which the tasks are stacked,
+    ``task_positions`` the parts of ``path`` (split at its dots) that are the number of a task.
     """
 
     path: str
@@ -106,32 +106,23 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def moe_core(layer: nn.Module) -> MoEFFN:
-    """The plain layer in a MoE layer of either kind."""
-    core = layer if isinstance(layer, MoEFFN) else layer.moe
-    assert isinstance(core, MoEFFN)
-    return core
-
-
 def _entries(model: nn.Module) -> Iterator[Entry]:
     """An entry for every parameter and every persistent buffer of ``model``."""
-    wrapped = [path for path, module in model.named_modules() if isinstance(getattr(module, "moe", None), MoEFFN)]
     experts: dict[int, Entry] = {}  # by id of the tensor, as the next
     task_axes: dict[int, tuple[int, ...]] = {}
     task_lists: list[str] = []
     buffers: list[tuple[str, Tensor]] = []
     for path, module in model.named_modules():
         if isinstance(module, MoEFFN):
-            experts |= {id(entry.tensor): entry for entry in _expert_entries(module, _without_wrappers(path, wrapped))}
+            experts |= {id(entry.tensor): entry for entry in _expert_entries(module, path)}
         if isinstance(module, TaskList):
-            task_lists.append(_without_wrappers(path, wrapped))
+            task_lists.append(path)
         if type(module) in TASK_AXES:
             task_axes[id(module.weight)] = TASK_AXES[type(module)]
         passing = module._non_persistent_buffers_set
         prefix = f"{path}." if path else ""
         buffers += [(prefix + name, b) for name, b in module.named_buffers(recurse=False) if name not in passing]
-    for own_path, tensor in [*model.named_parameters(), *buffers]:
-        path = _without_wrappers(own_path, wrapped)
+    for path, tensor in [*model.named_parameters(), *buffers]:
         positions = tuple(name.count(".") + 1 for name in task_lists if path.startswith(f"{name}."))
         plain = Entry(path, tensor, (path,), (path,), task_axes=task_axes.get(id(tensor), ()), task_positions=positions)
         yield experts.get(id(tensor), plain)
@@ -148,12 +139,3 @@ def _expert_entries(layer: MoEFFN, path: str) -> Iterator[Entry]:
         for name, tensor in experts.tensors().items():
             names, all_names = (tuple(f"{path}.{name}.{i:0{digits}}" for i in ids) for ids in (own, everyone))
             yield Entry(f"{path}.{name}", tensor, names, all_names, is_stacked=True, is_sharded=is_sharded)
-
-
-def _without_wrappers(path: str, wrapped: Sequence[str]) -> str:
-    """``blocks.0.mlp.moe.router.weight``, in DeepSpeed's layer ``blocks.0.mlp``, is ``blocks.0.mlp.router.weight``."""
-    for wrapper in wrapped:
-        prefix = f"{wrapper}.moe" if wrapper else "moe"
-        if path == prefix or path.startswith(f"{prefix}."):
-            return f"{wrapper}{path.removeprefix(prefix)}".lstrip(".")
-    return path
