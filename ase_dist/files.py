@@ -24,7 +24,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_atomic(path: str | Path, data: bytes | str, *, durable: bool = True) -> None:
-    """Replace ``path`` by ``data`` (text as UTF-8), or leave it as it was: whoever reads never sees half a file.
+    """Replace ``path`` by ``data`` (text as UTF-8), or leave it as it was: a reader never sees half a file.
 
     Makes the parent folder where it is missing. ``durable`` False does not wait for the disk, for what is replaced
     every few seconds and need not survive a power failure. Raises OSError, and takes its temporary file away again.
@@ -35,9 +35,9 @@ def write_atomic(path: str | Path, data: bytes | str, *, durable: bool = True) -
 
 @contextmanager
 def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
-    """A path beside ``path`` for others to write to, such as ``save_file``; what stands there at the end replaces it.
+    """A temporary path in the same folder to write to, as with ``save_file``; at the end its file replaces ``path``.
 
-    Makes the parent folder where it is missing. After an error ``path`` is as it was and nothing lies beside it.
+    Makes the parent folder where it is missing. After an error ``path`` is as it was and the temporary file is gone.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def label(root: Path) -> None:
 
 
 def main() -> dict[str, Any]:
-    """Train two steps on it beside another task and evaluate; the run's summary."""
+    """Train two steps on it and another task, and evaluate; returns the run's summary."""
     scenes = DATA_SETS["scenes"]
     DATA_SETS["scenes"] = replace(scenes, tasks={**scenes.tasks, LIGHT.name: LIGHT})
     return small.run("tasks=[light,semseg]", prepare=label)

@@ -1,4 +1,4 @@
-"""From router logits to gates: one function per row of the paper, listed in ``ase_dist.registries.GATINGS``.
+"""From router logits to gates: one function per mode, listed in ``ase_dist.registries.GATINGS``.
 
 Letters: T tokens (any leading shape), N experts (routed first, the S shared last), n = N - S, k active routed experts.
 Source: "Adaptive Shared Experts with LoRA-Based Mixture of Experts for Multi-Task Learning", arXiv 2510.00570.
@@ -64,10 +64,10 @@ def topk(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
 
 
 def renormalised(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
-    """Softmax over all N logits, then the active ones divided by their sum: ``joint`` again, by another route.
+    """Softmax over all N logits, then the active ones divided by their sum: ``joint`` computed in another way.
 
     exp(z_i) / sum_all over sum_active exp(z_j) / sum_all is exp(z_i) / sum_active exp(z_j), so the two differ by
-    rounding alone; a row of the normalisation ablation.
+    rounding alone; a mode of the normalisation ablation.
     """
     active_TN = top_routed(logits_TN, k=k, num_shared=num_shared)
     probs_TN = logits_TN.softmax(dim=-1)
@@ -107,19 +107,16 @@ def check_gating(gating: str, *, num_experts: int, k: int, num_shared: int) -> i
             f"k: got {k}, wanted {least} to num_experts - num_shared = {routed} active routed experts; "
             "num_experts counts the shared ones"
         )
-    return _tried(gating, num_experts=num_experts, k=k, num_shared=num_shared)
 
-
-def _tried(gating: str, *, num_experts: int, k: int, num_shared: int) -> int:
-    """``check_gating`` of a mode by what it makes of three tokens: logits that rise, that fall, and equal ones."""
+    # tried on three tokens: logits that rise, that fall, and equal ones
     rising_N = torch.linspace(-1, 1, num_experts, device="cpu", dtype=torch.float32)
     logits_TN = torch.stack([rising_N, rising_N.flip(0), torch.zeros_like(rising_N)])
     found = GATINGS[gating](logits_TN, k=k, num_shared=num_shared)
-    counts_T = found.active[:, : num_experts - num_shared].sum(dim=1).tolist()
+    counts_T = found.active[:, :routed].sum(dim=1).tolist()
     rules = {
         "gates, active and probs are as large as the logits": all(t.shape == logits_TN.shape for t in found),
         "gates are 0 where an expert is inactive": not bool(found.gates[~found.active].any()),
-        "shared experts, the last, are active": bool(found.active[:, num_experts - num_shared :].all()),
+        "shared experts, the last, are active": bool(found.active[:, routed:].all()),
         "every token has as many active routed experts": len(set(counts_T)) == 1,
     }
     for rule, holds in rules.items():

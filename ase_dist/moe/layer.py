@@ -144,7 +144,7 @@ class MoEFFN(nn.Module):
         return MoEOutput(y_TD.view_as(x), aux_loss, counts_tN, mean_tN)
 
     def with_statistics(self, x: Tensor, *, task: TaskIndex = None) -> MoEOutput:
-        """A call of the layer, hooks included, that gives everything by name, whatever form ``forward`` gives it in."""
+        """Call the layer, hooks included; everything by name, also where ``forward`` returns less (``ASEMoE``)."""
         result: MoEOutput = self(x, task=task)
         return result
 

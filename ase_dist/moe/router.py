@@ -18,7 +18,7 @@ from ase_dist.registries import GATINGS
 
 
 class TaskRouter(nn.Module):
-    """One bias-free matrix per task, logits in float32 at least, whatever the input's type.
+    """One bias-free matrix per task; logits in float32 or higher precision for inputs of any type.
 
     1. logits z = W_t x for the tokens of task t
     2. gates by the chosen mode (``ase_dist.moe.gating``)
@@ -68,17 +68,14 @@ def router_statistics(logits_tTN: Tensor, routing: Gates, *, over_ranks: bool) -
         logits_tTN.logsumexp(dim=-1).square().sum(dim=1).unsqueeze(-1),
     ]
     packed_tM = torch.cat(sums, dim=-1)
-    packed_tM = _mean(packed_tM, tokens=logits_tTN.shape[1], over_ranks=over_ranks)
+    if not over_ranks or collectives.world_size() == 1:
+        packed_tM = packed_tM / max(logits_tTN.shape[1], 1)
+    else:
+        count_t1 = packed_tM.new_full((packed_tM.shape[0], 1), float(logits_tTN.shape[1]))
+        total = collectives.all_reduce_sum(torch.cat([packed_tM, count_t1], dim=-1))
+        count_t1 = total[:, -1:].clamp(min=1.0)
+        own = packed_tM * collectives.world_size() / count_t1
+        packed_tM = own + (total[:, :-1] / count_t1 - own).detach()
     N = logits_tTN.shape[-1]
     probs_tN, load_tN, gates_tN, squared_lse_t1 = torch.split(packed_tM, [N, N, N, 1], dim=-1)
     return RouterStatistics(probs_tN, load_tN.detach(), gates_tN, squared_lse_t1.squeeze(-1))
-
-
-def _mean(sums_tM: Tensor, *, tokens: int, over_ranks: bool) -> Tensor:
-    if not over_ranks or collectives.world_size() == 1:
-        return sums_tM / max(tokens, 1)
-    count_t1 = sums_tM.new_full((sums_tM.shape[0], 1), float(tokens))
-    total = collectives.all_reduce_sum(torch.cat([sums_tM, count_t1], dim=-1))
-    count_t1 = total[:, -1:].clamp(min=1.0)
-    own = sums_tM * collectives.world_size() / count_t1
-    return own + (total[:, :-1] / count_t1 - own).detach()

@@ -32,7 +32,8 @@ def load_global_state(layer: MoEFFN, state: Mapping[str, Tensor]) -> None:
 
     Raises UserError if names or shapes differ; then nothing has been copied.
     """
-    wanted = _global_shapes(layer)
+    stacked = {name: (layer.num_experts, *own.shape[1:]) for name, own in layer.routed.tensors().items()}
+    wanted = {"router": tuple(layer.router.weight.shape), **stacked}
     got = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if got != wanted:
         names = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
@@ -48,10 +49,3 @@ def load_global_state(layer: MoEFFN, state: Mapping[str, Tensor]) -> None:
             own[: layer.shard.real].copy_(layer.shard.own(state[name][: layer.shard.routed]))
             if shared:
                 shared[name].copy_(state[name][layer.shard.routed :])
-
-
-def _global_shapes(layer: MoEFFN) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"router": tuple(layer.router.weight.shape)}
-    for name, own in layer.routed.tensors().items():
-        shapes[name] = (layer.num_experts, *own.shape[1:])
-    return shapes

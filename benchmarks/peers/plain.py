@@ -19,8 +19,8 @@ def ours(case: Case) -> Side:
     """``MoEFFN``, its routers, gates and router loss included."""
     N, k, S, r = case.experts
     layer = MoEFFN(case.base, num_experts=N, k=k, num_shared=S, rank=r, num_tasks=TASKS)
-    for bank in (layer.routed, layer.shared):
-        fill(bank)
+    for experts in (layer.routed, layer.shared):
+        fill(experts)
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         result = layer(x)
@@ -60,8 +60,8 @@ def _looped(
     x_TD: Tensor, linear: nn.Linear, place: str, layer: MoEFFN, gates_TN: Tensor, visits: list[Tensor]
 ) -> Tensor:
     y_TO: Tensor = linear(x_TD)
-    banks = [bank.tensors() for bank in (layer.routed, layer.shared) if bank is not None]
-    pairs = [(a, b) for bank in banks for a, b in zip(bank[f"{place}.A"], bank[f"{place}.B"], strict=True)]
+    stacks = [experts.tensors() for experts in (layer.routed, layer.shared) if experts is not None]
+    pairs = [(a, b) for stack in stacks for a, b in zip(stack[f"{place}.A"], stack[f"{place}.B"], strict=True)]
     for expert, ((a_rD, b_Or), tokens) in enumerate(zip(pairs, visits, strict=True)):
         delta = F.linear(F.linear(x_TD[tokens], a_rD), b_Or) * gates_TN[tokens, expert].unsqueeze(-1)
         y_TO = y_TO.index_add_(0, tokens, delta.to(y_TO.dtype))

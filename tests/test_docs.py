@@ -1,0 +1,53 @@
+"""The pages of docs/: every file, function, module and name that they point to is there."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+WALK = re.findall(r"`([\w/]+\.py): ([\w.]+)`", (ROOT / "docs" / "walk.md").read_text())
+GLOSSARY = (ROOT / "docs" / "glossary.md").read_text()
+
+pytestmark = pytest.mark.single_gpu
+
+
+def definitions(path):
+    """Every function and class of a file by its qualified name."""
+    found, todo = set(), [("", ast.parse(path.read_text()))]
+    while todo:
+        prefix, node = todo.pop()
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                found.add(prefix + child.name)
+                todo.append((f"{prefix}{child.name}.", child))
+    return found
+
+
+@pytest.mark.parametrize(("path", "name"), WALK)
+def test_every_station_of_a_walk_is_there(path, name):
+    assert name in definitions(ROOT / path)
+
+
+def test_a_walk_has_at_most_a_dozen_stations():
+    walks = re.split(r"^## |^Resumed", (ROOT / "docs" / "walk.md").read_text(), flags=re.MULTILINE)[1:]
+    assert len(walks) == 3
+    assert all(1 < len(re.findall(r"^\d+\. ", walk, flags=re.MULTILINE)) <= 12 for walk in walks)
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(ase_dist(?:\.\w+)+)`", GLOSSARY))))
+def test_every_module_of_the_glossary_is_there(name):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute)
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`([A-Z]\w+)(?:\.\w+)?`", GLOSSARY))))
+def test_every_class_of_the_glossary_is_there(name):
+    files = (ROOT / "ase_dist").rglob("*.py")
+    assert any(re.search(rf"^class {name}\b|^{name}\b.* = ", path.read_text(), re.MULTILINE) for path in files)
