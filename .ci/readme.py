@@ -28,13 +28,13 @@ ALWAYS = (
     (r"prepare_data\.py pascal", "--subset"),  # fewer images than the published lists
     (r"(--config|--data) (pascal|ccp)", "model.pretrained=none"),
 )
-SMALL = "train.batch_size=2 train.log_every=1 eval.batch_size=2 data.train_images=8 data.val_images=2"
+SMALL = "train.batch_size=2 train.log_every=1 eval.batch_size=2 data.scenes.train_images=8 data.scenes.val_images=2"
 STUDY = f"--seeds 1 --steps 1 {SMALL} data.limit_train=8 data.limit_val=2"
 SMALL_VIT = "model.backbone=vit_tiny_patch16_224"
 QUICK = (
     (r"(launch/train\.py|ase_dist train) ", f"train.max_steps=2 {SMALL}"),
     (r"train\.py .*--config pascal", "data.limit_val=2 data.size=64"),
-    (r"train\.py ((?!--row).)*--config pascal", SMALL_VIT),
+    (r"train\.py ((?!--baseline).)*--config pascal", SMALL_VIT),
     (r"study\.py table1", f"--only stl_resnet18,ase_16_3_1_4 {STUDY}"),
     (r"study\.py naive_vs_ase", f"--only ase_16_3_1_4_pair 'model.backbone_args={{depth: 1}}' {STUDY}"),
     (r"study\.py topk", f"--only ase_k3 {SMALL_VIT} {STUDY}"),

@@ -1,4 +1,4 @@
-"""The rows of the paper's comparison by name: what each changes in a config. The table itself is baselines.yaml."""
+"""The baselines of the paper's comparison by name: what each changes in a config. The table is baselines.yaml."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TABLE = Path(__file__).with_name("baselines.yaml")
 
 
 class Baseline(BaseModel):
-    """One row: ``model`` replaces those settings of a config; see the table's head for the rest."""
+    """One baseline: ``model`` replaces those settings of a config; see the table's head for the rest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     label: str
@@ -28,30 +28,27 @@ class Baseline(BaseModel):
 
 @functools.cache
 def baselines() -> Mapping[str, Baseline]:
-    """Every row by name, in the order of the table."""
-    return {
-        name: Baseline.model_validate(row) for name, row in yaml.safe_load(TABLE.read_text(encoding="utf-8")).items()
-    }
+    """Every baseline by name, in the order of the table."""
+    table = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    return {name: Baseline.model_validate(entry) for name, entry in table.items()}
 
 
 def find_baseline(name: str) -> Baseline:
-    """The row of that name; UserError with the nearest one if there is none."""
+    """The baseline of that name; UserError with the nearest one if there is none."""
     if name not in baselines():
-        raise UserError(
-            f"--row: there is no row {name!r}{did_you_mean(name, baselines())} (rows: {', '.join(baselines())})"
-        )
+        known = ", ".join(baselines())
+        raise UserError(f"--baseline: there is no {name!r}{did_you_mean(name, baselines())} (baselines: {known})")
     return baselines()[name]
 
 
-def apply_baseline(tree: dict[str, Any], name: str, *, lr: float) -> None:
-    """Change a plain tree of settings, whose learning rate is ``lr``, into the row's."""
-    row = find_baseline(name)
-    _merge(tree.setdefault("model", {}), row.model)
-    tree.setdefault("train", {}).update(lr=lr * row.lr_factor, backbone_lr_factor=row.backbone_lr_factor)
-    tree["output"] = f"{tree.get('output', 'runs')}_{name}"
+def apply_baseline(tree: dict[str, Any], name: str, *, lr: float, output: Path) -> None:
+    """Change a plain tree of settings, whose learning rate is ``lr`` and output folder ``output``, into the baseline's.
 
-
-def _merge(model: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Settings of ``model`` replaced by those of the row; of its branch ``moe`` only those that the row names."""
-    model |= {key: value for key, value in changes.items() if key != "moe"}
-    model["moe"] = {**model.get("moe", {}), **changes.get("moe", {})}
+    Of the branch ``model.moe`` only the settings that the baseline names are replaced.
+    """
+    baseline = find_baseline(name)
+    model = tree.setdefault("model", {})
+    moe = {**model.get("moe", {}), **baseline.model.get("moe", {})}
+    model |= {**baseline.model, "moe": moe}
+    tree.setdefault("train", {}).update(lr=lr * baseline.lr_factor, backbone_lr_factor=baseline.backbone_lr_factor)
+    tree["output"] = str(output.with_name(f"{output.name}_{name}"))

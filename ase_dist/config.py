@@ -6,43 +6,78 @@ imports no torch, so that ``--help`` and ``--print-config`` are immediate.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
+from ase_dist import typed_yaml
 from ase_dist.baselines import apply_baseline
 from ase_dist.errors import UserError, did_you_mean, first_problem
+from ase_dist.files import expand_user
 from ase_dist.registries import GATINGS, HEADS
 from ase_dist.tasks import select_tasks
 
+LOGGER = logging.getLogger("ase_dist")
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = "scenes"
+
+# Settings that were renamed or moved. The old dotted keys work for one version more, with a warning.
+ALIASES = {
+    "data.train_images": "data.scenes.train_images",
+    "data.val_images": "data.scenes.val_images",
+    "data.scene_size": "data.scenes.size",
+    "data.scene_seed": "data.scenes.seed",
+    "train.betas": "train.adam.betas",
+    "train.eps": "train.adam.eps",
+    "train.poly_power": "train.poly.power",
+}
+
+
+def _path_text(path: Path) -> str:
+    """The text that is read back as ``path``; ./~ is a folder of that name, ~ is the home folder."""
+    return f"./{path}" if str(path).startswith("~") else str(path)
+
+
+UserPath = Annotated[
+    Path,
+    BeforeValidator(lambda path: expand_user(path) if isinstance(path, str) else path),
+    PlainSerializer(_path_text, return_type=str, when_used="json"),
+]
+PathOrName = Annotated[str, AfterValidator(lambda text: expand_user(text) if text else text)]
 
 
 class Section(BaseModel):
     """A branch of the tree: unknown keys are errors, values cannot be changed once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class SceneSettings(Section):
+    """The generated data set; for ``data.name=scenes`` only."""
+
+    train_images: int = Field(480, ge=1, description="how many images to render for training")
+    val_images: int = Field(64, ge=1, description="how many images to render for validation")
+    size: int = Field(224, ge=32, description="side in pixels of the rendered images")
+    seed: int = Field(0, ge=0, description="another seed is another data set")
 
 
 class DataSettings(Section):
     """Which images are read, from where, and at which size."""
 
-    name: str = Field("scenes", description="one of ase_dist.tasks.DATA_SETS")
-    root: Path | None = Field(None, description="the data folder, unpacked or packed; for scenes where they are made")
+    name: str = Field("scenes", description="the data set: scenes, pascal_context or nyud")
+    root: UserPath | None = Field(None, description="the data folder, unpacked or packed; scenes are made there")
     size: int = Field(224, ge=16, description="side in pixels of the square that the model sees")
-    augment: bool = True
+    augment: bool = Field(True, description="scale, crop, flip and recolour training images at random")
     workers: int = Field(0, ge=0, description="loader processes per rank; 0 loads in the training process")
     cache_in_memory: bool = Field(False, description="keep decoded images and labels after their first reading")
-    train_images: int = Field(480, ge=1, description="scenes only: how many to render for training")
-    val_images: int = Field(64, ge=1, description="scenes only: how many to render for validation")
-    scene_size: int = Field(224, ge=32, description="scenes only: side in pixels of the rendered images")
-    scene_seed: int = Field(0, ge=0, description="scenes only: another seed is another data set")
     limit_train: int | None = Field(None, ge=1, description="use only the first images of the training list")
     limit_val: int | None = Field(None, ge=1, description="use only the first images of the validation list")
+    scenes: SceneSettings = SceneSettings()
 
 
 class MoESettings(Section):
@@ -51,15 +86,21 @@ class MoESettings(Section):
     enabled: bool = Field(True, description="false builds the same model with plain LoRA in the FFNs")
     num_experts: int = Field(16, ge=1, description="N, shared ones included")
     k: int = Field(3, ge=0, description="routed experts active per token")
-    num_shared: int = Field(1, ge=0, description="S")
+    num_shared: int = Field(1, ge=0, description="S, the experts that every token uses")
     rank: int = Field(4, ge=1, description="r of each LoRA expert")
-    alpha: float | None = Field(None, gt=0, description="LoRA scale is alpha / rank; None means alpha = rank")
-    experts: Literal["lora", "ffn"] = "lora"
-    hidden: int | None = Field(None, ge=1, description="hidden width of an ffn expert; None: the base's over k + S")
-    adapt: tuple[Literal["fc1", "fc2", "bypass"], ...] = ("fc1", "fc2")
-    gating: Annotated[str, AfterValidator(GATINGS.checked)] = "ase"
-    dispatch: Literal["auto", "local", "all_to_all", "gather"] = "auto"
-    ep_size: int = Field(1, ge=1)
+    alpha: float | None = Field(None, gt=0, description="LoRA scale is alpha / rank; null means alpha = rank")
+    experts: Literal["lora", "ffn"] = Field("lora", description="LoRA on the base FFN, or whole FFNs in its place")
+    hidden: int | None = Field(None, ge=1, description="hidden width of an ffn expert; null: the base's over k + S")
+    adapt: tuple[Literal["fc1", "fc2", "bypass"], ...] = Field(
+        ("fc1", "fc2"), description="what LoRA experts adapt: either linear of the FFN, or the FFN as a whole (bypass)"
+    )
+    gating: Annotated[str, AfterValidator(GATINGS.checked)] = Field(
+        "ase", description="how gates follow from router logits: ase, naive, topk, renormalised, separate or dense"
+    )
+    dispatch: Literal["auto", "local", "all_to_all", "gather"] = Field(
+        "auto", description="how tokens and experts meet across ranks: tokens sent, experts gathered, or the cheaper"
+    )
+    ep_size: int = Field(1, ge=1, description="ranks that the routed experts of a layer are divided over")
     every_n_blocks: int = Field(1, ge=1, description="a MoE layer in every n-th block; plain LoRA in the others")
     shared_logit_warmup: int = Field(0, ge=0, description="steps over which the shared logits grow from 0 to full size")
     aux_losses: dict[Literal["mutual_information", "cv_squared", "switch", "z"], float] = Field(
@@ -72,44 +113,60 @@ class ModelSettings(Section):
 
     backbone: str = Field("vit_base_patch16_224", description="any timm vision transformer by name, or resnet18")
     backbone_args: dict[str, Any] = Field(default_factory=dict, description="passed to timm's constructor")
-    pretrained: str = Field("none", description="'none', 'hub', 'scenes' (shipped) or a .safetensors/.pth file")
+    pretrained: PathOrName = Field("none", description="'none', 'hub', 'scenes' (shipped) or a .safetensors/.pth file")
     sharing: Literal["shared", "mtan", "nddr", "cross_stitch"] = Field(
         "shared", description="ResNets only: how the tasks share features"
     )
-    init_from: str | None = Field(None, description="the folder of an exported model to start from, backbone included")
+    init_from: PathOrName | None = Field(
+        None, description="the folder of an exported model to start from, backbone included"
+    )
     tune: Literal["adapters", "full"] = Field("adapters", description="full trains the backbone's own weights too")
     lora_rank: int = Field(4, ge=0, description="rank of the LoRA on the linears outside the experts; 0: none")
-    lora_alpha: float | None = Field(None, gt=0)
-    task_embedding: bool = True
-    head: Annotated[str, AfterValidator(HEADS.checked)] = "pup"
+    lora_alpha: float | None = Field(None, gt=0, description="its scale is lora_alpha / lora_rank; null means 1")
+    task_embedding: bool = Field(True, description="add a trained vector of the task to its tokens")
+    head: Annotated[str, AfterValidator(HEADS.checked)] = Field("pup", description="pup, pup_linear or linear")
     head_width: int = Field(256, ge=1, description="channels inside the convolutions of a head")
-    drop_path: float = Field(0.0, ge=0, lt=1)
-    checkpoint_activations: Literal["none", "recompute", "offload"] = "none"
+    drop_path: float = Field(0.0, ge=0, lt=1, description="probability that a block is left out, in the last block")
+    checkpoint_activations: Literal["none", "recompute", "offload"] = Field(
+        "none", description="recompute blocks in the backward pass; offload keeps their inputs on the host"
+    )
     moe: MoESettings = MoESettings()
+
+
+class AdamSettings(Section):
+    """The moments of AdamW."""
+
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the first and the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+
+
+class PolySettings(Section):
+    """The learning rate of ``train.schedule=poly``."""
+
+    power: float = Field(0.9, gt=0, description="the rate is lr * (1 - step / steps) ** power")
 
 
 class TrainSettings(Section):
     """The optimisation; what DeepSpeed's JSON also names may stand there as "auto"."""
 
-    max_steps: int | None = Field(None, ge=1, description="optimiser steps; None: follows from epochs")
+    max_steps: int | None = Field(None, ge=1, description="optimiser steps; null: follows from epochs")
     epochs: float | None = Field(40, gt=0, description="used where max_steps is not given")
     batch_size: int = Field(8, ge=1, description="images per device and micro-step")
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-steps in an optimiser step")
     gradient_clipping: float = Field(1.0, ge=0, description="global gradient norm; 0 switches clipping off")
     bf16: Literal["auto"] | bool = Field("auto", description="auto: where the accelerator has it natively")
-    lr: float = Field(5e-4, gt=0)
+    lr: float = Field(5e-4, gt=0, description="the highest learning rate")
     backbone_lr_factor: float = Field(1.0, gt=0, description="share of lr for a backbone that is trained whole")
     min_lr_ratio: float = Field(0.01, ge=0, le=1, description="the cosine ends at this share of lr")
-    weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["cosine", "poly", "constant"] = "cosine"
-    poly_power: float = Field(0.9, gt=0)
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW, for weight matrices")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
+    schedule: Literal["cosine", "poly", "constant"] = Field("cosine", description="how the learning rate falls")
     loss_weights: dict[str, float] = Field(default_factory=dict, description="per task; default: the task table's")
     log_every: int = Field(10, ge=1, description="steps between two lines of metrics")
-    threads: int | None = Field(None, ge=1, description="CPU threads per rank; None: physical cores over local ranks")
+    threads: int | None = Field(None, ge=1, description="CPU threads per rank; null: physical cores over local ranks")
     compile: bool = Field(False, description="torch.compile the blocks")
+    adam: AdamSettings = AdamSettings()
+    poly: PolySettings = PolySettings()
 
 
 class EvalSettings(Section):
@@ -117,7 +174,7 @@ class EvalSettings(Section):
 
     every: int = Field(0, ge=0, description="steps between two evaluations; 0: at the start and the end only")
     at_start: bool = Field(True, description="evaluate once before the first step")
-    batch_size: int | None = Field(None, ge=1, description="images per device; None: as in training")
+    batch_size: int | None = Field(None, ge=1, description="images per device; null: as in training")
     pictures: int = Field(8, ge=0, description="validation images drawn into predictions/")
     edge_ods: bool = Field(False, description="score edges by their boundary F-measure (odsF) too, which takes longer")
     gradient_conflict_every: int = Field(
@@ -129,33 +186,33 @@ class CheckpointSettings(Section):
     """How often to save, and how many to keep."""
 
     every: int = Field(0, ge=0, description="steps between two checkpoints; 0: at the end only")
-    keep: int = Field(2, ge=1, description="how many of the newest are kept, the best beside them")
+    keep: int = Field(2, ge=1, description="how many of the newest are kept, in addition to the best")
 
 
 class GuardSettings(Section):
     """What to do when something breaks in a run."""
 
-    non_finite: Literal["stop", "skip"] = "stop"
+    non_finite: Literal["stop", "skip"] = Field("stop", description="at a loss or gradient that is not finite")
     max_skips: int = Field(10, ge=1, description="skip: at most this many steps in a row")
     timeout: float = Field(1800.0, gt=0, description="seconds that a collective may take")
 
 
 class MonitorSettings(Section):
-    """DeepSpeed's monitor: where scalars go beside metrics.jsonl."""
+    """DeepSpeed's monitor: where scalars go in addition to metrics.jsonl."""
 
-    tensorboard: bool = True
-    csv: bool = False
-    wandb: bool = False
-    project: str = "ase_dist"
+    tensorboard: bool = Field(True, description="TensorBoard files in the run's folder")
+    csv: bool = Field(False, description="CSV files in the run's folder")
+    wandb: bool = Field(False, description="Weights & Biases")
+    project: str = Field("ase_dist", description="the project's name in Weights & Biases")
 
 
 class Settings(Section):
     """Everything that a run is made of."""
 
-    output: Path = Path("runs/scenes")
-    resume: str = Field("auto", description="auto | never | the path of a checkpoint")
-    seed: int = Field(0, ge=0)
-    tasks: tuple[str, ...] | None = Field(None, description="None: all tasks of the data set")
+    output: UserPath = Field(Path("runs/scenes"), description="the folder of the run")
+    resume: PathOrName = Field("auto", description="auto | never | the path of a checkpoint")
+    seed: int = Field(0, ge=0, description="of initial weights, order of images, augmentation and dropout")
+    tasks: tuple[str, ...] | None = Field(None, description="null: all tasks of the data set")
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
@@ -184,10 +241,10 @@ ON_RESUME: dict[str, OnResume] = {
     "data.augment": "listed",
     "data.workers": "listed",
     "data.cache_in_memory": "listed",
-    "data.train_images": "refused",
-    "data.val_images": "listed",
-    "data.scene_size": "refused",
-    "data.scene_seed": "refused",
+    "data.scenes.train_images": "refused",
+    "data.scenes.val_images": "listed",
+    "data.scenes.size": "refused",
+    "data.scenes.seed": "refused",
     "data.limit_train": "refused",
     "data.limit_val": "listed",
     "model.backbone": "refused",
@@ -228,11 +285,11 @@ ON_RESUME: dict[str, OnResume] = {
     "train.backbone_lr_factor": "listed",
     "train.min_lr_ratio": "listed",
     "train.weight_decay": "listed",
-    "train.betas": "listed",
-    "train.eps": "listed",
+    "train.adam.betas": "listed",
+    "train.adam.eps": "listed",
     "train.warmup_steps": "listed",
     "train.schedule": "listed",
-    "train.poly_power": "listed",
+    "train.poly.power": "listed",
     "train.loss_weights": "listed",
     "train.log_every": "listed",
     "train.threads": "listed",
@@ -260,21 +317,22 @@ ON_RESUME: dict[str, OnResume] = {
 
 
 def load_settings(
-    config: str | Path | None = None, overrides: Iterable[str] = (), *, row: str | None = None
+    config: str | Path | None = None, overrides: Iterable[str] = (), *, baseline: str | None = None
 ) -> Settings:
-    """Read a shipped config by name or a YAML file by path, change it into ``row``, then apply ``key=value`` overrides.
+    """Read a shipped config by name or a YAML file by path, change it into ``baseline``, then apply ``overrides``.
 
-    Raises UserError with one sentence: the key, what was got, what was wanted, and the nearest right name.
+    An override is ``key=value``. Raises UserError with one sentence: the key, what was got, what was wanted, and the
+    nearest right name.
     """
-    path = find_config(config or DEFAULT_CONFIG)
-    tree = _read_yaml(path)
-    if row is not None:
-        apply_baseline(tree, row, lr=build_settings(tree).train.lr)
+    tree = read_tree(find_config(config or DEFAULT_CONFIG))
+    if baseline is not None:
+        settings = build_settings(tree)
+        apply_baseline(tree, baseline, lr=settings.train.lr, output=settings.output)
     return _overridden(tree, overrides)
 
 
-def override_settings(settings: Settings, overrides: Iterable[str]) -> Settings:
-    """``settings`` with ``key=value`` overrides applied in order; UserError as ``load_settings``."""
+def override_settings(settings: Settings, overrides: Iterable[str] | Mapping[str, Any]) -> Settings:
+    """``settings`` with ``key=value`` texts or values by dotted key, in their order; UserError as ``load_settings``."""
     return _overridden(settings.model_dump(mode="json"), overrides)
 
 
@@ -295,7 +353,7 @@ def shipped_configs() -> list[str]:
 
 def find_config(config: str | Path) -> Path:
     """The file of a shipped config's name or of a path; UserError if there is neither."""
-    path = Path(config)
+    path = Path(expand_user(str(config)))
     if path.suffix in {".yaml", ".yml"} and path.is_file():
         return path
     shipped = CONFIG_FOLDER / f"{config}.yaml"
@@ -308,53 +366,103 @@ def find_config(config: str | Path) -> Path:
     )
 
 
-def to_yaml(settings: Settings) -> str:
-    """The whole tree as YAML, defaults included; reading it back gives equal settings."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_tree(path: Path) -> dict[str, Any]:
+    """The plain tree of settings in a YAML file, under today's keys, not yet validated; UserError with one sentence."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = typed_yaml.from_yaml(path.read_text(encoding="utf-8"), type_of)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not plain YAML: {' '.join(str(error).split())}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if tree is None:
         raise UserError(f"{path}: the file is empty, wanted settings such as 'seed: 0'")
     if not isinstance(tree, dict):
         raise UserError(f"{path}: got a {type(tree).__name__} at the top, wanted keys such as 'seed: 0'")
-    return tree
+    return upgrade_tree(tree, warn=True)
 
 
-def _overridden(tree: dict[str, Any], overrides: Iterable[str]) -> Settings:
-    for override in overrides:
-        key, value = _parse_override(override)
+def upgrade_tree(tree: Mapping[str, Any], *, warn: bool = False) -> dict[str, Any]:
+    """A copy of a tree, of this or an earlier version, with ``ALIASES`` applied; ``warn`` logs which were.
+
+    Raises UserError where a setting stands under its old and its new key.
+    """
+    upgraded = deepcopy(dict(tree))
+    moved = []
+    for old, new in ALIASES.items():
+        *path, name = old.split(".")
+        branch: Any = upgraded
+        for part in path:
+            branch = branch.get(part) if isinstance(branch, dict) else None
+        if isinstance(branch, dict) and name in branch:
+            value = branch.pop(name)
+            if _has(upgraded, new):
+                raise UserError(f"{old} is called {new} now, and both are set; keep {new}")
+            _set(upgraded, new, value)
+            moved.append(f"{old} is {new}")
+    if moved and warn:
+        LOGGER.warning("renamed settings, whose old names will go: %s", ", ".join(moved))
+    return upgraded
+
+
+def to_yaml(settings: Settings) -> str:
+    """The whole tree as YAML, defaults included; reading it back gives equal settings."""
+    return typed_yaml.to_yaml(settings.model_dump(mode="json"))
+
+
+def _overridden(tree: dict[str, Any], overrides: Iterable[str] | Mapping[str, Any]) -> Settings:
+    values = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
+    for key, value in values:
         _set(tree, key, value)
     return build_settings(tree)
 
 
-def _parse_override(override: str) -> tuple[list[str], Any]:
+def parse_override(override: str) -> tuple[str, Any]:
+    """The dotted key, as it is called today, and the value of ``key=value``.
+
+    A text or a path is taken as typed, so ``output=runs/exp #2`` needs no quotes of YAML's. Raises UserError.
+    """
     key, separator, text = override.partition("=")
-    if not separator or not key.strip():
+    key = key.strip()
+    if not separator or not key:
         raise UserError(f"{override!r}: wanted key=value, such as train.lr=1e-4")
-    return key.strip().split("."), _parse_value(key, text)
+    value = typed_yaml.from_argument(text, type_of, key=key)
+    if key in ALIASES:
+        LOGGER.warning("renamed setting, whose old name will go: %s is %s", key, ALIASES[key])
+    return ALIASES.get(key, key), value
 
 
-def _parse_value(key: str, text: str) -> Any:
-    """A YAML value; in YAML 1.1 '1e-4' is a string, and a bare list such as [a,b] is what it looks like."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{key}: {text!r} is not a YAML value; quote it, or write lists as [a,b]") from None
-    return value
-
-
-def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        branch = tree.setdefault(key, {})
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *path, name = key.split(".")
+    for part in path:
+        branch = tree.setdefault(part, {})
         if not isinstance(branch, dict):
-            raise UserError(f"{'.'.join(keys)}: {key!r} is a value, not a section")
+            raise UserError(f"{key}: {part!r} is a value, not a section")
         tree = branch
-    tree[keys[-1]] = value
+    tree[name] = value
+
+
+def _has(tree: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tree's keys
+
+
+def type_of(key: str) -> Any:
+    """The annotation of a setting, a section or a dictionary's entry by dotted key; Any where there is none."""
+    found: Any = Settings
+    for name in ALIASES.get(key, key).split(".") if key else ():
+        if _is_section(found):
+            field = found.model_fields.get(name)
+            found = Any if field is None else field.annotation
+        else:
+            found = get_args(found)[1] if get_origin(found) is dict else Any
+    return found
 
 
 def _sentence(error: ValidationError) -> str:

@@ -1,4 +1,4 @@
-"""Files that survive a crash: written whole or not at all, brought to disk, hashed. Imports nothing of this package."""
+"""Files that survive a crash: written whole or not at all, brought to disk, hashed; and the home folder in paths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ase_dist.errors import UserError
+
 BLOCK = 1 << 20  # bytes hashed at a time
+
+
+def expand_user(path: str) -> str:
+    """``path`` with the home folder in place of a leading ~ or ~user; as it is where there is no such user.
+
+    Raises UserError for empty text, which pathlib takes for the current folder.
+    """
+    if not path:
+        raise UserError("got an empty text, wanted a path; write . for the current folder")
+    return os.path.expanduser(path)  # noqa: PTH111  (pathlib raises where there is no such user)
 
 
 def sha256_of(path: Path) -> str:

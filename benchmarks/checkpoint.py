@@ -66,7 +66,7 @@ def _measure(arguments: argparse.Namespace, world: Any, folder: Path) -> dict[st
     from ase_dist.training.state.run_state import RunState
 
     settings = load_settings(arguments.config, [
-        "data.name=scenes", f"data.train_images={IMAGES}", "data.val_images=1", f"data.root={folder}",
+        "data.name=scenes", f"data.scenes.train_images={IMAGES}", "data.scenes.val_images=1", f"data.root={folder}",
         "data.workers=0", "data.cache_in_memory=true", f"train.batch_size={arguments.batch_size}",
         "model.pretrained=none", f"model.moe.ep_size={arguments.ep}", f"output={folder / 'run'}",
         "monitor.tensorboard=false",

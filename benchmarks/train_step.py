@@ -175,15 +175,15 @@ def _model(settings: Settings, tasks: tuple[Task, ...]) -> nn.Module:
 def _settings(shape: str, arguments: argparse.Namespace, folder: str) -> Settings:
     model = {"backbone": BACKBONES[shape], "head": arguments.head, "head_width": arguments.head_width,
              "backbone_args": {"depth": arguments.depth}}  # fmt: skip
-    data = {"size": arguments.size, "scene_size": max(64, arguments.size), "train_images": 2 * arguments.batch,
-            "val_images": 1, "cache_in_memory": True, "root": folder}  # fmt: skip
+    scenes = {"size": max(64, arguments.size), "train_images": 2 * arguments.batch, "val_images": 1}
+    data = {"size": arguments.size, "cache_in_memory": True, "root": folder, "scenes": scenes}
     return build_settings({"data": data, "model": model,
                            "train": {"batch_size": arguments.batch, "compile": arguments.compile}})  # fmt: skip
 
 
 def _row_of(settings: Settings, name: str) -> Settings:
     tree: dict[str, Any] = settings.model_dump()
-    apply_baseline(tree, name, lr=settings.train.lr)
+    apply_baseline(tree, name, lr=settings.train.lr, output=settings.output)
     return build_settings(tree)
 
 

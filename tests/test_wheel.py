@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "ase_dist", "ds_configs", "launch", "tests", "benchmarks")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.pyc")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-SMALL = ("data.train_images=2", "data.val_images=1", "data.scene_size=32", "train.max_steps=1", "train.batch_size=1",
-         "train.warmup_steps=0", "eval.at_start=false", "monitor.tensorboard=false")  # fmt: skip
+SMALL = ("data.scenes.train_images=2", "data.scenes.val_images=1", "data.scenes.size=32", "train.max_steps=1",
+         "train.batch_size=1", "train.warmup_steps=0", "eval.at_start=false", "monitor.tensorboard=false")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

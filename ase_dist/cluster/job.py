@@ -33,10 +33,10 @@ class Job:
             return cls(tuple(words))
         p = argparse.ArgumentParser(add_help=False)
         p.add_argument("--config")
-        p.add_argument("--row")
+        p.add_argument("--baseline", "--row")
         options, others = p.parse_known_args(list(words[1:]))
         overrides = [word for word in others if "=" in word and not word.startswith("-")]
-        settings = load_settings(options.config, overrides, row=options.row)
+        settings = load_settings(options.config, overrides, baseline=options.baseline)
         is_made = DATA_SETS[settings.data.name].layout is not None  # where it is missing, by whoever comes first
         data = "" if is_made or settings.data.root is None else str(settings.data.root)
         return cls(tuple(words), data, str(settings.output), settings.guard.timeout)

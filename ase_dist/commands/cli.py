@@ -9,7 +9,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from ase_dist.errors import ExitCode, describe, exit_code_of, has_traceback
+from ase_dist.errors import ExitCode, UserError, describe, exit_code_of, has_traceback
+from ase_dist.files import expand_user
 
 SCRIPTS = Path("launch")  # of a checkout; without one there is python -m ase_dist
 MODULE_FILE = "__main__.py"
@@ -27,6 +28,30 @@ def command_parser(name: str, *, description: str | None, epilog: str = "") -> a
         epilog=without_checkout(epilog) if as_module else epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def path_or_name(text: str) -> str:
+    """The type of an option that takes a path or a name: ~ is the home folder; empty text is refused."""
+    try:
+        return expand_user(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path(text: str) -> Path:
+    """The type of an option that takes a path: ~ is the home folder; empty text is refused."""
+    return Path(path_or_name(text))
+
+
+class RenamedOption(argparse.Action):
+    """The old name of an option: stores into that option's ``dest`` and warns. Give it ``const="--new-name"``."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
+    ) -> None:
+        """Store the value and say what the option is called now."""
+        sys.stderr.write(f"warning: {option} is called {self.const} now; the old name will go\n")
+        setattr(namespace, self.dest, values)
 
 
 def script_of(name: str) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ase_dist.cluster.environment import FILE
 from ase_dist.cluster.job import Job
 from ase_dist.cluster.ready import check
-from ase_dist.commands.cli import command_parser, refuse, run_command
+from ase_dist.commands.cli import command_parser, path, refuse, run_command
 from ase_dist.errors import ExitCode
 
 EPILOG = """The address of the first node is all that goes to the standard output:
@@ -23,8 +23,8 @@ def parser() -> argparse.ArgumentParser:
     """The options; what follows ``--`` is the job, whose data and run folder are looked at on all nodes."""
     p = command_parser("cluster check", description=__doc__, epilog=EPILOG)
     p.usage = "%(prog)s [OPTION]... HOSTFILE [-- SCRIPT [ARGUMENT]...]"
-    p.add_argument("hostfile", type=Path, help="lines such as 'n1 slots=8'")
-    p.add_argument("--env", type=Path, default=Path(FILE), metavar="FILE", help="what to write (default %(default)s)")
+    p.add_argument("hostfile", type=path, help="lines such as 'n1 slots=8'")
+    p.add_argument("--env", type=path, default=Path(FILE), metavar="FILE", help="what to write (default %(default)s)")
     p.add_argument("--ssh-port", type=int, metavar="PORT", help="default: as ssh is configured")
     p.add_argument("--no-ssh", action="store_true", help="look at the hostfile and the job's settings only")
     return p

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from ase_dist.commands.cli import command_parser, run_command
+from ase_dist.commands.cli import command_parser, path, path_or_name, run_command
 
 EPILOG = """examples:
   python launch/evaluate.py runs/scenes --edge-ods
@@ -21,20 +20,32 @@ exit codes: 0 done, 2 something cannot be used (one sentence says what)
 def parser() -> argparse.ArgumentParser:
     """The options; what launchers add (--local_rank) is accepted and not needed."""
     p = command_parser("evaluate", description=__doc__, epilog=EPILOG)
-    p.add_argument("model", type=Path, metavar="RUN_OR_EXPORT", help="the output folder of a run, or an export")
+    p.add_argument("model", type=path, metavar="RUN_OR_EXPORT", help="the output folder of a run, or an export")
     p.add_argument("settings", nargs="*", metavar="key=value", help="data.*, eval.* and tasks, over the model's own")
-    p.add_argument("--checkpoint", default="newest", metavar="WHICH", help="of a run: newest (default), best or a path")
-    p.add_argument("--data", metavar="NAME_OR_ROOT", help="another data set's name or folder (default: the run's)")
+    p.add_argument(
+        "--checkpoint",
+        type=path_or_name,
+        default="newest",
+        metavar="WHICH",
+        help="of a run: newest (default), best or a path",
+    )
+    p.add_argument(
+        "--data",
+        type=path_or_name,
+        metavar="NAME_OR_ROOT",
+        help="another data set's name or folder (default: the run's)",
+    )
     p.add_argument("--split", choices=("val", "train"), default="val", help="which list (default %(default)s)")
     p.add_argument("--tasks", metavar="A,B", help="only these tasks; the streams of others are not computed")
     p.add_argument("--edge-ods", action="store_true", help="the boundary F-measure (odsF, oisF) of edges too")
     p.add_argument("--nms", action="store_true", help="suppress non-maxima of the edges before it")
     p.add_argument(
         "--reference",
-        metavar="ROW",
-        help="for Delta_m: paper (its single-task row), a run or export with saved metrics, or a JSON file",
+        type=path_or_name,
+        metavar="RESULTS",
+        help="for Delta_m: paper (its single-task ResNet-18), a run or export with saved metrics, or a JSON file",
     )
-    p.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: RUN_OR_EXPORT/evaluation)")
+    p.add_argument("--out", type=path, metavar="DIR", help="where to write (default: RUN_OR_EXPORT/evaluation)")
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return p

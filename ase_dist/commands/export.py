@@ -8,18 +8,19 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
-from ase_dist.commands.cli import command_parser, refuse, run_command
+from ase_dist.commands.cli import command_parser, path, path_or_name, refuse, run_command
 from ase_dist.errors import ExitCode, UserError
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
     p = command_parser("export", description=__doc__)
-    p.add_argument("run", type=Path, help="the output folder of a run; or an export, to make programs of it")
-    p.add_argument("out", type=Path, help="the folder to make")
-    p.add_argument("--checkpoint", default="newest", metavar="WHICH", help="newest (default), best or a path")
+    p.add_argument("run", type=path, help="the output folder of a run; or an export, to make programs of it")
+    p.add_argument("out", type=path, help="the folder to make")
+    p.add_argument(
+        "--checkpoint", type=path_or_name, default="newest", metavar="WHICH", help="newest (default), best or a path"
+    )
     p.add_argument("--dtype", default="fp32", help="fp32 (default), fp16 or bf16: how weights are stored")
     p.add_argument("--format", metavar="A,B", help="also write programs: pt2 (torch.export), onnx (ase-dist[onnx])")
     p.add_argument("--tasks", metavar="A,B", help="what the programs predict (default: all tasks)")

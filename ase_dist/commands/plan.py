@@ -6,9 +6,8 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from ase_dist.commands.cli import command_parser, run_command
+from ase_dist.commands.cli import command_parser, path, path_or_name, run_command
 from ase_dist.config import DEFAULT_CONFIG, load_settings, shipped_configs
 from ase_dist.errors import UserError
 
@@ -22,7 +21,12 @@ def parser() -> argparse.ArgumentParser:
     """The options; lists are comma-separated, so that settings may follow them."""
     p = command_parser("plan", description=__doc__, epilog=EPILOG)
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the config's")
-    p.add_argument("--config", default=DEFAULT_CONFIG, help=f"a YAML file or one of: {', '.join(shipped_configs())}")
+    p.add_argument(
+        "--config",
+        type=path_or_name,
+        default=DEFAULT_CONFIG,
+        help=f"a YAML file or one of: {', '.join(shipped_configs())}",
+    )
     p.add_argument("--world", type=int, default=8, metavar="W", help="ranks (default %(default)s)")
     p.add_argument(
         "--ep",
@@ -45,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="TFLOP/s",
         help="what a rank sustains (default %(default)s: a third of an A100's bf16)",
     )
-    p.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
-    p.add_argument("--plot", type=Path, metavar="FILE", help="draw bytes against tokens per rank, the crossover marked")
+    p.add_argument("--json", type=path, metavar="FILE", help="write every number here")
+    p.add_argument("--plot", type=path, metavar="FILE", help="draw bytes against tokens per rank, the crossover marked")
     return p
 
 

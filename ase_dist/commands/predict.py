@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
-from ase_dist.commands.cli import command_parser, run_command
+from ase_dist.commands.cli import command_parser, path, run_command
 from ase_dist.errors import ExitCode, UserError
 
 EPILOG = """examples:
@@ -22,11 +21,11 @@ exit codes: 0 all predicted, 2 something cannot be used (one sentence says what)
 def parser() -> argparse.ArgumentParser:
     """The options."""
     p = command_parser("predict", description=__doc__, epilog=EPILOG)
-    p.add_argument("export", type=Path, metavar="EXPORT", help="a folder that the command export has written")
+    p.add_argument("export", type=path, metavar="EXPORT", help="a folder that the command export has written")
     p.add_argument(
-        "images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER", help="files, and folders with all in them"
+        "images", type=path, nargs="+", metavar="IMAGE_OR_FOLDER", help="files, and folders with all in them"
     )
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; made where it is missing")
+    p.add_argument("--out", type=path, required=True, metavar="DIR", help="where to write; made where it is missing")
     p.add_argument("--tasks", metavar="A,B", help="only these; the streams of other tasks are not computed")
     p.add_argument("--batch", type=int, default=8, metavar="N", help="images at a time (default %(default)s)")
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")

@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
-from ase_dist.commands.cli import command_parser, run_command
+from ase_dist.commands.cli import command_parser, path, run_command
 from ase_dist.tasks import packable
 
 EPILOG = """examples:
@@ -27,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     p = command_parser("prepare_data", description=__doc__, epilog=EPILOG)
     p.add_argument("data", choices=[name.replace("_", "-") for name in packable()], help="the layout of SRC")
-    p.add_argument("source", type=Path, metavar="SRC", help="an archive (.tgz, .tar.gz, .tar) or an unpacked folder")
-    p.add_argument("--out", type=Path, metavar="DIR", help="where to pack to (default: a folder in the user's cache)")
+    p.add_argument("source", type=path, metavar="SRC", help="an archive (.tgz, .tar.gz, .tar) or an unpacked folder")
+    p.add_argument("--out", type=path, metavar="DIR", help="where to pack to (default: a folder in the user's cache)")
     p.add_argument("--tasks", metavar="A,B", help="pack the labels of these only (default: all of the data set's)")
     p.add_argument("--subset", action="store_true", help="accept lists that are not the published ones")
     p.add_argument(

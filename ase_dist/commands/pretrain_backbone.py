@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ase_dist.commands.cli import command_parser, run_command
+from ase_dist.commands.cli import command_parser, path, path_or_name, run_command
 
 CONFIG = "scenes_pretrain"
 EPILOG = """examples:
@@ -22,8 +22,8 @@ EPILOG = """examples:
 def parser() -> argparse.ArgumentParser:
     """The options."""
     p = command_parser("pretrain_backbone", description=__doc__, epilog=EPILOG)
-    p.add_argument("--out", type=Path, help="the .safetensors file (default: the package's own)")
-    p.add_argument("--deepspeed_config", metavar="FILE", help="as for train")
+    p.add_argument("--out", type=path, help="the .safetensors file (default: the package's own)")
+    p.add_argument("--deepspeed_config", type=path_or_name, metavar="FILE", help="as for train")
     p.add_argument("settings", nargs="*", metavar="key=value", help=f"settings that override {CONFIG}'s")
     return p
 
@@ -57,7 +57,7 @@ def _keep(overrides: Sequence[str], out: Path | None) -> int:
         save_backbone({name: checkpoint.tensor(source) for name, source in weights.items()}, out)
     card = {
         "command": f"python launch/pretrain_backbone.py {' '.join(overrides)}".strip(),
-        "data": f"{settings.data.train_images} generated scenes, seed {settings.data.scene_seed}",
+        "data": f"{settings.data.scenes.train_images} generated scenes, seed {settings.data.scenes.seed}",
         "steps": summary["step"],
         "semseg": {key: summary["metrics"]["semseg"][key] for key in ("miou", "accuracy")},
         "license": "Apache-2.0, like the package; trained on generated images only",

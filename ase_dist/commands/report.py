@@ -6,9 +6,8 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from ase_dist.commands.cli import command_parser, run_command
+from ase_dist.commands.cli import command_parser, path, run_command
 
 EPILOG = """examples:
   python launch/report.py runs/scenes
@@ -19,8 +18,8 @@ EPILOG = """examples:
 def parser() -> argparse.ArgumentParser:
     """The options."""
     p = command_parser("report", description=__doc__, epilog=EPILOG)
-    p.add_argument("folder", type=Path, metavar="RUN_OR_STUDY", help="the output folder of a run or of a study")
-    p.add_argument("--out", type=Path, metavar="FILE.html", help="where to write it (default: report.html in there)")
+    p.add_argument("folder", type=path, metavar="RUN_OR_STUDY", help="the output folder of a run or of a study")
+    p.add_argument("--out", type=path, metavar="FILE.html", help="where to write it (default: report.html in there)")
     return p
 
 

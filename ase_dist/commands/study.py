@@ -1,4 +1,4 @@
-"""Run a study of the paper's questions: rows and settings compared over seeds, as a table and plots."""
+"""Run a study of the paper's questions: baselines and settings compared over seeds, as a table and plots."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from ase_dist.commands.cli import command_parser, run_command
+from ase_dist.commands.cli import command_parser, path, run_command
 from ase_dist.study.presets import PRESETS
 from ase_dist.study.variants import STUDIES
 
@@ -25,15 +24,20 @@ def parser() -> argparse.ArgumentParser:
     """The options; settings may follow them."""
     p = command_parser("study", description=__doc__, epilog=EPILOG)
     p.add_argument("name", metavar="NAME", help=f"one of: {', '.join(STUDIES)}")
-    p.add_argument("settings", nargs="*", metavar="key=value", help="settings of every run")
+    p.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="settings of every run; a baseline keeps what it needs, and its factor of train.lr",
+    )
     p.add_argument("--data", default="scenes", help=f"one of: {', '.join(PRESETS)} (default %(default)s)")
     p.add_argument("--seeds", type=int, default=3, metavar="S", help="seeds 0 to S-1 (default %(default)s)")
-    p.add_argument("--out", type=Path, metavar="DIR", help="the study's folder (default studies/NAME_DATA)")
+    p.add_argument("--out", type=path, metavar="DIR", help="the study's folder (default studies/NAME_DATA)")
     p.add_argument("--steps", type=int, metavar="N", help="optimiser steps of a run (default: the data's)")
     p.add_argument(
         "--only", default="", metavar="VARIANT,...", help="these variants, and what they are measured against"
     )
-    p.add_argument("--jobs", type=int, default=1, metavar="J", help="runs at once (default %(default)s)")
+    p.add_argument("--jobs", type=int, metavar="J", help="runs at once (default: one for each of --devices, or one)")
     p.add_argument("--devices", default="", metavar="ID,...", help="GPUs that the runs are spread over")
     p.add_argument("--keep-checkpoints", action="store_true", help="keep those of finished runs")
     p.add_argument("--tables-only", action="store_true", help="train nothing, show what is done")
@@ -51,6 +55,7 @@ def _study(arguments: argparse.Namespace) -> int:
     from ase_dist.study.run import run_study
     from ase_dist.study.runner import Slots
 
+    devices = tuple(_names(arguments.devices))
     return run_study(
         arguments.name,
         data=arguments.data,
@@ -58,7 +63,7 @@ def _study(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         steps=arguments.steps,
         only=_names(arguments.only),
-        slots=Slots(arguments.jobs, tuple(_names(arguments.devices))),
+        slots=Slots(len(devices) or 1 if arguments.jobs is None else arguments.jobs, devices),
         keep_checkpoints=arguments.keep_checkpoints,
         train=not arguments.tables_only,
         overrides=arguments.settings,

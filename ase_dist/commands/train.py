@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ase_dist.baselines import baselines
-from ase_dist.commands.cli import command_parser, run_command
+from ase_dist.commands.cli import RenamedOption, command_parser, path_or_name, run_command
 from ase_dist.config import DEFAULT_CONFIG, load_settings, setting_keys, shipped_configs, to_yaml
 from ase_dist.training.ds_config import read_ds_config, shipped_ds_configs
 
@@ -23,11 +23,18 @@ def parser() -> argparse.ArgumentParser:
     """The options; what the launchers add (--local_rank) is accepted and not needed."""
     p = command_parser("train", description=__doc__, epilog=EPILOG)
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the config's")
-    p.add_argument("--config", default=DEFAULT_CONFIG, help=f"a YAML file or one of: {', '.join(shipped_configs())}")
-    p.add_argument("--row", metavar="ROW", help=f"a row of the paper's comparison: {', '.join(baselines())}")
+    p.add_argument(
+        "--config",
+        type=path_or_name,
+        default=DEFAULT_CONFIG,
+        help=f"a YAML file or one of: {', '.join(shipped_configs())}",
+    )
+    p.add_argument("--baseline", metavar="NAME", help=f"a model of the paper's comparison: {', '.join(baselines())}")
+    p.add_argument("--row", dest="baseline", action=RenamedOption, const="--baseline", help=argparse.SUPPRESS)
     p.add_argument("--deepspeed", action="store_true", help="accepted for DeepSpeed's sake; it is always used")
     p.add_argument(
         "--deepspeed_config",
+        type=path_or_name,
         metavar="FILE",
         help=f"DeepSpeed's JSON or one of: {', '.join(shipped_ds_configs())}; without: ZeRO 0",
     )
@@ -47,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    settings = load_settings(arguments.config, arguments.settings, row=arguments.row)
+    settings = load_settings(arguments.config, arguments.settings, baseline=arguments.baseline)
     if arguments.print_config or arguments.print_keys:
         sys.stdout.write("\n".join(setting_keys()) + "\n" if arguments.print_keys else to_yaml(settings))
         return 0

@@ -7,11 +7,11 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
-from ase_dist.config import Settings, override_settings
+from ase_dist.config import Settings, override_settings, parse_override
 from ase_dist.cores import share_of_cores
 from ase_dist.data.loader import EvalLoader, build_eval_loader
 from ase_dist.deployment.reference import read_reference
@@ -89,28 +89,28 @@ def write_report(report: Report, out: str | Path) -> None:
 
 
 def data_settings(trained: TrainedModel, request: EvaluationRequest) -> Settings:
-    """The settings of the model with the data that is wished for, by default its own."""
+    """The settings of the model with the data that is asked for, by default its own."""
     for override in request.overrides:
         section = override.partition("=")[0].strip().partition(".")[0]
         if section not in ALLOWED:
             raise UserError(f"{override!r}: an evaluation sets data.*, eval.* and tasks only")
     names = [task.name for task in trained.tasks] if request.tasks is None else [*request.tasks]
-    overrides = [f"tasks=[{','.join(names)}]", *_data_overrides(request.data, trained.settings), *request.overrides]
-    return override_settings(trained.settings, overrides)
+    values = {"tasks": names, **_data_values(request.data, trained.settings)}
+    return override_settings(trained.settings, values | dict(map(parse_override, request.overrides)))
 
 
-def _data_overrides(data: str | None, settings: Settings) -> list[str]:
+def _data_values(data: str | None, settings: Settings) -> dict[str, Any]:
     """A name is another data set, at its own default place; else a folder, read as the model's kind of data."""
     if data is None:
-        return []
+        return {}
     if data in DATA_SETS:
-        return [f"data.name={data}"] if data == settings.data.name else [f"data.name={data}", "data.root=null"]
+        return {} if data == settings.data.name else {"data.name": data, "data.root": None}
     if not Path(data).is_dir():
         raise UserError(
             f"--data: {data!r} is neither a folder nor one of {', '.join(DATA_SETS)}{did_you_mean(data, DATA_SETS)}"
         )
     name = DATA_SETS[settings.data.name].layout or settings.data.name
-    return [f"data.name={name}", f"data.root='{data}'"]
+    return {"data.name": name, "data.root": Path(data)}
 
 
 def _common_tasks(trained: TrainedModel, settings: Settings) -> tuple[Task, ...]:

@@ -11,9 +11,9 @@ from ase_dist.commands import train
 from ase_dist.training.record.run_folder import RunFolder
 
 SMALL = (
-    "data.train_images=6",
-    "data.val_images=3",
-    "data.scene_size=40",
+    "data.scenes.train_images=6",
+    "data.scenes.val_images=3",
+    "data.scenes.size=40",
     "data.size=32",
     "model.backbone=vit_tiny_patch16_224",
     "model.backbone_args={embed_dim: 24, depth: 2, num_heads: 2}",

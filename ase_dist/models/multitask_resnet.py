@@ -78,7 +78,7 @@ def check_resnet_settings(settings: Settings) -> None:
         if got != right:
             raise UserError(
                 f"{name}: got {got} for {chosen.backbone}, wanted {right}: a ResNet is trained whole and has no "
-                "experts; the rows of --row set all of this"
+                "experts; the baselines of --baseline set all of this"
             )
     if size % STRIDE:
         raise UserError(f"data.size: got {size}, which {chosen.backbone} at stride {STRIDE} does not divide")

@@ -43,7 +43,7 @@ def load(vit: VisionTransformer, source: str, *, name: str) -> None:
     the file shipped for this backbone. Position and patch embeddings are resampled by timm, a classifier's keys are
     dropped. Raises UserError by name for missing and unexpected keys and for other shapes; then nothing is copied.
     """
-    path = shipped_file(name) if source == SHIPPED else Path(source).expanduser()
+    path = shipped_file(name) if source == SHIPPED else Path(source)
     try:
         converted = checkpoint_filter_fn(read_weights(path), vit, adapt_layer_scale=True)
     except RuntimeError as error:
@@ -53,7 +53,7 @@ def load(vit: VisionTransformer, source: str, *, name: str) -> None:
 
 def load_plain(net: nn.Module, source: str, *, name: str) -> None:
     """As ``load`` for a network that is no ViT: its tensors by timm's own names, none of them converted."""
-    path = shipped_file(name) if source == SHIPPED else Path(source).expanduser()
+    path = shipped_file(name) if source == SHIPPED else Path(source)
     _copy(read_weights(path), net, path=path, name=name)
 
 

@@ -15,6 +15,7 @@ class Scenes(PascalContext):
     @classmethod
     def place(cls, data: DataSettings) -> Path:
         """The folder of the scenes that ``data`` wants, rendered now if it is missing. Raises as ``ensure_scenes``."""
+        scenes = data.scenes
         return ensure_scenes(
-            data.root, train=data.train_images, val=data.val_images, size=data.scene_size, seed=data.scene_seed
+            data.root, train=scenes.train_images, val=scenes.val_images, size=scenes.size, seed=scenes.seed
         )

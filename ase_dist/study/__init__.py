@@ -1,1 +1,1 @@
-"""Studies: rows and settings compared on one data set, over seeds, each question of the paper a command."""
+"""Studies: baselines and settings compared on one data set over seeds, one command for each question of the paper."""

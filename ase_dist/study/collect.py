@@ -55,7 +55,7 @@ def _variant(variant: Variant, jobs: Sequence[Job]) -> dict[str, Any]:
         "label": variant.label,
         "group": variant.group,
         "x": variant.x,
-        "settings": {"row": variant.row, **variant.changes},
+        "settings": {"row": variant.baseline, **variant.changes},
         "seeds": whole,
         "runs": [job.folder.relative_to(job.out).as_posix() for job in jobs if job.seed in whole],
         "missing": [job.name for job in jobs if not job.is_done()],

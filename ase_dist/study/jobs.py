@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ase_dist.baselines import baselines
-from ase_dist.config import Settings, build_settings, flat, load_settings
+from ase_dist.baselines import apply_baseline, find_baseline
+from ase_dist.config import Settings, build_settings, flat, load_settings, override_settings, parse_override
 from ase_dist.errors import UserError
 from ase_dist.study.presets import Preset
 from ase_dist.study.variants import Variant
 from ase_dist.tasks import select_tasks
 from ase_dist.training.record.run_folder import RunFolder
 
+LOGGER = logging.getLogger("ase_dist")
+DECIDED = {"seed": "--seeds", "output": "--out", "train.max_steps": "--steps", "train.epochs": "--steps"}
 # settings that may differ between two starts of a run; bf16 is kept as it was resolved
 UNCOMPARED = ("output", "resume", "train.threads", "train.bf16")
 
@@ -54,38 +57,91 @@ class Job:
 
         Raises UserError where the folder holds a run of other settings, whose results would be mixed up with these.
         """
-        self._check_same()
+        config = self.run.config
+        if config.is_file():
+            other, wanted = _comparable(load_settings(config)), _comparable(self.settings)
+            odd = sorted(key for key in wanted if other.get(key) != wanted[key])
+            if odd:
+                raise UserError(
+                    f"{self.folder}: holds a run with {odd[0]} = {other.get(odd[0])}, this study wants "
+                    f"{wanted[odd[0]]}; name another folder with --out, or remove that run"
+                )
         try:
             summary = self.run.read_summary()
         except (OSError, json.JSONDecodeError):
             return False
         return bool(summary.get("exit") == "done" and summary.get("step") == summary.get("total_steps"))
 
-    def _check_same(self) -> None:
-        path = self.run.config
-        if not path.is_file():
-            return
-        other = _comparable(load_settings(path))
-        wanted = _comparable(self.settings)
-        odd = sorted(key for key in wanted if other.get(key) != wanted[key])
-        if odd:
-            raise UserError(
-                f"{self.folder}: holds a run with {odd[0]} = {other.get(odd[0])}, this study wants {wanted[odd[0]]}; "
-                "name another folder with --out, or remove that run"
-            )
-
 
 def jobs_of(
     variants: Sequence[Variant], preset: Preset, *, seeds: int, out: Path, overrides: Iterable[str] = ()
 ) -> list[Job]:
-    """Every run of a study, seed by seed, so that an interrupted one has whole tables of fewer seeds."""
-    overrides = tuple(overrides)
+    """Every run of a study, seed by seed, so that an interrupted one has whole tables of fewer seeds.
+
+    Settings come in this order, the last wins: the preset's config, the preset, ``overrides``, the variant's baseline,
+    the variant. So a baseline's learning rate is its factor times the one given, and what variants differ in stays.
+    Raises UserError for an override that would change no run, or that an option of the study decides.
+    """
+    given = dict(parse_override(override) for override in overrides)
+    for key, option in DECIDED.items():
+        if key in given:
+            raise UserError(f"{key}: in a study {option} decides it; give that instead")
+    fixed = {"train.max_steps": preset.steps, "train.epochs": None}
+    base = override_settings(load_settings(preset.config), {**preset.changes, **fixed, **given})
+    settings = {variant.name: _settings_of(variant, preset, base) for variant in variants}
+    _tell_replaced(given, settings, variants, preset)
     return [
         job
         for seed in range(seeds)
         for variant in variants
-        for job in _jobs_of_variant(variant, preset, seed=seed, out=out, overrides=overrides)
+        for job in _runs(variant, settings[variant.name], seed, out)
     ]
+
+
+def _settings_of(variant: Variant, preset: Preset, base: Settings) -> Settings:
+    tree = base.model_dump(mode="json")
+    apply_baseline(tree, variant.baseline, lr=base.train.lr, output=base.output)
+    return override_settings(build_settings(tree), _own_changes(variant, preset))
+
+
+def _own_changes(variant: Variant, preset: Preset) -> dict[str, Any]:
+    """What the variant sets after its baseline, by dotted key."""
+    convolutional = preset.convolutional if "backbone" in find_baseline(variant.baseline).model else {}
+    return {**convolutional, **variant.changes, **({} if variant.tasks is None else {"tasks": variant.tasks})}
+
+
+def _runs(variant: Variant, settings: Settings, seed: int, out: Path) -> list[Job]:
+    tasks = tuple(task.name for task in select_tasks(settings.data.name, settings.tasks))
+    folder = out / "runs" / variant.name / f"seed_{seed}"
+    parts = {folder / name: (name,) for name in tasks} if find_baseline(variant.baseline).separate else {folder: tasks}
+    return [
+        Job(variant.name, seed, override_settings(settings, {"seed": seed, "output": run, "tasks": names}), out)
+        for run, names in parts.items()
+    ]
+
+
+def _tell_replaced(
+    given: Mapping[str, Any], settings: Mapping[str, Settings], variants: Sequence[Variant], preset: Preset
+) -> None:
+    """Log the overrides in whose place some variants have values of their own; UserError for one that all replace."""
+    for key in flat(given):
+        own: dict[str, list[str]] = {}
+        for variant in variants:
+            baseline = find_baseline(variant.baseline)
+            decided = [f"model.{name}" for name in baseline.model if name != "moe"]
+            decided += [f"model.moe.{name}" for name in baseline.model.get("moe", {})]
+            decided += ["train.backbone_lr_factor", *_own_changes(variant, preset)]
+            if baseline.lr_factor != 1:
+                decided.append("train.lr")
+            if any(f"{key}.".startswith(f"{name}.") for name in decided):
+                value: Any = settings[variant.name].model_dump(mode="json")
+                for part in key.split("."):
+                    value = value.get(part) if isinstance(value, Mapping) else None
+                own.setdefault(f"{key} = {value}", []).append(variant.name)
+        if sum(map(len, own.values())) == len(variants) and key != "train.lr":
+            raise UserError(f"{key}: every variant of this study has a value of its own, so this would change no run")
+        for value, names in own.items():
+            LOGGER.info("%s in %s, which the baseline or the study needs", value, ", ".join(names))
 
 
 def with_steps(preset: Preset, steps: int | None) -> Preset:
@@ -95,30 +151,6 @@ def with_steps(preset: Preset, steps: int | None) -> Preset:
     if steps < 1:
         raise UserError(f"--steps: got {steps}, wanted 1 or more")
     return replace(preset, steps=steps)
-
-
-def _jobs_of_variant(
-    variant: Variant, preset: Preset, *, seed: int, out: Path, overrides: tuple[str, ...]
-) -> list[Job]:
-    row = baselines()[variant.row]
-    convolutional = preset.convolutional if "backbone" in row.model else {}
-    fixed = {"train.max_steps": preset.steps, "train.epochs": None, "seed": seed}
-    changes = {**preset.changes, **fixed, **convolutional, **variant.changes}
-    settings = load_settings(preset.config, [*_as_overrides(changes), *overrides], row=variant.row)
-    tasks = variant.tasks or settings.tasks or tuple(task.name for task in select_tasks(settings.data.name))
-    folder = out / "runs" / variant.name / f"seed_{seed}"
-    if not row.separate:
-        return [Job(variant.name, seed, _with(settings, tasks=tasks, output=folder), out)]
-    return [Job(variant.name, seed, _with(settings, tasks=(task,), output=folder / task), out) for task in tasks]
-
-
-def _as_overrides(changes: dict[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-
-
-def _with(settings: Settings, *, tasks: tuple[str, ...], output: Path) -> Settings:
-    tree = settings.model_dump(mode="json")
-    return build_settings({**tree, "tasks": list(tasks), "output": str(output)})
 
 
 def _comparable(settings: Settings) -> dict[str, Any]:

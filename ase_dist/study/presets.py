@@ -12,7 +12,7 @@ from ase_dist.errors import UserError, did_you_mean
 class Preset:
     """A config, changed for a study.
 
-    ``convolutional`` are further changes for the rows on ResNets; ``pair`` two tasks that want different things;
+    ``convolutional`` are further changes for the baselines on ResNets; ``pair`` two tasks that want different things;
     ``sizes`` image sides for the study of resolution, ``steps`` the run's, None where the config's epochs say it.
     """
 

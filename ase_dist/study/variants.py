@@ -13,7 +13,7 @@ from ase_dist.study.presets import Preset
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of a study's table: a row of the comparison, with ``changes`` of settings by dotted key.
+    """One line of a study's table: a baseline, with ``changes`` of settings by dotted key.
 
     ``tasks`` are the data set's own where None; ``x`` is its place on the study's axis, where that has numbers, and
     ``group`` the line or the bars that it belongs to.
@@ -21,7 +21,7 @@ class Variant:
 
     name: str
     label: str
-    row: str
+    baseline: str
     changes: dict[str, Any] = field(default_factory=dict)
     tasks: tuple[str, ...] | None = None
     x: float | None = None
@@ -43,19 +43,19 @@ class Study:
     heat_map: str | None = None
 
 
-TABLE_ROWS = tuple(name for name in baselines() if name != "ase_128_24_8_1")
-FINE_ROWS = ("ase_16_3_1_4", "ase_32_6_2_2", "ase_64_12_4_1", "ase_128_24_8_1")
+TABLE = tuple(name for name in baselines() if name != "ase_128_24_8_1")
+FINE_GRAINED = ("ase_16_3_1_4", "ase_32_6_2_2", "ase_64_12_4_1", "ase_128_24_8_1")
 TOP_K = (3, 4, 5, 6, 7)
 ROUTER_SIZES = (16, 32, 64, 128, 256)
 CONFLICT_MEASUREMENTS = 10  # over a run
 
 
-def _of_row(name: str, **options: Any) -> Variant:
+def _of_baseline(name: str, **options: Any) -> Variant:
     return Variant(name, baselines()[name].label, name, **options)
 
 
 def _table1(preset: Preset) -> list[Variant]:
-    return [_of_row(name) for name in TABLE_ROWS]
+    return [_of_baseline(name) for name in TABLE]
 
 
 def _naive_vs_ase(preset: Preset) -> list[Variant]:
@@ -64,10 +64,12 @@ def _naive_vs_ase(preset: Preset) -> list[Variant]:
     measured = {"eval.gradient_conflict_every": every}
     variants = []
     for tasks, suffix in ((preset.pair, f"{len(preset.pair)} tasks"), (None, "all tasks")):
-        for row in ("lora_moe_16_4_0_4", "naive_16_3_1_4", "ase_16_3_1_4"):
-            changes = {} if row.startswith("lora") else measured
-            name = f"{row}_{'pair' if tasks else 'all'}"
-            variants.append(Variant(name, f"{baselines()[row].label}, {suffix}", row, changes, tasks, group=suffix))
+        for baseline in ("lora_moe_16_4_0_4", "naive_16_3_1_4", "ase_16_3_1_4"):
+            changes = {} if baseline.startswith("lora") else measured
+            name = f"{baseline}_{'pair' if tasks else 'all'}"
+            variants.append(
+                Variant(name, f"{baselines()[baseline].label}, {suffix}", baseline, changes, tasks, group=suffix)
+            )
     return variants
 
 
@@ -100,8 +102,8 @@ def _topk(preset: Preset) -> list[Variant]:
 
 
 def _fine_grained(preset: Preset) -> list[Variant]:
-    fine = [_of_row(name, x=float(name.split("_")[1]), group="ASE") for name in FINE_ROWS]
-    return [_of_row("lora_moe_16_4_0_4", group="LoRA-MoE"), *fine]
+    fine = [_of_baseline(name, x=float(name.split("_")[1]), group="ASE") for name in FINE_GRAINED]
+    return [_of_baseline("lora_moe_16_4_0_4", group="LoRA-MoE"), *fine]
 
 
 def _router_cost(preset: Preset) -> list[Variant]:
@@ -156,14 +158,14 @@ def _norm_ablation(preset: Preset) -> list[Variant]:
 def _resolution(preset: Preset) -> list[Variant]:
     return [
         Variant(
-            f"{row}_{size}",
-            f"{baselines()[row].label}, {size} px",
-            row,
+            f"{baseline}_{size}",
+            f"{baselines()[baseline].label}, {size} px",
+            baseline,
             {"data.size": size},
             x=size,
-            group=baselines()[row].label,
+            group=baselines()[baseline].label,
         )
-        for row in ("mtl_vit_lora", "ase_16_3_1_4")
+        for baseline in ("mtl_vit_lora", "ase_16_3_1_4")
         for size in preset.sizes
     ]
 

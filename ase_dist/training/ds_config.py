@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ase_dist.config import Settings, TrainSettings, build_settings
+from ase_dist.config import Settings, TrainSettings, override_settings
 from ase_dist.errors import UserError, did_you_mean
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"  # a link to the checkout's folder, files in an installed package
@@ -29,8 +29,8 @@ SHARED_KEYS: dict[str, tuple[str, ...]] = {
     "bf16": ("bf16", "enabled"),
     "lr": ("optimizer", "params", "lr"),
     "weight_decay": ("optimizer", "params", "weight_decay"),
-    "betas": ("optimizer", "params", "betas"),
-    "eps": ("optimizer", "params", "eps"),
+    "adam.betas": ("optimizer", "params", "betas"),
+    "adam.eps": ("optimizer", "params", "eps"),
 }
 OPTIMIZER_KEYS = tuple(path[-1] for path in SHARED_KEYS.values() if path[0] == "optimizer")
 REMOVED = ("elasticity", "nebula", "compression_training", "amp")  # hard errors in deepspeed 0.19
@@ -99,8 +99,7 @@ def resolve(settings: Settings, ds_config: Mapping[str, Any], *, world: int, nat
     """
     tree = deepcopy(dict(ds_config))
     _check_keys(tree)
-    given = settings.train.model_fields_set
-    values = {name: _agree(name, path, settings.train, tree, given) for name, path in SHARED_KEYS.items()}
+    values = {name: _agree(name, path, settings.train, tree) for name, path in SHARED_KEYS.items()}
     if values["bf16"] == AUTO:
         values["bf16"] = native_bf16
     settings = _with_train(settings, values)
@@ -151,14 +150,16 @@ def _check_guarded(tree: Mapping[str, Any]) -> None:
             raise UserError(f"DeepSpeed JSON: {'.'.join(path)}: the guard against NaN needs it to be true")
 
 
-def _agree(name: str, path: tuple[str, ...], train: TrainSettings, tree: dict[str, Any], given: set[str]) -> Any:
+def _agree(name: str, path: tuple[str, ...], train: TrainSettings, tree: dict[str, Any]) -> Any:
     """The one value of a setting that both may name."""
-    here = getattr(train, name)
+    *section, field = name.split(".")
+    branch = getattr(train, section[0]) if section else train
+    here = getattr(branch, field)
     there = _get(tree, path)
     if there is None or there == AUTO:
         return here
     there = tuple(there) if isinstance(there, list) else there
-    if name in given and here not in (AUTO, there):
+    if field in branch.model_fields_set and here not in (AUTO, there):
         raise UserError(
             f"train.{name} is {here} and the DeepSpeed JSON says {'.'.join(path)} = {there}; "
             'set one of them, or write "auto" in the JSON'
@@ -168,10 +169,8 @@ def _agree(name: str, path: tuple[str, ...], train: TrainSettings, tree: dict[st
 
 def _with_train(settings: Settings, values: Mapping[str, Any]) -> Settings:
     """The settings with these values of the JSON, checked like those of the command line."""
-    tree = settings.model_dump()
-    tree["train"] |= values
     try:
-        return build_settings(tree)
+        return override_settings(settings, {f"train.{name}": value for name, value in values.items()})
     except ValueError as error:
         raise UserError(f"DeepSpeed JSON against the settings: {error}") from None
 

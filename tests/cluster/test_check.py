@@ -167,7 +167,7 @@ def test_a_job_names_its_folders():
     assert Job.of(["other.py", "data.root=x"]).output == ""
     assert Job.of(["--module", "ase_dist", "train", "output=runs/x"]).output == "runs/x"
     assert Job.of(["--module", "ase_dist", "evaluate", "output=runs/x"]).output == ""
-    assert Job.of(["launch/train.py", "--row", "mtl_vit"]).output == "runs/scenes_mtl_vit"
+    assert Job.of(["launch/train.py", "--baseline", "mtl_vit"]).output == "runs/scenes_mtl_vit"
     with pytest.raises(ValueError, match="did you mean"):
         Job.of(["launch/train.py", "trian.lr=1"])
 

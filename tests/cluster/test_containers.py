@@ -14,7 +14,7 @@ from tests.cluster.engine import Containers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
-SHORT = ("data.root=/shared/data", "data.train_images=48", "data.val_images=8", "data.scene_size=128",
+SHORT = ("data.root=/shared/data", "data.scenes.train_images=48", "data.scenes.val_images=8", "data.scenes.size=128",
          "train.max_steps=12", "train.warmup_steps=4", "train.log_every=1", "train.threads=1", "eval.at_start=false",
          "monitor.tensorboard=false")  # fmt: skip
 JOB = ("launch/train.py", "--deepspeed_config", "ds_configs/z2.json", *SHORT, "model.moe.ep_size=2")

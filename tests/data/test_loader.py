@@ -329,6 +329,7 @@ def test_scenes_are_made_where_the_settings_say(folder, settings, monkeypatch, t
         return folder.root
 
     monkeypatch.setattr("ase_dist.scenes.dataset.ensure_scenes", ensure_scenes)
-    tree = settings(name="scenes", root=tmp_path, train_images=7, val_images=4, scene_size=48, scene_seed=5)
+    wanted = {"train_images": 7, "val_images": 4, "size": 48, "seed": 5}
+    tree = settings(name="scenes", root=tmp_path, scenes=wanted)
     assert len(open_dataset(tree, ALL, split="val")) == VAL
     assert asked == [(tmp_path, {"train": 7, "val": 4, "size": 48, "seed": 5})]

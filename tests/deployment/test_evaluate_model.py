@@ -70,7 +70,7 @@ def test_the_run_its_export_and_the_command_agree(folder, scenes, tmp_path, eval
     printed = capsys.readouterr().out
     assert printed == (out / "metrics.md").read_text() and "odsF" in printed
     assert r"\toprule" in (out / "metrics.tex").read_text()
-    data = [f"data.root={scenes}", "data.val_images=3", "data.train_images=10", "data.scene_size=40"]
+    data = [f"data.root={scenes}", "data.scenes.val_images=3", "data.scenes.train_images=10", "data.scenes.size=40"]
     export = [str(folder / "export"), "--edge-ods", "--out", str(tmp_path), "--device", "cpu", *data]
     assert evaluate([*export, "--reference", str(folder / "run")]) == 0
     close(found(tmp_path)["results"], found(out)["results"], rel=1e-6)

@@ -2,10 +2,14 @@
 
 import csv
 import json
+import logging
 
 import pytest
 from PIL import Image
 
+from ase_dist.baselines import find_baseline
+from ase_dist.commands import study
+from ase_dist.study.jobs import jobs_of
 from ase_dist.study.run import run_study
 from ase_dist.study.runner import Slots
 from ase_dist.study.variants import STUDIES
@@ -79,8 +83,53 @@ def test_tables_of_a_study_that_is_not_done_say_so(toy, in_process, tmp_path):
         ("table1", {"steps": 0}, "--steps: got 0"),
         ("table1", {"only": ["ase"]}, "--only: this study has no variant 'ase'"),
         ("topk", {"overrides": ["model.moe.kk=2"]}, "no such setting"),
+        ("topk", {"overrides": ["model.moe.k=5"]}, "model.moe.k: every variant of this study has a value of its own"),
+        (
+            "topk",
+            {"overrides": ["model.moe={k: 5}"]},
+            "model.moe.k: every variant of this study has a value of its own",
+        ),
+        ("norm_ablation", {"overrides": ["model.moe.gating=dense"]}, "model.moe.gating: every variant"),
+        ("table1", {"overrides": ["train.backbone_lr_factor=0.5"]}, "train.backbone_lr_factor: every variant"),
+        ("table1", {"overrides": ["seed=5"]}, "seed: in a study --seeds decides it"),
+        ("table1", {"overrides": ["output=x"]}, "output: in a study --out decides it"),
+        ("table1", {"overrides": ["train.max_steps=5"]}, "train.max_steps: in a study --steps decides it"),
+        ("table1", {"overrides": ["train.epochs=5"]}, "train.epochs: in a study --steps decides it"),
     ],
 )
 def test_what_cannot_be_run_is_refused(name, options, sentence, toy, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         run_study(name, **{"data": "toy", "seeds": 1, "out": tmp_path, "slots": Slots(), **options})
+
+
+def test_a_learning_rate_given_to_a_study_keeps_the_factors_that_baselines_need(toy, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="ase_dist")
+    variants = STUDIES["table1"].variants(toy)
+    given = ["train.lr=0.02", "model.moe.k=5", "model.lora_rank=2", "eval.pictures=1"]
+    jobs = {job.variant: job.settings for job in jobs_of(variants, toy, seeds=1, out=tmp_path, overrides=given)}
+    for variant in variants:
+        baseline, settings = find_baseline(variant.baseline), jobs[variant.name]
+        assert settings.train.lr == pytest.approx(0.02 * baseline.lr_factor), variant.name
+        assert settings.train.backbone_lr_factor == baseline.backbone_lr_factor
+        assert settings.eval.pictures == 1
+    assert jobs["mtl_resnet18"].train.lr == pytest.approx(0.005) and jobs["ase_16_3_1_4"].train.lr == 0.02
+    assert jobs["ase_16_3_1_4"].model.moe.k == 3 and jobs["ase_16_3_1_4"].model.lora_rank == 2
+    assert jobs["mtl_vit"].model.lora_rank == 0
+    assert "train.lr = 0.005 in stl_resnet18, mtl_resnet18, mtan" in caplog.text
+    assert "model.lora_rank = 0 in stl_resnet18" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "jobs", "devices"),
+    [
+        ([], 1, ()),
+        (["--devices", "0,1,2,3"], 4, ("0", "1", "2", "3")),
+        (["--devices", "0,1", "--jobs", "6"], 6, ("0", "1")),
+        (["--jobs", "3"], 3, ()),
+    ],
+)
+def test_there_is_a_job_for_each_device_unless_said_otherwise(options, jobs, devices, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("ase_dist.study.run.run_study", lambda name, **given: asked.update(given) or 0)
+    assert study.main(["table1", *options]) == 0
+    assert asked["slots"] == Slots(jobs, devices)

@@ -57,7 +57,11 @@ def test_what_stands_in_the_json_alone_becomes_the_setting():
     }
     train = settle(tree).settings.train
     assert (train.gradient_clipping, train.gradient_accumulation_steps) == (0.3, 2)
-    assert (train.eps, train.betas, train.weight_decay) == (1e-6, (0.8, 0.9), load_settings(None).train.weight_decay)
+    assert (train.adam.eps, train.adam.betas, train.weight_decay) == (
+        1e-6,
+        (0.8, 0.9),
+        load_settings(None).train.weight_decay,
+    )
     assert "optimizer" not in settle(tree).deepspeed, "groups of experts and of decay are built here"
 
 
@@ -110,7 +114,7 @@ def test_the_monitor_writes_into_the_run_folder():
         ({"fp16": {"enabled": True}}, [], "fp16: not supported here"),
         ({"bf16": True}, [], "bf16: got True, wanted an object"),
         ({"gradient_accumulation_steps": 0}, [], "train.gradient_accumulation_steps: got 0"),
-        ({"optimizer": {"params": {"eps": "small"}}}, [], "train.eps: got 'small'"),
+        ({"optimizer": {"params": {"eps": "small"}}}, [], "train.adam.eps: got 'small'"),
     ],
 )
 def test_contradictions_are_refused_in_one_sentence(tree, overrides, words):

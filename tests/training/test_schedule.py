@@ -55,7 +55,7 @@ def test_cosine_equals_torch() -> None:
 
 
 def test_torch_scheduler_follows_and_resumes_every_group() -> None:
-    settings = TrainSettings(lr=2.0, warmup_steps=3, schedule="poly", poly_power=2.0)
+    settings = TrainSettings(lr=2.0, warmup_steps=3, schedule="poly", poly={"power": 2.0})
 
     def build() -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
         groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (2.0, 0.2)]

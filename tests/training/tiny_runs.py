@@ -29,9 +29,9 @@ from ase_dist.training.state.run_state import KINDS, RunState, _group_name
 ROOT = Path(__file__).parents[2]
 TRAIN_IMAGES, VAL_IMAGES, SCENE_SIZE = 10, 3, 40
 TINY = (
-    f"data.train_images={TRAIN_IMAGES}",
-    f"data.val_images={VAL_IMAGES}",
-    f"data.scene_size={SCENE_SIZE}",
+    f"data.scenes.train_images={TRAIN_IMAGES}",
+    f"data.scenes.val_images={VAL_IMAGES}",
+    f"data.scenes.size={SCENE_SIZE}",
     "data.size=32",
     "data.cache_in_memory=true",
     "model.backbone=vit_tiny_patch16_224",

@@ -66,7 +66,7 @@ def build_optimizer(model: nn.Module, config: ResolvedConfig, world: World) -> t
     groups = trained_groups(model, train)
     if config.zero_stage < 3 and any(deepspeed_compat.is_routed(p) for p in model.parameters()):
         groups = deepspeed_compat.optimizer_groups(groups)
-    options: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "eps": train.eps}
+    options: dict[str, Any] = {"lr": train.lr, "betas": train.adam.betas, "eps": train.adam.eps}
     offload = isinstance(config.deepspeed["zero_optimization"].get("offload_optimizer"), dict)
     if offload and world.device.type != "cpu" and deepspeed_compat.has_compiler():
         from deepspeed.ops.adam import DeepSpeedCPUAdam

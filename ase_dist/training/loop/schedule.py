@@ -46,7 +46,7 @@ def schedule_lambda(train: TrainSettings, *, total: int) -> Callable[[int], floa
             warmup=min(train.warmup_steps, total),
             schedule=train.schedule,
             min_ratio=train.min_lr_ratio,
-            power=train.poly_power,
+            power=train.poly.power,
         )
 
     return factor

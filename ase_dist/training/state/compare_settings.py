@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ase_dist.config import ON_RESUME, Settings, setting_keys
+from ase_dist.config import ON_RESUME, Settings, setting_keys, upgrade_tree
 
 
 class Differences(NamedTuple):
@@ -27,6 +27,7 @@ def compare_settings(
     A key that ``saved`` lacks, being older than the setting, counts as that setting's default. ``tasks`` and
     ``saved_tasks`` are the names of the tasks in order. What is refused and what may differ: ``config.ON_RESUME``.
     """
+    saved = upgrade_tree(saved)
     default, here = Settings().model_dump(mode="json"), settings.model_dump(mode="json")
     refused, listed = {}, {}
     for key in setting_keys():

@@ -1,0 +1,192 @@
+"""Text to plain values by the type that is wanted, from YAML and from the command line.
+
+YAML 1.1 silently reads ``no`` as false, ``0100`` as 64, ``12:30`` as 750, ``2024-11-25`` as a date, and drops what
+follows `` #``. Where text is wanted, a YAML file gives the source text of such a value, and the command line gives what
+was typed. Where a number is wanted, only decimal, 0x, 0o and 0b notation count. Values of the wrong type are passed on
+as text, for the owner of the setting to refuse by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from ase_dist.errors import UserError
+
+TypeOf = Callable[[str], Any]  # dotted key -> the annotation of its value; Any where nothing is known of it
+
+_TAG = "tag:yaml.org,2002:"
+_DECIMAL = re.compile(r"[-+]?[0-9][0-9_]*", re.ASCII)
+_PREFIXED = re.compile(r"[-+]?0(?:x[0-9a-f_]+|o[0-7_]+|b[01_]+)", re.ASCII | re.IGNORECASE)
+_EXPONENT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+")  # YAML 1.1 wants a point and a sign
+_NULL = ("null", "none", "~")
+_EXACT = 2.0**53  # up to here a float holds every whole number
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that knows 1e-4 as a number."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what ``_Loader`` reads back, so text such as 1e-4 is quoted."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(f"{_TAG}float", _EXPONENT, list("-+.0123456789"))  # type: ignore[no-untyped-call]
+
+
+def to_yaml(tree: dict[str, Any]) -> str:
+    """A plain tree as YAML in ASCII, which ``from_yaml`` reads back as it was."""
+    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False))
+
+
+def from_yaml(text: str, type_of: TypeOf, *, key: str = "") -> Any:
+    """The value of a YAML document; its parts have the types of their dotted keys, the whole that of ``key``.
+
+    Raises yaml.YAMLError where ``text`` is not YAML, and UserError by key for tags other than plain YAML's, for a key
+    that stands twice in one mapping, and for an untyped number whose notation other readers take for another number.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is not None and (rest := text[node.end_mark.index :].partition("\n")[0].strip()) and key:
+            raise UserError(f"{key}: {rest!r} after the value would not be read; leave it out")
+        return None if node is None else _Reader(loader, type_of).value(node, type_of(key), key)
+    except RecursionError:
+        raise UserError(f"{key or 'settings'}: nested too deeply") from None
+    finally:
+        loader.dispose()  # type: ignore[no-untyped-call]
+
+
+def from_argument(text: str, type_of: TypeOf, *, key: str) -> Any:
+    """The value of ``key=text`` on a command line.
+
+    Text and paths are taken as typed; only ``null`` means no value where that is allowed. Lists and dictionaries are
+    YAML. Raises UserError for these where they are not.
+    """
+    kinds = alternatives(type_of(key))
+    if _take_text(kinds):
+        return None if text == "null" and NoneType in kinds else text
+    if Any in kinds and text.lstrip()[:1] not in ("[", "{", '"', "'"):
+        return _untyped(text.strip(), _tag(text.strip()), key)
+    if Any in kinds or any(_is_container(kind) for kind in kinds):
+        try:
+            return from_yaml(text, type_of, key=key)
+        except yaml.YAMLError:
+            raise UserError(f"{key}: {text!r} is not a YAML value; write lists as [a,b]") from None
+    return None if NoneType in kinds and text.strip().lower() in _NULL else _number(text.strip(), kinds)
+
+
+class _Reader:
+    """Turns composed YAML nodes into plain values."""
+
+    def __init__(self, loader: _Loader, type_of: TypeOf) -> None:
+        self.loader, self.type_of = loader, type_of
+        self.open: list[yaml.Node] = []  # the mappings and sequences around the node
+        self.read: dict[tuple[int, Any], Any] = {}  # a node is read once: by aliases a few can stand for billions
+
+    def value(self, node: yaml.Node, wanted: Any, key: str) -> Any:
+        known = (id(node), key if isinstance(node, yaml.MappingNode) and wanted is not Any else str(wanted))
+        if known not in self.read:
+            if node in self.open:
+                raise UserError(f"{key}: the value is a part of itself")
+            self.open.append(node)
+            self.read[known] = self._value(node, wanted, key)
+            self.open.pop()
+        return self.read[known]
+
+    def _value(self, node: yaml.Node, wanted: Any, key: str) -> Any:
+        kinds = alternatives(wanted)
+        if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
+            return self._mapping(node, wanted, key)
+        if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
+            lists = [get_args(kind) for kind in kinds if get_origin(kind) in (tuple, list)]
+            inner = lists[0][0] if lists else Any
+            return [self.value(each, inner, f"{key}.{i}") for i, each in enumerate(node.value)]
+        if not isinstance(node, yaml.ScalarNode) or node.tag.removeprefix(_TAG) not in (
+            "str", "null", "bool", "int", "float", "timestamp", "value", "merge",
+        ):  # fmt: skip
+            raise UserError(f"{key}: not plain YAML: the tag {node.tag!r}")
+        if node.tag == f"{_TAG}null":
+            return None
+        if _take_text(kinds):
+            return str(node.value)
+        return _untyped(node.value, node.tag, key) if Any in kinds else _number(node.value, kinds)
+
+    def _mapping(self, node: yaml.MappingNode, wanted: Any, key: str) -> dict[str, Any]:
+        lines: dict[str, int] = {}
+        for name, _ in node.value:
+            if not isinstance(name, yaml.ScalarNode):
+                raise UserError(f"{key or 'settings'}: got a list or a mapping as a key, wanted a name")
+            if name.value in lines and name.tag != f"{_TAG}merge":
+                where = f"{key}.{name.value}" if key else name.value
+                raise UserError(
+                    f"{where}: stands twice, in lines {lines[name.value]} and {name.start_mark.line + 1}; keep one"
+                )
+            lines[name.value] = name.start_mark.line + 1
+        self.loader.flatten_mapping(node)  # type: ignore[no-untyped-call]
+        found = {}
+        for name, value in node.value:
+            inner = f"{key}.{name.value}" if key else str(name.value)
+            found[str(name.value)] = self.value(value, Any if wanted is Any else self.type_of(inner), inner)
+        return found
+
+
+def _tag(text: str) -> str:
+    """YAML's tag for a plain scalar."""
+    return str(_Loader("").resolve(yaml.ScalarNode, text, (True, False)))  # type: ignore[no-untyped-call]
+
+
+def alternatives(wanted: Any) -> list[Any]:
+    """The members of a union, what is annotated without its annotations."""
+    if get_origin(wanted) is Annotated:
+        return alternatives(get_args(wanted)[0])
+    if get_origin(wanted) in (Union, UnionType):
+        return [kind for each in get_args(wanted) for kind in alternatives(each)]
+    return [wanted]
+
+
+def _take_text(kinds: list[Any]) -> bool:
+    return any(kind in (str, Path) or get_origin(kind) is Literal for kind in kinds)
+
+
+def _is_container(kind: Any) -> bool:
+    return get_origin(kind) in (tuple, list, dict) or (isinstance(kind, type) and hasattr(kind, "model_fields"))
+
+
+def _number(text: str, kinds: list[Any]) -> Any:
+    """The number that ``text`` is to a reader; ``text`` itself where it is none or none is wanted."""
+    if int not in kinds and float not in kinds:
+        return text
+    base = 10 if _DECIMAL.fullmatch(text) else 0 if _PREFIXED.fullmatch(text) else None
+    try:
+        number = float(text if text.isascii() else "") if base is None else int(text.replace("_", ""), base)
+    except ValueError:  # no number, or one of thousands of digits
+        return text
+    if float in kinds or not (math.isfinite(number) and float(number).is_integer()):
+        return number
+    return int(number) if isinstance(number, int) or abs(number) <= _EXACT else text
+
+
+def _untyped(text: str, tag: str, key: str) -> Any:
+    """A plain scalar as YAML reads it, but dates stay text and no number is read by two bases."""
+    kind = tag.removeprefix(_TAG)
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() in ("yes", "true", "on")
+    if kind not in ("int", "float"):
+        return text
+    if ":" in text or (kind == "int" and re.fullmatch(r"[-+]?0[0-9_]+", text)):
+        raise UserError(f"{key}: got {text}, which YAML does not read in base 10; write a decimal number, or quote it")
+    number = re.sub(r"\.(inf|nan)", r"\1", text.lower()).replace("_", "")
+    try:
+        return float(number) if kind == "float" else int(number, 0)
+    except ValueError:
+        raise UserError(f"{key}: got {text!r}, wanted a number") from None
