@@ -1,4 +1,4 @@
-"""Boundary F-measure of edge maps (odsF, oisF) with NumPy and SciPy alone, over all cores.
+"""Boundary F-measure of edge maps (odsF, oisF) with NumPy and SciPy only, on all cores.
 
 The definition is the published benchmark's (Arbelaez, Maire, Fowlkes and Malik, "Contour detection and hierarchical
 image segmentation", PAMI 2011; the code known as ``edgesEvalImg`` and ``edgesEvalDir``): a prediction is thresholded
@@ -121,7 +121,7 @@ def boundary_totals(
 
 
 def with_best(counts_T4: Floats) -> Floats:
-    """The counts of one image [T, 4] and below them the row of its best threshold: what ``boundary_totals`` adds up."""
+    """The counts of one image [T, 4] followed by those at its best threshold: [T + 1, 4], to be summed over images."""
     return np.vstack((counts_T4, counts_T4[np.argmax(_precision_recall_f(counts_T4)[2])]))
 
 
@@ -131,12 +131,18 @@ def boundary_scores(totals: Floats, *, thresholds: int | Sequence[float] = 99) -
     if totals.shape != (len(levels) + 1, 4):
         raise UserError(f"totals: got shape {list(totals.shape)}, wanted {[len(levels) + 1, 4]} for these thresholds")
     precision, recall, f = _precision_recall_f(totals)
-    best_precision, best_recall, best_f, best_threshold = _best_between(precision[:-1], recall[:-1], levels)
+    share = np.linspace(0, 1, STEPS_BETWEEN)  # each curve: its first value, then neighbours blended at every share
+    fine_precision, fine_recall, fine_levels = (
+        np.concatenate((curve[:1], (np.outer(curve[:-1], 1 - share) + np.outer(curve[1:], share)).ravel()))
+        for curve in (precision[:-1], recall[:-1], levels)
+    )
+    fine_f = _harmonic_mean(fine_precision, fine_recall)
+    best = int(np.argmax(fine_f))
     return BoundaryScores(
-        ods_f=best_f,
-        ods_precision=best_precision,
-        ods_recall=best_recall,
-        ods_threshold=best_threshold,
+        ods_f=float(fine_f[best]),
+        ods_precision=float(fine_precision[best]),
+        ods_recall=float(fine_recall[best]),
+        ods_threshold=float(fine_levels[best]),
         ois_f=float(f[-1]),
         ois_precision=float(precision[-1]),
         ois_recall=float(recall[-1]),
@@ -163,23 +169,9 @@ def _precision_recall_f(counts_T4: Floats) -> tuple[Floats, Floats, Floats]:
     """Precision, recall and their harmonic mean, each [T]; 0 where there is nothing to count, as published."""
     precision = counts_T4[:, MATCHED_PREDICTED] / np.maximum(counts_T4[:, PREDICTED], 1)
     recall = counts_T4[:, MATCHED_TRUE] / np.maximum(counts_T4[:, TRUE], 1)
-    return precision, recall, _harmonic(precision, recall)
+    return precision, recall, _harmonic_mean(precision, recall)
 
 
-def _harmonic(precision: Floats, recall: Floats) -> Floats:
+def _harmonic_mean(precision: Floats, recall: Floats) -> Floats:
     total = precision + recall
     return 2 * precision * recall / np.where(total == 0, 1, total)
-
-
-def _best_between(precision: Floats, recall: Floats, levels: Floats) -> tuple[float, float, float, float]:
-    """Precision, recall, F and threshold of the best F, with all three interpolated between thresholds."""
-    share = np.linspace(0, 1, STEPS_BETWEEN)
-    fine_precision, fine_recall, fine_levels = (_between(curve, share) for curve in (precision, recall, levels))
-    f = _harmonic(fine_precision, fine_recall)
-    best = int(np.argmax(f))
-    return float(fine_precision[best]), float(fine_recall[best]), float(f[best]), float(fine_levels[best])
-
-
-def _between(curve: Floats, share: Floats) -> Floats:
-    """The first value, then each pair of neighbours blended at every ``share``."""
-    return np.concatenate((curve[:1], (np.outer(curve[:-1], 1 - share) + np.outer(curve[1:], share)).ravel()))

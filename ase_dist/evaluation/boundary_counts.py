@@ -1,6 +1,6 @@
 """The four counts of one image behind boundary precision and recall, at every threshold.
 
-A module apart from ``boundary`` because it is all that a worker process runs: NumPy and SciPy, no torch. Letters: H
+Separate from ``boundary`` because worker processes import only this: NumPy and SciPy, no torch. Letters: H
 height, W width, T thresholds, P pixels that are left at any threshold, K annotators.
 """
 
@@ -25,7 +25,7 @@ Mask = NDArray[np.bool_]
 Matching = Literal["exact", "published"]
 
 MATCHED_TRUE, TRUE, MATCHED_PREDICTED, PREDICTED = range(4)  # the columns of a table of counts
-FRACTIONS = 1 << 20  # counts are multiples of 1 / FRACTIONS, whose sums are exact in whatever order they are made
+FRACTIONS = 1 << 20  # counts are multiples of 1 / FRACTIONS, so their sums are exact in any order
 
 
 @dataclass(frozen=True)
@@ -42,29 +42,26 @@ class Protocol:
 def count_image(index: int, prediction: ArrayLike, annotators: Sequence[ArrayLike], protocol: Protocol) -> Floats:
     """Counts [T, 4] of one image: matched true, true, matched predicted and predicted pixels at each threshold.
 
-    True pixels are summed over annotators; a predicted pixel counts as matched if any annotator has a partner for it.
+    True pixels are summed over annotators; a predicted pixel counts as matched if any annotator's map matches it.
     Raises UserError naming image ``index`` for a prediction outside 0..1 or ground truths of another size or type.
     """
-    prediction_HW = _check_prediction(index, prediction)
-    truths = [_check_truth(index, truth, prediction_HW.shape) for truth in annotators]
-    if not truths:
-        raise UserError(f"image {index}: got no ground truth, wanted one map per annotator; leave such images out")
+    prediction_HW, truths = _check_image(index, prediction, annotators)
     if protocol.nms:
         prediction_HW = suppress_non_maxima(prediction_HW)
-    pixels_P2, present_TP = _present(prediction_HW, protocol)
+    pixels_P2, present_TP = _pixels_at_thresholds(prediction_HW, protocol)
     radius = protocol.max_dist * math.hypot(*prediction_HW.shape)
     candidates_K = [find_candidates(pixels_P2, truth, radius=radius) for truth in truths]
-    able_P = np.any([candidates.counts_P > 0 for candidates in candidates_K], axis=0)
+    has_candidate_P = np.any([candidates.counts_P > 0 for candidates in candidates_K], axis=0)
     counts_T4 = np.zeros((len(present_TP), 4))
     counts_T4[:, TRUE] = sum(np.count_nonzero(truth) for truth in truths)
     counts_T4[:, PREDICTED] = present_TP.sum(axis=1)
-    for counts, present_P in zip(counts_T4, present_TP & able_P, strict=True):
+    for counts, present_P in zip(counts_T4, present_TP & has_candidate_P, strict=True):
         chosen = np.flatnonzero(present_P)
-        counts[MATCHED_TRUE], counts[MATCHED_PREDICTED] = _matched(candidates_K, chosen, protocol.matching)
+        counts[MATCHED_TRUE], counts[MATCHED_PREDICTED] = _count_matched(candidates_K, chosen, protocol.matching)
     return np.rint(counts_T4 * FRACTIONS) / FRACTIONS
 
 
-def _present(prediction_HW: Floats, protocol: Protocol) -> tuple[NDArray[np.int64], Mask]:
+def _pixels_at_thresholds(prediction_HW: Floats, protocol: Protocol) -> tuple[NDArray[np.int64], Mask]:
     """The pixels [P, 2] that reach any threshold and survive thinning, and at which thresholds they do, bool [T, P].
 
     Thresholds are packed into words of 64 bits: a pixel that reaches the first n of them has the n lowest bits set.
@@ -81,9 +78,11 @@ def _present(prediction_HW: Floats, protocol: Protocol) -> tuple[NDArray[np.int6
     return np.argwhere(left_HW), np.ascontiguousarray(bits.T).astype(bool)
 
 
-def _matched(candidates_K: list[Candidates], chosen: NDArray[np.int64], matching: Matching) -> tuple[float, float]:
+def _count_matched(
+    candidates_K: list[Candidates], chosen: NDArray[np.int64], matching: Matching
+) -> tuple[float, float]:
     """Matched true pixels summed over annotators, and predicted pixels matched with any annotator."""
-    if len(candidates_K) == 1:  # which pixels are matched matters only to a union
+    if len(candidates_K) == 1:  # which pixels are matched matters only for several annotators
         partner_C = match_most(candidates_K[0], chosen)
         pairs = np.count_nonzero(partner_C >= 0)
         left = pairs - (missed_pairs(candidates_K[0], chosen, partner_C) if matching == "published" else 0)
@@ -101,23 +100,23 @@ def _matched(candidates_K: list[Candidates], chosen: NDArray[np.int64], matching
     return true, predicted
 
 
-def _check_prediction(index: int, prediction: ArrayLike) -> Floats:
-    array = np.asarray(prediction, dtype=np.float64)
-    if array.ndim != 2 or array.size == 0:
-        raise UserError(f"image {index}: got a prediction of shape {list(array.shape)}, wanted [H, W]")
-    if not (array.min() >= 0 and array.max() <= 1):  # written so that NaN fails too
+def _check_image(index: int, prediction: ArrayLike, annotators: Sequence[ArrayLike]) -> tuple[Floats, list[Mask]]:
+    """The prediction [H, W] and the annotators' maps as arrays; UserError naming the image where they do not fit."""
+    prediction_HW = np.asarray(prediction, dtype=np.float64)
+    if prediction_HW.ndim != 2 or prediction_HW.size == 0:
+        raise UserError(f"image {index}: got a prediction of shape {list(prediction_HW.shape)}, wanted [H, W]")
+    if not (prediction_HW.min() >= 0 and prediction_HW.max() <= 1):  # written so that NaN fails too
         raise UserError(
-            f"image {index}: got predictions from {array.min():.4g} to {array.max():.4g}, "
+            f"image {index}: got predictions from {prediction_HW.min():.4g} to {prediction_HW.max():.4g}, "
             "wanted probabilities in 0..1; apply the sigmoid first"
         )
-    return array
-
-
-def _check_truth(index: int, truth: ArrayLike, shape: tuple[int, ...]) -> Mask:
-    array = np.asarray(truth)
-    if array.dtype != np.bool_ or array.shape != shape:
-        raise UserError(
-            f"image {index}: got a ground truth of {array.dtype} {list(array.shape)}, wanted one bool {list(shape)} "
-            "per annotator in a list; write label == 1 for labels that hold 255"
-        )
-    return array
+    truths = [np.asarray(truth) for truth in annotators]
+    for truth in truths:
+        if truth.dtype != np.bool_ or truth.shape != prediction_HW.shape:
+            raise UserError(
+                f"image {index}: got a ground truth of {truth.dtype} {list(truth.shape)}, wanted one bool "
+                f"{list(prediction_HW.shape)} per annotator in a list; write label == 1 for labels that hold 255"
+            )
+    if not truths:
+        raise UserError(f"image {index}: got no ground truth, wanted one map per annotator; leave such images out")
+    return prediction_HW, truths

@@ -1,10 +1,10 @@
-"""Results beside a reference row: each task's relative gain, and Delta_m."""
+"""Results compared with a reference: the relative gain of each task, and Delta_m."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ase_dist.errors import UserError
 from ase_dist.evaluation.delta_m import PAPER_METRICS, PAPER_REFERENCE, delta_m
@@ -14,7 +14,7 @@ from ase_dist.tasks import Task
 
 @dataclass(frozen=True)
 class Reference:
-    """Scores to compare with; ``name`` says whose, ``data`` on which data set (empty: unknown)."""
+    """Scores to compare with: of the model ``name``, measured on the data set ``data`` (empty: unknown)."""
 
     name: str
     data: str
@@ -43,7 +43,7 @@ class Comparison:
 
 
 def paper_reference() -> Reference:
-    """The paper's single-task row, which its own Delta_m is relative to."""
+    """The paper's single-task baseline, the reference of its own Delta_m."""
     scores = {task: {PAPER_METRICS[task]: value} for task, value in PAPER_REFERENCE.scores.items()}
     name = f"{PAPER_REFERENCE.method}, {PAPER_REFERENCE.backbone} (arXiv 2510.00570)"
     return Reference(name, "PASCAL-Context", scores)
@@ -54,26 +54,21 @@ def compare(tasks: Sequence[Task], results: Results, reference: Reference) -> Co
 
     Raises UserError where the reference lacks a task or its score.
     """
-    gains = tuple(_gain(task, results[task.name], reference) for task in tasks)
-    left_out = tuple(sorted(reference.scores.keys() - {task.name for task in tasks}))
-    return Comparison(reference, gains, _delta_m(gains), left_out)
+    gains: list[Gain] = []
+    values: dict[str, float] = {}
+    references: dict[str, float] = {}
+    directions: dict[str, bool] = {}
+    for task in tasks:
+        key, name = _common_score(task, results[task.name], reference), task.name
+        values[name], references[name] = results[name][key], reference.scores[name][key]
+        directions[name] = bool(score_of(task, key).higher_is_better)
+        percent = delta_m({name: values[name]}, {name: references[name]}, higher_is_better={name: directions[name]})
+        gains.append(Gain(task, key, values[name], references[name], percent))
+    left_out = tuple(sorted(reference.scores.keys() - values.keys()))
+    return Comparison(reference, tuple(gains), delta_m(values, references, higher_is_better=directions), left_out)
 
 
-def _gain(task: Task, values: Mapping[str, float], reference: Reference) -> Gain:
-    key = _key(task, values, reference)
-    gain = Gain(task, key, values[key], reference.scores[task.name][key], percent=math.nan)
-    return replace(gain, percent=_delta_m([gain]))
-
-
-def _delta_m(gains: Sequence[Gain]) -> float:
-    return delta_m(
-        {gain.task.name: gain.value for gain in gains},
-        {gain.task.name: gain.reference for gain in gains},
-        higher_is_better={gain.task.name: bool(score_of(gain.task, gain.key).higher_is_better) for gain in gains},
-    )
-
-
-def _key(task: Task, values: Mapping[str, float], reference: Reference) -> str:
+def _common_score(task: Task, values: Mapping[str, float], reference: Reference) -> str:
     """The first of the task's scores that both sides have."""
     if task.name not in reference.scores:
         raise UserError(

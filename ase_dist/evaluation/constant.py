@@ -32,8 +32,16 @@ class ConstantPredictor:
 
     def update(self, label: Tensor) -> None:
         """Add the label of one image, in the form that ``tasks`` gives for its kind."""
-        part = _count(self.task, label)
-        self.totals = self.totals.to(part.device) + part
+        if self.task.kind == "classes":  # pixels of each class
+            slot = torch.where(label == IGNORE, self.task.channels, label.long()).flatten()
+            counts = torch.bincount(slot, minlength=self.task.channels + 1)[: self.task.channels].double()
+        elif self.task.kind == "normals":  # the sum of each component
+            counts = unit_vectors(label, dim=0).sum(dim=(1, 2), dtype=torch.float64)
+        elif self.task.kind == "depth":  # valid pixels, metres
+            counts = torch.stack(((label > 0).sum().double(), label.double().sum()))
+        else:  # valid pixels, positive pixels
+            counts = torch.stack(((label <= 1).sum(), (label == 1).sum())).double()
+        self.totals = self.totals.to(counts.device) + counts
 
     def predict(self, height: int, width: int) -> Tensor:
         """The constant for one image, decoded: [H, W], [3, H, W] or [1, H, W] as its kind has it.
@@ -42,33 +50,17 @@ class ConstantPredictor:
         """
         if not self.totals.any():
             raise UserError(f"{self.task.name}: got no valid label pixel, wanted update() with training labels first")
-        constant = _constant(self.task, self.totals)
+        if self.task.kind == "classes":
+            constant = self.totals.argmax().to(torch.uint8)
+        elif self.task.kind == "normals":
+            constant = F.normalize(self.totals, dim=0).float()
+        elif self.task.kind == "depth":
+            constant = (self.totals[1:] / self.totals[0]).float()
+        elif self.task.kind == "mask":
+            constant = torch.ones((), device=self.totals.device)
+        else:
+            pixels, edges = self.totals
+            positive = EDGE_POSITIVE_WEIGHT * edges
+            negative = (1 - EDGE_POSITIVE_WEIGHT) * (pixels - edges)
+            constant = (positive / (positive + negative)).float()
         return constant[..., None, None].expand(*constant.shape, height, width)
-
-
-def _count(task: Task, label: Tensor) -> Tensor:
-    """Sums over valid pixels: of each class; of each component; (pixels, metres); (pixels, positives)."""
-    if task.kind == "classes":
-        slot = torch.where(label == IGNORE, task.channels, label.long()).flatten()
-        return torch.bincount(slot, minlength=task.channels + 1)[: task.channels].double()
-    if task.kind == "normals":
-        return unit_vectors(label, dim=0).sum(dim=(1, 2), dtype=torch.float64)
-    if task.kind == "depth":
-        return torch.stack(((label > 0).sum().double(), label.double().sum()))
-    return torch.stack(((label <= 1).sum(), (label == 1).sum())).double()
-
-
-def _constant(task: Task, totals: Tensor) -> Tensor:
-    """The value of one pixel: [] or, for normals and depth, [channels]."""
-    if task.kind == "classes":
-        return totals.argmax().to(torch.uint8)
-    if task.kind == "normals":
-        return F.normalize(totals, dim=0).float()
-    if task.kind == "depth":
-        return (totals[1:] / totals[0]).float()
-    if task.kind == "mask":
-        return torch.ones((), device=totals.device)
-    pixels, edges = totals
-    positive = EDGE_POSITIVE_WEIGHT * edges
-    negative = (1 - EDGE_POSITIVE_WEIGHT) * (pixels - edges)
-    return (positive / (positive + negative)).float()

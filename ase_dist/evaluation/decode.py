@@ -1,4 +1,4 @@
-"""From a head's raw output to what is scored, drawn and saved: the one place where logits become predictions.
+"""Decode the raw logits of a head into the predictions that are scored, drawn and saved.
 
 | kind    | decoded              | meaning                          |
 |---------|----------------------|----------------------------------|
@@ -26,7 +26,7 @@ def decode(task: Task, logits_BCHW: Tensor, *, size: tuple[int, int] | None = No
     """Decode ``logits_BCHW`` [B, task.channels, h, w] as the table above says, at ``size`` (height, width) if given.
 
     Logits are resized (bilinear) before they are decoded, so class borders and probabilities are those of the
-    interpolated logits. Arithmetic is float32 whatever the logits' type. Raises UserError for another shape.
+    interpolated logits. Arithmetic is float32 for logits of any type. Raises UserError for another shape.
     """
     if logits_BCHW.ndim != 4 or logits_BCHW.shape[1] != task.channels:
         raise UserError(f"{task.name}: got logits {list(logits_BCHW.shape)}, wanted [B, {task.channels}, H, W]")

@@ -11,8 +11,8 @@ from ase_dist.tasks import Task
 
 
 @dataclass(frozen=True)
-class PaperRow:
-    """A row of the paper's PASCAL-Context table (arXiv 2510.00570): 224 x 224 pixels, 40 epochs.
+class PaperResult:
+    """A model of the paper's PASCAL-Context table (arXiv 2510.00570): 224 x 224 pixels, 40 epochs.
 
     ``scores`` are mIoU in percent (semseg, human_parts, saliency), mean angular error in degrees (normals) and odsF in
     percent (edge), see ``PAPER_METRICS``; ``delta_m`` is the printed value, ``parameters`` millions.
@@ -42,23 +42,23 @@ PAPER_METRICS: Mapping[str, str] = {
 }
 
 
-def _row(method: str, backbone: str, scores: tuple[float, ...], delta: float, parameters: int) -> PaperRow:
-    return PaperRow(method, backbone, dict(zip(PAPER_HIGHER_IS_BETTER, scores, strict=True)), delta, parameters)
+def _result(method: str, backbone: str, scores: tuple[float, ...], delta: float, parameters: int) -> PaperResult:
+    return PaperResult(method, backbone, dict(zip(PAPER_HIGHER_IS_BETTER, scores, strict=True)), delta, parameters)
 
 
-PAPER_TABLE: tuple[PaperRow, ...] = (
-    _row("STL", "ResNet-18", (60.1, 15.4, 51.0, 63.2, 50.8), 0.00, 11),
-    _row("MTL", "ResNet-18", (58.4, 15.9, 51.8, 62.6, 50.3), -1.29, 11),
-    _row("MTAN", "ResNet-18", (58.9, 16.4, 51.9, 62.2, 50.6), -1.74, 11),
-    _row("NDDR-CNN", "ResNet-18", (59.7, 15.5, 51.7, 62.7, 51.5), 0.13, 11),
-    _row("Cross-Stitch", "ResNet-18", (60.4, 15.4, 51.6, 63.1, 51.7), 0.66, 11),
-    _row("MTL-ViT", "ViT-B", (69.1, 16.2, 54.8, 61.9, 49.9), 2.68, 104),
-    _row("LoRA-MoE 16/4/0/4", "ViT-B", (73.7, 17.5, 59.2, 62.9, 53.7), 6.06, 107),
-    _row("LoRA-MoE 32/8/0/2", "ViT-B", (73.8, 17.4, 59.3, 62.9, 53.3), 6.11, 108),
-    _row("ASE 16/3/1/4", "ViT-B", (74.0, 17.3, 60.1, 63.2, 55.3), 7.49, 107),
-    _row("ASE 32/6/2/2", "ViT-B", (74.0, 17.2, 60.3, 63.3, 54.9), 7.58, 108),
+PAPER_TABLE: tuple[PaperResult, ...] = (
+    _result("STL", "ResNet-18", (60.1, 15.4, 51.0, 63.2, 50.8), 0.00, 11),
+    _result("MTL", "ResNet-18", (58.4, 15.9, 51.8, 62.6, 50.3), -1.29, 11),
+    _result("MTAN", "ResNet-18", (58.9, 16.4, 51.9, 62.2, 50.6), -1.74, 11),
+    _result("NDDR-CNN", "ResNet-18", (59.7, 15.5, 51.7, 62.7, 51.5), 0.13, 11),
+    _result("Cross-Stitch", "ResNet-18", (60.4, 15.4, 51.6, 63.1, 51.7), 0.66, 11),
+    _result("MTL-ViT", "ViT-B", (69.1, 16.2, 54.8, 61.9, 49.9), 2.68, 104),
+    _result("LoRA-MoE 16/4/0/4", "ViT-B", (73.7, 17.5, 59.2, 62.9, 53.7), 6.06, 107),
+    _result("LoRA-MoE 32/8/0/2", "ViT-B", (73.8, 17.4, 59.3, 62.9, 53.3), 6.11, 108),
+    _result("ASE 16/3/1/4", "ViT-B", (74.0, 17.3, 60.1, 63.2, 55.3), 7.49, 107),
+    _result("ASE 32/6/2/2", "ViT-B", (74.0, 17.2, 60.3, 63.3, 54.9), 7.58, 108),
 )
-PAPER_REFERENCE: PaperRow = PAPER_TABLE[0]  # single-task learning: the row that every Delta_m is relative to
+PAPER_REFERENCE: PaperResult = PAPER_TABLE[0]  # single-task learning, which every Delta_m is relative to
 
 
 def delta_m(
@@ -70,7 +70,14 @@ def delta_m(
     mappings go by task, and a task's two scores must be of the same metric. Raises UserError where they don't hold
     the same tasks, or where a score is not finite or a reference is 0.
     """
-    _check_tasks(scores, reference, higher_is_better)
+    if not reference:
+        raise UserError("Delta_m: got no task in the reference, wanted at least one")
+    for name, tasks in (("scores", scores), ("directions", higher_is_better)):
+        if set(tasks) != set(reference):
+            raise UserError(
+                f"Delta_m over {len(reference)} tasks where the {name} have {len(tasks)}: only one side has "
+                f"{sorted(set(tasks) ^ set(reference))}; choose the same tasks on both sides"
+            )
     gains = []
     for task, base in reference.items():
         if not math.isfinite(scores[task]) or not math.isfinite(base) or base == 0:
@@ -82,16 +89,3 @@ def delta_m(
 def directions(tasks: Iterable[Task]) -> dict[str, bool]:
     """Whether higher is better, by task, for the metric that the task table names."""
     return {task.name: task.higher_is_better for task in tasks}
-
-
-def _check_tasks(
-    scores: Mapping[str, float], reference: Mapping[str, float], higher_is_better: Mapping[str, bool]
-) -> None:
-    if not reference:
-        raise UserError("Delta_m: got no task in the reference, wanted at least one")
-    for name, tasks in (("scores", scores), ("directions", higher_is_better)):
-        if set(tasks) != set(reference):
-            raise UserError(
-                f"Delta_m over {len(reference)} tasks where the {name} have {len(tasks)}: only one side has "
-                f"{sorted(set(tasks) ^ set(reference))}; choose the same tasks on both sides"
-            )

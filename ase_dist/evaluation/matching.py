@@ -1,4 +1,4 @@
-"""One-to-one matching of boundary pixels: who may match whom, and the best matching for each subset of predictions.
+"""One-to-one matching of boundary pixels: the candidate pairs, and the best matching for each subset of predictions.
 
 The published benchmark (BSDS ``correspondPixels``) matches predicted with true boundary pixels one to one, within a
 radius, so that as many as possible are matched and, among such matchings, the sum of distances is least. Letters: P
@@ -48,10 +48,18 @@ class Candidates:
 
 def find_candidates(predicted_P2: Ints, truth_HW: Mask, *, radius: float) -> Candidates:
     """All pairs of ``predicted_P2`` (row, column) and true pixels at most ``radius`` pixels apart."""
-    step_D2 = _offsets(radius)
-    number_HW = _numbered(truth_HW, margin=math.floor(radius))
-    here_P = (predicted_P2 + math.floor(radius)) @ np.array([number_HW.shape[1], 1])
-    true_PD = number_HW.ravel()[here_P[:, None] + step_D2 @ np.array([number_HW.shape[1], 1])]
+    reach = math.floor(radius)
+    line = np.arange(-reach, reach + 1)
+    step_D2 = np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
+    squared_D = (step_D2**2).sum(axis=1)
+    order_D = np.argsort(squared_D, kind="stable")  # steps (rows, columns) within the radius, nearest first
+    step_D2 = step_D2[order_D][squared_D[order_D] <= radius * radius]
+    number_HW = np.full(truth_HW.shape, -1, dtype=np.int32)  # true pixels numbered in raster order, -1 elsewhere
+    number_HW[truth_HW] = np.arange(np.count_nonzero(truth_HW), dtype=np.int32)
+    number_HW = np.pad(number_HW, reach, constant_values=-1)
+    flat_2 = np.array([truth_HW.shape[1] + 2 * reach, 1])  # (row, column) @ this is the index in the flattened map
+    place_P = (predicted_P2 + reach) @ flat_2
+    true_PD = number_HW.ravel()[place_P[:, None] + step_D2 @ flat_2]
     found_PD = true_PD >= 0
     counts_P = found_PD.sum(axis=1)
     return Candidates(
@@ -77,40 +85,23 @@ def match_nearest(candidates: Candidates, chosen_C: Ints) -> Ints:
 
     Each predicted pixel gets a private stand-in at the price of staying unmatched, so that a full matching exists.
     """
-    able = np.flatnonzero(candidates.counts_P[chosen_C])
+    matchable = np.flatnonzero(candidates.counts_P[chosen_C])
     partner_C = np.full(len(chosen_C), -1, dtype=np.int64)
-    if able.size == 0:
+    if matchable.size == 0:
         return partner_C
-    pointers, positions = candidates.rows(chosen_C[able])
+    pointers, positions = candidates.rows(chosen_C[matchable])
     cost = np.rint(candidates.distance_E[positions] * DISTANCE_UNITS) + 1  # an explicit zero is no edge to scipy
     price = math.ceil(UNMATCHED_COST * candidates.radius * DISTANCE_UNITS) + 1
-    stand_ins = candidates.num_true + np.arange(able.size)
+    stand_ins = candidates.num_true + np.arange(matchable.size)
     graph = _graph(
         np.insert(cost, pointers[1:], float(price)),
         np.insert(candidates.true_E[positions].astype(np.int64), pointers[1:], stand_ins),
         pointers + np.arange(pointers.size),
-        width=candidates.num_true + able.size,
+        width=candidates.num_true + matchable.size,
     )
     _, partner = min_weight_full_bipartite_matching(graph)
-    partner_C[able] = np.where(partner < candidates.num_true, partner, -1)
+    partner_C[matchable] = np.where(partner < candidates.num_true, partner, -1)
     return partner_C
-
-
-def _offsets(radius: float) -> Ints:
-    """Steps (rows, columns) [D, 2] to every pixel at most ``radius`` away, nearest first, in a fixed order."""
-    reach = math.floor(radius)
-    line = np.arange(-reach, reach + 1)
-    steps = np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
-    squared = (steps**2).sum(axis=1)
-    order = np.argsort(squared, kind="stable")
-    return steps[order][squared[order] <= radius * radius]
-
-
-def _numbered(truth_HW: Mask, *, margin: int) -> NDArray[np.int32]:
-    """The true pixels numbered in raster order, -1 elsewhere, with ``margin`` pixels of -1 around the image."""
-    number = np.full(truth_HW.shape, -1, dtype=np.int32)
-    number[truth_HW] = np.arange(np.count_nonzero(truth_HW), dtype=np.int32)
-    return np.pad(number, margin, constant_values=-1)
 
 
 def _graph(data: NDArray[np.generic], columns: NDArray[np.integer], pointers: Ints, *, width: int) -> csr_matrix:

@@ -28,8 +28,20 @@ def suppress_non_maxima(
     """
     strength_HW = smooth(edges, radius=FINE_RADIUS)
     angle_HW = orientation(strength_HW)
-    kept_HW = np.where(_is_ridge(strength_HW, angle_HW, radius=radius, factor=factor), strength_HW, 0.0)
-    return _fade_border(kept_HW, border=border)
+    height, width = strength_HW.shape
+    row_HW, column_HW = np.indices(strength_HW.shape)
+    is_ridge_HW = np.ones(strength_HW.shape, dtype=bool)
+    for distance in (*range(-radius, 0), *range(1, radius + 1)):
+        y_HW = np.clip(row_HW + distance * np.sin(angle_HW), 0, max(height - CLAMP, 0))
+        x_HW = np.clip(column_HW + distance * np.cos(angle_HW), 0, max(width - CLAMP, 0))
+        neighbour_HW = ndimage.map_coordinates(strength_HW, (y_HW, x_HW), order=1, mode="nearest", prefilter=False)
+        is_ridge_HW &= factor * strength_HW >= neighbour_HW
+    kept_HW = np.where(is_ridge_HW, strength_HW, 0.0)
+    frame = min(border, height // 2, width // 2)
+    for i in range(frame):
+        kept_HW[[i, -1 - i], :] *= i / frame
+        kept_HW[:, [i, -1 - i]] *= i / frame
+    return kept_HW
 
 
 def smooth(image_HW: NDArray[np.floating], *, radius: int) -> Floats:
@@ -47,28 +59,3 @@ def orientation(strength_HW: Floats) -> Floats:
     dxx = np.gradient(dx, axis=1)
     dyy, dxy = np.gradient(dy)
     return np.mod(np.arctan(dyy * np.sign(-dxy) / (dxx + 1e-5)), np.pi)
-
-
-def _is_ridge(strength_HW: Floats, angle_HW: Floats, *, radius: int, factor: float) -> NDArray[np.bool_]:
-    y, x = np.indices(strength_HW.shape)
-    ridge = np.ones(strength_HW.shape, dtype=bool)
-    for distance in (*range(-radius, 0), *range(1, radius + 1)):
-        beside = _sample(strength_HW, y + distance * np.sin(angle_HW), x + distance * np.cos(angle_HW))
-        ridge &= factor * strength_HW >= beside
-    return ridge
-
-
-def _sample(image_HW: Floats, y: Floats, x: Floats) -> Floats:
-    """Bilinear interpolation at real coordinates, clamped to the image."""
-    y = np.clip(y, 0, max(image_HW.shape[0] - CLAMP, 0))
-    x = np.clip(x, 0, max(image_HW.shape[1] - CLAMP, 0))
-    return ndimage.map_coordinates(image_HW, (y, x), order=1, mode="nearest", prefilter=False)
-
-
-def _fade_border(image_HW: Floats, *, border: int) -> Floats:
-    width = min(border, *(side // 2 for side in image_HW.shape))
-    faded = image_HW.copy()
-    for i in range(width):
-        faded[[i, -1 - i], :] *= i / width
-        faded[:, [i, -1 - i]] *= i / width
-    return faded

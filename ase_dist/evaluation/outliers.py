@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import breadth_first_order
 from ase_dist.evaluation.matching import Candidates, Ints
 
 DEGREE = 6  # outlier connections that the published code draws for each pixel
-NOBODY = -1
+UNMATCHED = -1
 
 
 def missed_pairs(candidates: Candidates, chosen_C: Ints, partner_C: Ints) -> float:
@@ -27,15 +27,21 @@ def missed_pairs(candidates: Candidates, chosen_C: Ints, partner_C: Ints) -> flo
     """
     pointers, positions = candidates.rows(chosen_C)
     predicted_E, true_E = np.repeat(np.arange(len(chosen_C)), np.diff(pointers)), candidates.true_E[positions]
-    taker_G = _inverse(partner_C, candidates.num_true)
+    partner_G = np.full(candidates.num_true, UNMATCHED, dtype=np.int64)
+    matched_C = np.flatnonzero(partner_C != UNMATCHED)
+    partner_G[partner_C[matched_C]] = matched_C
     sides = [_touched(predicted_E, len(chosen_C)), _touched(true_E, candidates.num_true)]
     few, many = sorted(int(np.count_nonzero(side)) for side in sides)
     if few <= DEGREE:
         return 0.0
     if np.count_nonzero(sides[0]) < np.count_nonzero(sides[1]):
-        spare = _spare(predicted_E, taker_G[true_E], np.flatnonzero(sides[0] & (partner_C == NOBODY)), len(chosen_C))
+        spare = _spare(
+            predicted_E, partner_G[true_E], np.flatnonzero(sides[0] & (partner_C == UNMATCHED)), len(chosen_C)
+        )
     else:
-        spare = _spare(true_E, partner_C[predicted_E], np.flatnonzero(sides[1] & (taker_G == NOBODY)), len(taker_G))
+        spare = _spare(
+            true_E, partner_C[predicted_E], np.flatnonzero(sides[1] & (partner_G == UNMATCHED)), len(partner_G)
+        )
     return float(few * (1 - DEGREE / few) ** (many + spare))
 
 
@@ -46,21 +52,15 @@ def _spare(from_E: NDArray[np.integer], to_E: Ints, unmatched: NDArray[np.intp],
     """
     if unmatched.size == 0:
         return 0
-    is_edge = to_E != NOBODY
+    is_edge = to_E != UNMATCHED
     rows = np.concatenate((from_E[is_edge], np.full(unmatched.size, size)))  # one more node is joined to the unmatched
     columns = np.concatenate((to_E[is_edge], unmatched))
     graph = coo_matrix((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(size + 1, size + 1)).tocsr()
     return len(breadth_first_order(graph, size, return_predecessors=False)) - 1
 
 
-def _inverse(partner_C: Ints, size: int) -> Ints:
-    inverse = np.full(size, NOBODY, dtype=np.int64)
-    matched = np.flatnonzero(partner_C != NOBODY)
-    inverse[partner_C[matched]] = matched
-    return inverse
-
-
 def _touched(index_E: NDArray[np.integer], size: int) -> NDArray[np.bool_]:
+    """Which of ``size`` pixels are in a candidate pair."""
     touched = np.zeros(size, dtype=bool)
     touched[index_E] = True
     return touched

@@ -67,7 +67,7 @@ SCORES: Mapping[Kind, Mapping[str, Score]] = {
 
 
 def score_of(task: Task, key: str) -> Score:
-    """The row of ``key``; the IoU of a class goes by the class's name."""
+    """How ``key`` is written; ``iou/<class name>`` is the IoU of that class."""
     if key.startswith(CLASS_PREFIX):
         return Score(f"IoU {key.removeprefix(CLASS_PREFIX)}", "%", True)
     return SCORES[task.kind][key]

@@ -1,4 +1,4 @@
-"""What several seeds say together."""
+"""The mean and spread of a score over seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tables of an evaluation hold: its report as Markdown, as LaTeX and as JSON."""
+"""The report of an evaluation as Markdown, LaTeX and JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT, VERSION = "ase_dist evaluation", 1
 
 @dataclass(frozen=True)
 class Report:
-    """What an evaluation found. ``facts`` say of what, on what and how, in the order in which they are shown."""
+    """What an evaluation found. ``facts`` (model, data, settings) are shown in their order."""
 
     title: str
     facts: Mapping[str, str | int | float | bool | None]
@@ -57,14 +57,27 @@ def to_json(report: Report) -> str:
 
 
 def to_markdown(report: Report) -> str:
-    """The facts, a table of the tasks, one of all scores, and one of the IoU of each class."""
+    """The facts, a table of the tasks, one of all scores, and one of the IoU of each class.
+
+    In the first table each task has the score that stands for it and, with a reference, its value there and the gain.
+    """
     shown = {True: "yes", False: "no"}
     facts = "\n".join(
         f"- {name.replace('_', ' ')}: {shown[value] if isinstance(value, bool) else value}"
         for name, value in report.facts.items()
         if value is not None
     )
-    parts = [f"# {report.title}", facts, _tasks_table(report).to_markdown()]
+    header: tuple[str, ...] = ("task", "score", "better", "value")
+    rows = []
+    for task, key in _headline_scores(report):
+        score = score_of(task, key)
+        better = {True: "higher", False: "lower", None: ""}[score.higher_is_better]
+        rows.append([task.title, score.heading, better, format_score(report.results[task.name][key], score.unit)])
+    if report.comparison is not None:
+        header += ("reference", "gain, %")
+        for row, gain in zip(rows, report.comparison.gains, strict=True):
+            row += [format_score(gain.reference, score_of(gain.task, gain.key).unit), f"{gain.percent:+.2f}"]
+    parts = [f"# {report.title}", facts, Table(header, rows).to_markdown()]
     if report.comparison is not None:
         parts.append(_delta_m_sentence(report.comparison))
     parts += ["## All scores", _scores_table(report).to_markdown()]
@@ -74,41 +87,24 @@ def to_markdown(report: Report) -> str:
 
 
 def to_latex(report: Report) -> str:
-    """The same tables, each a ``table`` that needs the package booktabs; the first has a row per method."""
-    tables = [_methods_table(report), _scores_table(report), *(table for _, table in _class_tables(report))]
-    return "\n\n".join(["% needs \\usepackage{booktabs}", *(table.to_latex() for table in tables)]) + "\n"
+    """The same tables, each a ``table`` that needs the package booktabs.
 
-
-def _tasks_table(report: Report) -> Table:
-    """A row per task: the score that stands for it and, where there is a reference, its value and the gain."""
-    rows = []
-    for task, key in _headline_scores(report):
-        score = score_of(task, key)
-        better = {True: "higher", False: "lower", None: ""}[score.higher_is_better]
-        rows.append([task.title, score.heading, better, format_score(report.results[task.name][key], score.unit)])
-    if report.comparison is None:
-        return Table(("task", "score", "better", "value"), rows)
-    for row, gain in zip(rows, report.comparison.gains, strict=True):
-        row += [format_score(gain.reference, score_of(gain.task, gain.key).unit), f"{gain.percent:+.2f}"]
-    return Table(("task", "score", "better", "value", "reference", "gain, %"), rows)
-
-
-def _methods_table(report: Report) -> Table:
-    """A column per task, headed by its score; a row for the reference, where there is one, and one for the model."""
-    columns, values = [Column("method")], [report.title]
+    The first has a column per task, headed by its score, and a row for the reference, if any, and for the model.
+    """
+    columns, values, title = [Column("method")], [report.title], report.title
     for task, key in _headline_scores(report):
         score = score_of(task, key)
         columns.append(Column(score.title, score.unit, score.higher_is_better, group=task.title))
         values.append(format_score(report.results[task.name][key], score.unit))
-    comparison = report.comparison
-    if comparison is None:
-        return Table(columns, [values], title=report.title)
-    base = [format_score(gain.reference, score_of(gain.task, gain.key).unit) for gain in comparison.gains]
-    return Table(
-        [*columns, Column("Delta_m", "%")],
-        [[comparison.reference.name, *base, "0.00"], [*values, f"{comparison.delta_m:+.2f}"]],
-        title=f"{report.title}. {_delta_m_sentence(comparison)}",
-    )
+    rows = [values]
+    if (comparison := report.comparison) is not None:
+        base = [format_score(gain.reference, score_of(gain.task, gain.key).unit) for gain in comparison.gains]
+        columns.append(Column("Delta_m", "%"))
+        rows = [[comparison.reference.name, *base, "0.00"], [*values, f"{comparison.delta_m:+.2f}"]]
+        title = f"{report.title}. {_delta_m_sentence(comparison)}"
+    methods = Table(columns, rows, title=title)
+    tables = [methods, _scores_table(report), *(table for _, table in _class_tables(report))]
+    return "\n\n".join(["% needs \\usepackage{booktabs}", *(table.to_latex() for table in tables)]) + "\n"
 
 
 def _scores_table(report: Report) -> Table:
@@ -145,7 +141,7 @@ def _headline_scores(report: Report) -> list[tuple[Task, str]]:
 
 
 def _delta_m_sentence(comparison: Comparison) -> str:
-    """Delta_m with what a reader must know to judge it."""
+    """Delta_m with its reference, its tasks and those left out."""
     reference, count = comparison.reference, len(comparison.gains)
     where = f", measured on {reference.data}" if reference.data else ""
     tasks = "1 task" if count == 1 else f"{count} tasks"

@@ -25,11 +25,17 @@ def thin_bits(bits_HW: Words) -> Words:
     padded = np.zeros((height + 2, width + 2), dtype=np.uint64)
     padded[1:-1, 1:-1] = bits_HW
     flat = padded.ravel()
-    ring = _ring(width + 2)
+    row = width + 2
+    ring = (1, 1 - row, -row, -1 - row, -1, row - 1, row, row + 1)  # counterclockwise from east: the paper's x1 .. x8
     everything = np.flatnonzero(flat)
-    older, newer, second = everything, everything, False
+    older, newer, second = everything, everything, False  # the pixels deleted in the last two half-steps
     while older.size or newer.size:
-        active_A = _around(np.concatenate((older, newer)), flat, ring)
+        changed = np.concatenate((older, newer))
+        near = np.zeros(flat.shape, dtype=bool)
+        near[changed] = True
+        for step in ring:
+            near[changed + step] = True
+        active_A = np.flatnonzero(near & (flat != 0))
         deleted_A = flat[active_A] & _deletable([flat[active_A + step] for step in ring], second=second)
         hit = np.flatnonzero(deleted_A)
         older, newer, second = newer, active_A[hit], not second
@@ -37,33 +43,15 @@ def thin_bits(bits_HW: Words) -> Words:
     return padded[1:-1, 1:-1].copy()
 
 
-def _ring(stride: int) -> tuple[int, ...]:
-    """Flat offsets of the eight neighbours, counterclockwise from east (the papers' x1 .. x8)."""
-    return (1, 1 - stride, -stride, -1 - stride, -1, stride - 1, stride, stride + 1)
-
-
-def _around(changed: NDArray[np.intp], flat: Words, ring: tuple[int, ...]) -> NDArray[np.intp]:
-    """The pixels with a bit left that are in ``changed`` or next to it, each once."""
-    near = np.zeros(flat.shape, dtype=bool)
-    near[changed] = True
-    for step in ring:
-        near[changed + step] = True
-    near &= flat != 0
-    return np.flatnonzero(near)
-
-
 def _deletable(x: list[Words], *, second: bool) -> Words:
     """Where G1, G2 and G3 (G3' in the ``second`` half-step) hold, given the neighbours x1 .. x8 as ``x[0] .. x[7]``."""
     x1, x2, x3, x4, x5, x6, x7, x8 = x
-    one = _exactly_one(~x1 & (x2 | x3), ~x3 & (x4 | x5), ~x5 & (x6 | x7), ~x7 & (x8 | x1))
+    a, b, c, d = ~x1 & (x2 | x3), ~x3 & (x4 | x5), ~x5 & (x6 | x7), ~x7 & (x8 | x1)
+    exactly_one = (a ^ b ^ c ^ d) & ~((a & b) | (c & d))
     two_a, four_a = _two_and_four(x1 | x2, x3 | x4, x5 | x6, x7 | x8)
     two_b, four_b = _two_and_four(x2 | x3, x4 | x5, x6 | x7, x8 | x1)
     side = (x6 | x7 | ~x4) & x5 if second else (x2 | x3 | ~x8) & x1
-    return one & two_a & two_b & ~(four_a & four_b) & ~side
-
-
-def _exactly_one(a: Words, b: Words, c: Words, d: Words) -> Words:
-    return (a ^ b ^ c ^ d) & ~((a & b) | (c & d))
+    return exactly_one & two_a & two_b & ~(four_a & four_b) & ~side
 
 
 def _two_and_four(a: Words, b: Words, c: Words, d: Words) -> tuple[Words, Words]:

@@ -1,4 +1,4 @@
-"""From labels and decoded predictions to colours: the tiles of pictures.
+"""The colours of labels and decoded predictions: the tiles of pictures.
 
 Classes have the colours of the task table, masks and edges are grey from 0 to 1, a normal n is (n + 1) / 2 in RGB,
 depth runs over a given range. Letters: C channels, H W a map's own size, h w a tile's.
@@ -20,21 +20,21 @@ Size = tuple[int, int]  # h, w
 Range = tuple[float, float]  # metres, for depth
 
 
-def paint(task: Task, value_CHW: Tensor, size: Size, valuedepth_range: Range) -> Tile:
-    """The colours of a label or of a decoded prediction; ``valuedepth_range`` is for depth, in metres."""
+def paint(task: Task, value_CHW: Tensor, size: Size, depth_range: Range) -> Tile:
+    """The colours of a label or of a decoded prediction; ``depth_range`` gives the ends of the scale for depth."""
     if task.kind == "classes":
         palette = np.asarray(task.palette, dtype=np.uint8)
-        ids = crisp(value_CHW, size)[0].long().clamp(max=len(palette) - 1).numpy()
+        ids = resize_nearest(value_CHW, size)[0].long().clamp(max=len(palette) - 1).numpy()
         return np.array(palette[ids])
     if task.kind == "depth":
-        low, high = valuedepth_range
-        share_hw = ((crisp(value_CHW, size)[0] - low) / (high - low)).clamp(0, 1).numpy()
+        low, high = depth_range
+        share_hw = ((resize_nearest(value_CHW, size)[0] - low) / (high - low)).clamp(0, 1).numpy()
         return np.array(matplotlib.colormaps["viridis"](share_hw, bytes=True)[..., :3])
     if task.kind == "normals":
-        return colors((F.normalize(smooth(value_CHW, size), dim=0) + 1) / 2)
+        return to_bytes((F.normalize(resize_bilinear(value_CHW, size), dim=0) + 1) / 2)
     if task.kind == "edges":  # the maximum keeps lines of one pixel that a mean would wash out
-        return colors(F.adaptive_max_pool2d(value_CHW, size).expand(3, -1, -1))
-    return colors(smooth(value_CHW, size).expand(3, -1, -1))
+        return to_bytes(F.adaptive_max_pool2d(value_CHW, size).expand(3, -1, -1))
+    return to_bytes(resize_bilinear(value_CHW, size).expand(3, -1, -1))
 
 
 def channels_first(value: Tensor) -> Tensor:
@@ -43,19 +43,19 @@ def channels_first(value: Tensor) -> Tensor:
     return value if value.ndim == 3 else value.unsqueeze(0)
 
 
-def smooth(value_CHW: Tensor, size: Size) -> Tensor:
-    """Resized with interpolation; where it shrinks, every pixel counts."""
+def resize_bilinear(value_CHW: Tensor, size: Size) -> Tensor:
+    """Resized bilinearly, with antialiasing."""
     return F.interpolate(value_CHW[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
 
 
-def crisp(value_CHW: Tensor, size: Size) -> Tensor:
-    """Resized without making values that were not there."""
+def resize_nearest(value_CHW: Tensor, size: Size) -> Tensor:
+    """Resized to the nearest pixel: no new values, as class ids need."""
     return F.interpolate(value_CHW[None], size=size, mode="nearest-exact")[0]
 
 
-def colors(share_3hw: Tensor) -> Tile:
-    """Shares from 0 to 1 as colours."""
-    return np.array((share_3hw.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+def to_bytes(rgb_3hw: Tensor) -> Tile:
+    """RGB in 0..1 as bytes [h, w, 3]."""
+    return np.array((rgb_3hw.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def depth_range(metres: Tensor) -> Range:

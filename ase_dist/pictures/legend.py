@@ -25,7 +25,7 @@ INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 
 def font() -> ImageFont.FreeTypeFont:
-    """The font of the plots, which matplotlib carries with it."""
+    """DejaVu Sans, which comes with matplotlib."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), FONT_SIZE)
 
 
@@ -39,10 +39,10 @@ def class_legend(task: Task, maps: Iterable[Tensor]) -> Legend:
 
 def wrap(legend: Legend, width: int) -> list[list[tuple[int, Entry]]]:
     """The entries with their left edges, on as many lines as they need."""
-    face, left = font(), width
+    text_font, left = font(), width
     lines: list[list[tuple[int, Entry]]] = []
     for entry in legend:
-        needed = round(face.getlength(entry[1])) + (SWATCH + GAP if entry[0] else 0)
+        needed = round(text_font.getlength(entry[1])) + (SWATCH + GAP if entry[0] else 0)
         if left + needed > width or not lines:
             lines.append([])
             left = 0
@@ -53,10 +53,10 @@ def wrap(legend: Legend, width: int) -> list[list[tuple[int, Entry]]]:
 
 def draw_legend(draw: ImageDraw.ImageDraw, line: list[tuple[int, Entry]], top: int) -> None:
     """Draw one of the lines that ``wrap`` gives."""
-    face, middle = font(), top + LINE // 2
+    text_font, middle = font(), top + LINE // 2
     for left, (color, name) in line:
         text = left
         if color is not None:
             draw.rectangle((left, middle - SWATCH // 2, left + SWATCH - 1, middle + SWATCH // 2 - 1), fill=color)
             text += SWATCH + GAP
-        draw.text((text, middle), name, fill=INK, font=face, anchor="lm")
+        draw.text((text, middle), name, fill=INK, font=text_font, anchor="lm")

@@ -9,15 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from torch import Tensor
 
-from ase_dist.pictures.colors import Size, channels_first, depth_range, paint
+from ase_dist.pictures.colors import channels_first, depth_range, paint
 from ase_dist.pictures.legend import INK, LINE, MARGIN, PAPER, TASK_GAP, class_legend, draw_legend, font, wrap
 from ase_dist.tasks import Task
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
-TILE = 320  # pixels of a tile's longer side on the sheet
-MOST_COLUMNS = 3
+TILE = 320  # pixels of a tile's longer side on the sheet; no side is below a quarter of it
+MAX_COLUMNS = 3
 Values = NDArray[Any]
 
 
@@ -35,43 +34,35 @@ def task_picture(task: Task, value: Values) -> Image.Image:
 
 
 def sheet(image: Pixels, predictions: Mapping[str, Values], tasks: Sequence[Task]) -> Image.Image:
-    """The image and every prediction under its task's name, at a size for looking at, with the classes that occur."""
+    """The image and every prediction under its task's name, and a legend of the classes that occur."""
+    scale = TILE / max(image.shape[:2])
+    tile_height, tile_width = (max(TILE // 4, round(side * scale)) for side in image.shape[:2])
     values = {task.name: torch.from_numpy(predictions[task.name]) for task in tasks}
-    size = _tile_size(image)
-    tiles = [("Image", Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS))]
-    tiles += [(task.title, _tile(task, values[task.name], size)) for task in tasks]
+    tiles = [("Image", Image.fromarray(image).resize((tile_width, tile_height), Image.Resampling.LANCZOS))]
+    for task in tasks:
+        value_CHW = channels_first(values[task.name])
+        pixels = paint(task, value_CHW, (tile_height, tile_width), depth_range(value_CHW))
+        tiles.append((task.title, Image.fromarray(pixels)))
     columns = _columns(len(tiles))
-    width = columns * (size[1] + TASK_GAP) - TASK_GAP
+    width = columns * (tile_width + TASK_GAP) - TASK_GAP
     legends = [class_legend(task, [values[task.name]]) for task in tasks if task.kind == "classes"]
     lines = [line for legend in legends for line in wrap(legend, width)]
     rows = -(-len(tiles) // columns)
-    top = MARGIN + rows * (LINE + size[0] + TASK_GAP)
+    top = MARGIN + rows * (LINE + tile_height + TASK_GAP)
     page = Image.new("RGB", (width + 2 * MARGIN, top + LINE * len(lines) + MARGIN), PAPER)
     draw = ImageDraw.Draw(page)
     for i, (title, tile) in enumerate(tiles):
-        left = MARGIN + i % columns * (size[1] + TASK_GAP)
-        above = MARGIN + i // columns * (LINE + size[0] + TASK_GAP)
-        draw.text((left + size[1] // 2, above + LINE // 2 - 2), title, fill=INK, font=font(), anchor="mm")
+        left = MARGIN + i % columns * (tile_width + TASK_GAP)
+        above = MARGIN + i // columns * (LINE + tile_height + TASK_GAP)
+        draw.text((left + tile_width // 2, above + LINE // 2 - 2), title, fill=INK, font=font(), anchor="mm")
         page.paste(tile, (left, above + LINE))
     for i, line in enumerate(lines):
         draw_legend(draw, line, top + LINE * i)
     return page
 
 
-def _tile(task: Task, value: Tensor, size: Size) -> Image.Image:
-    value_CHW = channels_first(value)
-    return Image.fromarray(paint(task, value_CHW, size, depth_range(value_CHW)))
-
-
-def _tile_size(image: Pixels) -> Size:
-    """Height and width of a tile: the image's shape, the longer side ``TILE``, neither below a quarter of that."""
-    height, width = image.shape[:2]
-    scale = TILE / max(height, width)
-    return max(TILE // 4, round(height * scale)), max(TILE // 4, round(width * scale))
-
-
 def _columns(tiles: int) -> int:
-    """Few tiles are one row; more are rows of three, or of two where those leave less empty (four, for one)."""
-    if tiles <= MOST_COLUMNS:
+    """Up to three tiles make one row; more make rows of three, or of two where that leaves fewer empty places."""
+    if tiles <= MAX_COLUMNS:
         return tiles
-    return min(range(MOST_COLUMNS, 1, -1), key=lambda columns: -tiles % columns)
+    return min(range(MAX_COLUMNS, 1, -1), key=lambda columns: -tiles % columns)
