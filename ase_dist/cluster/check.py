@@ -1,28 +1,116 @@
-"""The checker of a cluster: asks every node of a hostfile, and says in one sentence each what is wrong.
+"""The checker of a cluster: a hostfile and a job, and in one sentence each what is wrong on the nodes.
 
 1. Nodes that cannot be reached, lack this folder or this Python, or are one machine under two names.
 2. Nodes whose versions, code, data or user are not the first's; more slots than devices; no way to the others.
-3. A run folder that is not the same one everywhere.
+3. Words of the job that a remote shell would read as code; a run folder that is not the same one everywhere.
 
 What is wrong with the hostfile itself is told by ``hostfile``.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import re
 import secrets
 import shlex
+import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from ase_dist.cluster.environment import shared_variables, write_deepspeed_env
 from ase_dist.cluster.facts import NO_FOLDER, Facts, Question
-from ase_dist.cluster.hostfile import Node
-from ase_dist.cluster.shell import TIMED_OUT, UNREACHABLE, Shell
+from ase_dist.cluster.hostfile import Node, parse_hostfile, read_text
+from ase_dist.config import Settings, load_settings
+from ase_dist.tasks import DATA_SETS
 
 AT_ONCE = 32  # nodes that are asked at a time
+UNREACHABLE = 255  # ssh's own exit code
+TIMED_OUT = 124  # as coreutils' timeout has it
+_PLAIN = re.compile(r"[\w@%+=:,./{}\[\] -]*", re.ASCII)
+_TRAINING = re.compile(r"\S*train\.py|(-m|--module) ase_dist train")  # the first words of a training
+
+
+class CheckedCluster(NamedTuple):
+    """A checked cluster: the address of its first node, or a sentence for each thing that is wrong."""
+
+    master: str
+    problems: list[str]
+
+
+def check_cluster(hostfile: Path, job: Job, *, env: Path, port: int | None = None, ask: bool = True) -> CheckedCluster:
+    """Check a hostfile and, with ``ask``, its nodes over ssh; write ``env`` where all is well.
+
+    Raises UserError and OSError where the hostfile cannot be read or ``env`` not be written.
+    """
+    nodes, problems = parse_hostfile(read_text(hostfile), name=str(hostfile))
+    if problems or not ask:
+        return CheckedCluster(nodes[0].address if nodes else "", problems)
+    shell = over_ssh(port=port)
+    known, problems = ask_nodes(nodes, shell, folder=Path.cwd(), data=job.data)
+    problems += job.shell_characters() + differences(known, data=job.data)
+    if job.output and len(nodes) > 1 and not problems:
+        problems = unshared(nodes, shell, output=Path(job.output).absolute())
+    if problems:
+        return CheckedCluster("", problems)
+    for node, facts in known.items():
+        what = f"{facts.devices} devices" if facts.devices else "no accelerator"
+        way = f", {facts.address} on {facts.interface}" if facts.interface else ""
+        sys.stderr.write(f"{node.host}: slots={node.slots}, {what}, {facts.cores} cores{way}\n")
+    write_deepspeed_env(env, shared_variables(nodes, list(known.values()), os.environ, timeout=job.timeout))
+    return CheckedCluster(known[nodes[0]].address or nodes[0].address, [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The job
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job's words. ``data`` must hold the same files on all nodes, ``output`` must be shared; empty: not known."""
+
+    words: tuple[str, ...]
+    data: str = ""
+    output: str = ""
+    timeout: float = Settings().guard.timeout
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> Job:
+        """The job of ``launch/train.py ...`` or ``--module ase_dist train ...``; of others only the words.
+
+        Raises UserError for wrong settings.
+        """
+        if not any(_TRAINING.fullmatch(" ".join(words[:count])) for count in (1, 3)):
+            return cls(tuple(words))
+        p = argparse.ArgumentParser(add_help=False)
+        p.add_argument("--config")
+        p.add_argument("--baseline", "--row")
+        options, others = p.parse_known_args(list(words[1:]))
+        overrides = [word for word in others if "=" in word and not word.startswith("-")]
+        settings = load_settings(options.config, overrides, baseline=options.baseline)
+        is_made = DATA_SETS[settings.data.name].layout is not None  # where it is missing, by whoever comes first
+        data = "" if is_made or settings.data.root is None else str(settings.data.root)
+        return cls(tuple(words), data, str(settings.output), settings.guard.timeout)
+
+    def shell_characters(self) -> list[str]:
+        """A sentence for each word that DeepSpeed's launcher would hand to a remote shell as code (0.19.8, pdsh).
+
+        It puts quotation marks round words with spaces, and leaves all others as they are.
+        """
+        return [
+            f"{word!r} would be read by a shell on every node; put that setting into a file for --config"
+            for word in self.words
+            if not _PLAIN.fullmatch(word) or ("{" in word and " " not in word)
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The nodes
 
 
 def ask_nodes(
@@ -35,18 +123,24 @@ def ask_nodes(
 
     def ask(node: Node) -> Facts | str:
         towards = nodes[0] if node is not nodes[0] else nodes[-1]
-        question = Question("" if towards is node else address_of(towards), data=data)
-        return _ask(node.host, question, shell, folder)
+        question = Question("" if towards is node else towards.address, data=data)
+        command = [sys.executable, "-m", "ase_dist.cluster.facts", json.dumps(asdict(question))]
+        done = shell(node.host, f"cd {shlex.quote(str(folder))} && {shlex.join(command)}")
+        if done.code == UNREACHABLE:
+            return f"{node.host} is not reachable over ssh without a password ({done.complaint})"
+        if done.code == TIMED_OUT:
+            return f"{node.host} is slow or stuck ({done.complaint}); look at its file systems"
+        try:
+            return Facts(**json.loads(done.output.strip().splitlines()[-1]))
+        except (IndexError, ValueError, TypeError):
+            return (
+                f"{node.host} cannot run this project ({done.complaint}); it needs the same folder and the same Python"
+            )
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         answers = dict(zip(nodes, pool.map(ask, nodes), strict=True))
     known = {node: answer for node, answer in answers.items() if isinstance(answer, Facts)}
     return known, [answer for answer in answers.values() if isinstance(answer, str)]
-
-
-def address_of(node: Node) -> str:
-    """A node's name without the user to log in as."""
-    return node.host.rpartition("@")[2]
 
 
 def differences(known: Mapping[Node, Facts], *, data: str = "") -> list[str]:
@@ -85,19 +179,6 @@ def unshared(nodes: Sequence[Node], shell: Shell, *, output: str | Path) -> list
     ]
 
 
-def _ask(host: str, question: Question, shell: Shell, folder: str | Path) -> Facts | str:
-    command = [sys.executable, "-m", "ase_dist.cluster.facts", json.dumps(asdict(question))]
-    done = shell(host, f"cd {shlex.quote(str(folder))} && {shlex.join(command)}")
-    if done.code == UNREACHABLE:
-        return f"{host} is not reachable over ssh without a password ({done.complaint})"
-    if done.code == TIMED_OUT:
-        return f"{host} is slow or stuck ({done.complaint}); look at its file systems"
-    try:
-        return Facts(**json.loads(done.output.strip().splitlines()[-1]))
-    except (IndexError, ValueError, TypeError):
-        return f"{host} cannot run this project ({done.complaint}); it needs the same folder and the same Python"
-
-
 def _alone(node: Node, facts: Facts, data: str, count: int) -> list[str]:
     """What is wrong with a node by itself."""
     problems = []
@@ -131,3 +212,38 @@ def _against(host: str, facts: Facts, first: str, reference: Facts, data: str) -
             f"{host} has {facts.devices} devices and {first} has {reference.devices}; use nodes of one kind"
         )
     return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands on other machines
+
+
+class Done(NamedTuple):
+    """A command that has ended: its exit code, what it wrote, and the last line of its errors."""
+
+    code: int
+    output: str
+    complaint: str
+
+
+Shell = Callable[[str, str], Done]  # (host, command line) -> Done
+
+
+def over_ssh(*, port: int | None = None, timeout: float = 120.0) -> Shell:
+    """A shell on the host it is given, by ssh, which never asks for anything; a command has ``timeout`` seconds."""
+    options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *([] if port is None else ["-p", str(port)])]
+
+    def run(host: str, command: str) -> Done:
+        words = ["ssh", *options, "--", host, command]
+        try:
+            done = subprocess.run(
+                words, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL
+            )
+        except subprocess.TimeoutExpired:
+            return Done(TIMED_OUT, "", f"no answer within {timeout:g} s")
+        except OSError as error:
+            return Done(UNREACHABLE, "", f"cannot start ssh: {error.strerror}")
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
+        return Done(done.returncode, done.stdout, lines[-1].strip().rstrip("."))
+
+    return run

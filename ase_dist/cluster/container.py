@@ -10,31 +10,44 @@ The shared volume is mounted at /cluster (see ``ssh``): keys, and in nodes/ one 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import platform
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
-from ase_dist.cluster import peers, ready, ssh, worker
+import psutil
+
+from ase_dist.cluster import peers, ssh
+from ase_dist.cluster.check import Job, check_cluster
 from ase_dist.cluster.environment import FILE
-from ase_dist.cluster.hostfile import read_hostfile, write_hostfile
-from ase_dist.cluster.job import Job
+from ase_dist.cluster.facts import devices
+from ase_dist.cluster.hostfile import Node, read_hostfile, write_hostfile
 from ase_dist.errors import UserError
+from ase_dist.files import expand_user
 
 CLUSTER = Path("/cluster")
 NOTES = "nodes"  # below it: a file for each worker that is there
 ROLES = ("worker", "launch", "wait", "--help", "-h")
 WAIT = 600.0  # seconds
+RANK = "LOCAL_RANK"  # the variable that deepspeed and torchrun give to ranks and have not themselves
+LOGGER = logging.getLogger("ase_dist")
 USAGE, NOT_FOUND = 2, 127
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of what is not just any command."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--cluster", type=Path, default=CLUSTER, metavar="FOLDER", help="default %(default)s")
-    p.add_argument("--state", type=Path, default=Path.home() / ".cluster", metavar="FOLDER", help="default %(default)s")
+    p.add_argument("--cluster", type=_path, default=CLUSTER, metavar="FOLDER", help="default %(default)s")
+    p.add_argument(
+        "--state", type=_path, default=Path.home() / ".cluster", metavar="FOLDER", help="default %(default)s"
+    )
     p.add_argument("--port", type=int, default=ssh.PORT, help="of the ssh servers (default %(default)s)")
     roles = p.add_subparsers(dest="role", required=True)
     serve = roles.add_parser("worker", help="serve the launcher")
@@ -43,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--no-note", action="store_true", help="do not register: the hostfile comes from elsewhere")
     launch = roles.add_parser("launch", help="wait, check, start DeepSpeed's launcher")
     launch.add_argument("--nodes", type=int, help="workers to wait for")
-    launch.add_argument("--hosts", type=Path, metavar="FILE", help="a hostfile, instead of --nodes")
+    launch.add_argument("--hosts", type=_path, metavar="FILE", help="a hostfile, instead of --nodes")
     launch.add_argument("--wait", type=float, default=WAIT, metavar="S", help="seconds (default %(default)s)")
     launch.add_argument("command", nargs=argparse.REMAINDER, help="the script and its arguments")
     wait = roles.add_parser("wait", help="wait for peers, then run a command")
@@ -51,6 +64,10 @@ def parser() -> argparse.ArgumentParser:
     wait.add_argument("--wait", type=float, default=WAIT, metavar="S", help="seconds (default %(default)s)")
     wait.add_argument("command", nargs=argparse.REMAINDER)
     return p
+
+
+def _path(text: str) -> Path:
+    return Path(expand_user(text))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,7 +86,57 @@ def main(argv: Sequence[str]) -> int:
 def _serve(arguments: argparse.Namespace) -> int:
     config = ssh.prepare(arguments.cluster, arguments.state, port=arguments.port)
     notes = None if arguments.no_note else arguments.cluster / NOTES
-    return worker.serve(config, notes, slots=arguments.slots, grace=arguments.grace)
+    return serve(config, notes, slots=arguments.slots, grace=arguments.grace)
+
+
+def serve(config: Path, notes: Path | None, *, slots: int | None, grace: float) -> int:
+    """Serve ssh until SIGTERM or SIGINT; then ranks are asked to stop and get ``grace`` seconds to save. Exit code.
+
+    ``notes`` is the folder in which this worker says that it is there; None where the hostfile comes from elsewhere.
+    They are no children of the server's group, so that the container's signal does not reach them by itself.
+    """
+    server = subprocess.Popen([ssh.SERVER, "-D", "-e", "-f", str(config)])
+    stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        end_ranks(grace=grace)
+        server.terminate()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    note = peers.register(notes, Node(platform.node(), slots or max(1, devices()))) if notes else None
+    LOGGER.info("%s serves ssh and waits for the launcher", platform.node())
+    try:
+        code = server.wait()
+    finally:
+        if note is not None:
+            note.unlink(missing_ok=True)
+    return 0 if stopped else code
+
+
+def end_ranks(*, grace: float) -> int:
+    """Send SIGTERM to every process of this container that a launcher made a rank, and wait; how many there were.
+
+    Not to what a rank has started itself, such as loader processes: it ends those when it has saved.
+    """
+    found = [process for process in psutil.process_iter() if _is_rank(process)]
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(found, timeout=grace)
+    if alive:
+        LOGGER.warning("%d of %d ranks did not end within %g s", len(alive), len(found), grace)
+    return len(found)
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    try:
+        parent = process.parent()
+        return RANK in process.environ() and (parent is None or RANK not in parent.environ())
+    except psutil.Error:
+        return False
 
 
 def _wait(arguments: argparse.Namespace) -> NoReturn:
@@ -93,7 +160,7 @@ def _launch(arguments: argparse.Namespace) -> NoReturn:
     hostfile = arguments.state / "hosts"
     write_hostfile(hostfile, nodes)
     words = _after_dashes(arguments.command)
-    checked = ready.check(hostfile, Job.of(words), env=Path.home() / FILE)
+    checked = check_cluster(hostfile, Job.of(words), env=Path.home() / FILE)
     if checked.problems:
         raise UserError("; ".join(checked.problems))
     _become(["deepspeed", "--hostfile", str(hostfile), "--master_addr", checked.master, *words])

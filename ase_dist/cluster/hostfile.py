@@ -26,6 +26,11 @@ class Node(NamedTuple):
     host: str
     slots: int
 
+    @property
+    def address(self) -> str:
+        """The host without the user to log in as."""
+        return self.host.rpartition("@")[2]
+
 
 def read_hostfile(path: str | Path) -> tuple[Node, ...]:
     """The nodes of a hostfile in its order; UserError with one sentence for the first thing that is wrong with it."""

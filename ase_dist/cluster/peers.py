@@ -28,7 +28,7 @@ def wait_until(missing: Callable[[], list[str]], *, timeout: float, pause: float
     while clauses := missing():
         waited, now = "; ".join(clauses), time.monotonic()
         if now - began > timeout:
-            raise UserError(f"waited {timeout:g} s in vain: {waited}")
+            raise UserError(f"waited {timeout:g} s: {waited}")
         if waited != said or now - said_at > REPEAT:
             LOGGER.info("waiting: %s", waited)
             said, said_at = waited, now

@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ase_dist.cluster.check import Job, check_cluster
 from ase_dist.cluster.environment import FILE
-from ase_dist.cluster.job import Job
-from ase_dist.cluster.ready import check
 from ase_dist.commands.cli import command_parser, path, refuse, run_command
 from ase_dist.errors import ExitCode
 
@@ -39,10 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace, job: Sequence[str]) -> int:
-    ready = check(arguments.hostfile, Job.of(job), env=arguments.env, port=arguments.ssh_port, ask=not arguments.no_ssh)
-    for problem in ready.problems:
+    checked = check_cluster(
+        arguments.hostfile, Job.of(job), env=arguments.env, port=arguments.ssh_port, ask=not arguments.no_ssh
+    )
+    for problem in checked.problems:
         refuse(problem)
-    if ready.problems:
+    if checked.problems:
         return ExitCode.USAGE
-    sys.stdout.write(f"{ready.master}\n")
+    sys.stdout.write(f"{checked.master}\n")
     return 0

@@ -7,12 +7,10 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from ase_dist.cluster import ready, shell
-from ase_dist.cluster.check import ask_nodes, differences, unshared
+from ase_dist.cluster import check
+from ase_dist.cluster.check import Done, Job, ask_nodes, differences, unshared
 from ase_dist.cluster.facts import NO_FOLDER, Facts, Question, digest_code, digest_folder, gather
 from ase_dist.cluster.hostfile import Node
-from ase_dist.cluster.job import Job
-from ase_dist.cluster.shell import Done
 from ase_dist.commands import cluster_check
 from tests.training.tiny_runs import ROOT
 
@@ -202,7 +200,7 @@ def hostfile(tmp_path):
 
 
 def checked(monkeypatch, hostfile, run, *job):
-    monkeypatch.setattr(ready, "over_ssh", lambda port: run)
+    monkeypatch.setattr(check, "over_ssh", lambda port: run)
     return cluster_check.main([str(hostfile), "--env", str(hostfile.parent / "variables"), "--", *job])
 
 
@@ -248,9 +246,9 @@ def test_the_script_starts_at_once():
 
 
 def test_a_host_that_nobody_has_is_unreachable():
-    done = shell.over_ssh(timeout=20)("host.invalid", "true")
-    assert done.code == shell.UNREACHABLE and done.complaint
+    done = check.over_ssh(timeout=20)("host.invalid", "true")
+    assert done.code == check.UNREACHABLE and done.complaint
 
 
 def test_an_option_in_place_of_a_host_is_no_option():
-    assert shell.over_ssh(timeout=20)("-V", "true").code == shell.UNREACHABLE
+    assert check.over_ssh(timeout=20)("-V", "true").code == check.UNREACHABLE

@@ -13,9 +13,9 @@ import time
 
 import pytest
 
-from ase_dist.cluster import container, peers, ssh, worker
+from ase_dist.cluster import container, peers, ssh
+from ase_dist.cluster.check import CheckedCluster, Job
 from ase_dist.cluster.hostfile import Node
-from ase_dist.cluster.job import Job
 from tests.training.tiny_runs import ROOT
 
 pytestmark = pytest.mark.single_gpu
@@ -99,7 +99,7 @@ def test_waiting_says_for_what_and_goes_on(said):
 
 
 def test_waiting_in_vain_ends_with_the_reason():
-    with pytest.raises(ValueError, match=r"waited 0\.05 s in vain: n2 is not there"):
+    with pytest.raises(ValueError, match=r"waited 0\.05 s: n2 is not there"):
         peers.wait_until(lambda: ["n2 is not there"], timeout=0.05, pause=0.01)
 
 
@@ -149,7 +149,7 @@ def test_wait_runs_its_command_afterwards(listener):
     assert (done.returncode, done.stdout) == (0, "--for x\n")
     done = become("wait", "--for", "127.0.0.1:1", "--wait", "0", "--", "echo", "x")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: waited 0 s in vain: 127.0.0.1 does not answer on port 1 (Connection refused)\n"
+    assert done.stderr == "error: waited 0 s: 127.0.0.1 does not answer on port 1 (Connection refused)\n"
 
 
 @NEEDS_SSH
@@ -157,7 +157,7 @@ def test_wait_runs_its_command_afterwards(listener):
     ("words", "sentence"),
     [
         ([], "wanted either --nodes N"),
-        (["--nodes", "2", "--wait", "0"], "waited 0 s in vain: 0 of 2 workers are there (none yet)"),
+        (["--nodes", "2", "--wait", "0"], "waited 0 s: 0 of 2 workers are there (none yet)"),
         (["--hosts", "none"], "hostfile: cannot read 'none'"),
     ],
 )
@@ -169,8 +169,8 @@ def test_launch_says_what_is_missing(tmp_path, words, sentence):
 @NEEDS_SSH
 def test_launch_becomes_deepspeeds_launcher(tmp_path, listener, monkeypatch):
     became = []
-    checked = container.ready.Ready("10.0.0.1", [])
-    monkeypatch.setattr(container.ready, "check", lambda hostfile, job, env: became.append((job, env)) or checked)
+    checked = CheckedCluster("10.0.0.1", [])
+    monkeypatch.setattr(container, "check_cluster", lambda hostfile, job, env: became.append((job, env)) or checked)
     monkeypatch.setattr(container, "_become", became.append)
     peers.register(tmp_path / "cluster" / "nodes", Node("localhost", 3))
     folders = ["--cluster", str(tmp_path / "cluster"), "--state", str(tmp_path / "state"), "--port", str(listener)]
@@ -201,20 +201,20 @@ time.sleep(60)
 
 
 def test_ranks_get_the_signal_and_their_helpers_do_not(monkeypatch):
-    monkeypatch.setattr(worker, "RANK", "RANK_OF_THIS_TEST")  # other tests' ranks on this machine are left alone
+    monkeypatch.setattr(container, "RANK", "RANK_OF_THIS_TEST")  # other tests' ranks on this machine are left alone
     environment = {**os.environ, "RANK_OF_THIS_TEST": "0"}
     rank = subprocess.Popen([sys.executable, "-c", RANK], env=environment, stdout=subprocess.PIPE)
     assert rank.stdout.readline() == b"ready\n"
-    assert worker.end_ranks(grace=20) == 1
+    assert container.end_ranks(grace=20) == 1
     assert rank.communicate(timeout=20)[0] == b"saved\n"
 
 
 def test_a_stopped_worker_takes_its_note_away(tmp_path):
     """SIGTERM, as from docker stop: the note is gone, the server ends, and so does the worker, well."""
     program = (
-        "import sys\nfrom pathlib import Path\nfrom ase_dist.cluster import worker\n"
-        "worker.RANK, worker.SERVER = 'NO_RANK_AT_ALL', sys.argv[1]\n"
-        "sys.exit(worker.serve(Path('config'), Path(sys.argv[2]), slots=3, grace=1))"
+        "import sys\nfrom pathlib import Path\nfrom ase_dist.cluster import container\n"
+        "container.RANK, container.SERVER = 'NO_RANK_AT_ALL', sys.argv[1]\n"
+        "sys.exit(container.serve(Path('config'), Path(sys.argv[2]), slots=3, grace=1))"
     )
     server = tmp_path / "server"
     server.write_text("#!/bin/sh\nexec sleep 60\n")

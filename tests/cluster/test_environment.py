@@ -6,8 +6,8 @@ import socket
 import psutil
 import pytest
 
-from ase_dist.cluster import launchers, network
-from ase_dist.cluster.environment import shared_variables, write_deepspeed_env
+from ase_dist.cluster import network
+from ase_dist.cluster.environment import interface_variables, shared_variables, task_variables, write_deepspeed_env
 from ase_dist.cluster.hostfile import Node
 from ase_dist.cluster.network import Interface
 from ase_dist.cores import cpu_quota, usable_cores
@@ -76,10 +76,10 @@ MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORL
     ],
 )
 def test_tasks_of_other_launchers_are_ranks(environment, values):
-    found = launchers.task_variables(environment)
+    found = task_variables(environment)
     assert tuple(found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")) == values
     assert found["MASTER_PORT"] == "29500"
-    assert launchers.task_variables({**environment, "MASTER_PORT": "1234"})["MASTER_PORT"] == "1234"
+    assert task_variables({**environment, "MASTER_PORT": "1234"})["MASTER_PORT"] == "1234"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_tasks_of_other_launchers_are_ranks(environment, values):
     [{}, {**SLURM, "RANK": "0", "WORLD_SIZE": "2"}, {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_PROCID": "0"}],
 )
 def test_others_are_left_alone(environment):
-    assert launchers.task_variables(environment) == {}
+    assert task_variables(environment) == {}
 
 
 def test_a_task_without_a_meeting_point_is_refused(monkeypatch):
@@ -103,15 +103,15 @@ def test_a_task_without_a_meeting_point_is_refused(monkeypatch):
 
 
 def test_the_interface_is_chosen_where_ranks_are_on_several_nodes(monkeypatch):
-    monkeypatch.setattr(launchers, "interface_for", lambda master: Interface("eth7", "10.0.0.7"))
+    monkeypatch.setattr("ase_dist.cluster.environment.interface_for", lambda master: Interface("eth7", "10.0.0.7"))
     several = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}
     both = {"NCCL_SOCKET_IFNAME": "eth7", "GLOO_SOCKET_IFNAME": "eth7"}
-    assert launchers.interface_variables(several) == both
-    assert launchers.interface_variables({**several, "GLOO_SOCKET_IFNAME": "x"}) == {"NCCL_SOCKET_IFNAME": "eth7"}
-    assert launchers.interface_variables({**several, "LOCAL_WORLD_SIZE": "4"}) == {}
-    assert launchers.interface_variables({"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "x"}) == {}
-    monkeypatch.setattr(launchers, "interface_for", lambda master: Interface("lo", "127.0.0.1"))
-    assert launchers.interface_variables(several) == {}
+    assert interface_variables(several) == both
+    assert interface_variables({**several, "GLOO_SOCKET_IFNAME": "x"}) == {"NCCL_SOCKET_IFNAME": "eth7"}
+    assert interface_variables({**several, "LOCAL_WORLD_SIZE": "4"}) == {}
+    assert interface_variables({"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "x"}) == {}
+    monkeypatch.setattr("ase_dist.cluster.environment.interface_for", lambda master: Interface("lo", "127.0.0.1"))
+    assert interface_variables(several) == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from ase_dist.cluster import container
-from ase_dist.cluster.job import Job
+from ase_dist.cluster.check import Job
 from ase_dist.cluster.ssh import PORT
 from tests.training.tiny_runs import ROOT
 
