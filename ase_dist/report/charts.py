@@ -17,8 +17,8 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
-from ase_dist.report.records import Series
 from ase_dist.report.text import brief, significant
+from ase_dist.training.record.records import Series
 
 WIDTH, HEIGHT = 360.0, 190.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 8.0, 24.0

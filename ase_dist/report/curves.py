@@ -10,26 +10,25 @@ import numpy as np
 from matplotlib.colors import to_hex
 
 from ase_dist.report.charts import INK, Chart, Line
-from ase_dist.report.records import Array, Records, Series, task_facts
-from ase_dist.report.results import ResultRow, evaluated_tasks, gains
+from ase_dist.report.results import ResultRow, gains
 from ase_dist.report.text import significant, size
 from ase_dist.training.record.plots import COLORS, TRIVIAL
+from ase_dist.training.record.records import Array, Records, Series, task_facts
 
 
 def loss_charts(records: Records) -> list[Chart]:
     """The weighted sum and each task's own loss, pale as recorded and bold as a running mean."""
-    names = list(dict.fromkeys(name for r in records.of_kind("train") for name in r.get("losses") or {}))
     found = [_smoothed("Weighted sum of losses", records.series("train", "loss"), INK)]
     found += [
         _smoothed(task_facts(records.data, name).title, records.series("train", "losses", name), color_of(i))
-        for i, name in enumerate(names)
+        for i, name in enumerate(records.tasks_with_loss())
     ]
     return [chart for chart in found if chart]
 
 
 def metric_charts(records: Records, rows: Sequence[ResultRow]) -> list[Chart]:
     """Every task's metric over the evaluations, the trivial predictor dashed, and the mean gain over it."""
-    order = {name: i for i, name in enumerate(records.tasks or evaluated_tasks(records))}
+    order = {name: i for i, name in enumerate(records.tasks or records.evaluated_tasks())}
     found = [_metric(row, color_of(order.get(row.facts.name, len(order)))) for row in rows]
     gain = gains(rows)
     if len(rows) > 1 and gain:
@@ -71,8 +70,8 @@ def gate_charts(records: Records) -> list[Chart]:
         return []
     steps = sorted(frames)
     gates = np.stack([frames[step] for step in steps])  # [records, layers, tasks]
-    names = records.tasks if len(records.tasks) == gates.shape[2] else [f"task {i}" for i in range(gates.shape[2])]
-    return [_gates(task_facts(records.data, name).title, steps, gates[:, :, i]) for i, name in enumerate(names)]
+    titles = [task_facts(records.data, name).title for name in records.task_names(gates.shape[2])]
+    return [_gates(title, steps, gates[:, :, i]) for i, title in enumerate(titles)]
 
 
 def conflict_charts(records: Records) -> list[Chart]:

@@ -18,9 +18,9 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.colors import to_hex
 
-from ase_dist.report.records import Array, Records
 from ase_dist.report.text import MINUS, plural
 from ase_dist.training.record.plots import COLORS
+from ase_dist.training.record.records import Array, Records
 
 KINDS = {"expert_load": "Activation frequency", "mean_gates": "Mean gate"}
 UNIT = 10_000  # numbers travel as whole ones of 1 / UNIT
@@ -54,7 +54,7 @@ def heat_maps(records: Records) -> HeatMaps | None:
     steps = chosen_steps(sorted(loads), numbers=len(by_kind) * loads[max(loads)].size)
     frames = {key: np.stack([found[step] for step in steps]) for key, found in by_kind.items()}  # each [F, L, t, N]
     tops = {key: float(np.nanmax(stack_FLtN, initial=1e-6)) for key, stack_FLtN in frames.items()}
-    tasks = _task_titles(records, loads[max(loads)].shape[1])
+    tasks = [short(name) for name in records.task_names(loads[max(loads)].shape[1])]
     labels = [_label(records, step) for step in steps]
     last_LtN = frames["expert_load"][-1]
     return HeatMaps(
@@ -183,11 +183,6 @@ def short(name: str) -> str:
     """A task's name as it fits beside a row."""
     name = name.replace("_", " ")
     return name if len(name) <= 12 else name[:11] + "\u2026"
-
-
-def _task_titles(records: Records, count: int) -> list[str]:
-    names = records.tasks if len(records.tasks) == count else [f"task {i + 1}" for i in range(count)]
-    return [short(name) for name in names]
 
 
 def _label(records: Records, step: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ase_dist.report import text
 from ase_dist.report.ranks import RankReport
-from ase_dist.report.records import Records
+from ase_dist.training.record.records import Records
 
 GOOD, OPEN, BAD = "good", "open", "bad"
 LONGEST_REASON = 600  # characters

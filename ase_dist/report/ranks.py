@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ase_dist.report.records import Records
 from ase_dist.training.record.logs import parse_line
+from ase_dist.training.record.records import Records
 from ase_dist.training.record.run_folder import RunFolder
 
 ERRORS = ("ERROR", "CRITICAL")

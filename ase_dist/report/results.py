@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ase_dist.evaluation.delta_m import delta_m
-from ase_dist.report.records import Records, Series, TaskFacts, reach, task_facts
 from ase_dist.report.text import DASH, significant
+from ase_dist.training.record.records import Records, Series, TaskFacts, task_facts
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,12 @@ class ResultRow:
 
 def result_rows(records: Records) -> list[ResultRow]:
     """A row for every task that was evaluated, in the model's order."""
-    return [_row(records, name) for name in evaluated_tasks(records)]
-
-
-def evaluated_tasks(records: Records) -> list[str]:
-    """The tasks with metrics: the model's own first."""
-    found = dict.fromkeys(str(name) for record in records.of_kind("eval") for name in _keys(record.get("metrics")))
-    return [name for name in dict.fromkeys([*records.tasks, *found]) if name in found]
+    rows = []
+    for name in records.evaluated_tasks():
+        facts = task_facts(records.data, name, metrics=records.metric_names(name))
+        series = records.series("eval", "metrics", name, facts.metric)
+        rows.append(ResultRow(facts, series, records.series("eval", "trivial", name, facts.metric).last))
+    return rows
 
 
 def gains(rows: Sequence[ResultRow]) -> Series:
@@ -84,33 +82,13 @@ def gains(rows: Sequence[ResultRow]) -> Series:
 
 def other_metrics(records: Records) -> list[tuple[str, list[tuple[str, str, str, str]]]]:
     """By task the title and rows of every metric: name, trivial, first and latest value as text."""
-    return [(task_facts(records.data, name).title, _all_metrics(records, name)) for name in evaluated_tasks(records)]
-
-
-def _all_metrics(records: Records, task: str) -> list[tuple[str, str, str, str]]:
-    rows = []
-    for metric in _metric_names(records, task):
-        values = records.series("eval", "metrics", task, metric)
-        trivial = records.series("eval", "trivial", task, metric).last
-        first = next((value for value in values.values if math.isfinite(value)), math.nan)
-        rows.append((metric, significant(trivial), significant(first), significant(values.last)))
-    return rows
-
-
-def _row(records: Records, name: str) -> ResultRow:
-    facts = task_facts(records.data, name, metrics=_metric_names(records, name))
-    series = records.series("eval", "metrics", name, facts.metric)
-    return ResultRow(facts, series, records.series("eval", "trivial", name, facts.metric).last)
-
-
-def _metric_names(records: Records, task: str) -> list[str]:
-    """What the task's last evaluation measured."""
-    for record in reversed(records.of_kind("eval")):
-        names = _keys(reach(record, "metrics", task)[1])
-        if names:
-            return names
-    return []
-
-
-def _keys(value: Any) -> list[str]:
-    return [str(key) for key in value] if isinstance(value, Mapping) else []
+    tables = []
+    for task in records.evaluated_tasks():
+        rows = []
+        for metric in records.metric_names(task):
+            values = records.series("eval", "metrics", task, metric)
+            trivial = records.series("eval", "trivial", task, metric).last
+            first = next((value for value in values.values if math.isfinite(value)), math.nan)
+            rows.append((metric, significant(trivial), significant(first), significant(values.last)))
+        tables.append((task_facts(records.data, task).title, rows))
+    return tables

@@ -12,11 +12,11 @@ from ase_dist.report.images import Candidate, make_album
 from ase_dist.report.outcome import outcome, settle_ranks
 from ase_dist.report.ranks import RankReport, read_ranks
 from ase_dist.report.reading import Reader
-from ase_dist.report.records import Records, branch, number, reach, task_facts
 from ase_dist.report.results import gains, other_metrics, result_rows
 from ase_dist.report.settings import read_settings, settings_sections
 from ase_dist.report.text import DASH, many, plural, significant, size
 from ase_dist.training.record.console import clock
+from ase_dist.training.record.records import Records, branch, number, reach, task_facts
 from ase_dist.training.record.run_folder import RunFolder
 
 MOST_RANKS = 64  # rows of the table of ranks

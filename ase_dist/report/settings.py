@@ -12,7 +12,7 @@ import yaml
 
 from ase_dist.config import Section, Settings, flat, setting_keys
 from ase_dist.errors import UserError
-from ase_dist.report.records import reach
+from ase_dist.training.record.records import reach
 
 GENERAL = "general"
 

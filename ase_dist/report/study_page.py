@@ -16,12 +16,12 @@ from ase_dist.report.charts import Chart, Line
 from ase_dist.report.images import BUDGET, Album, Candidate, make_album
 from ase_dist.report.listing import list_files
 from ase_dist.report.reading import Reader
-from ase_dist.report.records import Records, Series
 from ase_dist.report.results import result_rows
 from ase_dist.report.run_page import prediction_candidates
 from ase_dist.report.settings import as_text
 from ase_dist.report.study_files import Curve, Facts, Results, Values, Variant, parse
 from ase_dist.report.study_table import Row, spread_text, study_columns, study_rows, study_task
+from ase_dist.training.record.records import Records, Series
 from ase_dist.training.record.run_folder import RunFolder
 
 MARKS = ("study.json", "results.json")

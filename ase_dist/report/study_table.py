@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ase_dist.evaluation.seeds import mean_and_spread
-from ase_dist.report.records import Judged, TaskFacts, task_facts
 from ase_dist.report.study_files import Facts, Results, Variant
 from ase_dist.report.text import DASH, signed, significant
+from ase_dist.training.record.records import Judged, TaskFacts, task_facts
 
 Scores = Callable[[Variant], Sequence[float | None]]
 

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from ase_dist.report.charts import BOTTOM, HEIGHT, LEFT, POINTS, RIGHT, TOP, WIDTH, Chart, Line
-from ase_dist.report.records import Series
+from ase_dist.training.record.records import Series
 
 pytestmark = pytest.mark.single_gpu
 NAN = math.nan

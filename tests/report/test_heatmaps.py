@@ -17,8 +17,8 @@ from ase_dist.report.heatmaps import (
     level,
     palette,
 )
-from ase_dist.report.records import Records
 from ase_dist.training.record.metrics import read_metrics
+from ase_dist.training.record.records import Records
 from tests.report.conftest import EXPERTS, LAYERS, SHARED, STEPS, TASKS, load_at, write_metrics
 
 pytestmark = pytest.mark.single_gpu

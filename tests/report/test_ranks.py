@@ -8,7 +8,7 @@ import pytest
 from ase_dist.report import ranks as ranks_module
 from ase_dist.report.outcome import outcome, settle_ranks
 from ase_dist.report.ranks import MOST_NOTICES, RankReport, read_ranks
-from ase_dist.report.records import Records
+from ase_dist.training.record.records import Records
 from ase_dist.training.record.run_folder import RunFolder
 from tests.report.conftest import write_log
 

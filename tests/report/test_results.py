@@ -5,8 +5,8 @@ import math
 import pytest
 
 from ase_dist.evaluation.delta_m import delta_m
-from ase_dist.report.records import Records
 from ase_dist.report.results import gains, other_metrics, result_rows
+from ase_dist.training.record.records import Records
 from tests.report.conftest import eval_values
 
 pytestmark = pytest.mark.single_gpu

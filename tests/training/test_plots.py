@@ -11,6 +11,7 @@ from PIL import Image
 
 from ase_dist.training.record.metrics import Recorder
 from ase_dist.training.record.plots import draw_all, draw_heatmap, draw_losses, draw_metrics, draw_shared_gate
+from ase_dist.training.record.records import Records
 from ase_dist.training.record.run_folder import RunFolder
 
 pytestmark = pytest.mark.single_gpu
@@ -85,7 +86,7 @@ def line_data(ax: Any) -> list[tuple[list[float], list[float]]]:
 
 def test_losses_show_the_sum_and_each_task() -> None:
     records = [{"kind": "train", "step": step, **train_record(step)} for step in (1, 2, 3)]
-    figure = draw_losses(records, RUN)
+    figure = draw_losses(Records([RUN, *records]))
     assert figure is not None
     assert [ax.get_title() for ax in figure.axes] == ["Weighted sum", "Semantic segmentation", "Edges"]
     assert line_data(figure.axes[1])[0] == ([1, 2, 3], [2, 3, 4])
@@ -93,7 +94,7 @@ def test_losses_show_the_sum_and_each_task() -> None:
 
 def test_a_loss_that_was_not_finite_leaves_a_gap() -> None:
     records = [{"kind": "train", "step": step, "loss": None if step == 2 else 1.0} for step in (1, 2, 3)]
-    figure = draw_losses(records, RUN)
+    figure = draw_losses(Records([RUN, *records]))
     assert figure is not None
     raw, smooth = (values for _, values in line_data(figure.axes[0]))
     assert np.isnan(raw).tolist() == [False, True, False] == np.isnan(smooth).tolist()
@@ -105,7 +106,7 @@ def test_metrics_show_the_table_s_metric_and_the_trivial_predictor() -> None:
          "trivial": {"semseg": {"miou": 9.0}}},
         {"kind": "eval", "step": 10, "metrics": {"semseg": {"acc": 1.0, "miou": 25.0}, "odd": {"x": 2.0}}},
     ]  # fmt: skip
-    figure = draw_metrics(evals, RUN)
+    figure = draw_metrics(Records([RUN, *evals]))
     assert figure is not None
     semseg, odd = figure.axes[:2]
     trivial, curve = semseg.get_lines()
@@ -117,7 +118,7 @@ def test_metrics_show_the_table_s_metric_and_the_trivial_predictor() -> None:
 
 def test_heat_maps_are_the_first_the_middle_and_the_last_record() -> None:
     records = [{"kind": "train", "step": step, **train_record(step)} for step in (10, 20, 30, 40, 50)]
-    figure = draw_heatmap(records, RUN, task=1)
+    figure = draw_heatmap(Records([RUN, *records]), task=1)
     assert figure is not None
     maps = [ax for ax in figure.axes if ax.get_images() and ax.get_xticklabels()[-1].get_text() == "S"]
     assert [ax.get_title() for ax in maps[:3]] == ["step 10", "step 30", "step 50"]
@@ -130,7 +131,7 @@ def test_shared_gates_have_a_line_per_layer_and_their_mean() -> None:
     gates = np.array([[[0.8, 0.1]], [[0.4, 0.3]]])  # [records, layers, tasks]
     gates = np.concatenate([gates, gates / 2], axis=1)
     records = [{"kind": "train", "step": 5 * i, "shared_gate": value.tolist()} for i, value in enumerate(gates)]
-    figure = draw_shared_gate(records, RUN)
+    figure = draw_shared_gate(Records([RUN, *records]))
     assert figure is not None
     first, second, mean = line_data(figure.axes[0])
     assert (first, second) == (([0, 5], [0.8, 0.4]), ([0, 5], [0.4, 0.2]))

@@ -1,6 +1,6 @@
-"""The numbers of a run for its page: what is missing, null or of another form counts as not recorded.
+"""The numbers of a run for its plots and its page: what is missing, null or of another form counts as not recorded.
 
-A page must come of a run that was killed, edited or written by another version, so nothing here takes the form of a
+Both must come of a run that was killed, edited or written by another version, so nothing here takes the form of a
 record for granted. The keys are those that ``ase_dist.training.record.metrics`` lists.
 """
 
@@ -107,6 +107,24 @@ class Records:
         shape = whole[max(whole)].shape if whole else ()
         return {step: value for step, value in whole.items() if value.shape == shape}
 
+    def tasks_with_loss(self) -> list[str]:
+        """The tasks whose losses were recorded, in the order of the records."""
+        return list(dict.fromkeys(name for record in self.of_kind("train") for name in _keys(record.get("losses"))))
+
+    def evaluated_tasks(self) -> list[str]:
+        """The tasks with metrics: the model's own first."""
+        found = dict.fromkeys(name for record in self.of_kind("eval") for name in _keys(record.get("metrics")))
+        return [name for name in dict.fromkeys([*self.tasks, *found]) if name in found]
+
+    def metric_names(self, task: str) -> list[str]:
+        """What the task's last evaluation measured."""
+        found = (_keys(reach(record, "metrics", task)[1]) for record in reversed(self.of_kind("eval")))
+        return next((names for names in found if names), [])
+
+    def task_names(self, count: int) -> list[str]:
+        """The tasks of an array with ``count`` of them, by number where the run line names others."""
+        return self.tasks if len(self.tasks) == count else [f"task {i + 1}" for i in range(count)]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Values of any form
@@ -140,6 +158,10 @@ def branch(value: Any, *keys: str) -> Mapping[str, Any]:
     """The mapping at the path ``keys``; an empty one where there is none."""
     found = reach(value, *keys)[1]
     return found if isinstance(found, Mapping) else {}
+
+
+def _keys(value: Any) -> list[str]:
+    return [str(key) for key in value] if isinstance(value, Mapping) else []
 
 
 def _list(value: Any) -> list[Any]:

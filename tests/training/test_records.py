@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ase_dist.report.records import Records, Series, array, number, task_facts
+from ase_dist.training.record.records import Records, Series, array, number, task_facts
 
 pytestmark = pytest.mark.single_gpu
 NAN = math.nan
