@@ -1,7 +1,9 @@
 """DeepSpeed's JSON: read, checked against the settings, every "auto" filled in.
 
-One truth: a value that stands in the JSON and was also given in the settings must be the same. A value that stands
-only in the JSON becomes the setting.
+A value that stands in the JSON and was also given in the settings must be the same. A value that stands only in the
+JSON becomes the setting. The templates of Hugging Face are accepted: of their "auto" some are filled from the settings
+(``SHARED_KEYS``, train_batch_size), some mean DeepSpeed's default (``AUTO_IS_DEFAULT``), a scheduler of nothing but
+"auto" is that of the settings, and fp16 is off.
 """
 
 from __future__ import annotations
@@ -34,6 +36,16 @@ SHARED_KEYS: dict[str, tuple[str, ...]] = {
 }
 OPTIMIZER_KEYS = tuple(path[-1] for path in SHARED_KEYS.values() if path[0] == "optimizer")
 REMOVED = ("elasticity", "nebula", "compression_training", "amp")  # hard errors in deepspeed 0.19
+# keys of zero_optimization whose "auto" Hugging Face works out from the width of its model; here DeepSpeed's default
+AUTO_IS_DEFAULT = (
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_gather_16bit_weights_on_model_save",
+)
 READ_HERE = (
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
@@ -98,11 +110,15 @@ def resolve(settings: Settings, ds_config: Mapping[str, Any], *, world: int, nat
     would switch the guard against NaN off, and where the ZeRO stage and the expert-parallel size do not go together.
     """
     tree = deepcopy(dict(ds_config))
+    _drop_auto(tree)
     _check_keys(tree)
     values = {name: _agree(name, path, settings.train, tree) for name, path in SHARED_KEYS.items()}
     if values["bf16"] == AUTO:
         values["bf16"] = native_bf16
-    settings = _with_train(settings, values)
+    try:
+        settings = override_settings(settings, {f"train.{name}": value for name, value in values.items()})
+    except UserError as error:
+        raise UserError(f"DeepSpeed JSON against the settings: {error}") from None
     train = settings.train
     for name in ("batch_size", "gradient_accumulation_steps", "gradient_clipping", "bf16"):
         _put(tree, SHARED_KEYS[name], values[name])
@@ -115,8 +131,26 @@ def resolve(settings: Settings, ds_config: Mapping[str, Any], *, world: int, nat
     return ResolvedConfig(settings, tree)
 
 
+def _drop_auto(tree: dict[str, Any]) -> None:
+    """Take out each "auto" that asks for nothing."""
+    for key in ("bf16", "fp16"):
+        if tree.get(key) == AUTO:
+            tree[key] = {"enabled": AUTO}
+    if _get(tree, ("fp16", "enabled")) == AUTO:
+        del tree["fp16"]  # bf16 or float32 here, as train.bf16 says
+    params = _get(tree, ("scheduler", "params"))
+    if tree.get("scheduler") == AUTO or (
+        isinstance(params, dict) and params and set(map(str, params.values())) == {AUTO}
+    ):
+        del tree["scheduler"]  # train.schedule and train.warmup_steps
+    if isinstance(tree.get("zero_optimization"), dict):
+        for key in AUTO_IS_DEFAULT:
+            if tree["zero_optimization"].get(key) == AUTO:
+                del tree["zero_optimization"][key]
+
+
 def _check_keys(tree: dict[str, Any]) -> None:
-    """Refuse what DeepSpeed 0.19 no longer has, what is decided elsewhere, and what it would silently ignore."""
+    """Refuse what DeepSpeed 0.19 no longer has, what is decided elsewhere, and what would weaken the guard."""
     for key, value in tree.items():
         if key in REMOVED:
             raise UserError(f"DeepSpeed JSON: {key!r} was removed from DeepSpeed in 0.19; take it out")
@@ -126,11 +160,7 @@ def _check_keys(tree: dict[str, Any]) -> None:
             raise UserError(f"DeepSpeed JSON: {key}: got {value!r}, wanted an object such as {{...}}")
     if "scheduler" in tree:
         raise UserError("DeepSpeed JSON: 'scheduler' is set by train.schedule and train.warmup_steps; take it out")
-    _check_optimizer(tree.get("optimizer", {}))
-    _check_guarded(tree)
-
-
-def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
+    optimizer = tree.get("optimizer", {})
     kind, params = optimizer.get("type", "AdamW"), optimizer.get("params", {})
     if kind != "AdamW":
         raise UserError(f"DeepSpeed JSON: optimizer.type: got {kind!r}, wanted 'AdamW' (or no optimizer section)")
@@ -139,11 +169,7 @@ def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
     for key in params:
         if key not in OPTIMIZER_KEYS:
             raise UserError(f"DeepSpeed JSON: optimizer.params has no {key!r}{did_you_mean(key, OPTIMIZER_KEYS)}")
-
-
-def _check_guarded(tree: Mapping[str, Any]) -> None:
-    """Refuse what would let a gradient that is not finite reach the weights, or leave the loss scale to chance."""
-    if _enabled(tree, "fp16"):
+    if _get(tree, ("fp16", "enabled")):  # its loss scale skips steps whose gradients are finite
         raise UserError("DeepSpeed JSON: fp16: not supported here, a step is skipped for what is finite; use bf16")
     for path in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
         if _get(tree, path) is False:
@@ -165,14 +191,6 @@ def _agree(name: str, path: tuple[str, ...], train: TrainSettings, tree: dict[st
             'set one of them, or write "auto" in the JSON'
         )
     return there
-
-
-def _with_train(settings: Settings, values: Mapping[str, Any]) -> Settings:
-    """The settings with these values of the JSON, checked like those of the command line."""
-    try:
-        return override_settings(settings, {f"train.{name}": value for name, value in values.items()})
-    except ValueError as error:
-        raise UserError(f"DeepSpeed JSON against the settings: {error}") from None
 
 
 def _fill_batch(tree: dict[str, Any], train: TrainSettings, world: int) -> None:
@@ -224,10 +242,6 @@ def _check_filled(tree: Mapping[str, Any], prefix: str = "") -> None:
             )
         if isinstance(value, Mapping):
             _check_filled(value, f"{prefix}{key}.")
-
-
-def _enabled(tree: Mapping[str, Any], key: str) -> bool:
-    return bool(_get(tree, (key, "enabled")))
 
 
 def _get(tree: Any, path: tuple[str, ...]) -> Any:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from ase_dist.config import load_settings
 from ase_dist.training.ds_config import read_ds_config, resolve, shipped_ds_configs
@@ -35,6 +36,64 @@ def test_every_auto_of_a_shipped_json_is_filled(path):
     assert config.deepspeed["train_batch_size"] == 3 * 4 * 2
     assert config.deepspeed["gradient_clipping"] == config.settings.train.gradient_clipping
     assert config.settings.train.bf16 is (path.stem == "z2_bf16")
+
+
+HF_COMMON = {
+    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16,
+             "hysteresis": 2, "min_loss_scale": 1},
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW",
+                  "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "scheduler": {"type": "WarmupLR",
+                  "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}},
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}  # fmt: skip
+HF_ZERO = {
+    2: {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}, "allgather_partitions": True,
+        "allgather_bucket_size": 2e8, "overlap_comm": True, "reduce_scatter": True, "reduce_bucket_size": "auto",
+        "contiguous_gradients": True},
+    3: {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto", "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9, "stage3_gather_16bit_weights_on_model_save": "auto"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", HF_ZERO)
+def test_the_templates_of_hugging_face_are_accepted(stage):
+    """As in its documentation of DeepSpeed; the settings fill them, and DeepSpeed accepts what is left."""
+    options = ("train.lr=3e-4", "train.batch_size=4", "train.gradient_accumulation_steps=2", "train.bf16=false")
+    config = settle({**HF_COMMON, "zero_optimization": HF_ZERO[stage]}, *options)
+    assert "auto" not in json.dumps(config.deepspeed)
+    assert not {"fp16", "scheduler", "optimizer"} & config.deepspeed.keys()
+    assert (config.zero_stage, config.deepspeed["train_batch_size"], config.settings.train.lr) == (stage, 16, 3e-4)
+    default = DeepSpeedZeroConfig(stage=stage)
+    found = DeepSpeedZeroConfig(**config.deepspeed["zero_optimization"])
+    assert found.reduce_bucket_size == default.reduce_bucket_size
+    assert found.param_persistence_threshold == default.param_persistence_threshold
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"fp16": "auto"},
+        {"fp16": {"enabled": "auto"}},
+        {"fp16": {"enabled": False, "loss_scale": 0}},
+        {"bf16": "auto"},
+        {"scheduler": "auto"},
+        {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_min_lr": "auto"}}},
+    ],
+)
+def test_an_auto_that_asks_for_nothing_changes_nothing(tree):
+    with_it, without = settle(tree), settle({})
+    assert with_it.settings == without.settings
+    kept = {key: value for key, value in with_it.deepspeed.items() if key != "fp16"}
+    assert kept == without.deepspeed
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -108,7 +167,15 @@ def test_the_monitor_writes_into_the_run_folder():
         ({"zero_optimization": {"stage": "2"}}, [], "stage: got '2'"),
         ({"zero_optimization": {"stage": 3}}, ["model.moe.ep_size=2"], "set model.moe.ep_size=1, or use stage 2"),
         ({"zero_optimization": {"stage": 2, "reduce_scatter": False}}, [], "reduce_scatter: experts under stage 2"),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, [], 'reduce_bucket_size: "auto" is filled'),
+        ({"zero_optimization": {"stage": 2, "sub_group_size": "auto"}}, [], 'sub_group_size: "auto" is filled'),
+        ({"zero_optimization": {"stage": "auto"}}, [], "stage: got 'auto', wanted one of"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "auto"}}}, [], 'offload_optimizer.device: "auto" is'),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_min_lr": "auto"}}},
+            [],
+            "'scheduler' is set by train.schedule",
+        ),
+        ({"optimizer": "auto"}, [], "optimizer: got 'auto', wanted an object"),
         ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, [], "the guard against NaN needs it"),
         ({"bf16": {"enabled": True, "check_grad_overflow": False}}, [], "the guard against NaN needs it"),
         ({"fp16": {"enabled": True}}, [], "fp16: not supported here"),
