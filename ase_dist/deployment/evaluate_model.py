@@ -168,7 +168,7 @@ def _run(
             loader,
             tasks,
             device=world.device,
-            gallery=Gallery(room=0),
+            gallery=Gallery(limit=0),
             constants={},
             go_on=go_on,
             edge_ods=ods,

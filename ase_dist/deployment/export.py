@@ -139,7 +139,7 @@ def check_export(run: str | Path, out: str | Path, *, device: str | None = None)
     loader = build_eval_loader(settings, model.tasks, rank=0, world_size=1)
     try:
         evaluation = evaluate(
-            model, loader, model.tasks, device=where, gallery=Gallery(room=0), constants={}, go_on=lambda: True
+            model, loader, model.tasks, device=where, gallery=Gallery(limit=0), constants={}, go_on=lambda: True
         )
     finally:
         loader.close()

@@ -139,9 +139,8 @@ def _drop_auto(tree: dict[str, Any]) -> None:
     if _get(tree, ("fp16", "enabled")) == AUTO:
         del tree["fp16"]  # bf16 or float32 here, as train.bf16 says
     params = _get(tree, ("scheduler", "params"))
-    if tree.get("scheduler") == AUTO or (
-        isinstance(params, dict) and params and set(map(str, params.values())) == {AUTO}
-    ):
+    asks_for_nothing = isinstance(params, dict) and bool(params) and all(value == AUTO for value in params.values())
+    if asks_for_nothing or tree.get("scheduler") == AUTO:
         del tree["scheduler"]  # train.schedule and train.warmup_steps
     if isinstance(tree.get("zero_optimization"), dict):
         for key in AUTO_IS_DEFAULT:

@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from ase_dist import collectives
 from ase_dist.errors import ExitCode, UserError
@@ -144,6 +145,14 @@ def evaluation_fails(rank, folder):
     return sentence, same_bits(left, checkpoint(folder / "failed", 6)), saved
 
 
+def evaluation_draws(rank, folder):
+    scenes, options = scenes_of(folder), ("eval.every=3", "model.drop_path=0.2", "eval.pictures=0")
+    tiny_run(scenes, folder / "still", *options)
+    with mock.patch.object(trainer, "evaluate", then(lambda: torch.rand(3), trainer.evaluate)):
+        tiny_run(scenes, folder / "draws", *options)
+    return same_bits(checkpoint(folder / "draws", 6), checkpoint(folder / "still", 6))
+
+
 @pytest.mark.single_gpu
 def test_an_evaluation_that_fails_costs_no_step_and_no_step_is_written_twice(scenes, tmp_path):
     [(sentence, differing, saved)] = end(start(evaluation_fails, scenes, tmp_path, size=1), codes=[0])
@@ -154,6 +163,12 @@ def test_an_evaluation_that_fails_costs_no_step_and_no_step_is_written_twice(sce
     for name in ("failed", "whole"):
         history = saved_meta(tmp_path / name, 6)["history"]
         assert history["evaluated_at"] == 6 and history["latest"].keys() == history["trivial"].keys()
+
+
+@pytest.mark.single_gpu
+def test_an_evaluation_that_draws_random_numbers_changes_no_step(scenes, tmp_path):
+    """Else a resumed run, which begins with the state from before the evaluation, would not be the same one."""
+    assert end(start(evaluation_draws, scenes, tmp_path, size=1), codes=[0]) == [[]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

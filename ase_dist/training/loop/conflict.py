@@ -6,7 +6,8 @@ Letters: t tasks, L layers with shared experts, M weights of a layer's shared ex
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from ase_dist import collectives
 from ase_dist.config import Settings
 from ase_dist.errors import UserError
-from ase_dist.models import ModelOutput
 from ase_dist.moe import MoEFFN
 
 
@@ -37,43 +37,39 @@ def check_conflict_settings(settings: Settings, *, num_tasks: int, zero_stage: i
         raise UserError(f"eval.gradient_conflict_every: cannot be measured here: {problem}")
 
 
-def forward_outside_engine(model: nn.Module, images_BCHW: Tensor) -> ModelOutput:
-    """The model's output with its graph, the random state left as it was: the run goes on as if nothing happened."""
-    device = images_BCHW.device
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type):
-        return model(images_BCHW)
+@contextmanager
+def same_random_state(device: torch.device) -> Iterator[None]:
+    """What runs inside draws from torch's generators as it likes: afterwards they are as they were before."""
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        yield
 
 
 def gradient_conflict(losses: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]:
     """Cosines between the tasks' gradients on the shared experts, over all ranks' tokens (collective).
 
-    ``losses`` are scalars with their graph. Gives ``cosines`` [t][t] over all
-    layers together, ``cosines_by_layer`` [L], the mean over pairs of tasks in each layer, and ``conflicting``, the
-    share of pairs (layers apart) whose cosine is negative (gradient conflict as in PCGrad, arXiv 2001.06782). A task
-    without a gradient there has cosine 0 with every other.
+    ``losses`` are scalars with their graph. Gives ``cosines`` [t][t] over all layers together, ``cosines_by_layer``
+    [L], the mean over pairs of tasks in each layer, and ``conflicting``, the share of pairs (layers apart) whose cosine
+    is negative (gradient conflict as in PCGrad, arXiv 2001.06782). A task without a gradient there has cosine 0 with
+    every other.
     """
     layers = [layer.shared for layer in model.modules() if isinstance(layer, MoEFFN) and layer.shared is not None]
-    gradients = _gradients(losses, [list(layer.parameters()) for layer in layers])
-    by_layer_Ltt = torch.stack([_cosines(gradient_tM) for gradient_tM in gradients])
+    weights = [list(layer.parameters()) for layer in layers]
+    rows = []
+    for loss in losses.values():  # one backward pass for each task
+        found = torch.autograd.grad(
+            loss, [*itertools.chain(*weights)], retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        rows.append(torch.cat([gradient.flatten().float() for gradient in found]))
+    gradients_tM = collectives.all_reduce_sum(torch.stack(rows))
+    by_layer = gradients_tM.split([sum(weight.numel() for weight in layer) for layer in weights], dim=-1)
+    by_layer_Ltt = torch.stack([_cosines(layer_tM) for layer_tM in by_layer])
     pairs = list(itertools.combinations(range(len(losses)), 2))
     pairs_LP = torch.stack([by_layer_Ltt[:, a, b] for a, b in pairs], dim=-1)
     return {
-        "cosines": _cosines(torch.cat(gradients, dim=-1)),
+        "cosines": _cosines(gradients_tM),
         "cosines_by_layer": pairs_LP.mean(dim=-1),
         "conflicting": (pairs_LP < 0).float().mean(),
     }
-
-
-def _gradients(losses: Mapping[str, Tensor], layers: list[list[nn.Parameter]]) -> list[Tensor]:
-    """[t, M] of each layer in float32, summed over the ranks; one backward pass for each task."""
-    weights = [weight for layer in layers for weight in layer]
-    rows = []
-    for loss in losses.values():
-        found = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True, materialize_grads=True)
-        rows.append(torch.cat([gradient.flatten().float() for gradient in found]))
-    sizes = [sum(weight.numel() for weight in layer) for layer in layers]
-    return list(collectives.all_reduce_sum(torch.stack(rows)).split(sizes, dim=-1))
 
 
 def _cosines(gradients_tM: Tensor) -> Tensor:

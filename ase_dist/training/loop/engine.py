@@ -77,7 +77,8 @@ def build_optimizer(model: nn.Module, config: ResolvedConfig, world: World) -> t
 
 def trained_groups(model: nn.Module, train: TrainSettings) -> list[dict[str, Any]]:
     """Trained parameters with and without weight decay; those of the backbone apart where their rate is another."""
-    trained = [(kind, p) for kind, p in _with_kind(model) if p.requires_grad]
+    kinds = parameter_groups(model)
+    trained = [(kinds[name], p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise UserError("model: nothing is trained; enable experts, LoRA or model.tune=full")
     shared_rate = train.backbone_lr_factor == 1
@@ -92,11 +93,6 @@ def trained_groups(model: nn.Module, train: TrainSettings) -> list[dict[str, Any
         groups.append({"name": f"{prefix}decay", "params": decay, "weight_decay": train.weight_decay, "lr": lr})
         groups.append({"name": f"{prefix}no_decay", "params": rest, "weight_decay": 0.0, "lr": lr})
     return [group for group in groups if group["params"]]
-
-
-def _with_kind(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    kinds = parameter_groups(model)
-    return [(kinds[name], parameter) for name, parameter in model.named_parameters()]
 
 
 def decide_dispatch(model: MultiTaskModel, *, images: int) -> None:

@@ -26,14 +26,14 @@ Forward = Callable[[Tensor], ModelOutput]
 class Gallery:
     """The first images of an evaluation with truth and prediction, for pictures; empty on all ranks but the first."""
 
-    room: int
+    limit: int
     images: list[Tensor] = field(default_factory=list)
     labels: dict[str, list[Tensor]] = field(default_factory=dict)
     predictions: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def hang(self, image_3SS: Tensor, labels: Mapping[str, Tensor], predictions: Mapping[str, Tensor]) -> None:
-        """Keep one image while there is room."""
-        if len(self.images) >= self.room:
+    def add(self, image_3SS: Tensor, labels: Mapping[str, Tensor], predictions: Mapping[str, Tensor]) -> None:
+        """Keep one image, unless there are as many as wanted."""
+        if len(self.images) >= self.limit:
             return
         self.images.append(image_3SS.cpu())
         for name, label in labels.items():
@@ -73,7 +73,8 @@ def evaluate(
             closing.callback(metric.close)
         for batch in loader:
             moved = batch.to(device)
-            logits = forward(_images(moved)).predictions
+            blank = moved.images.new_zeros(1, *moved.images.shape[1:])
+            logits = forward(moved.images if len(moved.images) else blank).predictions
             for i in range(len(moved.images)):
                 labels = {task.name: moved.labels[task.name][i] for task in tasks}
                 predictions = {
@@ -81,9 +82,11 @@ def evaluate(
                 }
                 for task in tasks:
                     metrics[task.name].update(predictions[task.name], labels[task.name])
-                for name, floor in trivial.items():
-                    floor.update(_constant(constants[name], labels[name]), labels[name])
-                gallery.hang(moved.images[i], labels, predictions)
+                for name, metric in trivial.items():
+                    label = labels[name]
+                    constant = constants[name].predict(*label.shape[-2:]).to(label.device)
+                    metric.update(constant, label)
+                gallery.add(moved.images[i], labels, predictions)
             if not go_on():
                 return None
         for metric in metrics.values():
@@ -112,16 +115,6 @@ def predict(task: Task, logits_1Chw: Tensor, label: Tensor) -> Tensor:
     """The decoded prediction for one image at the size of its label."""
     height, width = label.shape[-2:]
     return decode(task, logits_1Chw, size=(height, width))[0]
-
-
-def _images(batch: EvalBatch) -> Tensor:
-    """The batch's images, or a blank one where it has none."""
-    return batch.images if len(batch.images) else batch.images.new_zeros(1, *batch.images.shape[1:])
-
-
-def _constant(constant: ConstantPredictor, label: Tensor) -> Tensor:
-    height, width = label.shape[-2:]
-    return constant.predict(height, width).to(label.device)
 
 
 def _merged(metrics: Mapping[str, Metric], device: torch.device) -> Results:

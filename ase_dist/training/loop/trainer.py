@@ -22,7 +22,7 @@ from ase_dist.moe import MoEFFN
 from ase_dist.tasks import Task
 from ase_dist.training.loop import losses
 from ase_dist.training.loop.components import RunComponents
-from ase_dist.training.loop.conflict import forward_outside_engine, gradient_conflict
+from ase_dist.training.loop.conflict import gradient_conflict, same_random_state
 from ase_dist.training.loop.evaluate import Gallery, evaluate
 from ase_dist.training.process.finite import FiniteGuard, NonFiniteError, all_finite, vote
 from ase_dist.training.process.runtime import World
@@ -73,7 +73,12 @@ class Trainer:
         """Run until the last step or until a rank is asked to stop."""
         with self.stop, self.watchdog, self.progress:
             try:
-                self._loop()
+                self._warm_shared_logits(self.state.step)  # as the last step left them, for an evaluation at the start
+                self._save_and_evaluate()
+                while self.state.step < self.total_steps and not self.stopping:
+                    self._step()
+                    self._log()
+                    self._save_and_evaluate()
             except Exception as error:
                 if self.world.size > 1 and not isinstance(error, AGREED_ERRORS):
                     if isinstance(error, RuntimeError):  # as torch's are where a peer is lost
@@ -85,22 +90,13 @@ class Trainer:
             LOGGER.info("stopped by a signal at step %d, saved", self.state.step)
         return ExitCode.STOPPED if self.stopping else ExitCode.DONE
 
-    def _loop(self) -> None:
-        self._warm_shared_logits(self.state.step)  # as the last step left them, for an evaluation before the next
-        self._evaluate_and_save()
-        while self.state.step < self.total_steps and not self.stopping:
-            self._step()
-            self._log()
-            self._evaluate_and_save()
-
-    def _evaluate_and_save(self) -> None:
+    def _save_and_evaluate(self) -> None:
         """What is due. Save first, so that a failing evaluation loses nothing; its results are added afterwards."""
         self._maybe_save()
-        self._maybe_evaluate()
+        is_start = self.state.step == 0 and self.settings.eval.at_start
+        if (is_start or self._evaluation_is_due()) and not self.stopping:
+            self._evaluate()
         self._maybe_save()
-
-    def _record_silence(self, sentence: str) -> None:
-        self.recorder.write_end(step=self.state.step, exit=ExitCode.SILENT.name.lower(), why=sentence)
 
     def _suspects(self) -> str:
         """Which other rank looks dead, for the log; one that just dies gets a moment to be seen dead."""
@@ -110,43 +106,42 @@ class Trainer:
             time.sleep(0.2)
         return found
 
+    def _record_silence(self, sentence: str) -> None:
+        """The watchdog's last act."""
+        self.recorder.write_end(step=self.state.step, exit=ExitCode.SILENT.name.lower(), why=sentence)
+
     # -----------------------------------------------------------------------------------------------------------------
     # One step
 
     def _step(self) -> None:
-        """One optimiser step over its micro-steps."""
+        """One optimiser step: batches, losses and backward passes of its micro-steps, guard; its time is counted."""
         began = time.perf_counter()
         step = self.state.step + 1
         self.watchdog.beat(f"data of step {step}")
-        batches = [next(self.train_loader).to(self.world.device) for _ in range(self._accumulation)]
-        self.watchdog.beat(
-            f"label counts of step {step}"
-        )  # they wait for all ranks: who sleeps over its data is behind
+        accumulation = self.settings.train.gradient_accumulation_steps
+        batches = [next(self.train_loader).to(self.world.device) for _ in range(accumulation)]
+        self.watchdog.beat(f"label counts of step {step}")  # they wait for all ranks, so a rank without data is behind
         counts = mean_label_counts(batches, self.tasks, self.world)
         self._warm_shared_logits(step)
         conflict_seconds = self._maybe_measure_conflict(step, batches[0], counts)
-        micro_steps = [self._micro_step(step, batch, counts) for batch in batches]
+
+        micro_steps = []
+        for batch in batches:
+            self.watchdog.beat(f"forward of step {step}")
+            output: ModelOutput = self.engine(batch.images)
+            by_task, total = training_loss(output, batch, self.tasks, counts, self.settings.train.loss_weights)
+            self.watchdog.beat(f"backward of step {step}")
+            self.engine.backward(nan_if_nonfinite(total))
+            self.engine.step()
+            by_task = {name: loss.detach() for name, loss in by_task.items()}
+            numbers = (total.detach(), output.aux_loss.detach(), output.expert_counts, output.mean_gates)
+            micro_steps.append(MicroStep(by_task, *numbers, batch.names))
+
         self._finish_step(step, micro_steps)
         self.state.advance(images=sum(len(batch.images) for batch in batches) * self.world.size)
         seconds = time.perf_counter() - began - conflict_seconds
         self.span.seconds += seconds
         self.state.history.train_seconds += seconds
-
-    @property
-    def _accumulation(self) -> int:
-        return self.settings.train.gradient_accumulation_steps
-
-    def _micro_step(self, step: int, batch: Batch, counts: Tensor) -> MicroStep:
-        self.watchdog.beat(f"forward of step {step}")
-        output: ModelOutput = self.engine(batch.images)
-        by_task, total = training_loss(output, batch, self.tasks, counts, self.settings.train.loss_weights)
-        self.watchdog.beat(f"backward of step {step}")
-        self.engine.backward(nan_if_nonfinite(total))
-        self.engine.step()
-        detached = {name: loss.detach() for name, loss in by_task.items()}
-        return MicroStep(
-            detached, total.detach(), output.aux_loss.detach(), output.expert_counts, output.mean_gates, batch.names
-        )
 
     def _warm_shared_logits(self, step: int) -> None:
         """Step 1 has shared logits of 0, the step after the warm-up and all later ones their full size."""
@@ -165,7 +160,8 @@ class Trainer:
             return 0.0
         began = time.perf_counter()
         self.watchdog.beat(f"gradient conflict of step {step}")
-        output = forward_outside_engine(self.engine.module, batch.images)
+        with same_random_state(self.world.device):  # the step that follows is the same with and without this one
+            output: ModelOutput = self.engine.module(batch.images)
         by_task = losses.task_losses(output.predictions, batch.labels, self.tasks, counts)
         self.recorder.write("conflict", step=step, values=gradient_conflict(by_task, self.engine.module))
         return time.perf_counter() - began
@@ -211,11 +207,6 @@ class Trainer:
         events += [(f"train/{name}", value, step) for name, value in values["losses"].items()]
         self._monitor([*events, ("train/images_per_second", values["images_per_second"], step)])
 
-    def _maybe_evaluate(self) -> None:
-        is_start = self.state.step == 0 and self.settings.eval.at_start
-        if (is_start or self._evaluation_is_due()) and not self.stopping:
-            self._evaluate()
-
     def _evaluation_is_due(self) -> bool:
         every, step = self.settings.eval.every, self.state.step
         due = step == self.total_steps or bool(every and step and step % every == 0)
@@ -224,9 +215,14 @@ class Trainer:
     def _evaluate(self) -> None:
         """Evaluate on all ranks, unless one is asked to stop; rank 0 records it and draws the pictures."""
         step, history = self.state.step, self.state.history
-        gallery = Gallery(room=self.settings.eval.pictures if self.world.is_first else 0)
+        gallery = Gallery(limit=self.settings.eval.pictures if self.world.is_first else 0)
+        workers = share_of_cores(self.world.local_size)  # that count boundaries while the model runs
         self.engine.eval()
-        with self.progress.inner("evaluate", total=len(self.eval_loader)) as advance:
+        # the checkpoint of this step is written already, so the random state must stay as it is in there
+        with (
+            same_random_state(self.world.device),
+            self.progress.inner("evaluate", total=len(self.eval_loader)) as advance,
+        ):
 
             def go_on() -> bool:
                 self.watchdog.beat(f"evaluation at step {step}")
@@ -242,7 +238,7 @@ class Trainer:
                 gallery=gallery,
                 constants={} if history.trivial else self.constants,
                 go_on=go_on,
-                edge_ods=self._edge_ods,
+                edge_ods=EdgeOds(workers=workers) if self.settings.eval.edge_ods else None,
             )
         self.engine.train()
         if evaluation is None:
@@ -250,12 +246,6 @@ class Trainer:
         history.trivial = history.trivial or evaluation.trivial
         self.state.add_results(evaluation.results, self.tasks)
         self._report_evaluation(gallery)
-
-    @property
-    def _edge_ods(self) -> EdgeOds | None:
-        """How boundaries are scored, on this rank's share of the cores, or None."""
-        workers = share_of_cores(self.world.local_size)
-        return EdgeOds(workers=workers) if self.settings.eval.edge_ods else None
 
     def _report_evaluation(self, gallery: Gallery) -> None:
         step, history = self.state.step, self.state.history

@@ -23,18 +23,6 @@ FILES_ONLY = "is_for_log_files"  # attribute of records that the terminal gets i
 _HANDLER = "ase_dist console"
 
 
-class _HideLinesForFiles(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not getattr(record, FILES_ONLY, False)
-
-
-class _HideProgressLines(logging.Filter):
-    """Keeps the lines of progress out of a terminal that shows them as a bar; log files still get them."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not getattr(record, "is_progress", False)
-
-
 def set_up_logging(*, rank: int, terminal: bool | None = None) -> Console | None:
     """Send the package's log to the standard error; called again it replaces what the call before set up.
 
@@ -43,9 +31,14 @@ def set_up_logging(*, rank: int, terminal: bool | None = None) -> Console | None
     close_console()
     console = Console(stderr=True)
     is_rich = rank == 0 and (console.is_terminal if terminal is None else terminal)
-    handler = _rich_handler(console) if is_rich else _plain_handler(rank)
+    if is_rich:
+        handler: logging.Handler = RichHandler(console=console, show_path=False, markup=False, log_time_format="[%X]")
+        handler.addFilter(lambda record: not getattr(record, "is_progress", False))  # the bar shows it
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(formatter(rank))
     handler.name = _HANDLER
-    handler.addFilter(_HideLinesForFiles())
+    handler.addFilter(lambda record: not getattr(record, FILES_ONLY, False))
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
@@ -59,18 +52,6 @@ def close_console() -> None:
         LOGGER.removeHandler(handler)
         handler.close()
     LOGGER.propagate = True
-
-
-def _rich_handler(console: Console) -> logging.Handler:
-    handler = RichHandler(console=console, show_path=False, markup=False, log_time_format="[%X]")
-    handler.addFilter(_HideProgressLines())
-    return handler
-
-
-def _plain_handler(rank: int) -> logging.Handler:
-    handler = logging.StreamHandler()
-    handler.setFormatter(formatter(rank))
-    return handler
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +76,13 @@ class StepProgress:
     ) -> None:
         self.description, self.total, self.start, self.on_bar = description, total, start, tuple(on_bar)
         self._began, self._tenth = time.monotonic(), 0
-        self._bars = _bars(console) if console is not None else None
+        text = TextColumn("{task.fields[text]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), text)
+        self._bars = (
+            Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=console)
+            if console is not None
+            else None
+        )
         self._bar = TaskID(0)
 
     def __enter__(self) -> StepProgress:
@@ -117,7 +104,7 @@ class StepProgress:
             self._bars.update(self._bar, completed=step)
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the numbers of the step, beside the bar or as a line, with the time that is left."""
+        """Show the numbers of the step, next to the bar or as a line, with the time that is left."""
         if self._bars is not None:
             text = "  ".join(f"{name} {values[name]:.4g}" for name in self.on_bar if name in values)
             self._bars.update(self._bar, completed=step, text=text)
@@ -157,15 +144,3 @@ def clock(seconds: float) -> str:
         return "-"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def _bars(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        console=console,
-    )
