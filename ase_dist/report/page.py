@@ -66,16 +66,22 @@ def render(template: str, content: dict[str, Any]) -> str:
 
 @functools.cache
 def _templates() -> Environment:
-    """The templates, every one of which escapes."""
+    """The templates, every one of which escapes, and shows no control character of whatever it is given."""
     environment = Environment(
         loader=PackageLoader("ase_dist.report", "assets"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_finalize,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {name: getattr(text, name) for name in ("significant", "plural")}
     return environment
+
+
+def _finalize(value: Any) -> Any:
+    """Each value as the page shows it; Markup stays Markup."""
+    return type(value)(text.printable(value)) if isinstance(value, str) else value
 
 
 def _content(folder: Path, out: Path) -> tuple[str, dict[str, Any]]:

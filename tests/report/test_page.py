@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -106,6 +107,29 @@ def test_markup_in_names_logs_and_values_stays_text(tmp_path, make, read_page):
     ]
     assert not [e for e in page.root.all() for name in e.attributes if name.startswith("on")]
     assert len(page.root.all("title")) == len(page.root.all("style")) == 1
+
+
+@pytest.mark.parametrize("make", [write_run, write_study], ids=["run", "study"])
+def test_control_characters_in_names_logs_and_values_are_not_in_the_page(tmp_path, make, read_page):
+    """Escape sequences, marks that reverse the direction of writing, and a name that is no UTF-8."""
+    odd = "odd\x1b[2Jname\u202e\x9b\x00"
+    folder = make(tmp_path / "made").rename(tmp_path / os.fsdecode("odd\x1b[2J\u202e".encode() + b"\xff"))
+    for path in folder.rglob("rank_0.log"):
+        path.write_text(f"2026-01-02 03:04:05,678 [rank 0] ERROR {odd}\n\tat {odd}\n")
+    for path in folder.rglob("summary.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "exit": odd, "step": 99}))
+    for path in folder.rglob("study.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "title": odd}))
+    write_picture(folder / "predictions" / "pic\x1b[2J.png")
+    write_picture(folder / "plots" / os.fsdecode(b"plot\xff.png"))
+    out = write_report(folder, tmp_path / "page.html")
+    source = out.read_text(encoding="utf-8")
+    assert not set(source) & {chr(i) for i in (*range(9), *range(11, 32), *range(0x7F, 0xA0), 0x202E)}
+    page = read_page(out)
+    assert "odd\ufffd[2J" in page.root.one("h1").text
+    if make is write_run:
+        (notice,) = page.root.one("ul", class_="log").all("pre")
+        assert notice.raw == "odd\ufffd[2Jname\ufffd\ufffd\ufffd\n\tat odd\ufffd[2Jname\ufffd\ufffd\ufffd"
 
 
 def test_a_large_run_stays_below_the_limit_and_says_what_is_left_out(run_folder, read_page):

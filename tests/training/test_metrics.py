@@ -99,6 +99,22 @@ def test_truncation_drops_later_steps_and_writing_goes_on(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_reader_that_has_the_file_open_goes_on_reading_the_same_one(tmp_path: Path) -> None:
+    path = write_steps(tmp_path, range(6))
+    with path.open("rb") as reader:
+        assert len(reader.readlines()) == 6
+        whole = path.stat()
+        recorder = Recorder(path, enabled=True)
+        recorder.truncate_after(5)
+        assert path.stat().st_mtime_ns == whole.st_mtime_ns, "nothing to take out, nothing written"
+        recorder.truncate_after(3)
+        recorder.write("train", step=4, values={"again": True})
+        recorder.close()
+        reader.seek(0)
+        assert [json.loads(line)["step"] for line in reader] == [0, 1, 2, 3, 4]
+    assert path.stat().st_ino == whole.st_ino
+
+
 def test_starts_and_ends_are_kept_whatever_step_a_resumed_run_goes_back_to(tmp_path: Path) -> None:
     for step, exit_word in ((0, "failed"), (4, "stopped")):
         recorder = Recorder(tmp_path / FILE, enabled=True)

@@ -20,16 +20,16 @@ Times are local ones of the first rank's host, as in the logs: 2026-01-31 12:00:
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from ase_dist.errors import UserError
-from ase_dist.files import write_atomic
 from ase_dist.training.record.logs import TIME_FORMAT
 
 STARTS_AND_ENDS = ("run", "end")  # the history of the attempts, of which a resumed run takes nothing back
@@ -46,8 +46,9 @@ class Recorder:
         self.path = path
         self._file: IO[str] | None = None
         if enabled:
-            if not _ends_whole(self.path):
-                _rewrite(self.path, read_metrics(self.path))
+            if self.path.is_file():
+                read_metrics(self.path)
+                _keep_lines(self.path, lambda record: True)
             self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, kind: str, *, step: int, values: Mapping[str, Any]) -> None:
@@ -82,10 +83,13 @@ class Recorder:
         if self._file is None:
             return
         self._file.close()
-        stale = {} if evaluated else {"kind": "eval", "step": step}
-        kept = [r for r in read_metrics(self.path) if r["step"] <= step or r["kind"] in STARTS_AND_ENDS]
-        _rewrite(self.path, [record for record in kept if not stale or not stale.items() <= record.items()])
+        read_metrics(self.path)  # damage is no reason to drop lines
+        _keep_lines(self.path, lambda r: r["kind"] in STARTS_AND_ENDS or self._is_valid(r, step, evaluated))
         self._file = self.path.open("a", encoding="utf-8")
+
+    @staticmethod
+    def _is_valid(record: Mapping[str, Any], step: int, evaluated: bool) -> bool:
+        return bool(record["step"] < step or (record["step"] == step and (evaluated or record["kind"] != "eval")))
 
     def close(self) -> None:
         """Bring the last line to disk and close the file; writing after it does nothing."""
@@ -119,17 +123,23 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record else None
 
 
-def _ends_whole(path: Path) -> bool:
-    """Whether the next line may simply be appended."""
-    if not path.is_file() or path.stat().st_size == 0:
-        return True
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+def _keep_lines(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Take out the lines that are broken or not to be kept, in the file itself.
 
-
-def _rewrite(path: Path, records: list[dict[str, Any]]) -> None:
-    write_atomic(path, "".join(_line(record) for record in records))
+    Whoever has it open, such as ``tail -f``, goes on reading the same file; where nothing is taken out nothing changes.
+    A crash on the way loses at most what stands after the first line that was taken out.
+    """
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line.rstrip(b"\r\n") + b"\n" for line in lines if (record := _parse(line)) is not None and keep(record)]
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(lines, kept, strict=False)))
+    if same == len(lines):
+        return
+    with path.open("r+b") as file:
+        file.truncate(sum(map(len, lines[:same])))
+        file.seek(0, os.SEEK_END)
+        file.writelines(kept[same:])
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _line(record: Mapping[str, Any]) -> str:
