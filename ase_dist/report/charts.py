@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, in the colours of the page whatever its theme; a script shows the values under a finger.
+"""Line charts as inline SVG, in the colours of the page, dark or light; a script shows the values at the pointer.
 
 Without pictures and fonts of their own they weigh a few kilobytes each, and print sharply. Colours of lines are those
 of ``ase_dist.training.record.plots``; "ink" is the colour of text.
@@ -29,7 +29,7 @@ INK = "ink"
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. ``spread`` is a half-width per value, drawn as a band; only curves with a label answer a finger."""
+    """One curve. ``spread`` is a half-width per value, drawn as a band; without ``label`` no value is shown at it."""
 
     series: Series
     color: str = INK
@@ -40,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A panel with a title above it; ``note`` stands beside the title, ``value`` is the latest number in words."""
+    """A panel with a title above it; ``note`` stands next to the title, ``value`` is the latest number in words."""
 
     title: str
     lines: Sequence[Line]

@@ -2,7 +2,8 @@
 
 The page shows the last record as SVG, and carries all frames as whole numbers, 1/10000 each, in JSON: a script paints
 the cells anew. The scale is by square roots and the same for all frames, as in ``ase_dist.training.record.plots``,
-because a shared expert outshines the routed ones. Letters: F frames, L layers, t tasks, N experts.
+because the gates of shared experts are far larger than those of routed ones.
+Letters: F frames, L layers, t tasks, N experts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ase_dist.training.record.plots import COLORS
 from ase_dist.training.record.records import Array, Records
 
 KINDS = {"expert_load": "Activation frequency", "mean_gates": "Mean gate"}
-UNIT = 10_000  # numbers travel as whole ones of 1 / UNIT
+UNIT = 10_000  # numbers are written as multiples of 1 / UNIT
 MAX_FRAMES = 120
 MAX_NUMBERS = 400_000  # of all frames together: about 1.6 MB of JSON
 LEVELS = 64  # colours of the scale
@@ -180,7 +181,7 @@ def _text(svg: Element, x: float, y: float, text: str, *, anchor: str, tone: str
 
 
 def short(name: str) -> str:
-    """A task's name as it fits beside a row."""
+    """A task's name as it fits in front of a row."""
     name = name.replace("_", " ")
     return name if len(name) <= 12 else name[:11] + "\u2026"
 

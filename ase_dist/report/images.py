@@ -59,7 +59,12 @@ class Album(NamedTuple):
 def make_album(candidates: Sequence[Candidate], *, budget: int = BUDGET, most: int = MOST) -> Album:
     """Every picture at the best quality at which all fit; at the lowest those that matter most, see ``by_weight``."""
     tried = [candidates[i] for i in sorted(by_weight(len(candidates))[:most])]
-    pictures, notes = _open_all(tried)
+    pictures, notes = [], []
+    for candidate in tried:
+        try:
+            pictures.append((candidate, _open(candidate.path)))
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow's readers raise all of them for damaged files
+            notes.append(f"{candidate.path.name} cannot be shown: {' '.join(str(error).split())[:200]}.")
     if len(tried) < len(candidates):
         notes.append(
             f"{len(tried)} of {len(candidates)} pictures are shown, evenly spread; the rest are in the folder."
@@ -69,7 +74,11 @@ def make_album(candidates: Sequence[Candidate], *, budget: int = BUDGET, most: i
         shots = [_encode(picture, candidate, quality) for candidate, picture in pictures]
         if _weight(shots) <= budget:
             return Album(shots, notes)
-    kept = _fitting(shots, budget)
+    chosen: list[int] = []
+    for i in by_weight(len(shots)):
+        if _weight([shots[j] for j in (*chosen, i)]) <= budget:
+            chosen.append(i)
+    kept = [shots[i] for i in sorted(chosen)]
     notes.append(
         f"{text.plural(len(shots) - len(kept), 'picture is', 'pictures are')} left out to keep the page small; "
         "see the folder."
@@ -88,16 +97,6 @@ def by_weight(count: int) -> list[int]:
             order.append(middle)
             gaps += [(low, middle), (middle, high)]
     return order
-
-
-def _open_all(candidates: Sequence[Candidate]) -> tuple[list[tuple[Candidate, Image.Image]], list[str]]:
-    pictures, notes = [], []
-    for candidate in candidates:
-        try:
-            pictures.append((candidate, _open(candidate.path)))
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow's readers raise all of them for damaged files
-            notes.append(f"{candidate.path.name} cannot be shown: {' '.join(str(error).split())[:200]}.")
-    return pictures, notes
 
 
 def _open(path: Path) -> Image.Image:
@@ -147,15 +146,6 @@ def _promising(pictures: Sequence[tuple[Candidate, Image.Image]], budget: int) -
         if _weight([_encode(picture, candidate, quality) for candidate, picture in few]) <= share:
             return LADDER[i:]
     return LADDER[-1:]
-
-
-def _fitting(shots: Sequence[Shot], budget: int) -> list[Shot]:
-    """As many as fit, those that say most first, in the given order."""
-    kept: list[int] = []
-    for i in by_weight(len(shots)):
-        if _weight([shots[j] for j in (*kept, i)]) <= budget:
-            kept.append(i)
-    return [shots[i] for i in sorted(kept)]
 
 
 def _weight(shots: Sequence[Shot]) -> int:

@@ -1,4 +1,4 @@
-"""What a run achieved: each task's metric at first, now and at best, beside a predictor that looks at no image."""
+"""What a run achieved: each task's metric first, latest and best, compared with a predictor that looks at no image."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ResultRow:
 
     @property
     def verdict(self) -> str:
-        """In words where the latest value stands beside the trivial predictor's."""
+        """Whether the latest value beats the trivial predictor's, in words."""
         if self.facts.higher_is_better is None or not math.isfinite(self.latest - self.trivial):
             return ""
         if self.latest == self.trivial:

@@ -1,9 +1,8 @@
-"""The content of a run's page, gathered from its folder; whatever cannot be read becomes a sentence on the page."""
+"""The content of a run's page, gathered from its folder; a file that cannot be read becomes a sentence on the page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ase_dist.report import curves, listing
@@ -24,30 +23,35 @@ MOST_RANKS = 64  # rows of the table of ranks
 
 def run_content(run: RunFolder) -> dict[str, Any]:
     """What the template ``run.html`` shows."""
-    reader = Reader()
+    name, reader = run.path.name, Reader()
     summary, environment = reader.json(run.summary), reader.json(run.environment)
     settings = reader.parsed(run.config, read_settings) or {}
     records = _records(reader.metrics(run.metrics), summary)
     ranks = read_ranks(run, records)
-    total = _total_steps(summary, settings)
+    total = summary.get("total_steps") or reach(settings, "train", "max_steps")[1]
+    total = total if isinstance(total, int) else None
     result = outcome(records, summary, ranks, total=total)
     settle_ranks(ranks, result)
-    rows = result_rows(records)
+    rows, matrix = result_rows(records), curves.last_matrix(records)
     return {
-        "title": _title(run.path),
+        # after the name of the variant where it is a seed of a study
+        "title": f"{run.path.parent.name}, {name}" if name.startswith("seed_") else name,
         "about": _about(settings, records),
         "outcome": result,
         "problems": reader.problems,
         "facts": _facts(summary, settings, environment, records, total),
         "rows": rows,
         "gain": gains(rows),
-        "evaluated_at": _steps_of(records, "eval"),
+        "evaluated_at": [int(record["step"]) for record in records.of_kind("eval")],
         "other_metrics": other_metrics(records),
         "album": make_album(prediction_candidates(run)),
         "metric_charts": curves.metric_charts(records, rows),
         "loss_charts": curves.loss_charts(records),
         "course_charts": curves.course_charts(records),
-        **_experts(records),
+        "heat": heat_maps(records),
+        "gate_charts": curves.gate_charts(records),
+        "conflict_charts": curves.conflict_charts(records),
+        "matrix": None if matrix is None else (matrix[0], draw_matrix(matrix[1], [short(t) for t in records.tasks])),
         "sections": settings_sections(settings) if settings else [],
         "environment": _environment(environment),
         "starts": [(int(r["step"]), r.get("world")) for r in records.of_kind("run")],
@@ -103,6 +107,7 @@ def _facts(
     data, parameters = branch(settings, "data"), branch(summary, "parameters", "all")
     seconds, speed = number(summary.get("train_seconds")), records.series("train", "images_per_second").last
     memory = max(records.series("train", "memory_bytes").values, default=float("nan"))
+    place = (environment.get("device"), environment.get("hostname"))
     name = str(records.data or data.get("name", "")).replace("_", " ")
     found = [
         ("Data", name, f"{data['size']} px" if data.get("size") else ""),
@@ -111,7 +116,7 @@ def _facts(
         ("Speed", significant(number(summary.get("images_per_second") or speed), 3), "images/s"),
         ("Peak memory", size(memory), "a rank"),
         ("Trained", many(number(parameters.get("trained"))), f"of {many(number(parameters.get('total')))} parameters"),
-        ("Ranks", str(world or ""), _place(environment)),
+        ("Ranks", str(world or ""), " on ".join(str(word) for word in place if word)),
         (
             "Best after",
             f"step {summary['best_step']:,}"
@@ -123,11 +128,6 @@ def _facts(
     return [fact for fact in found if fact[1] and fact[1] not in (DASH, "-")]
 
 
-def _title(folder: Path) -> str:
-    """The folder's name, after that of the variant where it is a seed of a study."""
-    return f"{folder.parent.name}, {folder.name}" if folder.name.startswith("seed_") else folder.name
-
-
 def _about(settings: Mapping[str, Any], records: Records) -> str:
     """The model and its tasks in a line."""
     model, moe = branch(settings, "model"), branch(settings, "model", "moe")
@@ -137,30 +137,6 @@ def _about(settings: Mapping[str, Any], records: Records) -> str:
         words.append(f"experts {size_of} (N/k/S/r), gating {moe.get('gating')}")
     titles = [task_facts(records.data, name).title for name in records.tasks]
     return "; ".join([*words, *([", ".join(titles)] if titles else [])])
-
-
-def _place(environment: Mapping[str, Any]) -> str:
-    device, host = environment.get("device"), environment.get("hostname")
-    return " on ".join(str(word) for word in (device, host) if word)
-
-
-def _total_steps(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> int | None:
-    steps = summary.get("total_steps") or reach(settings, "train", "max_steps")[1]
-    return steps if isinstance(steps, int) else None
-
-
-def _steps_of(records: Records, kind: str) -> list[int]:
-    return [int(record["step"]) for record in records.of_kind(kind)]
-
-
-def _experts(records: Records) -> dict[str, Any]:
-    matrix = curves.last_matrix(records)
-    return {
-        "heat": heat_maps(records),
-        "gate_charts": curves.gate_charts(records),
-        "conflict_charts": curves.conflict_charts(records),
-        "matrix": None if matrix is None else (matrix[0], draw_matrix(matrix[1], [short(t) for t in records.tasks])),
-    }
 
 
 def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:

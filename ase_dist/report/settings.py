@@ -1,8 +1,7 @@
-"""The settings of a run in sections, beside the defaults and what they mean, what differs marked."""
+"""The settings of a run in sections, with their defaults and what they mean; what differs is marked."""
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,8 +58,17 @@ def read_settings(config: str) -> dict[str, Any]:
 
 def settings_sections(tree: Mapping[str, Any]) -> list[SettingsSection]:
     """Every setting of a run, by section, in the tree's order; what a run does not name has its default."""
-    rows = [_known(key, tree) for key in setting_keys()]
-    rows += [Setting(key, as_text(value), "", "", False) for key, value in _unknown(tree).items()]
+    known = tuple(setting_keys())
+    defaults = Settings().model_dump(mode="json")
+    rows = []
+    for key in known:
+        default = reach(defaults, *key.split("."))[1]
+        is_there, value = reach(tree, *key.split("."))
+        rows.append(Setting(key, as_text(value if is_there else default), as_text(default), _meaning(key), True))
+    parents = tuple(f"{key}." for key in known)
+    for key, value in flat(tree).items():
+        if key not in known and not key.startswith(parents):  # a setting that this version does not have
+            rows.append(Setting(key, as_text(value), "", "", False))
     names = list(dict.fromkeys(_section_of(row.key) for row in rows))
     return [SettingsSection(name, [row for row in rows if _section_of(row.key) == name]) for name in names]
 
@@ -72,24 +80,6 @@ def as_text(value: Any) -> str:
 
 def _section_of(key: str) -> str:
     return key.rpartition(".")[0] or GENERAL
-
-
-def _known(key: str, tree: Mapping[str, Any]) -> Setting:
-    default = reach(_defaults(), *key.split("."))[1]
-    is_there, value = reach(tree, *key.split("."))
-    return Setting(key, as_text(value if is_there else default), as_text(default), _meaning(key), True)
-
-
-def _unknown(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that this version does not have."""
-    known = tuple(setting_keys())
-    inside = tuple(f"{key}." for key in known)
-    return {key: value for key, value in flat(tree).items() if key not in known and not key.startswith(inside)}
-
-
-@functools.cache
-def _defaults() -> Mapping[str, Any]:
-    return Settings().model_dump(mode="json")
 
 
 def _meaning(key: str) -> str:

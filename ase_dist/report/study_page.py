@@ -45,7 +45,9 @@ def study_content(folder: Path, *, out: Path) -> dict[str, Any]:
     results = reader.parsed(folder / "results.json", lambda text: parse(text, Results)) or Results()
     columns = study_columns(results)
     rows = study_rows(facts, results, columns)
-    plots = make_album(_plots(folder), budget=PLOTS_BUDGET)
+    paths = sorted(folder.glob("plots/*.png"))
+    drawings = [Candidate(path, path.stem.replace("_", " "), is_drawing=True) for path in paths]
+    plots = make_album(drawings, budget=PLOTS_BUDGET)
     grids = _grids(folder, results.variants)
     album = make_album(grids, budget=BUDGET - PLOTS_BUDGET, most=len(grids))
     return {
@@ -91,12 +93,6 @@ def _state(facts: Facts, results: Results) -> tuple[str, str]:
     if any(variant.missing for variant in results.variants) or done < wanted:
         return f"{done} of {max(wanted, done)} seeds done", "open"
     return "complete", "good"
-
-
-def _plots(folder: Path) -> list[Candidate]:
-    return [
-        Candidate(path, path.stem.replace("_", " "), is_drawing=True) for path in sorted(folder.glob("plots/*.png"))
-    ]
 
 
 def _line(curve: Curve, key: str, factor: float, label: str, color: str) -> Line | None:

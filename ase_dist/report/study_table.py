@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,10 @@ class Row:
 def study_columns(results: Results) -> list[Column]:
     """One per task, Delta_m, and what it costs; those that no variant has a value for are left out."""
     tasks = results.tasks or list(dict.fromkeys(task for variant in results.variants for task in variant.metrics))
-    columns = [_task_column(study_task(results, name)) for name in tasks]
+    columns = []
+    for facts in (study_task(results, name) for name in tasks):
+        values = functools.partial(_scores, task=facts.name, metric=facts.metric)
+        columns.append(Column(facts.title, facts.metric_title, facts.higher_is_better, values))
     columns += [
         Column("\u0394m", "%", True, lambda v: v.delta_m or [], is_signed=True),
         Column("Trained", "M", False, lambda v: _scaled([(v.parameters or {}).get("trained")], 1e-6)),
@@ -83,13 +87,8 @@ def study_task(results: Results, name: str) -> TaskFacts:
     return task_facts(results.data, name, metrics=measured)
 
 
-def _task_column(facts: TaskFacts) -> Column:
-    return Column(
-        facts.title,
-        facts.metric_title,
-        facts.higher_is_better,
-        lambda variant: variant.metrics.get(facts.name, {}).get(facts.metric, []),
-    )
+def _scores(variant: Variant, *, task: str, metric: str) -> Sequence[float | None]:
+    return variant.metrics.get(task, {}).get(metric, [])
 
 
 def _cell(column: Column, variant: Variant, best: float, decimals: int) -> Cell:

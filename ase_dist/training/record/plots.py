@@ -132,7 +132,7 @@ def draw_heatmap(records: Records, *, task: int) -> Figure | None:
     figure = Figure(figsize=(len(shown) * width + 1.6, len(maps) * (height + 0.6) + 0.5), layout="constrained")
     axes = figure.subplots(len(maps), len(shown), squeeze=False, sharey=True)
     for row, (key, values) in zip(axes, maps.items(), strict=True):
-        # one scale for a row; by square roots, for a shared expert outshines the routed ones
+        # one scale for a row; by square roots, for the gates of shared experts are far larger
         scale = PowerNorm(0.5, vmin=0, vmax=float(np.nanmax(values, initial=1e-6)))
         for ax, values_LN in zip(row, values, strict=True):
             image = ax.imshow(values_LN, norm=scale, cmap="viridis", aspect="auto", interpolation="nearest")
