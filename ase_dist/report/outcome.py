@@ -68,6 +68,8 @@ def _ended(exit: str, why: str, reached: str, last: str) -> Outcome:
         "silent": ("ended itself", "The run made no progress"),
         "non_finite": ("not finite", "A loss or a gradient was not finite"),
         "not_saved": ("not saved", "A checkpoint could not be saved"),
+        "io_error": ("failed", "A file or a connection failed for a moment, and the same command may work now"),
+        "usage": ("refused", "Settings, data or a checkpoint could not be used"),
         "failed": ("failed", "The run ended with an error"),
     }
     word, sentence = words.get(exit, (exit[:40], f"The run ended as {exit[:40]!r}"))

@@ -63,6 +63,7 @@ def test_a_log_and_the_records_say_what_a_rank_did_and_when(tmp_path):
         ("non_finite", "not finite", "bad", "not finite"),
         ("not_saved", "not saved", "bad", "not saved"),
         ("silent", "ended itself", "bad", "unknown"),
+        ("io_error", "failed", "bad", "unknown"),
         ("of a later version", "of a later version", "bad", "unknown"),
     ],
 )
