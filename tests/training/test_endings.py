@@ -3,6 +3,10 @@
 import contextlib
 import errno
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -16,8 +20,9 @@ from ase_dist.models.heads import LinearHead
 from ase_dist.registries import HEADS
 from ase_dist.training.state.checkpoint import shards
 from tests.training.conftest import start_world
-from tests.training.tiny_runs import TINY
+from tests.training.tiny_runs import ROOT, TINY
 
+TRAIN = str(ROOT / "launch" / "train.py")
 LINE_OF_THE_BUG = "a, b = tokens_BPD.shape"
 
 
@@ -161,6 +166,21 @@ def test_a_file_system_that_fails_is_a_sentence_and_a_code(ended, name, code, wo
     for rank in ended.ranks:
         for said in [ended.terminal(name, rank), *ended.logs(name, rank)]:
             assert words in said
+
+
+@pytest.mark.single_gpu
+def test_ctrl_c_before_the_loop_is_one_line(scenes, tmp_path):
+    """While the model and the engine are built; in the loop it is a signal like the others."""
+    options = [*TINY, f"data.root={scenes}", f"output={tmp_path / 'run'}", "train.max_steps=1000000"]
+    log = tmp_path / "said"
+    with log.open("w") as said:
+        run = subprocess.Popen([sys.executable, TRAIN, *options], stderr=said, stdout=said, cwd=ROOT)
+    while not (tmp_path / "run" / "train.log").exists():
+        assert run.poll() is None, log.read_text()
+        time.sleep(0.001)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=100) == ExitCode.INTERRUPTED
+    assert "Traceback" not in log.read_text() and log.read_text().splitlines()[-1] == "error: interrupted"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from ase_dist.cores import share_of_cores
 from ase_dist.errors import ExitCode, RunError, UserError
 from ase_dist.moe import deepspeed_compat
 from ase_dist.seeding import derive_seed
+from ase_dist.training.process.launcher_watch import remember_launchers
 
 LOGGER = logging.getLogger("ase_dist")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -132,6 +133,7 @@ def find_device(device: str | None, *, local_rank: int = 0) -> torch.device:
 
 def _read_launcher() -> None:
     """Set RANK and its like as torchrun would, whichever launcher started this process; refuse half a launcher."""
+    remember_launchers()
     if dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it as well
         return

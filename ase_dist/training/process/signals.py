@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ase_dist.errors import UserError
+from ase_dist.training.process.launcher_watch import launcher_has_ended
 
 # SIGHUP: the terminal is gone. SIGUSR1 and SIGUSR2: a scheduler warns that the time is nearly up.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -34,8 +35,8 @@ class StopFlag:
 
     @property
     def requested(self) -> bool:
-        """Whether any of the signals has come."""
-        return bool(self.received)
+        """Whether any of the signals has come, or the launcher of this process has ended."""
+        return bool(self.received) or launcher_has_ended()
 
     def __enter__(self) -> StopFlag:
         if threading.current_thread() is not threading.main_thread():
