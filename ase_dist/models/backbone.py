@@ -59,79 +59,25 @@ def build_backbone(
     ``args`` and for weights that do not fit.
     """
     _check_name(name)
-    _check_args(args or {})
+    for key in args or {}:
+        if key in RESERVED_ARGS:
+            raise UserError(f"model.backbone_args.{key}: this follows from {RESERVED_ARGS[key]}, leave it out here")
     options = {**(args or {}), "img_size": size, "drop_path_rate": drop_path, "num_classes": 0}
-    with seeded_initialisation(seed, "backbone"):
-        vit = _create(name, options)
+    try:
+        with seeded_initialisation(seed, "backbone"):
+            vit = timm.create_model(name, **options)
+    except (TypeError, AssertionError) as error:
+        raise UserError(f"model.backbone_args: {name} does not take them: {error}") from None
     _check_structure(name, vit, size)
     if weights == "hub":
         with seeded_initialisation(seed, "backbone"):
             vit = pretrained.from_hub(name, options)
-    _remove_classifier(vit)
+    for part in ("head", "head_dist", "fc_norm", "head_drop"):  # only a classifier uses these parameters
+        if hasattr(vit, part):
+            setattr(vit, part, nn.Identity())
+    vit.attn_pool = None
     if weights not in {"none", "hub"}:
         pretrained.load(vit, weights, name=name)
-    return _take_apart(vit)
-
-
-def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
-    try:
-        model: nn.Module = timm.create_model(name, **options)
-    except (TypeError, AssertionError) as error:
-        raise UserError(f"model.backbone_args: {name} does not take them: {error}") from None
-    return model
-
-
-def _check_name(name: str) -> None:
-    known = timm.is_model(name)
-    if known and (timm.models.is_model_in_modules(name, VIT_MODULES) or not _is_timms(name)):
-        return
-    names = [model for module in VIT_MODULES for model in timm.list_models(module=module)]
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or ["vit_base_patch16_224"]
-    problem = "is not a plain vision transformer" if known else "is no model that timm knows"
-    raise UserError(f"model.backbone: {name!r} {problem}, wanted a ViT of timm such as {', '.join(near)}")
-
-
-def _is_timms(name: str) -> bool:
-    """Whether timm itself brings the model; one that a user has registered is tried whatever its module."""
-    return str(timm.models.model_entrypoint(name).__module__).startswith("timm.")
-
-
-def _check_args(args: Mapping[str, Any]) -> None:
-    for key in args:
-        if key in RESERVED_ARGS:
-            raise UserError(f"model.backbone_args.{key}: this follows from {RESERVED_ARGS[key]}, leave it out here")
-
-
-def _check_structure(name: str, vit: nn.Module, size: int) -> None:
-    """Refuse what ``TaskBlock`` and the stem could not stand for."""
-    if not isinstance(vit, VisionTransformer):
-        raise UserError(f"model.backbone: {name!r} is a {type(vit).__name__}, wanted a plain vision transformer")
-    if type(vit.patch_embed) is not PatchEmbed:
-        raise UserError(f"model.backbone: {name!r} has a {type(vit.patch_embed).__name__} stem, wanted plain patches")
-    for block in vit.blocks:
-        if type(block) is not Block:
-            raise UserError(f"model.backbone: {name!r} has {type(block).__name__}s, wanted plain pre-norm blocks")
-    if not isinstance(vit.patch_drop, nn.Identity):
-        raise UserError("model.backbone_args.patch_drop_rate: every patch needs a prediction, leave it at 0")
-    _check_size(name, size, int(vit.patch_embed.patch_size[0]))
-
-
-def _check_size(name: str, size: int, patch: int) -> None:
-    below = size // patch * patch
-    if size != below:
-        near = " or ".join(str(fit) for fit in (below, below + patch) if fit)
-        raise UserError(f"data.size: got {size}, which the {patch}-pixel patches of {name} do not divide; take {near}")
-
-
-def _remove_classifier(vit: VisionTransformer) -> None:
-    """Drop what only a classifier uses, so that no parameter is left without a purpose."""
-    for name in ("head", "head_dist", "fc_norm", "head_drop"):
-        if hasattr(vit, name):
-            setattr(vit, name, nn.Identity())
-    vit.attn_pool = None
-
-
-def _take_apart(vit: VisionTransformer) -> Backbone:
     blocks, norm = list(vit.blocks), vit.norm
     vit.blocks, vit.norm = nn.Sequential(), nn.Identity()
     rows, columns = vit.patch_embed.grid_size
@@ -144,3 +90,34 @@ def _take_apart(vit: VisionTransformer) -> Backbone:
         grid=(int(rows), int(columns)),
         patch=int(vit.patch_embed.patch_size[0]),
     )
+
+
+def _check_name(name: str) -> None:
+    """UserError, with similar names, unless timm has a plain ViT ``name``; a user's own model may be any module's."""
+    known = timm.is_model(name)
+    if known:
+        is_users = not str(timm.models.model_entrypoint(name).__module__).startswith("timm.")
+        if is_users or timm.models.is_model_in_modules(name, VIT_MODULES):
+            return
+    names = [model for module in VIT_MODULES for model in timm.list_models(module=module)]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or ["vit_base_patch16_224"]
+    problem = "is not a plain vision transformer" if known else "is no model that timm knows"
+    raise UserError(f"model.backbone: {name!r} {problem}, wanted a ViT of timm such as {', '.join(near)}")
+
+
+def _check_structure(name: str, vit: nn.Module, size: int) -> None:
+    """UserError for a model that ``Backbone`` and ``TaskBlock`` do not support, and for a size that does not fit it."""
+    if not isinstance(vit, VisionTransformer):
+        raise UserError(f"model.backbone: {name!r} is a {type(vit).__name__}, wanted a plain vision transformer")
+    if type(vit.patch_embed) is not PatchEmbed:
+        raise UserError(f"model.backbone: {name!r} has a {type(vit.patch_embed).__name__} stem, wanted plain patches")
+    for block in vit.blocks:
+        if type(block) is not Block:
+            raise UserError(f"model.backbone: {name!r} has {type(block).__name__}s, wanted plain pre-norm blocks")
+    if not isinstance(vit.patch_drop, nn.Identity):
+        raise UserError("model.backbone_args.patch_drop_rate: every patch needs a prediction, leave it at 0")
+    patch = int(vit.patch_embed.patch_size[0])
+    below = size // patch * patch
+    if size != below:
+        near = " or ".join(str(fit) for fit in (below, below + patch) if fit)
+        raise UserError(f"data.size: got {size}, which the {patch}-pixel patches of {name} do not divide; take {near}")

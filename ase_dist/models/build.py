@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,9 +15,10 @@ from ase_dist.models.heads import HeadFactory, TaskHead
 from ase_dist.models.init_from import ExportInitializer
 from ase_dist.models.lora import add_lora
 from ase_dist.models.multitask import MultiTaskViT
-from ase_dist.models.multitask_resnet import MultiTaskModel, MultiTaskResNet, build_resnet_model
-from ase_dist.models.resnet import RESNETS, STRIDE, is_resnet
+from ase_dist.models.multitask_resnet import MultiTaskModel, MultiTaskResNet
+from ase_dist.models.resnet import RESNETS, STRIDE, build_resnet, is_resnet
 from ase_dist.models.seeded import seeded_initialisation
+from ase_dist.models.sharing import TRUNKS
 from ase_dist.moe import MoEFFN
 from ase_dist.registries import HEADS
 from ase_dist.seeding import derive_seed
@@ -35,11 +36,10 @@ def build_model(
     (ZeRO-3, inference). With ``model.tune=adapters`` the backbone is frozen, its norms included, as LoRA does: trained
     are experts, routers, LoRA, task embedding and heads. ``full`` trains everything, as MTL-ViT and M3ViT do.
     ``model.init_from`` starts from an exported model, with its backbone in place of ``model.pretrained``
-    (``init_from.ExportInitializer`` says what is taken).
+    (``init_from.ExportInitializer`` says what is taken). A ResNet as ``model.backbone`` gives one of the convolutional
+    baselines, see ``multitask_resnet``.
 
-    A ResNet as ``model.backbone`` gives one of the convolutional rows, see ``multitask_resnet``.
-
-    Raises UserError naming the setting for whatever does not fit together.
+    Raises UserError naming the setting where settings do not fit together.
     """
     if is_resnet(settings.model.backbone):
         return _build_resnet_model(settings, tasks)
@@ -52,10 +52,29 @@ def build_model(
 
 
 def _build_resnet_model(settings: Settings, tasks: tuple[Task, ...]) -> MultiTaskResNet:
-    side = settings.data.size // STRIDE
-    return build_resnet_model(
-        settings, lambda width: _build_heads(settings, tasks, HeadFacts(width, (side, side), STRIDE))
-    )
+    """UserError where a setting asks a ResNet for what it does not have: experts, LoRA, a frozen backbone."""
+    chosen, size = settings.model, settings.data.size
+    wanted = {
+        "model.moe.enabled": (chosen.moe.enabled, False),
+        "model.lora_rank": (chosen.lora_rank, 0),
+        "model.tune": (chosen.tune, "full"),
+        "model.checkpoint_activations": (chosen.checkpoint_activations, "none"),
+        "model.drop_path": (chosen.drop_path, 0.0),
+        "model.init_from": (chosen.init_from, None),
+    }
+    for name, (got, right) in wanted.items():
+        if got != right:
+            raise UserError(
+                f"{name}: got {got} for {chosen.backbone}, wanted {right}: a ResNet is trained whole and has no "
+                "experts; the baselines of --baseline set all of this"
+            )
+    if size % STRIDE:
+        raise UserError(f"data.size: got {size}, which {chosen.backbone} at stride {STRIDE} does not divide")
+    parts = build_resnet(chosen.backbone, weights=chosen.pretrained, args=chosen.backbone_args, seed=settings.seed)
+    heads = _build_heads(settings, tasks, width=parts.widths[-1], grid=(size // STRIDE, size // STRIDE), patch=STRIDE)
+    with seeded_initialisation(settings.seed, "sharing"):
+        trunk = TRUNKS[chosen.sharing](parts, len(heads))
+    return MultiTaskResNet(trunk, heads)
 
 
 def _build_vit_model(settings: Settings, tasks: tuple[Task, ...], expert_layer: ExpertLayer) -> MultiTaskViT:
@@ -71,9 +90,10 @@ def _build_vit_model(settings: Settings, tasks: tuple[Task, ...], expert_layer: 
     )
     if start:
         start.fill_backbone(backbone)
-    _freeze(backbone)
+    for module in (backbone.stem, *backbone.blocks, backbone.norm):
+        module.requires_grad_(False)
     blocks = _build_blocks(backbone, chosen, len(tasks), seed=settings.seed, expert_layer=expert_layer)
-    heads = _build_heads(settings, tasks, HeadFacts(backbone.width, backbone.grid, backbone.patch))
+    heads = _build_heads(settings, tasks, width=backbone.width, grid=backbone.grid, patch=backbone.patch)
     model = MultiTaskViT(backbone, blocks, heads, task_embedding=chosen.task_embedding)
     if start:
         start.fill_adapters(model)
@@ -82,11 +102,6 @@ def _build_vit_model(settings: Settings, tasks: tuple[Task, ...], expert_layer: 
     for block in model.blocks:
         checkpoint_block(block, chosen.checkpoint_activations)
     return model
-
-
-def _freeze(backbone: Backbone) -> None:
-    for module in (backbone.stem, *backbone.blocks, backbone.norm):
-        module.requires_grad_(False)
 
 
 def _build_blocks(
@@ -125,19 +140,13 @@ def _moe_layer(base: nn.Module, chosen: ModelSettings, num_tasks: int, *, seed: 
         raise UserError(f"model.moe on {chosen.backbone}: {error}") from None
 
 
-class HeadFacts(NamedTuple):
-    """What a head must know of features: their ``width`` and ``grid``, and ``patch``, the side of a cell in pixels."""
-
-    width: int
-    grid: tuple[int, int]
-    patch: int
-
-
-def _build_heads(settings: Settings, tasks: tuple[Task, ...], facts: HeadFacts) -> dict[str, TaskHead]:
-    return {task.name: _build_head(settings.model, task, facts, seed=settings.seed) for task in tasks}
-
-
-def _build_head(chosen: ModelSettings, task: Task, facts: HeadFacts, *, seed: int) -> TaskHead:
-    head: HeadFactory = HEADS[chosen.head]
-    with seeded_initialisation(seed, "heads", task.name):
-        return head(facts.width, task.channels, grid=facts.grid, patch=facts.patch, width=chosen.head_width)
+def _build_heads(
+    settings: Settings, tasks: tuple[Task, ...], *, width: int, grid: tuple[int, int], patch: int
+) -> dict[str, TaskHead]:
+    """A head per task for features of ``width`` on ``grid``, whose cells have a side of ``patch`` pixels."""
+    factory: HeadFactory = HEADS[settings.model.head]
+    heads = {}
+    for task in tasks:
+        with seeded_initialisation(settings.seed, "heads", task.name):
+            heads[task.name] = factory(width, task.channels, grid=grid, patch=patch, width=settings.model.head_width)
+    return heads

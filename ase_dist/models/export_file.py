@@ -1,4 +1,4 @@
-"""An exported model on the disk: the file of tensors and the card beside it.
+"""The files of an exported model: its tensors and its card.
 
 An export is a folder with ``model.safetensors`` (every tensor of the model, experts one by one under the names that
 they have in a checkpoint) and ``export.json`` (the card: tasks, image size, settings, metrics, SHA-256).
@@ -91,22 +91,21 @@ def open_export(path: str | PathLike[str]) -> Export:
     for name in (CARD, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no export, there is no {name} in it; make one with launch/export.py RUN OUT")
-    card = _read_card(folder / CARD)
+    card_file = folder / CARD
+    try:
+        tree = json.loads(card_file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{card_file}: not JSON ({error}); export or copy it again") from None
+    version = tree.get("version") if isinstance(tree, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise UserError(
+            f"{card_file}: got format version {version}, this ase_dist reads up to {VERSION}; install a newer"
+        )
+    try:
+        card = Card.model_validate(tree)
+    except ValidationError as error:
+        problem = first_problem(error)
+        raise UserError(f"{card_file}: {problem.where or 'the file'}: {problem.why}; export or copy it again") from None
     if sha256_of(folder / WEIGHTS) != card.sha256:
         raise UserError(f"{folder / WEIGHTS}: damaged, its SHA-256 is not that in {CARD}; export or copy it again")
     return Export(folder, card)
-
-
-def _read_card(path: Path) -> Card:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error}); export or copy it again") from None
-    version = tree.get("version") if isinstance(tree, dict) else None
-    if isinstance(version, int) and version > VERSION:
-        raise UserError(f"{path}: got format version {version}, this ase_dist reads up to {VERSION}; install a newer")
-    try:
-        return Card.model_validate(tree)
-    except ValidationError as error:
-        problem = first_problem(error)
-        raise UserError(f"{path}: {problem.where or 'the file'}: {problem.why}; export or copy it again") from None

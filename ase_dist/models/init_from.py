@@ -1,13 +1,15 @@
-"""Start a new run from an exported model: other tasks, heads, experts and image sizes are allowed, what fits is taken.
+"""Start a new run from an exported model: what fits is taken.
 
-The backbone must fit as a whole, in place of ``model.pretrained``. On it, all or nothing of each of these units:
+Tasks, heads, experts and image size may differ. The backbone must fit as a whole, in place of ``model.pretrained``.
+Of the rest, each of these units is taken as a whole or not at all:
 
 - the LoRA of a linear: same place, rank and scale;
-- the experts of a layer: same kind, places, N, S, rank and scale. Routers come with them, by the name of the task;
+- the experts of a layer: same kind, adapted linears, number of experts and of shared ones, rank and scale. Routers
+  come with them, by the name of the task;
 - a head: same task name and shapes;
 - the task embedding: by the name of the task.
 
-Whatever is not taken keeps its own start, and the log says so.
+All other tensors keep their own initial values, and the log says so.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 
-import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
@@ -31,7 +32,7 @@ LOGGER = logging.getLogger("ase_dist")
 LAYER = re.compile(r"(blocks\.\d+)\.mlp\.(?:router\.weight|\w+\.(?:A|B|weight|bias)\.\d+)")
 LORA = re.compile(r"(.+)\.lora_[AB]")
 HEAD = re.compile(r"heads\.(\w+)\..+")
-BY_TASK = ("router.weight", "task_embedding.weight")  # one row per task
+BY_TASK = ("router.weight", "task_embedding.weight")  # the first dimension is tasks
 EMBEDDING = "task embedding"
 
 
@@ -52,17 +53,27 @@ class ExportInitializer:
             raise UserError(f"model.init_from: {error}") from None
         self.chosen = chosen
         self.tensors = dict(self.export.tensors())
-        self.bare: set[str] = set()  # blocks whose FFN the export does not have, only experts made from it
+        self.without_ffn: set[str] = set()  # blocks of which the export has no FFN, only experts
 
     def fill_backbone(self, backbone: Backbone) -> None:
         """Copy the backbone; the position embedding is resampled to the new grid. UserError unless all of it fits."""
-        targets = _backbone_tensors(backbone)
-        saved = {_timm_name(name): tensor.float() for name, tensor in self.tensors.items() if _unit(name) is None}
-        if "pos_embed" in saved and "pos_embed" in targets:
-            saved["pos_embed"] = _resampled(saved["pos_embed"], targets["pos_embed"], backbone)
+        targets: dict[str, Tensor] = dict(backbone.stem.state_dict())
+        for i, block in enumerate(backbone.blocks):
+            targets |= {f"blocks.{i}.{name}": tensor for name, tensor in block.state_dict().items()}
+        targets |= {f"norm.{name}": tensor for name, tensor in backbone.norm.state_dict().items()}
+        # blocks.0.mlp.base.fc1.base.weight, under experts and LoRA, is timm's blocks.0.mlp.fc1.weight
+        saved = {
+            name.removeprefix("stem.").replace(".base.", "."): tensor.float()
+            for name, tensor in self.tensors.items()
+            if _unit(name) is None
+        }
+        old, new = saved.get("pos_embed"), targets.get("pos_embed")
+        if old is not None and new is not None and old.shape != new.shape and old.shape[-1] == new.shape[-1]:
+            prefix = new.shape[1] - backbone.grid[0] * backbone.grid[1]  # timm's no_embed_class leaves them out
+            saved["pos_embed"] = resample_abs_pos_embed(old, list(backbone.grid), num_prefix_tokens=prefix)
         if self.export.card.model.moe.experts == "ffn":
             lacking = [name for name in targets.keys() - saved.keys() if ".mlp." in name]
-            self.bare = {name.partition(".mlp.")[0] for name in lacking}
+            self.without_ffn = {name.partition(".mlp.")[0] for name in lacking}
             targets = {name: tensor for name, tensor in targets.items() if name not in lacking}
         wanted, got = _shapes(targets), _shapes(saved)
         odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
@@ -81,9 +92,12 @@ class ExportInitializer:
         Raises UserError where nothing but a backbone that was never trained fits, and where a block needs the FFN
         that feed-forward experts have replaced.
         """
-        units = _units(named_tensors(model))
+        units: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in named_tensors(model).items():
+            if (unit := _unit(name)) is not None:
+                units.setdefault(unit, {})[name] = tensor
         taken = [unit for unit, targets in units.items() if self._fits(unit, targets) and self._copy(targets, model)]
-        lacking = sorted(self.bare - {unit.removesuffix(" experts") for unit in taken})
+        lacking = sorted(self.without_ffn - {unit.removesuffix(" experts") for unit in taken})
         if lacking:
             raise UserError(
                 f"model.init_from: feed-forward experts have replaced the FFN of {lacking[0]} in {self.export.folder} "
@@ -129,7 +143,7 @@ class ExportInitializer:
         return self.tensors[name].shape[first:] == target.shape[first:]
 
     def _copy(self, targets: Mapping[str, Tensor], model: MultiTaskViT) -> bool:
-        """Copy one unit; False where it is the task embedding and no task has a row in both."""
+        """Copy one unit; False where it is the task embedding and no task is in both models."""
         pairs = [
             (new, self._source_tasks.index(name))
             for new, name in enumerate(model.task_names)
@@ -145,7 +159,7 @@ class ExportInitializer:
 
 
 def _unit(name: str) -> str | None:
-    """What a tensor is taken together with, or None for the backbone's."""
+    """The unit that a tensor belongs to, or None for the backbone's."""
     if found := HEAD.fullmatch(name):
         return f"{found[1]} head"
     if name.startswith("task_embedding."):
@@ -154,14 +168,6 @@ def _unit(name: str) -> str | None:
         return f"{found[1]} experts"
     found = LORA.fullmatch(name)
     return f"{found[1]} LoRA" if found else None
-
-
-def _units(targets: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    units: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in targets.items():
-        if (unit := _unit(name)) is not None:
-            units.setdefault(unit, {})[name] = tensor
-    return units
 
 
 def _listed(units: Sequence[str]) -> str:
@@ -173,7 +179,7 @@ def _listed(units: Sequence[str]) -> str:
 
 
 def _expert_facts(model: ModelSettings) -> tuple[object, ...]:
-    """What must agree beside shapes for an expert to compute the same and be as much shared or routed."""
+    """What must agree, apart from shapes, for each expert to compute the same in the same role, shared or routed."""
     moe = model.moe
     scale = _scale(moe.alpha, moe.rank) if moe.experts == "lora" else 1.0
     return moe.experts, set(moe.adapt) if moe.experts == "lora" else None, moe.num_experts, moe.num_shared, scale
@@ -185,25 +191,3 @@ def _scale(alpha: float | None, rank: int) -> float:
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _backbone_tensors(backbone: Backbone) -> dict[str, Tensor]:
-    """The backbone's own tensors under timm's names."""
-    state: dict[str, Tensor] = dict(backbone.stem.state_dict())
-    for i, block in enumerate(backbone.blocks):
-        state |= {f"blocks.{i}.{name}": tensor for name, tensor in block.state_dict().items()}
-    return state | {f"norm.{name}": tensor for name, tensor in backbone.norm.state_dict().items()}
-
-
-def _timm_name(name: str) -> str:
-    """``blocks.0.mlp.base.fc1.base.weight``, under experts and LoRA, is timm's ``blocks.0.mlp.fc1.weight``."""
-    return name.removeprefix("stem.").replace(".base.", ".")
-
-
-@torch.no_grad()
-def _resampled(saved: Tensor, target: Tensor, backbone: Backbone) -> Tensor:
-    if saved.shape == target.shape or saved.shape[-1] != target.shape[-1]:
-        return saved
-    prefix = target.shape[1] - backbone.grid[0] * backbone.grid[1]  # timm's no_embed_class leaves them out
-    resampled: Tensor = resample_abs_pos_embed(saved, list(backbone.grid), num_prefix_tokens=prefix)
-    return resampled

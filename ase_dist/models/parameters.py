@@ -67,14 +67,19 @@ class ParameterTable:
 def parameter_table(model: nn.Module) -> ParameterTable:
     """Count the parameters of a ``MultiTaskViT`` (or any module with such parts) by the module that owns them."""
     groups = {name: GroupSize() for name in GROUPS}
-    shares = _global_shares(model)
+    shares = {  # by id of a routed parameter: experts of the whole layer over slots on this rank
+        id(parameter): layer.shard.routed / layer.shard.slots
+        for layer in model.modules()
+        if isinstance(layer, MoEFFN) and layer.shard.slots
+        for parameter in layer.routed.parameters()
+    }
     for _, parameter, group in _walk(model, "", "backbone"):
         groups[group].add(parameter, share=shares.get(id(parameter), 1.0))
     return ParameterTable(groups)
 
 
 def parameter_groups(model: nn.Module) -> dict[str, str]:
-    """The group of every parameter by its name: whoever sets learning rates per group reads it here."""
+    """The group of every parameter by its name, for instance to set learning rates per group."""
     return {name: group for name, _, group in _walk(model, "", "backbone")}
 
 
@@ -83,22 +88,7 @@ def _walk(module: nn.Module, prefix: str, group: str) -> Iterator[tuple[str, nn.
     for name, parameter in module.named_parameters(recurse=False):
         yield prefix + name, parameter, "lora" if isinstance(module, LoRALinear) else group
     for name, child in module.named_children():
-        yield from _walk(child, f"{prefix}{name}.", _group_of(module, child, group))
-
-
-def _group_of(parent: nn.Module, child: nn.Module, inherited: str) -> str:
-    if isinstance(parent, MoEFFN):
-        for group in ("routed", "shared"):
-            if child is getattr(parent, group):
-                return group
-    return next((group for owner, group in OWNERS.items() if isinstance(child, owner)), inherited)
-
-
-def _global_shares(model: nn.Module) -> dict[int, float]:
-    """By id of a routed parameter: experts of the whole layer over slots on this rank."""
-    return {
-        id(parameter): layer.shard.routed / layer.shard.slots
-        for layer in model.modules()
-        if isinstance(layer, MoEFFN) and layer.shard.slots
-        for parameter in layer.routed.parameters()
-    }
+        owned = next((owned for owner, owned in OWNERS.items() if isinstance(child, owner)), group)
+        if isinstance(module, MoEFFN):
+            owned = next((experts for experts in ("routed", "shared") if child is getattr(module, experts)), owned)
+        yield from _walk(child, f"{prefix}{name}.", owned)

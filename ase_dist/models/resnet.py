@@ -1,4 +1,4 @@
-"""ResNets of timm, dilated to stride 8 and taken apart into stem and stages: the backbone of the convolutional rows."""
+"""ResNets of timm, dilated to stride 8 and taken apart into stem and stages: for the convolutional baselines."""
 
 from __future__ import annotations
 
@@ -75,15 +75,13 @@ def group_norm(channels: int) -> nn.GroupNorm:
 def _replace_norms(module: nn.Module, *, group: bool) -> None:
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, _as_group_norm(child) if group else ChannelAffine(child))
+            if not group:
+                setattr(module, name, ChannelAffine(child))
+                continue
+            new = group_norm(child.num_features)
+            with torch.no_grad():  # timm's start of the BatchNorm: zero in the last of each residual branch
+                new.weight.copy_(child.weight)
+                new.bias.copy_(child.bias)
+            setattr(module, name, new)
         else:
             _replace_norms(child, group=group)
-
-
-def _as_group_norm(norm: nn.BatchNorm2d) -> nn.GroupNorm:
-    """With the weights that timm gave the BatchNorm: it starts the last of each residual branch at zero."""
-    new = group_norm(norm.num_features)
-    with torch.no_grad():
-        new.weight.copy_(norm.weight)
-        new.bias.copy_(norm.bias)
-    return new

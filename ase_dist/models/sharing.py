@@ -7,6 +7,7 @@ them by the name that ``model.sharing`` has. Letters: t tasks, B images, C chann
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -143,8 +144,10 @@ class _Masks(TaskList):
     """Step 1 of ``MTANTrunk`` for all tasks; ``kept`` is empty at the first stage."""
 
     def forward(self, u_BChw: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
-        seen = [torch.cat([u_BChw, _fit(f, u_BChw)], dim=1) for f in kept] or [u_BChw] * len(self)
-        return [mask(x) for mask, x in zip(self, seen, strict=True)]
+        size = u_BChw.shape[-2:]  # may be smaller than that of the stage before
+        fitted = [f if f.shape[-2:] == size else F.adaptive_max_pool2d(f, size) for f in kept]
+        inputs = [torch.cat([u_BChw, f], dim=1) for f in fitted] or [u_BChw] * len(self)
+        return [mask(x) for mask, x in zip(self, inputs, strict=True)]
 
 
 class _Mask(Sharing):
@@ -171,11 +174,6 @@ class _Keep(Sharing):
         return F.relu(self.norm(self.conv(x_BChw)))
 
 
-def _fit(x_BChw: Tensor, like_BChw: Tensor) -> Tensor:
-    """Down to the size of the next stage's features, where that is smaller."""
-    return x_BChw if x_BChw.shape[-2:] == like_BChw.shape[-2:] else F.adaptive_max_pool2d(x_BChw, like_BChw.shape[-2:])
-
-
 def _start_shares(num_tasks: int) -> Tensor:
     """[t, t]: what a task takes of each at first; all of itself where it is alone."""
     if num_tasks == 1:
@@ -184,17 +182,9 @@ def _start_shares(num_tasks: int) -> Tensor:
     return torch.full((num_tasks, num_tasks), other).fill_diagonal_(OWN_SHARE)
 
 
-def _cross_stitch(parts: ResNetParts, num_tasks: int) -> ParallelTrunk:
-    return ParallelTrunk(parts, num_tasks, unit=CrossStitch)
-
-
-def _nddr(parts: ResNetParts, num_tasks: int) -> ParallelTrunk:
-    return ParallelTrunk(parts, num_tasks, unit=NDDR)
-
-
 TRUNKS: dict[str, Callable[[ResNetParts, int], nn.Module]] = {
     "shared": SharedTrunk,
     "mtan": MTANTrunk,
-    "nddr": _nddr,
-    "cross_stitch": _cross_stitch,
+    "nddr": functools.partial(ParallelTrunk, unit=NDDR),
+    "cross_stitch": functools.partial(ParallelTrunk, unit=CrossStitch),
 }
