@@ -1,1 +1,1 @@
-"""What a run would hold, compute and send, worked out from shapes alone."""
+"""What a run would hold, compute and send, computed from shapes alone."""

@@ -1,4 +1,4 @@
-"""How much memory a training step keeps for its backward pass, worked out from shapes alone.
+"""How much memory a training step keeps for its backward pass, computed from shapes alone.
 
 Letters: B images, t tasks.
 """
@@ -6,22 +6,20 @@ Letters: B images, t tasks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ase_dist.config import Settings
-from ase_dist.models import MultiTaskModel
 from ase_dist.planning.flops import on_fake_tensors
-from ase_dist.tasks import Task, select_tasks
+from ase_dist.tasks import select_tasks
 from ase_dist.training.loop import losses
 
 
 class Activations(NamedTuple):
-    """Bytes of one image: kept inside the blocks, as the blocks' inputs, and by all else, the losses included."""
+    """Bytes kept for one image: inside the blocks, as the blocks' inputs, and by everything else, losses included."""
 
     blocks: int
     inputs: int
@@ -29,9 +27,9 @@ class Activations(NamedTuple):
     num_blocks: int
 
     def kept(self, mode: str) -> int:
-        """At the peak under ``model.checkpoint_activations``: a checkpointed block keeps its input until it runs again.
+        """Peak bytes under ``model.checkpoint_activations`` = ``mode``.
 
-        ``offload`` has the inputs on the host.
+        A checkpointed block keeps its input until it is recomputed; with ``offload`` the inputs are on the host.
         """
         if mode == "none" or not self.num_blocks:
             return self.blocks + self.rest
@@ -40,28 +38,36 @@ class Activations(NamedTuple):
 
 
 def measure_activations(settings: Settings, *, width: int) -> Activations:
-    """What autograd keeps of one image in a step of ``settings``, weights and the image aside.
+    """What autograd keeps for one image in a step of ``settings``, without the weights and the image itself.
 
-    ``width`` is the bytes of an activation; what is float32 in any case (gates, losses) has 4.
+    ``width`` is the bytes of an activation element; what is always float32 (gates, losses) has 4.
     """
     fits = width == 4 and settings.model.moe.experts != "ffn"  # else shapes are taken in bf16, and their bytes scaled
-    tasks = select_tasks(settings.data.name, settings.tasks)
-    fake = on_fake_tensors(settings, dtype=torch.float32 if fits else torch.bfloat16)
-    with fake as (model, image), _keeping(model, image, width=width) as kept:
-        output = model(image)
-        labels = {task.name: _fake_label(task, settings.data.size) for task in tasks}
-        counts = torch.ones(len(tasks), 2)
-        losses.task_losses(output.predictions, labels, tasks, counts)
+    size, tasks = settings.data.size, select_tasks(settings.data.name, settings.tasks)
+    with on_fake_tensors(settings, dtype=torch.float32 if fits else torch.bfloat16) as (model, image):
+        kept = _SavedBytes([image, *model.parameters(), *model.buffers()], width=width)
+        for block in model.blocks:
+            block.register_forward_pre_hook(kept.enter_block)
+            block.register_forward_hook(kept.leave_block)
+        with torch.autograd.graph.saved_tensors_hooks(kept.save, lambda tensor: tensor):
+            output = model(image)
+            labels = {
+                task.name: torch.ones(1, task.channels, size, size)
+                if task.kind in {"normals", "depth"}
+                else torch.ones(1, size, size, dtype=torch.uint8)
+                for task in tasks
+            }
+            losses.task_losses(output.predictions, labels, tasks, torch.ones(len(tasks), 2))
     return Activations(kept.blocks, kept.inputs, kept.rest, len(model.blocks))
 
 
-class _Kept:
-    """Counts each storage once, where it was saved first."""
+class _SavedBytes:
+    """Bytes that autograd saves for backward; each storage counts once, where it is saved first."""
 
     def __init__(self, known: Sequence[Tensor], *, width: int) -> None:
         self.blocks = self.inputs = self.rest = 0
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
-        self._alive: list[Tensor] = []  # or an address might come again
+        self._alive: list[Tensor] = []  # a freed storage's address could be used again
         self._width = width
         self._in_block = False
 
@@ -84,23 +90,3 @@ class _Kept:
 
     def _bytes(self, tensor: Tensor, size: int) -> int:
         return size * self._width // 2 if tensor.dtype == torch.bfloat16 else size
-
-
-@contextmanager
-def _keeping(model: MultiTaskModel, image: Tensor, *, width: int) -> Iterator[_Kept]:
-    kept = _Kept([image, *model.parameters(), *model.buffers()], width=width)
-    hooks = [
-        hook
-        for block in model.blocks
-        for hook in (block.register_forward_pre_hook(kept.enter_block), block.register_forward_hook(kept.leave_block))
-    ]
-    with torch.autograd.graph.saved_tensors_hooks(kept.save, lambda tensor: tensor):
-        yield kept
-    for hook in hooks:
-        hook.remove()
-
-
-def _fake_label(task: Task, size: int) -> Tensor:
-    if task.kind in {"normals", "depth"}:
-        return torch.ones(1, task.channels, size, size)
-    return torch.ones(1, size, size, dtype=torch.uint8)

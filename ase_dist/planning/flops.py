@@ -20,14 +20,14 @@ from ase_dist.tasks import select_tasks
 
 
 class Flops(NamedTuple):
-    """Of one image with all its tasks: two for each multiply-add of a product, a convolution or attention."""
+    """FLOPs of one image with all its tasks: two per multiply-add of matrix products, convolutions and attention."""
 
     forward: float
     backward: float
 
 
 def bare_model(settings: Settings) -> MultiTaskModel:
-    """The model of ``settings`` on the meta device: its shapes alone; no weights are read, which change no size.
+    """The model of ``settings`` on the meta device: shapes only, no weights are read.
 
     Raises UserError as ``build_model`` does.
     """
@@ -44,44 +44,43 @@ def bare_model(settings: Settings) -> MultiTaskModel:
 def on_fake_tensors(
     settings: Settings, *, dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[tuple[MultiTaskModel, Tensor]]:
-    """The model of ``settings`` and one image for it, without data: what runs inside computes shapes alone.
+    """The model of ``settings`` and one image [1, 3, H, W] as fake tensors: code inside computes shapes only.
 
-    bf16 is the one type for which torch (2.14) knows the shapes of grouped products, which FFN experts need.
+    bf16 is the only type for which torch (2.14) knows the shapes of grouped products, which FFN experts need.
     """
     model = bare_model(settings)
     with FakeTensorMode():
-        _make_fake(model, dtype)
+        for module in model.modules():  # fake CPU tensors instead of meta ones, for which autocast does not work
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                fake = torch.empty(parameter.shape, dtype=dtype)
+                setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
         yield model, torch.empty(1, 3, settings.data.size, settings.data.size, dtype=dtype)
 
 
 def count_flops(settings: Settings) -> Flops:
     """Count one image through the model of ``settings``, forward and backward (without activation checkpointing).
 
-    LoRA experts compute densely in rank space; of feed-forward ones the active k are counted. Norms, activations,
-    biases and gates are left out, as torch's own counter does, whose formulas these are.
+    LoRA experts compute densely in rank space; of feed-forward experts only the active k are counted. The formulas are
+    torch's, which leave out norms, activations, biases and gates.
     """
-    with _unfused_attention(), on_fake_tensors(settings) as (model, image):
-        with FlopCounter() as forward:
-            output = model(image)
-            total = torch.stack([p.sum() for p in output.predictions.values()]).sum() + output.aux_loss
-        with FlopCounter() as backward:
-            total.backward()
+    fused = timm.layers.use_fused_attn()
+    timm.layers.set_fused_attn(False)  # for models built from here on: the counter does not see fused attention
+    try:
+        with on_fake_tensors(settings) as (model, image):
+            with FlopCounter() as forward:
+                output = model(image)
+                total = torch.stack([p.sum() for p in output.predictions.values()]).sum() + output.aux_loss
+            with FlopCounter() as backward:
+                total.backward()
+    finally:
+        timm.layers.set_fused_attn(bool(fused))
     return Flops(forward.total, backward.total)
 
 
-@contextmanager
-def _unfused_attention() -> Iterator[None]:
-    """timm's attention as two products while a model is built: the counter sees nothing of the fused one."""
-    fused = timm.layers.use_fused_attn()
-    timm.layers.set_fused_attn(False)
-    try:
-        yield
-    finally:
-        timm.layers.set_fused_attn(bool(fused))
-
-
 def _grouped_mm_flops(a_shape: Any, b_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> float:
-    """Each of M rows meets one matrix: [M, K] times a bank [n, K, O], or [O, M] times [M, K] group by group."""
+    """Each of M rows meets one matrix: [M, K] times n stacked [K, O], or [O, M] times [M, K] group by group."""
     rows = a_shape[0] if len(b_shape) == 3 else a_shape[1]
     return 2.0 * rows * b_shape[-1] * (a_shape[1] if len(b_shape) == 3 else a_shape[0])
 
@@ -111,13 +110,3 @@ class FlopCounter(TorchDispatchMode):
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out
-
-
-def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace meta tensors by CPU tensors without data, under the fake mode that is on: autocast knows no 'meta'."""
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            fake = torch.empty(parameter.shape, dtype=dtype)
-            setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))

@@ -1,4 +1,4 @@
-"""What a run would hold and send on every rank, worked out from shapes alone: for worlds that are not at hand.
+"""What each rank of a run would hold and send, computed from shapes alone, for any number of ranks.
 
 Letters: W ranks of the world, P of an expert-parallel group, R = W / P replicas of a routed expert, G micro-steps.
 """
@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
 
 from ase_dist.config import Settings
 from ase_dist.errors import UserError
@@ -28,12 +27,12 @@ MOMENTS = 2  # of Adam, float32
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What a plan needs of a model, all of it on one rank.
+    """What a plan needs to know about a model that is not sharded.
 
-    ``frozen`` and ``dense`` (trained, without the routed experts) are elements; ``layers`` the MoE layers at size 1 in
-    the run's type; ``width`` bytes of a weight; tokens are those of all tasks. FLOPs and ``activations``, the bytes
-    kept for the backward pass, are of one image. ``forwards`` is how often a micro-step runs the blocks forward: 2
-    with activation checkpointing.
+    ``frozen`` and ``dense`` (trained, without the routed experts) count elements; ``layers`` are the MoE layers at
+    expert-parallel size 1 in the run's type; ``width`` is the bytes of a weight; tokens are those of all tasks. FLOPs
+    and ``activations`` (bytes kept for the backward pass) are per image. ``forwards`` is how often a micro-step runs
+    the blocks forward: 2 with activation checkpointing.
     """
 
     frozen: int
@@ -55,12 +54,13 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """One rank of one topology. Elements and bytes that it holds, bytes that it sends per optimiser step, seconds.
+    """One rank of one topology: elements and bytes held, bytes sent per optimiser step, seconds.
 
-    ``parameters`` are the elements of weights at hand, ``trained`` those of them with a gradient before ZeRO divides
-    anything. ``wire_dense`` and ``wire_replicas`` are gradients and weights that data parallelism moves: of all but the
-    routed experts over the world, and of those over their replicas. ``wire_dispatch`` and ``step_seconds`` are by
-    dispatch (only ``local`` at expert-parallel size 1), ``crossover`` the tokens per rank from which gather is cheaper.
+    ``parameters`` are the elements of weights held, ``trained`` those of them with a gradient before ZeRO divides
+    anything. ``wire_dense`` and ``wire_replicas`` are the bytes of gradients and weights that data parallelism sends:
+    for everything but the routed experts over the world, and for routed experts over their replicas. ``wire_dispatch``
+    and ``step_seconds`` are by dispatch (only ``local`` at expert-parallel size 1); ``crossover`` is the number of
+    tokens per rank from which gather is cheaper.
     """
 
     world: int
@@ -95,14 +95,29 @@ def make_plans(
     bandwidth: float,
     flops: float,
 ) -> tuple[ModelSizes, list[Plan]]:
-    """A plan for every expert-parallel size and ZeRO stage on ``world`` ranks, and the sizes that they rest on.
+    """A plan for every expert-parallel size and ZeRO stage on ``world`` ranks, and the model sizes behind them.
 
-    ``bandwidth`` in bytes/s that a rank sends, ``flops`` in FLOP/s that it sustains. Nothing is started and no weight
-    is made. Raises UserError for what a run of this topology would refuse, too.
+    ``bandwidth`` in bytes/s that a rank sends, ``flops`` in FLOP/s that it sustains. No process is started and no
+    weight allocated. Raises UserError also for what a run of this topology would refuse.
     """
-    _check(settings, world=world, ep_sizes=ep_sizes, stages=stages, bandwidth=bandwidth, flops=flops)
-    for ep_size, stage in product(ep_sizes, stages):
-        settings = _resolved(settings, world=world, ep_size=ep_size, stage=stage)
+    if world < 1:
+        raise UserError(f"--world: got {world}, wanted 1 rank or more")
+    for name, value in {"--bandwidth": bandwidth, "--flops": flops}.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"{name}: got {value:g}, wanted a number above 0")
+    for stage in stages:
+        if stage not in ZERO_STAGES:
+            raise UserError(f"--zero: got {stage}, wanted stages out of {ZERO_STAGES}")
+    for size in ep_sizes:
+        if size < 1 or world % size:
+            raise UserError(f"--ep: got {size}, wanted a divisor of the world, {world} ranks")
+        if size > 1 and not settings.model.moe.enabled:
+            raise UserError(f"--ep: got {size} without experts; set model.moe.enabled=true, or take 1")
+    for ep_size, stage in product(ep_sizes, stages):  # a run would refuse some stages with some sizes
+        moe = settings.model.moe.model_copy(update={"ep_size": ep_size})
+        settings = settings.model_copy(update={"model": settings.model.model_copy(update={"moe": moe})})
+        zero = {"zero_optimization": {"stage": stage}}
+        settings = resolve(settings, zero, world=world, native_bf16=True).settings
     sizes = measure(settings)
     train = settings.train
     return sizes, [
@@ -131,13 +146,13 @@ def plan(
     bandwidth: float,
     flops: float,
 ) -> Plan:
-    """One topology; ``batch`` images per rank and micro-step, of which ``accumulation`` make a step."""
+    """The plan of one topology; ``batch`` images per rank and micro-step, ``accumulation`` micro-steps per step."""
     layers = sizes.sharded(ep_size)
     routed = sum(layer.slots * layer.expert_values for layer in layers)
     trained = sizes.dense + routed
     divided = -(-sizes.dense // world) + -(-routed // (world // ep_size))
     held = -(-sizes.frozen // world) + divided if zero == 3 else sizes.frozen + trained
-    master = 0 if zero == 0 and sizes.width == FP32 else FP32  # ZeRO 1 to 3 keep copies of float32 weights, too
+    master = 0 if zero == 0 and sizes.width == FP32 else FP32  # ZeRO 1 to 3 also copy float32 weights
     state = master + MOMENTS * FP32
     common = {"stage": zero, "width": sizes.width, "accumulation": accumulation}
     dense_wire = reduction_bytes(sizes.dense, frozen=sizes.frozen, ranks=world, **common)
@@ -166,7 +181,7 @@ def plan(
 
 
 def reduction_bytes(elements: int, *, frozen: int = 0, ranks: int, stage: int, width: int, accumulation: int) -> float:
-    """Bytes that a rank sends per step so that ``ranks`` agree on ``elements`` trained weights (ring collectives).
+    """Bytes that a rank sends per step to keep ``elements`` trained weights equal on ``ranks`` (ring collectives).
 
     A reduce-scatter or an all-gather of n bytes sends (ranks - 1) / ranks * n. Stages 0 (an all-reduce) and 1 do one
     of each per step, stage 2 reduces in every micro-step, stage 3 (ZeRO, arXiv 1910.02054) also gathers all weights,
@@ -180,27 +195,26 @@ def reduction_bytes(elements: int, *, frozen: int = 0, ranks: int, stage: int, w
 def dispatch_bytes(
     layers: Sequence[LayerShape], *, tokens: float, accumulation: int = 1, forwards: int = 1
 ) -> dict[str, float]:
-    """Bytes that a rank of ``tokens`` sends per step for its experts, by dispatch; all_to_all's are an expectation.
+    """Bytes that a rank with ``tokens`` sends per step for its experts, by dispatch; for all_to_all the expected value.
 
-    A recomputed forward pass sends its share again.
+    A recomputed forward pass sends its part again.
     """
     if all(layer.ranks == 1 for layer in layers):
         return {"local": 0.0}
-    passes = (forwards + 1) / 2  # of the formulas' forward and backward pass
+    passes = (forwards + 1) / 2  # in units of one forward and one backward pass, as the formulas count
     gather = sum(layer.gather_bytes() for layer in layers) * passes
-    counts = [layer.all_to_all_bytes(0) for layer in layers]  # exchanged going forward only
-    rows = sum(layer.all_to_all_bytes(layer.expected_rows(tokens)) for layer in layers) - sum(counts)
-    return {"gather": accumulation * gather, "all_to_all": accumulation * (rows * passes + sum(counts) * forwards)}
+    counts = [layer.all_to_all_bytes(0) for layer in layers]  # exchanged in forward passes only
+    tokens_sent = sum(layer.all_to_all_bytes(layer.expected_rows(tokens)) for layer in layers) - sum(counts)
+    return {
+        "gather": accumulation * gather,
+        "all_to_all": accumulation * (tokens_sent * passes + sum(counts) * forwards),
+    }
 
 
 def crossover(layers: Sequence[LayerShape]) -> float | None:
-    """Tokens per rank from which gather is cheaper, by the first layer, whose shape all share; None at size 1."""
+    """Tokens per rank from which gather is cheaper (all layers have one shape); None at expert-parallel size 1."""
     tokens = layers[0].crossover() if layers and layers[0].ranks > 1 else math.inf
     return tokens if math.isfinite(tokens) else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sizes of a model that is not made
 
 
 def measure(settings: Settings) -> ModelSizes:
@@ -227,41 +241,9 @@ def measure(settings: Settings) -> ModelSizes:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What can be planned
-
-
 def default_ep_sizes(settings: Settings, *, world: int, stages: Sequence[int]) -> list[int]:
     """The settings' own size where it is set; else 1 and those of 2, 4 and 8 that divide the world."""
     moe = settings.model.moe
     if not moe.enabled or 3 in stages:
         return [1]
     return [moe.ep_size] if moe.ep_size > 1 else [size for size in (1, 2, 4, 8) if world % size == 0]
-
-
-def _check(
-    settings: Settings, *, world: int, ep_sizes: Sequence[int], stages: Sequence[int], bandwidth: float, flops: float
-) -> None:
-    if world < 1:
-        raise UserError(f"--world: got {world}, wanted 1 rank or more")
-    for name, value in {"--bandwidth": bandwidth, "--flops": flops}.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise UserError(f"{name}: got {value:g}, wanted a number above 0")
-    for stage in stages:
-        if stage not in ZERO_STAGES:
-            raise UserError(f"--zero: got {stage}, wanted stages out of {ZERO_STAGES}")
-    for size in ep_sizes:
-        if size < 1 or world % size:
-            raise UserError(f"--ep: got {size}, wanted a divisor of the world, {world} ranks")
-        if size > 1 and not settings.model.moe.enabled:
-            raise UserError(f"--ep: got {size} without experts; set model.moe.enabled=true, or take 1")
-
-
-def _resolved(settings: Settings, *, world: int, ep_size: int, stage: int) -> Settings:
-    """The settings as a run would have them; UserError where stage and size do not go together."""
-    chosen = _with_model(settings, moe=settings.model.moe.model_copy(update={"ep_size": ep_size}))
-    return resolve(chosen, {"zero_optimization": {"stage": stage}}, world=world, native_bf16=True).settings
-
-
-def _with_model(settings: Settings, **changes: Any) -> Settings:
-    return settings.model_copy(update={"model": settings.model.model_copy(update=changes)})

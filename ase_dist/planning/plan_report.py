@@ -1,4 +1,4 @@
-"""What a plan says: tables, JSON, and the plot of where it pays that experts travel."""
+"""How plans are shown: tables, JSON, and a plot of the bytes that each dispatch sends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ASSUMPTIONS = (
 
 
 def report(sizes: ModelSizes, plans: Sequence[Plan], *, tokens: int, bandwidth: float, flops: float) -> str:
-    """The tables of memory, bytes and time, and one line of what they assume; ``tokens`` per rank and micro-step."""
+    """The tables of memory, bytes sent and time, and what they assume; ``tokens`` per rank and micro-step."""
     routed = sum(layer.routed * layer.expert_values for layer in sizes.layers)
     facts = (
         f"{'bf16' if sizes.width == BF16 else 'fp32'}, {tokens:,} tokens per rank and micro-step, "
@@ -41,7 +41,12 @@ def report(sizes: ModelSizes, plans: Sequence[Plan], *, tokens: int, bandwidth: 
         )
         for p in plans
     ]
-    wire = [_wire_row(p) for p in plans]
+    wire: list[list[Cell]] = []
+    for p in plans:
+        moved = [p.wire_dispatch[name] / MB if name in p.wire_dispatch else None for name in DISPATCHES]
+        times = [p.step_seconds[n] * 1e3 if n in p.step_seconds else None for n in ("local", *DISPATCHES)]
+        data_parallel = p.wire_dense / MB, p.wire_replicas / MB
+        wire.append([p.ep_size, p.zero, *data_parallel, *moved, p.auto, p.crossover, p.compute_seconds * 1e3, *times])
     titles = f"on each of {plans[0].world} ranks (MB)", "sent by each rank per optimiser step (MB), and its time (ms)"
     held = ("EP", "ZeRO", "parameters", "trained", "weights", "gradients", "master+Adam", "activations", "sum")
     sent = (
@@ -59,32 +64,17 @@ def report(sizes: ModelSizes, plans: Sequence[Plan], *, tokens: int, bandwidth: 
     return "\n".join([facts, *(table.to_text() for table in tables), ASSUMPTIONS])
 
 
-def _wire_row(p: Plan) -> list[Cell]:
-    moved = [None if name not in p.wire_dispatch else p.wire_dispatch[name] / MB for name in DISPATCHES]
-    times = [None if n not in p.step_seconds else p.step_seconds[n] * 1e3 for n in ("local", *DISPATCHES)]
-    return [
-        p.ep_size,
-        p.zero,
-        p.wire_dense / MB,
-        p.wire_replicas / MB,
-        *moved,
-        p.auto,
-        p.crossover,
-        p.compute_seconds * 1e3,
-        *times,
-    ]
-
-
 def as_json(sizes: ModelSizes, plans: Sequence[Plan], **given: object) -> dict[str, Any]:
-    """Everything as plain values: what was ``given``, the assumptions, the sizes, the plans."""
+    """Everything as plain values: the arguments that were ``given``, the assumptions, the sizes, the plans."""
     rows = [{**asdict(p), "memory": p.memory} for p in plans]
     return {**given, "assumptions": ASSUMPTIONS, "sizes": asdict(sizes), "plans": rows}
 
 
 def draw_crossover(sizes: ModelSizes, *, ep_sizes: Sequence[int], tokens: int) -> bytes:
-    """A PNG: bytes per rank and micro-step against tokens per rank, both dispatches of each size above 1.
+    """A PNG: bytes per rank and micro-step against tokens per rank, both dispatches for each size above 1.
 
-    ``tokens`` of the settings are marked by a line. Raises UserError where no size is above 1 or no layer has experts.
+    A vertical line marks ``tokens``, those of the settings. Raises UserError where no size is above 1 or no layer has
+    experts.
     """
     shown = sorted({size for size in ep_sizes if size > 1})
     if not shown or not sizes.layers:
@@ -125,7 +115,7 @@ def draw_crossover(sizes: ModelSizes, *, ep_sizes: Sequence[int], tokens: int) -
 
 
 def _draw_size(ax: Any, sizes: ModelSizes, ep_size: int, counts: Sequence[float], color: str) -> None:
-    """Both lines of one size; where they cross stands in the legend, for the points of several sizes lie close."""
+    """Both lines of one size; the crossing stands in the legend, since those of several sizes lie close together."""
     layers = sizes.sharded(ep_size)
     bytes_at = [dispatch_bytes(layers, tokens=count, forwards=sizes.forwards) for count in counts]
     meeting = crossover(layers)
