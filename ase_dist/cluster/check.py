@@ -1,10 +1,11 @@
-"""The checker of a cluster: a hostfile and a job, and in one sentence each what is wrong on the nodes.
+"""The checker of a cluster: asks every node of a hostfile over ssh, and says in one sentence each what is wrong.
 
 1. Nodes that cannot be reached, lack this folder or this Python, or are one machine under two names.
-2. Nodes whose versions, code, data or user are not the first's; more slots than devices; no way to the others.
-3. Words of the job that a remote shell would read as code; a run folder that is not the same one everywhere.
+2. Nodes whose versions, code, data or user differ from the first node's; more slots than devices; no route to the
+   others; words of the job that a remote shell would change.
+3. A run folder that the nodes do not share.
 
-What is wrong with the hostfile itself is told by ``hostfile``.
+``hostfile`` says what is wrong with the hostfile itself. Where all is well ``.deepspeed_env`` is written.
 """
 
 from __future__ import annotations
@@ -24,46 +25,48 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ase_dist.cluster.environment import shared_variables, write_deepspeed_env
-from ase_dist.cluster.facts import NO_FOLDER, Facts, Question
+from ase_dist.cluster.facts import NO_FOLDER, NodeFacts, Question
 from ase_dist.cluster.hostfile import Node, parse_hostfile, read_text
 from ase_dist.config import Settings, load_settings
 from ase_dist.tasks import DATA_SETS
 
-AT_ONCE = 32  # nodes that are asked at a time
+MAX_THREADS = 32  # nodes that are asked at the same time
 UNREACHABLE = 255  # ssh's own exit code
-TIMED_OUT = 124  # as coreutils' timeout has it
-_PLAIN = re.compile(r"[\w@%+=:,./{}\[\] -]*", re.ASCII)
-_TRAINING = re.compile(r"\S*train\.py|(-m|--module) ase_dist train")  # the first words of a training
+TIMED_OUT = 124  # the exit code of coreutils' timeout
+_NO_SHELL_CODE = re.compile(r"[\w@%+=:,./{}\[\] -]*", re.ASCII)
+_TRAINING = re.compile(r"\S*train\.py|(-m|--module) ase_dist train")  # how the command of a training begins
 
 
-class CheckedCluster(NamedTuple):
-    """A checked cluster: the address of its first node, or a sentence for each thing that is wrong."""
+class CheckResult(NamedTuple):
+    """A checked cluster: the address of its first node, and a sentence for each thing that is wrong."""
 
     master: str
     problems: list[str]
 
 
-def check_cluster(hostfile: Path, job: Job, *, env: Path, port: int | None = None, ask: bool = True) -> CheckedCluster:
+def check_cluster(
+    hostfile: Path, job: ClusterJob, *, env: Path, port: int | None = None, ask: bool = True
+) -> CheckResult:
     """Check a hostfile and, with ``ask``, its nodes over ssh; write ``env`` where all is well.
 
-    Raises UserError and OSError where the hostfile cannot be read or ``env`` not be written.
+    Raises UserError and OSError where the hostfile cannot be read or ``env`` cannot be written.
     """
     nodes, problems = parse_hostfile(read_text(hostfile), name=str(hostfile))
     if problems or not ask:
-        return CheckedCluster(nodes[0].address if nodes else "", problems)
+        return CheckResult(nodes[0].address if nodes else "", problems)
     shell = over_ssh(port=port)
     known, problems = ask_nodes(nodes, shell, folder=Path.cwd(), data=job.data)
     problems += job.shell_characters() + differences(known, data=job.data)
     if job.output and len(nodes) > 1 and not problems:
         problems = unshared(nodes, shell, output=Path(job.output).absolute())
     if problems:
-        return CheckedCluster("", problems)
+        return CheckResult("", problems)
     for node, facts in known.items():
-        what = f"{facts.devices} devices" if facts.devices else "no accelerator"
-        way = f", {facts.address} on {facts.interface}" if facts.interface else ""
-        sys.stderr.write(f"{node.host}: slots={node.slots}, {what}, {facts.cores} cores{way}\n")
+        devices = f"{facts.devices} devices" if facts.devices else "no accelerator"
+        route = f", {facts.address} on {facts.interface}" if facts.interface else ""
+        sys.stderr.write(f"{node.host}: slots={node.slots}, {devices}, {facts.cores} cores{route}\n")
     write_deepspeed_env(env, shared_variables(nodes, list(known.values()), os.environ, timeout=job.timeout))
-    return CheckedCluster(known[nodes[0]].address or nodes[0].address, [])
+    return CheckResult(known[nodes[0]].address or nodes[0].address, [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,8 +74,11 @@ def check_cluster(hostfile: Path, job: Job, *, env: Path, port: int | None = Non
 
 
 @dataclass(frozen=True)
-class Job:
-    """A job's words. ``data`` must hold the same files on all nodes, ``output`` must be shared; empty: not known."""
+class ClusterJob:
+    """The words of a command that a launcher starts on all nodes, and what its settings name.
+
+    ``data`` must hold the same files on all nodes, ``output`` must be shared; each is empty where it is not known.
+    """
 
     words: tuple[str, ...]
     data: str = ""
@@ -80,8 +86,8 @@ class Job:
     timeout: float = Settings().guard.timeout
 
     @classmethod
-    def of(cls, words: Sequence[str]) -> Job:
-        """The job of ``launch/train.py ...`` or ``--module ase_dist train ...``; of others only the words.
+    def from_words(cls, words: Sequence[str]) -> ClusterJob:
+        """The job of ``launch/train.py ...`` or ``--module ase_dist train ...``; for other commands only the words.
 
         Raises UserError for wrong settings.
         """
@@ -93,8 +99,8 @@ class Job:
         options, others = p.parse_known_args(list(words[1:]))
         overrides = [word for word in others if "=" in word and not word.startswith("-")]
         settings = load_settings(options.config, overrides, baseline=options.baseline)
-        is_made = DATA_SETS[settings.data.name].layout is not None  # where it is missing, by whoever comes first
-        data = "" if is_made or settings.data.root is None else str(settings.data.root)
+        is_generated = DATA_SETS[settings.data.name].layout is not None  # a node that lacks it generates it
+        data = "" if is_generated or settings.data.root is None else str(settings.data.root)
         return cls(tuple(words), data, str(settings.output), settings.guard.timeout)
 
     def shell_characters(self) -> list[str]:
@@ -105,23 +111,58 @@ class Job:
         return [
             f"{word!r} would be read by a shell on every node; put that setting into a file for --config"
             for word in self.words
-            if not _PLAIN.fullmatch(word) or ("{" in word and " " not in word)
+            if not _NO_SHELL_CODE.fullmatch(word) or ("{" in word and " " not in word)
         ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The nodes
+# Commands on other machines
+
+
+class CommandResult(NamedTuple):
+    """A command that has ended: its exit code, what it wrote, and the last line of its errors."""
+
+    code: int
+    output: str
+    complaint: str
+
+
+Shell = Callable[[str, str], CommandResult]  # (host, command line) -> result
+
+
+def over_ssh(*, port: int | None = None, timeout: float = 120.0) -> Shell:
+    """A shell that runs a command line on a host over ssh without asking for a password; ``timeout`` in seconds."""
+    options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *([] if port is None else ["-p", str(port)])]
+
+    def run(host: str, command: str) -> CommandResult:
+        words = ["ssh", *options, "--", host, command]
+        try:
+            done = subprocess.run(
+                words, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL
+            )
+        except subprocess.TimeoutExpired:
+            return CommandResult(TIMED_OUT, "", f"no answer within {timeout:g} s")
+        except OSError as error:
+            return CommandResult(UNREACHABLE, "", f"cannot start ssh: {error.strerror}")
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
+        return CommandResult(done.returncode, done.stdout, lines[-1].strip().rstrip("."))
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is asked and compared
 
 
 def ask_nodes(
     nodes: Sequence[Node], shell: Shell, *, folder: str | Path, data: str = ""
-) -> tuple[dict[Node, Facts], list[str]]:
+) -> tuple[dict[Node, NodeFacts], list[str]]:
     """The facts of the nodes that answer, and a sentence for each that does not.
 
     Each is asked by this Python in ``folder`` there, as DeepSpeed will start it. ``data`` is a folder to digest.
     """
 
-    def ask(node: Node) -> Facts | str:
+    def ask(node: Node) -> NodeFacts | str:
         towards = nodes[0] if node is not nodes[0] else nodes[-1]
         question = Question("" if towards is node else towards.address, data=data)
         command = [sys.executable, "-m", "ase_dist.cluster.facts", json.dumps(asdict(question))]
@@ -131,76 +172,47 @@ def ask_nodes(
         if done.code == TIMED_OUT:
             return f"{node.host} is slow or stuck ({done.complaint}); look at its file systems"
         try:
-            return Facts(**json.loads(done.output.strip().splitlines()[-1]))
+            return NodeFacts(**json.loads(done.output.strip().splitlines()[-1]))
         except (IndexError, ValueError, TypeError):
-            return (
-                f"{node.host} cannot run this project ({done.complaint}); it needs the same folder and the same Python"
-            )
+            needs = "it needs the same folder and the same Python"
+            return f"{node.host} cannot run this project ({done.complaint}); {needs}"
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(MAX_THREADS) as pool:
         answers = dict(zip(nodes, pool.map(ask, nodes), strict=True))
-    known = {node: answer for node, answer in answers.items() if isinstance(answer, Facts)}
+    known = {node: answer for node, answer in answers.items() if isinstance(answer, NodeFacts)}
     return known, [answer for answer in answers.values() if isinstance(answer, str)]
 
 
-def differences(known: Mapping[Node, Facts], *, data: str = "") -> list[str]:
+def differences(known: Mapping[Node, NodeFacts], *, data: str = "") -> list[str]:
     """A sentence for each thing that makes a node unfit to train with the first one."""
-    if not known:
-        return []
-    (first, reference), *others = known.items()
-    problems = [sentence for node, facts in known.items() for sentence in _alone(node, facts, data, len(known))]
-    seen = {reference.machine: first.host}
-    for node, facts in others:
-        if facts.machine in seen:
-            twin = seen[facts.machine]
-            problems.append(f"{node.host} is the same machine as {twin}; list it once, with the sum of its slots")
-            continue
-        seen[facts.machine] = node.host
-        problems += _against(node.host, facts, first.host, reference, data)
-    return problems
-
-
-def unshared(nodes: Sequence[Node], shell: Shell, *, output: str | Path) -> list[str]:
-    """A sentence for each node that does not see what the first one writes into the folder ``output``."""
-    first, *others = nodes
-    mark = Path(output) / f".nodes_{secrets.token_hex(8)}"
-    made = shell(first.host, f"mkdir -p {shlex.quote(str(output))} && touch {shlex.quote(str(mark))}")
-    if made.code:
-        return [f"{first.host} cannot write into {str(output)!r} ({made.complaint}); name another folder"]
-    try:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            found = pool.map(lambda node: shell(node.host, f"test -e {shlex.quote(str(mark))}"), others)
-            blind = [node.host for node, done in zip(others, found, strict=True) if done.code]
-    finally:
-        shell(first.host, f"rm -f {shlex.quote(str(mark))}")
-    return [
-        f"{host} does not see what {first.host} writes into {str(output)!r}; mount one shared folder there on all"
-        for host in blind
-    ]
-
-
-def _alone(node: Node, facts: Facts, data: str, count: int) -> list[str]:
-    """What is wrong with a node by itself."""
     problems = []
-    if facts.devices and node.slots > facts.devices:
-        problems.append(f"{node.host} has {facts.devices} devices and the hostfile gives it slots={node.slots}")
-    if missing := [name for name, version in facts.packages.items() if version == "missing"]:
-        problems.append(f"{node.host} lacks {', '.join(missing)}; install the project there as on the others")
-    if data and facts.data == NO_FOLDER:
-        problems.append(f"{node.host} has no data folder {data!r}; copy it there, or mount it")
-    if count > 1 and not facts.interface:
-        problems.append(f"{node.host} does not know the others by their names in the hostfile; use addresses there")
+    for node, facts in known.items():
+        if facts.devices and node.slots > facts.devices:
+            problems.append(f"{node.host} has {facts.devices} devices and the hostfile gives it slots={node.slots}")
+        if missing := [name for name, version in facts.packages.items() if version == "missing"]:
+            problems.append(f"{node.host} lacks {', '.join(missing)}; install the project there as on the others")
+        if data and facts.data == NO_FOLDER:
+            problems.append(f"{node.host} has no data folder {data!r}; copy it there, or mount it")
+        if len(known) > 1 and not facts.interface:
+            problems.append(f"{node.host} does not know the others by their names in the hostfile; use addresses there")
+    first_with: dict[str, Node] = {}
+    for node, facts in known.items():
+        twin = first_with.setdefault(facts.machine, node)
+        if twin is not node:
+            problems.append(f"{node.host} is the same machine as {twin.host}; list it once, with the sum of its slots")
+        elif len(first_with) > 1:
+            first, reference = next(iter(known.items()))
+            problems += _differences_between(node.host, facts, first.host, reference, data)
     return problems
 
 
-def _against(host: str, facts: Facts, first: str, reference: Facts, data: str) -> list[str]:
-    """What a node has otherwise than the first."""
+def _differences_between(host: str, facts: NodeFacts, first: str, reference: NodeFacts, data: str) -> list[str]:
     problems = []
     pairs = {"Python": (facts.python, reference.python)}
     pairs |= {name: (version, reference.packages.get(name, "missing")) for name, version in facts.packages.items()}
-    odd = [f"{name} {here} (there {there})" for name, (here, there) in pairs.items() if here != there]
-    if odd and "missing" not in facts.packages.values():
-        problems.append(f"{host} has other versions than {first}: {', '.join(odd)}; install the same")
+    different = [f"{name} {here} (there {there})" for name, (here, there) in pairs.items() if here != there]
+    if different and "missing" not in facts.packages.values():
+        problems.append(f"{host} has other versions than {first}: {', '.join(different)}; install the same")
     if facts.code != reference.code:
         problems.append(f"{host} runs other code than {first}; bring both to the same commit")
     if facts.user != reference.user:
@@ -214,36 +226,20 @@ def _against(host: str, facts: Facts, first: str, reference: Facts, data: str) -
     return problems
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Commands on other machines
-
-
-class Done(NamedTuple):
-    """A command that has ended: its exit code, what it wrote, and the last line of its errors."""
-
-    code: int
-    output: str
-    complaint: str
-
-
-Shell = Callable[[str, str], Done]  # (host, command line) -> Done
-
-
-def over_ssh(*, port: int | None = None, timeout: float = 120.0) -> Shell:
-    """A shell on the host it is given, by ssh, which never asks for anything; a command has ``timeout`` seconds."""
-    options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *([] if port is None else ["-p", str(port)])]
-
-    def run(host: str, command: str) -> Done:
-        words = ["ssh", *options, "--", host, command]
-        try:
-            done = subprocess.run(
-                words, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL
-            )
-        except subprocess.TimeoutExpired:
-            return Done(TIMED_OUT, "", f"no answer within {timeout:g} s")
-        except OSError as error:
-            return Done(UNREACHABLE, "", f"cannot start ssh: {error.strerror}")
-        lines = done.stderr.strip().splitlines() or ["no reason given"]
-        return Done(done.returncode, done.stdout, lines[-1].strip().rstrip("."))
-
-    return run
+def unshared(nodes: Sequence[Node], shell: Shell, *, output: str | Path) -> list[str]:
+    """A sentence for each node that does not see what the first one writes into the folder ``output``."""
+    first, *others = nodes
+    marker = Path(output) / f".nodes_{secrets.token_hex(8)}"
+    made = shell(first.host, f"mkdir -p {shlex.quote(str(output))} && touch {shlex.quote(str(marker))}")
+    if made.code:
+        return [f"{first.host} cannot write into {str(output)!r} ({made.complaint}); name another folder"]
+    try:
+        with ThreadPoolExecutor(MAX_THREADS) as pool:
+            found = pool.map(lambda node: shell(node.host, f"test -e {shlex.quote(str(marker))}"), others)
+            without = [node.host for node, done in zip(others, found, strict=True) if done.code]
+    finally:
+        shell(first.host, f"rm -f {shlex.quote(str(marker))}")
+    return [
+        f"{host} does not see what {first.host} writes into {str(output)!r}; mount one shared folder there on all"
+        for host in without
+    ]

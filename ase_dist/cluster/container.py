@@ -1,6 +1,6 @@
-"""What a container of the image does: ``worker``, ``launch``, ``wait`` for peers, or any other command as it stands.
+"""What a container of the image does: ``worker``, ``launch``, ``wait`` for peers, or any other command unchanged.
 
-    worker                            ssh server for the launcher; says on the shared volume that it is there
+    worker                            ssh server for the launcher; registers itself on the shared volume
     launch --nodes 2 SCRIPT [...]     waits for the workers, checks them, starts DeepSpeed's launcher
     wait --for HOST COMMAND [...]     waits for peers by name and port, then runs the command
 
@@ -24,8 +24,7 @@ from typing import NoReturn
 
 import psutil
 
-from ase_dist.cluster import peers, ssh
-from ase_dist.cluster.check import Job, check_cluster
+from ase_dist.cluster import check, peers, ssh
 from ase_dist.cluster.environment import FILE
 from ase_dist.cluster.facts import devices
 from ase_dist.cluster.hostfile import Node, read_hostfile, write_hostfile
@@ -33,21 +32,23 @@ from ase_dist.errors import UserError
 from ase_dist.files import expand_user
 
 CLUSTER = Path("/cluster")
-NOTES = "nodes"  # below it: a file for each worker that is there
+NODES = "nodes"  # folder of the shared volume with a file for each registered worker
 ROLES = ("worker", "launch", "wait", "--help", "-h")
 WAIT = 600.0  # seconds
-RANK = "LOCAL_RANK"  # the variable that deepspeed and torchrun give to ranks and have not themselves
-LOGGER = logging.getLogger("ase_dist")
 USAGE, NOT_FOUND = 2, 127
+RANK = "LOCAL_RANK"  # the variable that deepspeed and torchrun set for ranks and not for themselves
+LOGGER = logging.getLogger("ase_dist")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of what is not just any command."""
+    """The options of the three roles."""
+
+    def path(text: str) -> Path:
+        return Path(expand_user(text))
+
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--cluster", type=_path, default=CLUSTER, metavar="FOLDER", help="default %(default)s")
-    p.add_argument(
-        "--state", type=_path, default=Path.home() / ".cluster", metavar="FOLDER", help="default %(default)s"
-    )
+    p.add_argument("--cluster", type=path, default=CLUSTER, metavar="FOLDER", help="default %(default)s")
+    p.add_argument("--state", type=path, default=Path.home() / ".cluster", metavar="FOLDER", help="default %(default)s")
     p.add_argument("--port", type=int, default=ssh.PORT, help="of the ssh servers (default %(default)s)")
     roles = p.add_subparsers(dest="role", required=True)
     serve = roles.add_parser("worker", help="serve the launcher")
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--no-note", action="store_true", help="do not register: the hostfile comes from elsewhere")
     launch = roles.add_parser("launch", help="wait, check, start DeepSpeed's launcher")
     launch.add_argument("--nodes", type=int, help="workers to wait for")
-    launch.add_argument("--hosts", type=_path, metavar="FILE", help="a hostfile, instead of --nodes")
+    launch.add_argument("--hosts", type=path, metavar="FILE", help="a hostfile, instead of --nodes")
     launch.add_argument("--wait", type=float, default=WAIT, metavar="S", help="seconds (default %(default)s)")
     launch.add_argument("command", nargs=argparse.REMAINDER, help="the script and its arguments")
     wait = roles.add_parser("wait", help="wait for peers, then run a command")
@@ -66,34 +67,69 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _path(text: str) -> Path:
-    return Path(expand_user(text))
-
-
 def main(argv: Sequence[str]) -> int:
-    """Run the command of a container; its exit code, 2 after one sentence where a peer or a key is missing."""
+    """Run the command of a container; its exit code, or 2 after one sentence where a peer or a key is missing."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if argv and argv[0] not in ROLES and not argv[0].startswith("--"):
-        _become(argv)
+        _replace_process(argv)
     arguments = parser().parse_args(argv)
     try:
-        return {"worker": _serve, "launch": _launch, "wait": _wait}[arguments.role](arguments)
+        if arguments.role == "worker":
+            config = ssh.prepare(arguments.cluster, arguments.state, port=arguments.port)
+            folder = None if arguments.no_note else arguments.cluster / NODES
+            return serve_worker(config, folder, slots=arguments.slots, grace=arguments.grace)
+        command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+        if arguments.role == "wait":
+            hosts = [peers.host_and_port(host) for host in arguments.hosts]
+            peers.wait_until(lambda: peers.unreachable_hosts(hosts), timeout=arguments.wait)
+            _replace_process(command)
+        else:
+            _launch(arguments, command)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return USAGE
 
 
-def _serve(arguments: argparse.Namespace) -> int:
-    config = ssh.prepare(arguments.cluster, arguments.state, port=arguments.port)
-    notes = None if arguments.no_note else arguments.cluster / NOTES
-    return serve(config, notes, slots=arguments.slots, grace=arguments.grace)
+def _launch(arguments: argparse.Namespace, command: Sequence[str]) -> NoReturn:
+    """Wait for the workers, check them, and become DeepSpeed's launcher for ``command``."""
+    ssh.prepare(arguments.cluster, arguments.state, port=arguments.port)
+    if (arguments.hosts is None) == (arguments.nodes is None):
+        raise UserError("launch: wanted either --nodes N, for workers that register, or --hosts FILE")
+    if arguments.hosts is None:
+        folder = arguments.cluster / NODES
+        nodes = peers.wait_for_nodes(folder, count=arguments.nodes, port=arguments.port, timeout=arguments.wait)
+    else:
+        nodes = read_hostfile(arguments.hosts)
+        hosts = [(node.host, arguments.port) for node in nodes]
+        peers.wait_until(lambda: peers.unreachable_hosts(hosts), timeout=arguments.wait)
+    hostfile = arguments.state / "hosts"
+    write_hostfile(hostfile, nodes)
+    checked = check.check_cluster(hostfile, check.ClusterJob.from_words(command), env=Path.home() / FILE)
+    if checked.problems:
+        raise UserError("; ".join(checked.problems))
+    _replace_process(["deepspeed", "--hostfile", str(hostfile), "--master_addr", checked.master, *command])
 
 
-def serve(config: Path, notes: Path | None, *, slots: int | None, grace: float) -> int:
+def _replace_process(words: Sequence[str]) -> NoReturn:
+    """Replace this process by a command, which then gets the container's signals."""
+    if not words:
+        raise SystemExit("error: got no command to run")
+    try:
+        os.execvp(words[0], list(words))
+    except OSError as error:
+        sys.stderr.write(f"error: cannot run {words[0]!r} ({error.strerror})\n")
+        raise SystemExit(NOT_FOUND) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A worker: an ssh server until the container is stopped, and then time for the ranks to save
+
+
+def serve_worker(config: Path, folder: Path | None, *, slots: int | None, grace: float) -> int:
     """Serve ssh until SIGTERM or SIGINT; then ranks are asked to stop and get ``grace`` seconds to save. Exit code.
 
-    ``notes`` is the folder in which this worker says that it is there; None where the hostfile comes from elsewhere.
-    They are no children of the server's group, so that the container's signal does not reach them by itself.
+    ``folder`` is where this worker registers itself; None where the hostfile comes from elsewhere. The ranks are not in
+    the server's process group, so the container's signal does not reach them directly.
     """
     server = subprocess.Popen([ssh.SERVER, "-D", "-e", "-f", str(config)])
     stopped = False
@@ -106,79 +142,34 @@ def serve(config: Path, notes: Path | None, *, slots: int | None, grace: float) 
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    note = peers.register(notes, Node(platform.node(), slots or max(1, devices()))) if notes else None
+    file = peers.register(folder, Node(platform.node(), slots or max(1, devices()))) if folder else None
     LOGGER.info("%s serves ssh and waits for the launcher", platform.node())
     try:
         code = server.wait()
     finally:
-        if note is not None:
-            note.unlink(missing_ok=True)
+        if file is not None:
+            file.unlink(missing_ok=True)
     return 0 if stopped else code
 
 
 def end_ranks(*, grace: float) -> int:
-    """Send SIGTERM to every process of this container that a launcher made a rank, and wait; how many there were.
+    """Send SIGTERM to every rank in this container and wait up to ``grace`` seconds; the number of ranks.
 
-    Not to what a rank has started itself, such as loader processes: it ends those when it has saved.
+    Processes that a rank started, such as loader workers, get no signal: the rank ends them after it has saved.
     """
-    found = [process for process in psutil.process_iter() if _is_rank(process)]
-    for process in found:
+    ranks = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            parent = process.parent()
+            if RANK in process.environ() and (parent is None or RANK not in parent.environ()):
+                ranks.append(process)
+    for process in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, alive = psutil.wait_procs(found, timeout=grace)
+    _, alive = psutil.wait_procs(ranks, timeout=grace)
     if alive:
-        LOGGER.warning("%d of %d ranks did not end within %g s", len(alive), len(found), grace)
-    return len(found)
-
-
-def _is_rank(process: psutil.Process) -> bool:
-    try:
-        parent = process.parent()
-        return RANK in process.environ() and (parent is None or RANK not in parent.environ())
-    except psutil.Error:
-        return False
-
-
-def _wait(arguments: argparse.Namespace) -> NoReturn:
-    hosts = [peers.host_and_port(host) for host in arguments.hosts]
-    peers.wait_until(lambda: peers.silent_hosts(hosts), timeout=arguments.wait)
-    _become(_after_dashes(arguments.command))
-
-
-def _launch(arguments: argparse.Namespace) -> NoReturn:
-    """Wait for the workers, check them, become DeepSpeed's launcher."""
-    ssh.prepare(arguments.cluster, arguments.state, port=arguments.port)
-    if (arguments.hosts is None) == (arguments.nodes is None):
-        raise UserError("launch: wanted either --nodes N, for workers that register, or --hosts FILE")
-    if arguments.hosts is None:
-        notes = arguments.cluster / NOTES
-        nodes = peers.wait_for_nodes(notes, count=arguments.nodes, port=arguments.port, timeout=arguments.wait)
-    else:
-        nodes = read_hostfile(arguments.hosts)
-        hosts = [(node.host, arguments.port) for node in nodes]
-        peers.wait_until(lambda: peers.silent_hosts(hosts), timeout=arguments.wait)
-    hostfile = arguments.state / "hosts"
-    write_hostfile(hostfile, nodes)
-    words = _after_dashes(arguments.command)
-    checked = check_cluster(hostfile, Job.of(words), env=Path.home() / FILE)
-    if checked.problems:
-        raise UserError("; ".join(checked.problems))
-    _become(["deepspeed", "--hostfile", str(hostfile), "--master_addr", checked.master, *words])
-
-
-def _after_dashes(words: Sequence[str]) -> list[str]:
-    return list(words[1:] if words[:1] == ["--"] else words)
-
-
-def _become(words: Sequence[str]) -> NoReturn:
-    """Replace this process by a command, which then gets the container's signals."""
-    if not words:
-        raise SystemExit("error: got no command to run")
-    try:
-        os.execvp(words[0], list(words))
-    except OSError as error:
-        sys.stderr.write(f"error: cannot run {words[0]!r} ({error.strerror})\n")
-        raise SystemExit(NOT_FOUND) from None
+        LOGGER.warning("%d of %d ranks did not end within %g s", len(alive), len(ranks), grace)
+    return len(ranks)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What a node says of itself before a job: versions, code, data, devices, cores, its interface towards the others.
+"""What a node reports about itself before a job: versions, code, data, devices, cores, its interface to the others.
 
-Run on every node by ``check``, as ``python -m ase_dist.cluster.facts JSON``; the answer is the last line it writes.
+``check`` runs ``python -m ase_dist.cluster.facts JSON`` on every node; the answer is the last line of its output.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from ase_dist.cluster.network import interface_towards
 from ase_dist.cores import usable_cores
 from ase_dist.versions import PACKAGES, version_of
 
-CODE = ("*.py", "*.yaml")  # of the package; caches and bytecode aside
+CODE = ("*.py", "*.yaml")  # of the package; no caches or bytecode
 NO_FOLDER = "missing"
 
 
@@ -32,8 +31,8 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """A node's answer. ``machine`` is the same for two names of one machine, ``data`` the digest or ``NO_FOLDER``."""
+class NodeFacts:
+    """A node's answer. ``machine`` is equal for two names of one machine, ``data`` is a digest or ``NO_FOLDER``."""
 
     host: str
     machine: str
@@ -48,10 +47,10 @@ class Facts:
     packages: dict[str, str] = field(default_factory=dict)
 
 
-def gather(question: Question) -> Facts:
+def gather(question: Question) -> NodeFacts:
     """This node's facts."""
     interface = interface_towards(question.towards) if question.towards else None
-    return Facts(
+    return NodeFacts(
         host=platform.node(),
         machine=_machine(),
         user=getpass.getuser(),
@@ -76,24 +75,21 @@ def digest_code(package: Path) -> str:
 
 
 def digest_folder(folder: Path) -> str:
-    """SHA-256 of the name and size of every file in a folder, or of one file; the bytes would take hours.
+    """SHA-256 of the name and size of every file in a folder, or of one file's size; the bytes would take hours.
 
-    ``NO_FOLDER`` where nothing is there.
+    Hidden files, which file servers and locks leave behind, are ignored. ``NO_FOLDER`` where nothing is there.
     """
     if not folder.exists():
         return NO_FOLDER
-    digest = hashlib.sha256()
-    for name, size in [("", folder.stat().st_size)] if folder.is_file() else sorted(_files(folder)):
-        digest.update(f"{name}\0{size}\0".encode())
-    return digest.hexdigest()
-
-
-def _files(folder: Path) -> Iterable[tuple[str, int]]:
-    """Names below ``folder`` and sizes; hidden ones, which file servers and locks leave behind, aside."""
+    sizes = [("", folder.stat().st_size)] if folder.is_file() else []
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(root) / name for name in names if not name.startswith(".")):
-            yield str(path.relative_to(folder)), path.stat().st_size
+        paths = [Path(root) / name for name in names if not name.startswith(".")]
+        sizes += [(str(path.relative_to(folder)), path.stat().st_size) for path in paths]
+    digest = hashlib.sha256()
+    for name, size in sorted(sizes):
+        digest.update(f"{name}\0{size}\0".encode())
+    return digest.hexdigest()
 
 
 def _machine() -> str:
@@ -106,7 +102,7 @@ def _machine() -> str:
 
 
 def devices() -> int:
-    """Accelerators, 0 on a CPU host."""
+    """How many accelerators this machine has, 0 on a CPU host."""
     import torch
 
     return torch.accelerator.device_count() if hasattr(torch, "accelerator") else torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""Which network interface the ranks of several nodes talk over, chosen by the way to a peer."""
+"""Which network interface the ranks of several nodes communicate over, chosen by the route to a peer."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import psutil
 
-ATTEMPTS, PAUSE = 3, 1.0  # at a name that the server did not answer about, and seconds between them
+ATTEMPTS, PAUSE = 3, 1.0  # at a name when the name server does not answer, and seconds between them
 PORT = 9  # of a UDP socket that only asks the system for a route: nothing is sent
 
 
 class Interface(NamedTuple):
-    """A network interface of this machine, and its address towards the peer that was asked about."""
+    """A network interface of this machine, and its address on the route to a peer."""
 
     name: str
     address: str
@@ -26,9 +26,9 @@ class Interface(NamedTuple):
 
 
 def interface_towards(host: str) -> Interface | None:
-    """The interface over which this machine reaches ``host``, or None where there is no way or no such name.
+    """The interface over which this machine reaches ``host``, or None where there is no route or no such name.
 
-    A name of this machine itself leads to the loopback interface on many systems; see ``interface_for``.
+    A name of this machine itself gives the loopback interface on many systems; see ``interface_for``.
     """
     try:
         family, address = _resolve(host)
@@ -42,10 +42,11 @@ def interface_towards(host: str) -> Interface | None:
 
 
 def interface_for(master: str) -> Interface | None:
-    """The interface for a job whose first node is ``master``; None where this machine does not say.
+    """The interface for a job whose first node is ``master``; None where it cannot be determined.
 
-    On other nodes it is the one towards the master. On the master its address is its own, and has an interface, unless
-    its name stands for a loopback address there (Debian's 127.0.1.1): then the only one that is up, if there is one.
+    On other nodes it is the one towards the master. On the master it is the one that has the master's address;
+    where the name resolves to a loopback address there (Debian's 127.0.1.1), it is the one that is up, if there is just
+    one.
     """
     found = interface_towards(master)
     if found is None:
@@ -63,7 +64,7 @@ def interface_for(master: str) -> Interface | None:
 
 
 def _resolve(host: str) -> tuple[int, tuple[Any, ...]]:
-    """Family and socket address of a host. A busy name server that did not answer in time is asked again."""
+    """Address family and socket address of a host; a name server that did not answer in time is asked again."""
     for attempt in range(ATTEMPTS):
         try:
             family, _, _, _, address = socket.getaddrinfo(host, PORT, type=socket.SOCK_DGRAM)[0]

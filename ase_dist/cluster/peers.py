@@ -1,4 +1,4 @@
-"""Waiting for the other nodes, and saying for which and why."""
+"""Waiting for the other nodes of a cluster: which are missing and why; and how workers register."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
 
 LOGGER = logging.getLogger("ase_dist")
-PAUSE = 1.0  # seconds between two looks
-REPEAT = 15.0  # seconds after which the same thing is said again
+PAUSE = 1.0  # seconds between two checks
+REPEAT = 15.0  # seconds after which the same message is logged again
 CONNECT = 3.0  # seconds that a connection may take
 
 
 def wait_until(missing: Callable[[], list[str]], *, timeout: float, pause: float = PAUSE) -> None:
-    """Return when ``missing()`` is empty, its clauses are logged when they change and now and then.
+    """Return when ``missing()`` is empty; its clauses are logged when they change, and every ``REPEAT`` seconds.
 
     Raises UserError with them after ``timeout`` seconds.
     """
-    began, said, said_at = time.monotonic(), "", 0.0
+    began, logged, logged_at = time.monotonic(), "", 0.0
     while clauses := missing():
-        waited, now = "; ".join(clauses), time.monotonic()
+        text, now = "; ".join(clauses), time.monotonic()
         if now - began > timeout:
-            raise UserError(f"waited {timeout:g} s: {waited}")
-        if waited != said or now - said_at > REPEAT:
-            LOGGER.info("waiting: %s", waited)
-            said, said_at = waited, now
+            raise UserError(f"gave up after {timeout:g} s of waiting: {text}")
+        if text != logged or now - logged_at > REPEAT:
+            LOGGER.info("waiting: %s", text)
+            logged, logged_at = text, now
         time.sleep(pause)
 
 
-def silent_hosts(hosts: Sequence[tuple[str, int | None]]) -> list[str]:
-    """A clause for each (host, port) whose name is unknown, or where nobody listens (port None: only the name)."""
-    return [clause for host, port in hosts if (clause := _silence(host, port))]
+def unreachable_hosts(hosts: Sequence[tuple[str, int | None]]) -> list[str]:
+    """A clause for each (host, port) whose name is unknown or whose port is closed (port None: only the name)."""
+    return [clause for host, port in hosts if (clause := _why_unreachable(host, port))]
 
 
 def host_and_port(text: str) -> tuple[str, int | None]:
-    """``host`` or ``host:port``; UserError for a port that is none."""
+    """``host`` or ``host:port``; UserError for anything else."""
     host, colon, port = text.partition(":")
     if not host or (colon and not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16)):
         raise UserError(f"got the peer {text!r}, wanted HOST or HOST:PORT with a port from 1 to 65535")
@@ -49,39 +49,42 @@ def host_and_port(text: str) -> tuple[str, int | None]:
 
 
 def register(folder: Path, node: Node) -> Path:
-    """Tell those who read ``folder`` that ``node`` is there; the file to remove when it leaves."""
+    """Write a file about ``node`` into ``folder``, and return its path; the node removes it when it stops."""
     write_atomic(folder / node.host, json.dumps(node._asdict()))
     return folder / node.host
 
 
 def registered(folder: Path) -> list[Node]:
-    """The nodes that said they are there, by name; some may have died since."""
+    """The nodes registered in ``folder``, by name; some may have died since."""
     found = []
     for path in sorted(folder.glob("[!.]*")):
         try:
             found.append(Node(**json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError):
-            LOGGER.warning("%s is not the note of a node and is passed over", path)
+            LOGGER.warning("%s is not the file of a node and is ignored", path)
     return found
 
 
 def wait_for_nodes(folder: Path, *, count: int, port: int, timeout: float) -> tuple[Node, ...]:
-    """``count`` registered nodes that answer on ``port``, by name. Raises UserError after ``timeout`` seconds."""
+    """Wait until ``count`` registered nodes answer on ``port``; those nodes by name.
+
+    Raises UserError after ``timeout`` seconds.
+    """
     answering: list[Node] = []
 
     def missing() -> list[str]:
-        silent = {node: _silence(node.host, port) for node in registered(folder)}
-        answering[:] = [node for node, clause in silent.items() if not clause]
+        reasons = {node: _why_unreachable(node.host, port) for node in registered(folder)}
+        answering[:] = [node for node, reason in reasons.items() if not reason]
         if len(answering) >= count:
             return []
         names = ", ".join(node.host for node in answering) or "none yet"
-        return [f"{len(answering)} of {count} workers are there ({names})", *filter(None, silent.values())]
+        return [f"{len(answering)} of {count} workers are there ({names})", *filter(None, reasons.values())]
 
     wait_until(missing, timeout=timeout)
     return tuple(answering[:count])
 
 
-def _silence(host: str, port: int | None) -> str:
+def _why_unreachable(host: str, port: int | None) -> str:
     try:
         if port is None:
             socket.getaddrinfo(host, None)

@@ -1,9 +1,9 @@
 """Keys and configuration with which containers of one cluster log in to each other as an ordinary user.
 
-One key pair serves the whole cluster, as the login and as every host's own key, and so every host is known by it: who
-has the key belongs to the cluster. It lies in a folder that the containers share, made by the first that starts, or
-put there by an operator of Kubernetes. No image holds a key. What ssh insists on having in private, such as a copy of
-the key that nobody else can read, is written into a state folder at every start.
+One key pair serves the whole cluster, as login key and as host key of every container, so a container that has the key
+belongs to the cluster. It lies in a folder that the containers share; the first container makes it, or an operator of
+Kubernetes puts it there. No image holds a key. Private files that ssh requires, such as a copy of the key that only its
+owner can read, are written into a state folder at every start.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
 
 PORT = 2222  # an ordinary user may not listen below 1024; docker/ssh_config has it too
-NAMES = ("id_ed25519", "id_ecdsa", "id_rsa")  # Kubeflow's operators call theirs id_rsa, whatever its kind
+NAMES = ("id_ed25519", "id_ecdsa", "id_rsa")  # Kubeflow's operators use id_rsa for keys of every kind
 SERVER = "/usr/sbin/sshd"
 SSHD_CONFIG = """# written at every start
 Port {port}
@@ -41,9 +41,9 @@ SetEnv PATH={path}
 
 
 def prepare(keys: Path, state: Path, *, port: int = PORT) -> Path:
-    """Write the state folder from the cluster's key, which is made where there is none; the sshd_config's path.
+    """Write the state folder from the cluster's key, making the key if there is none; the path of sshd_config.
 
-    Raises UserError with one sentence where the key can neither be read nor made.
+    Raises UserError where the key can be neither read nor made.
     """
     try:
         private = find_key(keys) or make_key(keys)
@@ -70,14 +70,14 @@ def find_key(keys: Path) -> Path | None:
 
 
 def make_key(keys: Path) -> Path:
-    """Make a key pair, once however many containers start at the same moment; the private key's path."""
+    """Make one key pair even if several containers start at the same moment; the private key's path."""
     keys.mkdir(parents=True, exist_ok=True)
     with (keys / ".lock").open("a", encoding="ascii") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if found := find_key(keys):
             return found
         making = keys / ".making"
-        for old in keys.glob(f"{making.name}*"):  # of one that died
+        for old in keys.glob(f"{making.name}*"):  # of a container that died
             old.unlink()
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "cluster", "-f", str(making))
         making.with_name(f"{making.name}.pub").replace(keys / f"{NAMES[0]}.pub")
@@ -85,7 +85,7 @@ def make_key(keys: Path) -> Path:
 
 
 def _write_private(path: Path, data: bytes) -> None:
-    """Write a file that was never readable for anybody else."""
+    """Write a file that other users cannot read at any moment."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ase_dist.cluster.check import Job, check_cluster
+from ase_dist.cluster.check import ClusterJob, check_cluster
 from ase_dist.cluster.environment import FILE
 from ase_dist.commands.cli import command_parser, path, refuse, run_command
 from ase_dist.errors import ExitCode
@@ -38,12 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace, job: Sequence[str]) -> int:
-    checked = check_cluster(
-        arguments.hostfile, Job.of(job), env=arguments.env, port=arguments.ssh_port, ask=not arguments.no_ssh
+    result = check_cluster(
+        arguments.hostfile,
+        ClusterJob.from_words(job),
+        env=arguments.env,
+        port=arguments.ssh_port,
+        ask=not arguments.no_ssh,
     )
-    for problem in checked.problems:
+    for problem in result.problems:
         refuse(problem)
-    if checked.problems:
+    if result.problems:
         return ExitCode.USAGE
-    sys.stdout.write(f"{checked.master}\n")
+    sys.stdout.write(f"{result.master}\n")
     return 0

@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from ase_dist.cluster import check
-from ase_dist.cluster.check import Done, Job, ask_nodes, differences, unshared
-from ase_dist.cluster.facts import NO_FOLDER, Facts, Question, digest_code, digest_folder, gather
+from ase_dist.cluster.check import ClusterJob, CommandResult, ask_nodes, differences, unshared
+from ase_dist.cluster.facts import NO_FOLDER, NodeFacts, Question, digest_code, digest_folder, gather
 from ase_dist.cluster.hostfile import Node
 from ase_dist.commands import cluster_check
 from tests.training.tiny_runs import ROOT
@@ -17,7 +17,7 @@ from tests.training.tiny_runs import ROOT
 pytestmark = pytest.mark.single_gpu
 
 NODES = (Node("n1", 8), Node("n2", 8), Node("ann@n3", 8))
-FACTS = Facts(host="n1", machine="m1", user="ann", python="3.12.1", code="c", devices=8, cores=64, interface="eth0",
+FACTS = NodeFacts(host="n1", machine="m1", user="ann", python="3.12.1", code="c", devices=8, cores=64, interface="eth0",
               address="10.0.0.1", data="d", packages={"torch": "2.14.1", "deepspeed": "0.19.8"})  # fmt: skip
 
 
@@ -60,16 +60,16 @@ def answering(facts, *, silent=()):
     def run(host, command_line):
         if host in silent:
             return silent[host]
-        return Done(0, f"welcome to {host}\n{json.dumps(asdict(facts))}\n", "")
+        return CommandResult(0, f"welcome to {host}\n{json.dumps(asdict(facts))}\n", "")
 
     return run
 
 
 def test_nodes_that_do_not_answer_are_named_with_the_reason():
     silent = {
-        "n1": Done(255, "", "ssh: connect to host n1 port 22: Connection refused"),
-        "n2": Done(127, "", "sh: 1: /venv/bin/python: not found"),
-        "ann@n3": Done(124, "", "no answer within 120 s"),
+        "n1": CommandResult(255, "", "ssh: connect to host n1 port 22: Connection refused"),
+        "n2": CommandResult(127, "", "sh: 1: /venv/bin/python: not found"),
+        "ann@n3": CommandResult(124, "", "no answer within 120 s"),
     }
     facts, problems = ask_nodes(NODES, answering(FACTS, silent=silent), folder="/ase")
     assert facts == {}
@@ -100,7 +100,7 @@ def on_disks(folders):
     def run(host, command_line):
         line = command_line.replace("/shared", str(folders[host]))
         done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
-        return Done(done.returncode, done.stdout, done.stderr.strip())
+        return CommandResult(done.returncode, done.stdout, done.stderr.strip())
 
     return run
 
@@ -158,16 +158,21 @@ def test_the_digest_of_code_sees_a_changed_letter(tmp_path):
 
 
 def test_a_job_names_its_folders():
-    job = Job.of(["launch/train.py", "--config", "pascal_ase_16_3_1_4", "data.root=PASCAL_MT", "output=runs/x",
-                  "--deepspeed_config", "ds_configs/z2.json", "guard.timeout=60"])  # fmt: skip
+    config = ["--config", "pascal_ase_16_3_1_4", "--deepspeed_config", "ds_configs/z2.json"]
+    job = ClusterJob.from_words(
+        ["launch/train.py", *config, "data.root=PASCAL_MT", "output=runs/x", "guard.timeout=60"]
+    )
     assert (job.data, job.output, job.timeout) == ("PASCAL_MT", "runs/x", 60.0)
-    assert Job.of(["launch/train.py", "data.root=/cache"]).data == ""  # scenes are made by whoever comes first
-    assert Job.of(["other.py", "data.root=x"]).output == ""
-    assert Job.of(["--module", "ase_dist", "train", "output=runs/x"]).output == "runs/x"
-    assert Job.of(["--module", "ase_dist", "evaluate", "output=runs/x"]).output == ""
-    assert Job.of(["launch/train.py", "--baseline", "mtl_vit"]).output == "runs/scenes_mtl_vit"
+    generated = ClusterJob.from_words(
+        ["launch/train.py", "data.root=/cache"]
+    )  # by the first node that lacks the scenes
+    assert generated.data == ""
+    assert ClusterJob.from_words(["other.py", "data.root=x"]).output == ""
+    assert ClusterJob.from_words(["--module", "ase_dist", "train", "output=runs/x"]).output == "runs/x"
+    assert ClusterJob.from_words(["--module", "ase_dist", "evaluate", "output=runs/x"]).output == ""
+    assert ClusterJob.from_words(["launch/train.py", "--baseline", "mtl_vit"]).output == "runs/scenes_mtl_vit"
     with pytest.raises(ValueError, match="did you mean"):
-        Job.of(["launch/train.py", "trian.lr=1"])
+        ClusterJob.from_words(["launch/train.py", "trian.lr=1"])
 
 
 @pytest.mark.parametrize(
@@ -185,7 +190,7 @@ def test_a_job_names_its_folders():
     ],
 )
 def test_words_that_a_remote_shell_would_change_are_told(word, is_told):
-    assert bool(Job(("launch/train.py", word)).shell_characters()) == is_told
+    assert bool(ClusterJob(("launch/train.py", word)).shell_characters()) == is_told
 
 
 # ---------------------------------------------------------------------------------------------------------------------

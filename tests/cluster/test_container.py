@@ -14,7 +14,7 @@ import time
 import pytest
 
 from ase_dist.cluster import container, peers, ssh
-from ase_dist.cluster.check import CheckedCluster, Job
+from ase_dist.cluster.check import CheckResult, ClusterJob
 from ase_dist.cluster.hostfile import Node
 from tests.training.tiny_runs import ROOT
 
@@ -98,14 +98,14 @@ def test_waiting_says_for_what_and_goes_on(said):
     assert said.messages == ["waiting: n1 is not there; n2 is not there", "waiting: n2 is not there"]
 
 
-def test_waiting_in_vain_ends_with_the_reason():
-    with pytest.raises(ValueError, match=r"waited 0\.05 s: n2 is not there"):
+def test_waiting_ends_with_the_reason():
+    with pytest.raises(ValueError, match=r"gave up after 0\.05 s of waiting: n2 is not there"):
         peers.wait_until(lambda: ["n2 is not there"], timeout=0.05, pause=0.01)
 
 
-def test_silent_hosts_are_told_apart(listener):
+def test_unreachable_hosts_are_told_apart(listener):
     hosts = [("127.0.0.1", listener), ("127.0.0.1", None), ("127.0.0.1", 1), ("host.invalid", 1)]
-    assert peers.silent_hosts(hosts) == [
+    assert peers.unreachable_hosts(hosts) == [
         "127.0.0.1 does not answer on port 1 (Connection refused)",
         "the name host.invalid is not known yet",
     ]
@@ -149,7 +149,9 @@ def test_wait_runs_its_command_afterwards(listener):
     assert (done.returncode, done.stdout) == (0, "--for x\n")
     done = become("wait", "--for", "127.0.0.1:1", "--wait", "0", "--", "echo", "x")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: waited 0 s: 127.0.0.1 does not answer on port 1 (Connection refused)\n"
+    assert (
+        done.stderr == "error: gave up after 0 s of waiting: 127.0.0.1 does not answer on port 1 (Connection refused)\n"
+    )
 
 
 @NEEDS_SSH
@@ -157,7 +159,7 @@ def test_wait_runs_its_command_afterwards(listener):
     ("words", "sentence"),
     [
         ([], "wanted either --nodes N"),
-        (["--nodes", "2", "--wait", "0"], "waited 0 s: 0 of 2 workers are there (none yet)"),
+        (["--nodes", "2", "--wait", "0"], "gave up after 0 s of waiting: 0 of 2 workers are there (none yet)"),
         (["--hosts", "none"], "hostfile: cannot read 'none'"),
     ],
 )
@@ -169,15 +171,17 @@ def test_launch_says_what_is_missing(tmp_path, words, sentence):
 @NEEDS_SSH
 def test_launch_becomes_deepspeeds_launcher(tmp_path, listener, monkeypatch):
     became = []
-    checked = CheckedCluster("10.0.0.1", [])
-    monkeypatch.setattr(container, "check_cluster", lambda hostfile, job, env: became.append((job, env)) or checked)
-    monkeypatch.setattr(container, "_become", became.append)
+    checked = CheckResult("10.0.0.1", [])
+    monkeypatch.setattr(
+        container.check, "check_cluster", lambda hostfile, job, env: became.append((job, env)) or checked
+    )
+    monkeypatch.setattr(container, "_replace_process", became.append)
     peers.register(tmp_path / "cluster" / "nodes", Node("localhost", 3))
     folders = ["--cluster", str(tmp_path / "cluster"), "--state", str(tmp_path / "state"), "--port", str(listener)]
     container.main([*folders, "launch", "--nodes", "1", "launch/train.py", "output=/shared/x", "--dry-run"])
     words = ["launch/train.py", "output=/shared/x", "--dry-run"]
     job, env = became[0]
-    assert job == Job.of(words) and env.name == ".deepspeed_env"
+    assert job == ClusterJob.from_words(words) and env.name == ".deepspeed_env"
     hostfile = str(tmp_path / "state" / "hosts")
     assert became[1] == ["deepspeed", "--hostfile", hostfile, "--master_addr", "10.0.0.1", *words]
     assert (tmp_path / "state" / "hosts").read_text() == "localhost slots=3\n"
@@ -212,9 +216,9 @@ def test_ranks_get_the_signal_and_their_helpers_do_not(monkeypatch):
 def test_a_stopped_worker_takes_its_note_away(tmp_path):
     """SIGTERM, as from docker stop: the note is gone, the server ends, and so does the worker, well."""
     program = (
-        "import sys\nfrom pathlib import Path\nfrom ase_dist.cluster import container\n"
-        "container.RANK, container.SERVER = 'NO_RANK_AT_ALL', sys.argv[1]\n"
-        "sys.exit(container.serve(Path('config'), Path(sys.argv[2]), slots=3, grace=1))"
+        "import sys\nfrom pathlib import Path\nfrom ase_dist.cluster import container, ssh\n"
+        "container.RANK, ssh.SERVER = 'NO_RANK_AT_ALL', sys.argv[1]\n"
+        "sys.exit(container.serve_worker(Path('config'), Path(sys.argv[2]), slots=3, grace=1))"
     )
     server = tmp_path / "server"
     server.write_text("#!/bin/sh\nexec sleep 60\n")

@@ -6,6 +6,7 @@ import socket
 import psutil
 import pytest
 
+from ase_dist.cluster import environment as rank_environment
 from ase_dist.cluster import network
 from ase_dist.cluster.environment import interface_variables, shared_variables, task_variables, write_deepspeed_env
 from ase_dist.cluster.hostfile import Node
@@ -103,14 +104,14 @@ def test_a_task_without_a_meeting_point_is_refused(monkeypatch):
 
 
 def test_the_interface_is_chosen_where_ranks_are_on_several_nodes(monkeypatch):
-    monkeypatch.setattr("ase_dist.cluster.environment.interface_for", lambda master: Interface("eth7", "10.0.0.7"))
+    monkeypatch.setattr(rank_environment, "interface_for", lambda master: Interface("eth7", "10.0.0.7"))
     several = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}
     both = {"NCCL_SOCKET_IFNAME": "eth7", "GLOO_SOCKET_IFNAME": "eth7"}
     assert interface_variables(several) == both
     assert interface_variables({**several, "GLOO_SOCKET_IFNAME": "x"}) == {"NCCL_SOCKET_IFNAME": "eth7"}
     assert interface_variables({**several, "LOCAL_WORLD_SIZE": "4"}) == {}
     assert interface_variables({"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "x"}) == {}
-    monkeypatch.setattr("ase_dist.cluster.environment.interface_for", lambda master: Interface("lo", "127.0.0.1"))
+    monkeypatch.setattr(rank_environment, "interface_for", lambda master: Interface("lo", "127.0.0.1"))
     assert interface_variables(several) == {}
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from ase_dist.cluster import container
-from ase_dist.cluster.check import Job
+from ase_dist.cluster.check import ClusterJob
 from ase_dist.cluster.ssh import PORT
 from tests.training.tiny_runs import ROOT
 
@@ -135,7 +135,7 @@ def test_containers_start_the_one_command(where, words):
     arguments = container.parser().parse_args(words)
     assert arguments.role in ("launch", "wait")
     at = arguments.command.index("launch/train.py")
-    job = Job.of(arguments.command[at:])
+    job = ClusterJob.from_words(arguments.command[at:])
     assert " ".join(job.words[:3]) == COMMAND and job.shell_characters() == []
     assert job.output == "/shared/runs/scenes"
     if arguments.role == "wait":

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
 from ase_dist import collectives
-from ase_dist.cluster import environment
+from ase_dist.cluster.environment import interface_variables, task_variables
 from ase_dist.cores import share_of_cores
 from ase_dist.errors import ExitCode, RunError, UserError
 from ase_dist.moe import deepspeed_compat
@@ -137,7 +137,7 @@ def _read_launcher() -> None:
     if dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it as well
         return
-    os.environ.update(environment.task_variables(os.environ))
+    os.environ.update(task_variables(os.environ))
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if missing and ("RANK" in os.environ or "WORLD_SIZE" in os.environ):
@@ -148,7 +148,7 @@ def _read_launcher() -> None:
     if missing:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update({**alone, "MASTER_PORT": str(free_port())})
-    os.environ.update(environment.interface_variables(os.environ))
+    os.environ.update(interface_variables(os.environ))
 
 
 def _world(device: torch.device, *, native_bf16: bool) -> World:
