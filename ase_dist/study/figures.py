@@ -1,4 +1,4 @@
-"""The plots of a study: gains by variant or along its axis, cost, shared gates, gradient conflict, heat maps."""
+"""The plots of a study: gains by variant or along its axis, speed, shared gates, gradient conflict."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ase_dist.training.record.plots import COLORS, DPI, STYLE
 
 Variants = Sequence[Mapping[str, Any]]
 GREY = "#666666"
-TITLE_WIDTH = 60  # characters in a line of it
+TITLE_WIDTH = 60  # characters per line
 
 
 def draw(results: Mapping[str, Any], *, title: str, axis: str) -> dict[str, bytes]:
-    """PNG files by name: whatever the results have the numbers for."""
+    """PNG files by name, for every plot that the results have the numbers for."""
     title = fill(title, TITLE_WIDTH)
     done = [variant for variant in results["variants"] if variant["seeds"]]
     numbered = axis and all(variant["x"] is not None for variant in done if variant["group"])
@@ -38,12 +38,14 @@ def draw(results: Mapping[str, Any], *, title: str, axis: str) -> dict[str, byte
         with rc_context(STYLE):
             figure = plot()
             if figure is not None:
-                drawn[f"{name}.png"] = _png(figure)
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format="png", dpi=DPI)
+                drawn[f"{name}.png"] = buffer.getvalue()
     return drawn
 
 
 def _bars(variants: Variants, title: str) -> Figure | None:
-    """Delta_m by variant, whiskers of a standard deviation, one dot a seed (the paper's Fig. 2)."""
+    """Delta_m by variant: whiskers of one standard deviation, one dot per seed (the paper's Fig. 2)."""
     shown = [variant for variant in variants if variant["delta_m"]]
     if not shown:
         return None
@@ -72,7 +74,7 @@ def _bars(variants: Variants, title: str) -> Figure | None:
 
 
 def _lines(variants: Variants, key: str, title: str, axis: str, ylabel: str) -> Figure | None:
-    """A value along the study's axis, a line per group (Fig. 3a and 3b); a group without numbers is a dashed level."""
+    """A value along the study's axis, a line per group (Fig. 3a and 3b); a group without x is a dashed level."""
     shown = [variant for variant in variants if variant[key]]
     if not shown:
         return None
@@ -96,7 +98,7 @@ def _lines(variants: Variants, key: str, title: str, axis: str, ylabel: str) -> 
 
 
 def _curves(variants: Variants, kind: str, name: str, ylabel: str) -> Figure | None:
-    """A quantity over the steps, mean over seeds in bold and its range pale."""
+    """A quantity over the steps: the mean over seeds as a line, their range as a pale band."""
     shown = [variant for variant in variants if variant.get(kind, {}).get("steps")]
     if not shown:
         return None
@@ -111,9 +113,3 @@ def _curves(variants: Variants, kind: str, name: str, ylabel: str) -> Figure | N
     ax.set(xlabel="step", ylabel=ylabel)
     ax.legend()
     return figure
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""From a study to its runs: which settings, seeds and folders, and which of them are done."""
+"""The runs of a study: their settings, seeds and folders, and which of them are done."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ UNCOMPARED = ("output", "resume", "train.threads", "train.bf16")
 
 
 @dataclass(frozen=True)
-class Job:
+class StudyJob:
     """One training run of a variant; a variant whose tasks train separately has one per task and seed."""
 
     variant: str
@@ -34,17 +35,17 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """The run's output."""
+        """The run's folder."""
         return self.settings.output
 
     @property
     def run(self) -> RunFolder:
-        """The files in it."""
+        """The files in the run's folder."""
         return RunFolder(self.folder)
 
     @property
     def name(self) -> str:
-        """Variant, seed and, where there is one, task."""
+        """Variant, seed and, for a run of a single task, the task."""
         return self.folder.relative_to(self.out / "runs").as_posix()
 
     @property
@@ -60,11 +61,11 @@ class Job:
         config = self.run.config
         if config.is_file():
             other, wanted = _comparable(load_settings(config)), _comparable(self.settings)
-            odd = sorted(key for key in wanted if other.get(key) != wanted[key])
-            if odd:
+            different = sorted(key for key in wanted if other.get(key) != wanted[key])
+            if different:
                 raise UserError(
-                    f"{self.folder}: holds a run with {odd[0]} = {other.get(odd[0])}, this study wants "
-                    f"{wanted[odd[0]]}; name another folder with --out, or remove that run"
+                    f"{self.folder}: holds a run with {different[0]} = {other.get(different[0])}, this study wants "
+                    f"{wanted[different[0]]}; name another folder with --out, or remove that run"
                 )
         try:
             summary = self.run.read_summary()
@@ -75,8 +76,8 @@ class Job:
 
 def jobs_of(
     variants: Sequence[Variant], preset: Preset, *, seeds: int, out: Path, overrides: Iterable[str] = ()
-) -> list[Job]:
-    """Every run of a study, seed by seed, so that an interrupted one has whole tables of fewer seeds.
+) -> list[StudyJob]:
+    """Every run of a study, seed by seed, so that an interrupted study has complete tables of fewer seeds.
 
     Settings come in this order, the last wins: the preset's config, the preset, ``overrides``, the variant's baseline,
     the variant. So a baseline's learning rate is its factor times the one given, and what variants differ in stays.
@@ -88,20 +89,22 @@ def jobs_of(
             raise UserError(f"{key}: in a study {option} decides it; give that instead")
     fixed = {"train.max_steps": preset.steps, "train.epochs": None}
     base = override_settings(load_settings(preset.config), {**preset.changes, **fixed, **given})
-    settings = {variant.name: _settings_of(variant, preset, base) for variant in variants}
-    _tell_replaced(given, settings, variants, preset)
-    return [
-        job
-        for seed in range(seeds)
-        for variant in variants
-        for job in _runs(variant, settings[variant.name], seed, out)
-    ]
-
-
-def _settings_of(variant: Variant, preset: Preset, base: Settings) -> Settings:
-    tree = base.model_dump(mode="json")
-    apply_baseline(tree, variant.baseline, lr=base.train.lr, output=base.output)
-    return override_settings(build_settings(tree), _own_changes(variant, preset))
+    settings: dict[str, Settings] = {}
+    for variant in variants:
+        tree = base.model_dump(mode="json")
+        apply_baseline(tree, variant.baseline, lr=base.train.lr, output=base.output)
+        settings[variant.name] = override_settings(build_settings(tree), _own_changes(variant, preset))
+    _report_replaced(given, settings, variants, preset)
+    jobs = []
+    for seed, variant in product(range(seeds), variants):
+        chosen = settings[variant.name]
+        tasks = tuple(task.name for task in select_tasks(chosen.data.name, chosen.tasks))
+        folder = out / "runs" / variant.name / f"seed_{seed}"
+        separate = find_baseline(variant.baseline).separate
+        for run, names in {folder / name: (name,) for name in tasks}.items() if separate else [(folder, tasks)]:
+            own = override_settings(chosen, {"seed": seed, "output": run, "tasks": names})
+            jobs.append(StudyJob(variant.name, seed, own, out))
+    return jobs
 
 
 def _own_changes(variant: Variant, preset: Preset) -> dict[str, Any]:
@@ -110,20 +113,10 @@ def _own_changes(variant: Variant, preset: Preset) -> dict[str, Any]:
     return {**convolutional, **variant.changes, **({} if variant.tasks is None else {"tasks": variant.tasks})}
 
 
-def _runs(variant: Variant, settings: Settings, seed: int, out: Path) -> list[Job]:
-    tasks = tuple(task.name for task in select_tasks(settings.data.name, settings.tasks))
-    folder = out / "runs" / variant.name / f"seed_{seed}"
-    parts = {folder / name: (name,) for name in tasks} if find_baseline(variant.baseline).separate else {folder: tasks}
-    return [
-        Job(variant.name, seed, override_settings(settings, {"seed": seed, "output": run, "tasks": names}), out)
-        for run, names in parts.items()
-    ]
-
-
-def _tell_replaced(
+def _report_replaced(
     given: Mapping[str, Any], settings: Mapping[str, Settings], variants: Sequence[Variant], preset: Preset
 ) -> None:
-    """Log the overrides in whose place some variants have values of their own; UserError for one that all replace."""
+    """Log which variants replace an override by a value of their own; UserError for an override that all replace."""
     for key in flat(given):
         own: dict[str, list[str]] = {}
         for variant in variants:

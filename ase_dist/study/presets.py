@@ -1,4 +1,4 @@
-"""On which data, at which size and for how long a study runs: small enough for two CPU cores, or the paper's."""
+"""Data set, image size and length of a study's runs: small enough for two CPU cores, or the paper's."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ase_dist.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Preset:
-    """A config, changed for a study.
+    """A config and its changes for a study.
 
-    ``convolutional`` are further changes for the baselines on ResNets; ``pair`` two tasks that want different things;
-    ``sizes`` image sides for the study of resolution, ``steps`` the run's, None where the config's epochs say it.
+    ``convolutional`` are further changes for the baselines on ResNets; ``pair`` is two tasks whose gradients conflict;
+    ``sizes`` are the image sides of the study of resolution; ``steps`` the optimiser steps of a run.
     """
 
     config: str

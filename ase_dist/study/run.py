@@ -1,4 +1,4 @@
-"""A study from beginning to end: its runs, its results, and the files that show them."""
+"""A whole study: its runs, its results, and the files that show them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ase_dist.errors import UserError
 from ase_dist.files import json_safe, write_atomic
 from ase_dist.study.collect import collect
 from ase_dist.study.figures import draw
-from ase_dist.study.jobs import Job, jobs_of, with_steps
-from ase_dist.study.presets import Preset, find_preset
+from ase_dist.study.jobs import jobs_of, with_steps
+from ase_dist.study.presets import find_preset
 from ase_dist.study.runner import Runner, Slots
 from ase_dist.study.tables import as_csv, markdown
-from ase_dist.study.variants import Study, Variant, find_study, references
+from ase_dist.study.variants import find_study, references
 
 LOGGER = logging.getLogger("ase_dist")
 DONE, FAILED, STOPPED = 0, 1, 75  # exit codes: all runs are done, some failed, ended by a signal
@@ -38,40 +38,22 @@ def run_study(
     """Run what is missing (unless ``train`` is false), then write results.json, .md and .csv and plots/*.png.
 
     ``out`` is studies/NAME_DATA where None; ``only`` names the variants that are run and shown, with the reference.
-    Raises UserError for whatever the runs would refuse, before the first of them starts.
+    Raises UserError for settings that a run would refuse, before the first run starts.
     """
     study, preset = find_study(name), with_steps(find_preset(data), steps)
     if seeds < 1:
         raise UserError(f"--seeds: got {seeds}, wanted 1 or more")
     out = (out or Path("studies") / f"{name}_{data}").absolute()
-    variants = _chosen(study, preset, only)
-    jobs = jobs_of(variants, preset, seeds=seeds, out=out, overrides=overrides)
-    _write_facts(out, name, study, preset, variants, seeds=seeds)
-    code = DONE
-    if train:
-        runner = Runner(jobs, slots, keep_checkpoints=keep_checkpoints)
-        failed = runner.run()
-        code = STOPPED if runner.stopped else FAILED if failed else DONE
-    _write_results(out, study, preset, variants, jobs)
-    return code
-
-
-def _chosen(study: Study, preset: Preset, only: Sequence[str]) -> list[Variant]:
     variants = study.variants(preset)
-    names = [variant.name for variant in variants]
-    for name in only:
-        if name not in names:
-            raise UserError(f"--only: this study has no variant {name!r} (variants: {', '.join(names)})")
-    if not only:
-        return variants
-    by_reference = references(study, preset, variants)
-    wanted = {*only, *(by_reference[name] for name in only)}
-    return [variant for variant in variants if variant.name in wanted]
-
-
-def _write_facts(
-    out: Path, name: str, study: Study, preset: Preset, variants: Sequence[Variant], *, seeds: int
-) -> None:
+    reference_of = references(study, preset, variants)
+    for variant in only:
+        if variant not in reference_of:
+            raise UserError(f"--only: this study has no variant {variant!r} (variants: {', '.join(reference_of)})")
+    if only:
+        wanted = {*only, *(reference_of[variant] for variant in only)}
+        variants = [variant for variant in variants if variant.name in wanted]
+        reference_of = references(study, preset, variants)
+    jobs = jobs_of(variants, preset, seeds=seeds, out=out, overrides=overrides)
     facts = {
         "name": name,
         "title": study.title,
@@ -79,26 +61,25 @@ def _write_facts(
         "steps": preset.steps,
         "seeds": list(range(seeds)),
         "axis": study.axis,
-        "references": references(study, preset, variants),
+        "references": reference_of,
     }
     write_atomic(out / "study.json", json.dumps(facts, indent=2) + "\n")
-
-
-def _write_results(out: Path, study: Study, preset: Preset, variants: Sequence[Variant], jobs: Sequence[Job]) -> None:
-    results = collect(variants, jobs, references(study, preset, variants))
+    code = DONE
+    if train:
+        runner = Runner(jobs, slots, keep_checkpoints=keep_checkpoints)
+        failed = runner.run()
+        code = STOPPED if runner.stopped else FAILED if failed else DONE
+    results = collect(variants, jobs, reference_of)
     text = markdown(study.title, f"{preset.title}, {preset.steps} steps a run", results)
     write_atomic(out / "results.json", json.dumps(json_safe(results), indent=2, allow_nan=False) + "\n")
     write_atomic(out / "results.md", text)
     write_atomic(out / "results.csv", as_csv(results))
     for file, image in draw(results, title=f"{study.title} ({preset.title})", axis=study.axis).items():
         write_atomic(out / "plots" / file, image)
-    _copy_heat_maps(out, study, jobs)
-    LOGGER.info("%s\nthe files are in %s", text, out)
-
-
-def _copy_heat_maps(out: Path, study: Study, jobs: Sequence[Job]) -> None:
-    """Expert activation by layer, early, midway and at the end, of one run of the variant chosen (Fig. 4)."""
-    job = next((job for job in jobs if job.variant == study.heat_map and job.is_done()), None)
-    for source in [] if job is None else sorted(job.run.plots.glob("expert*.png")):
+    heat_map = next((job for job in jobs if job.variant == study.heat_map and job.is_done()), None)
+    # expert activation by layer, early, midway and at the end of one run (Fig. 4)
+    for source in [] if heat_map is None else sorted(heat_map.run.plots.glob("expert*.png")):
         (out / "plots").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, out / "plots" / source.name)
+    LOGGER.info("%s\nthe files are in %s", text, out)
+    return code

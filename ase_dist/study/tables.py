@@ -1,4 +1,4 @@
-"""The tables of a study: Markdown to read and CSV to go on with."""
+"""The tables of a study, in Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ def markdown(title: str, data_title: str, results: Mapping[str, Any]) -> str:
         "seeds",
     ]
     table = Table(columns, [_row(variant, tasks) for variant in variants])
-    lines = [f"# {title}", "", _preamble(data_title, variants), "", table.to_markdown(), ""]
+    labels = {variant["name"]: variant["label"] for variant in variants}
+    references = " and ".join(dict.fromkeys(labels[variant["reference"]] for variant in variants))
+    preamble = (
+        f"Measured on {data_title}. Delta_m is relative to {references} (mean over seeds); separate models count "
+        "together in sizes and speed; FLOPs are of the forward pass."
+    )
+    lines = [f"# {title}", "", preamble, "", table.to_markdown(), ""]
     missing = [name for variant in variants for name in variant["missing"]]
     if missing:
         lines += [f"Not done: {', '.join(missing)}.", ""]
@@ -49,15 +55,6 @@ def as_csv(results: Mapping[str, Any]) -> str:
             if variant["delta_m"] is not None:
                 rows.append((*head, "", "delta_m", variant["delta_m"][i]))
     return Table(("variant", "label", "seed", "task", "metric", "value"), rows).to_csv()
-
-
-def _preamble(data_title: str, variants: Sequence[Mapping[str, Any]]) -> str:
-    labels = {variant["name"]: variant["label"] for variant in variants}
-    references = dict.fromkeys(labels[variant["reference"]] for variant in variants)
-    return (
-        f"Measured on {data_title}. Delta_m is relative to {' and '.join(references)} (mean over seeds); separate "
-        "models count together in sizes and speed; FLOPs are of the forward pass."
-    )
 
 
 def _row(variant: Mapping[str, Any], tasks: Sequence[Task]) -> list[str | Measured]:
