@@ -25,14 +25,14 @@ def compose(rng: np.random.Generator) -> Scenery:
     return scenery
 
 
-# How much more or less than its size a kind of thing draws the eye; 1 for the others.
+# Salience of a kind of thing relative to its size; 1 for the others.
 APPEAL = {"person": 1.8, "bottle": 3.0, "diningtable": 0.4, "sofa": 0.5, "chair": 0.6}
 
 
 def mark_salient(scenery: Scenery) -> None:
-    """Mark the subjects: things of VOC's classes that are large and central, and people even where they are less so.
+    """Mark the subjects: large and central things of VOC's classes; for people half the weight is enough.
 
-    Decided from the arrangement and not from pixels, so that a turned or mirrored camera changes nothing.
+    Computed from the arrangement and not from pixels, so a turned or mirrored camera changes nothing.
     """
     weights = []
     for thing in scenery.things:

@@ -1,4 +1,4 @@
-"""The generated scenes as a data set: made where they are missing, then read like PASCAL-Context."""
+"""The generated scenes as a data set: rendered if they are missing, then read like PASCAL-Context."""
 
 from __future__ import annotations
 

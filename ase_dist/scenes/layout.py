@@ -8,7 +8,7 @@
 | ``human_parts/<id>.mat``              | ``anno``, PASCAL-Part's struct (no object without a VOC class) |
 | ``sal_distill/<id>.png``              | grey, 0 or 255                                                 |
 | ``normals_distill/<id>.png``          | RGB, n = 2 rgb / 255 - 1                                       |
-| ``ImageSets/Context/{train,val}.txt`` | an id a line                                                   |
+| ``ImageSets/Context/{train,val}.txt`` | one id per line                                                |
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.io import savemat
 
-from ase_dist.scenes.render import Instance, Scene
+from ase_dist.scenes.render import Scene
 from ase_dist.tasks import voc_color
 
 FOLDERS = {
@@ -60,7 +60,7 @@ def write_lists(root: Path, *, seed: int, train: Iterable[int], val: Iterable[in
 
 
 def write_scene(root: Path, name: str, scene: Scene) -> None:
-    """Write the six files of one scene; the folders exist."""
+    """Write the six files of one scene into folders that exist."""
 
     def path(kind: str, suffix: str) -> Path:
         return root / FOLDERS[kind] / f"{name}.{suffix}"
@@ -72,11 +72,16 @@ def write_scene(root: Path, name: str, scene: Scene) -> None:
     Image.fromarray(scene.saliency).save(path("saliency", "png"))
     Image.fromarray(encode_normals(scene.normals)).save(path("normals", "png"), compress_level=3)
     path("label_map", "mat").write_bytes(_mat("LabelMap", scene.label_map))
-    path("parts", "mat").write_bytes(_mat("anno", _anno(name, scene.instances)))
+    objects = []  # of the nested struct anno(imname, objects(class, class_ind, mask, parts(part_name, mask)))
+    for i in scene.instances:
+        parts = [(part, mask.astype(np.uint8)) for part, mask in i.parts.items()]
+        objects.append((i.name, i.voc, i.mask.astype(np.uint8), _struct(("part_name", "mask"), parts)))
+    anno = [(name, _struct(("class", "class_ind", "mask", "parts"), objects))]
+    path("parts", "mat").write_bytes(_mat("anno", _struct(("imname", "objects"), anno)))
 
 
 def _mat(variable: str, value: NDArray[Any]) -> bytes:
-    """A compressed MATLAB v5 file; its header's text, where scipy writes the time, is always the same."""
+    """A compressed MATLAB v5 file with a constant header text, where scipy writes the time."""
     buffer = BytesIO()
     savemat(buffer, {variable: value}, do_compression=True)
     return MAT_TEXT + buffer.getvalue()[len(MAT_TEXT) :]
@@ -87,22 +92,8 @@ def encode_normals(normals: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.asarray(np.round((np.clip(normals, -1, 1) + 1) * np.float32(127.5)), np.uint8)
 
 
-def _anno(name: str, instances: tuple[Instance, ...]) -> NDArray[Any]:
-    """The nested struct ``anno(imname, objects(class, class_ind, mask, parts(part_name, mask)))``."""
-    objects = _struct(
-        ("class", "class_ind", "mask", "parts"),
-        [(i.name, i.voc, i.mask.astype(np.uint8), _parts(i)) for i in instances],
-    )
-    return _struct(("imname", "objects"), [(name, objects)])
-
-
-def _parts(instance: Instance) -> NDArray[Any]:
-    fields = ("part_name", "mask")
-    return _struct(fields, [(name, mask.astype(np.uint8)) for name, mask in instance.parts.items()])
-
-
 def _struct(fields: tuple[str, ...], rows: list[tuple[Any, ...]]) -> NDArray[Any]:
-    """A MATLAB struct array of shape [1, len(rows)]; an empty matrix [0, 0] where there is no row."""
+    """A MATLAB struct array of shape [1, len(rows)]; an empty matrix [0, 0] for no rows."""
     if not rows:
         return np.zeros((0, 0))
     result = np.empty((1, len(rows)), [(field, object) for field in fields])

@@ -1,8 +1,8 @@
-"""Make a generated data set once: into a temporary folder beside its place, under a lock, renamed when whole.
+"""Make a generated data set once: in a temporary folder next to its final one, under a lock, renamed when complete.
 
-Any number of processes may ask for the same data set at once. One makes it, the others wait for its lock, which the
-system frees if the maker dies; what a dead maker left behind is removed by the next. A data set without a manifest of
-the wanted settings does not count.
+Several processes may ask for the same data set at the same time. One makes it, the others wait for its lock, which the
+system frees if that process dies; the next one removes what it left. A data set without a manifest of the wanted
+settings is made again.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ase_dist.workers import WorkerDiedError, run_calls
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-STARTUP = 8  # a process takes as long to start as about so many scenes to render
-MOST_WORKERS = 16  # by default: enough for hundreds of scenes a second
+STARTUP = 8  # scenes that are rendered in the time that a process takes to start
+MOST_WORKERS = 16  # by default; enough for hundreds of scenes per second
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class SceneSet:
 def ensure_scenes(root: Path | None, *, train: int, val: int, size: int, seed: int, workers: int | None = None) -> Path:
     """The folder of a generated data set in the layout of PASCAL_MT, made now if it is not there yet.
 
-    It lies in ``root`` (None: the user's cache folder) under a name of its own. ``workers`` processes render, by
-    default one for each core that this process may use, at most 16.
+    It is a folder in ``root`` (None: the user's cache folder), named after the settings. ``workers`` processes render,
+    by default one for each core that this process may use, at most 16.
 
     Raises UserError for settings out of range and where the folder cannot be written, RunError where the disk is full;
     then nothing is left behind.
@@ -87,7 +87,7 @@ def ensure_scenes(root: Path | None, *, train: int, val: int, size: int, seed: i
 
 
 def is_complete(place: Path, wanted: SceneSet) -> bool:
-    """Whether ``place`` holds a whole data set of these settings: its manifest, which is written last, says so."""
+    """Whether ``place`` holds a complete data set of these settings, by its manifest, which is written last."""
     try:
         return bool(json.loads((place / MANIFEST).read_text(encoding="utf-8")) == asdict(wanted))
     except (OSError, ValueError):
@@ -101,7 +101,7 @@ def make_scene(folder: Path, seed: int, number: int, size: int) -> int:
 
 
 def _make(place: Path, wanted: SceneSet, workers: int) -> None:
-    """Render everything into a folder beside ``place`` and rename it."""
+    """Render everything into a temporary folder next to ``place`` and rename it."""
     making = place.with_name(f".{place.name}.making-{os.getpid()}")
     try:
         make_folders(making)

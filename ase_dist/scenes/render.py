@@ -18,7 +18,7 @@ from ase_dist.scenes.compose import compose
 from ase_dist.scenes.lighting import ShadowMap, shadow_map
 from ase_dist.scenes.materials import f32
 from ase_dist.scenes.shading import Palette, Rays, palette, shade, surroundings
-from ase_dist.scenes.solids import Array, Thing
+from ase_dist.scenes.solids import Array
 from ase_dist.scenes.staging import Camera, Scenery
 from ase_dist.scenes.tracing import Indices, Shapes, View, directions, pack, trace
 
@@ -75,14 +75,16 @@ def render_scene(*, seed: int, index: int, size: int = 224, flip: bool = False, 
 
 
 class _Renderer:
-    """1. Trace the pixels' centres. 2. Shade them. 3. Trace and shade corners at outlines. 4. Read off the labels."""
+    """1. Trace the pixels' centres. 2. Shade them. 3. Trace and shade corners at outlines. 4. Collect the labels."""
 
     def __init__(self, scenery: Scenery, size: int, *, flip: bool, roll: float) -> None:
         self.size, self.world, self.things = size, scenery.world, scenery.things
         self.camera, self.flip, self.roll = scenery.camera, flip, roll
         self.shapes: Shapes = pack(self.things)
         self.look: Palette = palette(self.shapes, self.things)
-        self.shadows: ShadowMap = shadow_map(self.shapes, self.world.light, _middle(self.things))
+        near = [thing.position for thing in self.things if math.hypot(thing.position[0], thing.position[2]) < 14]
+        middle = np.array(near or [(0.0, 0.0, 4.0)], np.float32).mean(axis=0)  # shadows are computed round it
+        self.shadows: ShadowMap = shadow_map(self.shapes, self.world.light, f32(middle))
 
     def render(self) -> Scene:
         view, rays = self._cast()
@@ -107,7 +109,7 @@ class _Renderer:
         return view, Rays(view.origin[:, None], direction, *hits, surface, pixel)
 
     def _outline(self, rays: Rays) -> Mask:
-        """The pixels [S, S] of which a corner touches pixels that look another way: thing, material or surface."""
+        """The pixels [S, S] with a corner that touches a pixel of another thing, material or surface."""
         ids = np.where(rays.shape >= 0, self.look.look_alike[rays.shape], -1 - rays.surface.astype(np.int64))
         ids = ids.reshape(self.size, self.size)
         ids = np.pad(ids, 1, mode="edge")
@@ -155,7 +157,7 @@ class _Renderer:
         )
 
     def _instances(self, shape: NDArray[np.int16], owner: NDArray[np.int64]) -> tuple[Instance, ...]:
-        """Objects that are seen; their masks lie in MATLAB's column order, in which they will be written."""
+        """The visible objects; their masks are stored in MATLAB's column order, in which they will be written."""
         names = [source.part for source in self.shapes.sources]
         shape, owner = np.ascontiguousarray(shape.T), np.ascontiguousarray(owner.T)
         visible = [int(index) for index in np.unique(shape) if index >= 0]
@@ -187,9 +189,3 @@ def camera_view(camera: Camera, size: int, *, corners: bool, flip: bool, roll: f
     count, shift = (size + 1, 0.0) if corners else (size, 0.5)
     grid = (np.arange(count, dtype=np.float32) + np.float32(shift - size / 2)) * np.float32(2 * camera.tangent / size)
     return View(np.array([0.0, camera.height, 0.0], np.float32), right, down, forward, grid, grid)
-
-
-def _middle(things: list[Thing]) -> Array:
-    """The middle of what stands near the camera: where shadows are looked for."""
-    near = [thing.position for thing in things if math.hypot(thing.position[0], thing.position[2]) < 14]
-    return f32(np.array(near or [(0.0, 0.0, 4.0)], np.float32).mean(axis=0))

@@ -134,13 +134,13 @@ class _Paint(NamedTuple):
 
 
 def _put(target: Array, where: NDArray[np.int64] | slice, values: Array) -> None:
-    """``target[:, where] = values``, a row at a time, which is faster."""
+    """``target[:, where] = values``, row by row, which is faster."""
     for row, value in zip(target, values, strict=True):
         row[where] = value
 
 
 def _paint_sky(rays: Rays, world: World, paint: _Paint) -> NDArray[np.int64] | slice:
-    """Paint the samples that reach the sky; which are the others."""
+    """Paint the samples that reach the sky, and return the indices of the others."""
     in_sky = (rays.shape < 0) & (rays.surface < 0)
     sky = np.flatnonzero(in_sky)
     if world.sky is None or not len(sky):
@@ -158,7 +158,10 @@ def _paint_surfaces(rays: Rays, world: World, points: Array, things: Sequence[Th
         if not len(here):
             continue
         place, direction, t = points.take(here, axis=1), rays.direction.take(here, axis=1), rays.t[here]
-        footprint = _footprint(direction, t, surface.normal) * np.float32(rays.pixel)
+        # metres that a pixel covers at t along the direction, in the surface's steeper direction
+        slope = sum(np.float32(weight) * direction[axis] for axis, weight in enumerate(surface.normal) if weight)
+        speed = np.sqrt((direction * direction).sum(axis=0))
+        footprint = f32(t * speed / np.maximum(np.abs(slope), np.float32(0.02))) * np.float32(rays.pixel)
         colors, paint.context[here] = surface.paint(place, footprint)
         _put(paint.colors, here, colors)
         for row, value in zip(paint.normals, surface.normal, strict=True):
@@ -169,17 +172,10 @@ def _paint_surfaces(rays: Rays, world: World, points: Array, things: Sequence[Th
             paint.cover[here] *= contact_shade(place, things)
 
 
-def _footprint(direction: Array, t: Array, normal: tuple[float, float, float]) -> Array:
-    """Metres on a plane that a radian covers, at ``t`` along ``direction``, in the plane's steeper direction."""
-    slope = sum(np.float32(weight) * direction[axis] for axis, weight in enumerate(normal) if weight)
-    speed = np.sqrt((direction * direction).sum(axis=0))
-    return f32(t * speed / np.maximum(np.abs(slope), np.float32(0.02)))
-
-
 def _paint_shapes(
     rays: Rays, shapes: Shapes, look: Palette, points: Array, found: NDArray[np.int64], paint: _Paint
 ) -> None:
-    """Paint the samples ``found``, which hit shapes at ``points``."""
+    """Paint the samples with indices ``found``, which hit shapes at ``points``."""
     index = rays.shape[found]
     offset = points - shapes.center.T.take(index, axis=1)
     inverse = shapes.inverse.transpose(1, 2, 0).take(index, axis=2)
@@ -209,24 +205,20 @@ def _local_normals(shapes: Shapes, index: NDArray[np.int16], face: NDArray[np.in
     flat = face != CURVED
     is_cone = shapes.cone[:, 0] > 0
     round_ = ~flat & is_cone[index]
-    for where, normal in ((flat, _plane_normals), (round_, _cone_normals), (~flat & ~round_, _quadric_normals)):
-        here = np.flatnonzero(where)
-        _put(normals, here, normal(shapes, index[here], face[here], p.take(here, axis=1)))
+    here = np.flatnonzero(flat)
+    _put(normals, here, f32(shapes.planes[index[here], face[here], :3].T))
+    here = np.flatnonzero(round_)
+    _put(normals, here, _cone_normals(shapes.cone.T.take(index[here], axis=1), p.take(here, axis=1)))
+    here = np.flatnonzero(~flat & ~round_)
+    quadric, on_quadric = shapes.quadric.T.take(index[here], axis=1), p.take(here, axis=1)
+    slope = quadric[1] * on_quadric[1] + quadric[3] / 2
+    _put(normals, here, np.stack([quadric[0] * on_quadric[0], slope, quadric[2] * on_quadric[2]]))
     return normals
 
 
-def _plane_normals(shapes: Shapes, index: NDArray[np.int16], face: NDArray[np.int16], p: Array) -> Array:
-    return f32(shapes.planes[index, face, :3].T)
-
-
-def _quadric_normals(shapes: Shapes, index: NDArray[np.int16], face: NDArray[np.int16], p: Array) -> Array:
-    quadric = shapes.quadric.T.take(index, axis=1)
-    return np.stack([quadric[0] * p[0], quadric[1] * p[1] + quadric[3] / 2, quadric[2] * p[2]])
-
-
-def _cone_normals(shapes: Shapes, index: NDArray[np.int16], face: NDArray[np.int16], p: Array) -> Array:
-    """On the two spheres from their centres, on the side between them at a constant slant."""
-    length, low, high = shapes.cone.T.take(index, axis=1)
+def _cone_normals(cone: Array, p: Array) -> Array:
+    """Normals at ``p`` [3, n] of round ``cone`` [3, n]: on its spheres from their centres, between them slanted."""
+    length, low, high = cone
     sine = (low - high) / length
     on_low, on_high = p[1] < low * sine, p[1] > length + high * sine
     cosine = np.sqrt(1 - sine * sine) / np.maximum(np.sqrt(p[0] * p[0] + p[2] * p[2]), np.float32(1e-9))

@@ -1,4 +1,4 @@
-"""The contact sheet: a row for each scene, its picture beside its five labels in colour."""
+"""The contact sheet: one row per scene, with its picture and its five labels in colour."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def contact_sheet(path: Path, *, indices: Sequence[int] = SHOWN, seed: int = 0, 
         draw.text((column * (size + GAP) + 2, 3), title, fill=(0, 0, 0))
         for row, row_panels in enumerate(rows):
             sheet.paste(Image.fromarray(row_panels[column]), (column * (size + GAP), HEADER + row * (size + GAP)))
-    _save(sheet, Path(path))
+    with replacing(Path(path)) as temporary:
+        sheet.save(temporary, "PNG", optimize=True)
 
 
 def panels(scene: Scene) -> list[Bytes]:
@@ -60,8 +61,3 @@ def boundaries(label_map: NDArray[np.uint16]) -> NDArray[np.bool_]:
 
 def _grey(values: Bytes) -> Bytes:
     return np.repeat(values[..., None], 3, axis=-1)
-
-
-def _save(sheet: Image.Image, path: Path) -> None:
-    with replacing(path) as temporary:
-        sheet.save(temporary, "PNG", optimize=True)

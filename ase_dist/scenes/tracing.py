@@ -88,7 +88,8 @@ def pack(things: Sequence[Thing]) -> Shapes:
     owner = np.array([i for i, thing in enumerate(things) for _ in thing.shapes], np.int64)
     rotation = np.stack([yaw_matrix(thing.yaw) for thing in things])[owner]
     position = np.array([thing.position for thing in things], np.float32)[owner]
-    frame = _matmul(rotation, np.stack([shape.frame for shape in sources]))
+    frames = np.stack([shape.frame for shape in sources])
+    frame = f32((rotation[..., :, :, None] * frames[..., None, :, :]).sum(axis=-2))  # elementwise: no BLAS
     center = position + _apply(rotation, np.array([shape.center for shape in sources], np.float32))
     low_high = np.array([shape.bounds for shape in sources], np.float32)
     corners = np.stack([low_high[:, [i & 1, i >> 1 & 1, i >> 2 & 1], [0, 1, 2]] for i in range(8)], axis=1)
@@ -105,10 +106,6 @@ def pack(things: Sequence[Thing]) -> Shapes:
         thing=owner,
         sources=sources,
     )
-
-
-def _matmul(a: Array, b: Array) -> Array:
-    return f32((a[..., :, :, None] * b[..., None, :, :]).sum(axis=-2))
 
 
 def _apply(matrix: Array, vectors: Array) -> Array:
