@@ -20,21 +20,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ase_dist import imagenet
 from ase_dist.data.batch import Record, Sample
 from ase_dist.data.files import Array
 from ase_dist.data.labels import ignored_value, label_tensor
 from ase_dist.seeding import generator
 from ase_dist.tasks import Task
 
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
 FLIP_PROBABILITY = 0.5
 SCALES = (0.75, 1.25)
 ANGLES_DEG = (-20.0, 20.0)
 
-_FILL = tuple(round(255 * mean) for mean in IMAGE_MEAN)
-_GAIN_311 = (1 / (255 * np.array(IMAGE_STD))).astype(np.float32)[:, None, None]
-_OFFSET_311 = (np.array(IMAGE_MEAN) / np.array(IMAGE_STD)).astype(np.float32)[:, None, None]
+_FILL = tuple(round(255 * mean) for mean in imagenet.MEAN)
+_GAIN_311 = (1 / (255 * np.array(imagenet.STD))).astype(np.float32)[:, None, None]
+_OFFSET_311 = (np.array(imagenet.MEAN) / np.array(imagenet.STD)).astype(np.float32)[:, None, None]
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ase_dist import imagenet
 from ase_dist.config import ModelSettings, Settings
 from ase_dist.data.loader import build_eval_loader
-from ase_dist.data.transforms import IMAGE_MEAN, IMAGE_STD
 from ase_dist.deployment.exported import load
 from ase_dist.deployment.trained_model import choose_checkpoint, read_run, rebuild
 from ase_dist.errors import UserError, did_you_mean
@@ -98,7 +98,7 @@ def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
 
 
 def _card(settings: Settings, tasks: tuple[Task, ...], *, dtype: str, sha256: str, **facts: Any) -> Card:
-    image = ImageFacts(size=settings.data.size, mean=IMAGE_MEAN, std=IMAGE_STD)
+    image = ImageFacts(size=settings.data.size, mean=imagenet.MEAN, std=imagenet.STD)
     return Card(
         tasks=tasks,
         image=image,

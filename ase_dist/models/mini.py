@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+from ase_dist import imagenet
 
 default_cfgs = generate_default_cfgs(
     {
         "vit_mini_patch8_128": {
             "input_size": (3, 128, 128),
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
+            "mean": imagenet.MEAN,
+            "std": imagenet.STD,
             "num_classes": 1000,
             "first_conv": "patch_embed.proj",
             "classifier": "head",

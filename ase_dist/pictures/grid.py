@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ase_dist import imagenet
 from ase_dist.files import write_atomic
 from ase_dist.pictures.colors import (
     Size,
@@ -45,8 +46,6 @@ from ase_dist.tasks import IGNORE, Task
 
 PerImage = Tensor | Sequence[Tensor]  # [B, ...], or B tensors of different sizes
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 HATCH = ((112, 112, 112), (156, 156, 156))  # the two greys of ignored pixels
 HATCH_PERIOD = 8  # pixels
 MAX_ASPECT = 1.5  # a taller image is squeezed to this height over width
@@ -66,7 +65,7 @@ def prediction_grid(
     ``predictions`` are decoded and of any size: class ids [H, W], probabilities [H, W], unit normals [3, H, W], metres
     [1, H, W].
     """
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (imagenet.MEAN, imagenet.STD))
     rows = []
     for i, image_3SS in enumerate(images_B3SS):
         label_height, label_width = labels[tasks[0].name][i].shape[-2:]

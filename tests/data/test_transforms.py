@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2 import functional as tv
 
+from ase_dist import imagenet
 from ase_dist.data.batch import Record
 from ase_dist.data.labels import codes_from_normals, normals_from_codes
-from ase_dist.data.transforms import IMAGE_MEAN, IMAGE_STD, Transform, Warp, draw_warp, normalise
+from ase_dist.data.transforms import Transform, Warp, draw_warp, normalise
 from ase_dist.tasks import NYUD_TASKS, PASCAL_TASKS
 
 pytestmark = pytest.mark.single_gpu
@@ -43,7 +45,7 @@ def transform(size, *, augment=True):
 
 def as_bytes(image_3SS):
     """The inverse of the normalisation: float64 [S, S, 3] in 0..255."""
-    mean, std = (np.array(values)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = (np.array(values)[:, None, None] for values in (imagenet.MEAN, imagenet.STD))
     return ((image_3SS.numpy().astype(np.float64) * std + mean) * 255).transpose(1, 2, 0)
 
 
@@ -143,7 +145,7 @@ def test_the_image_moves_with_its_labels(warp):
     outside = (points.real < 0) | (points.real > 90) | (points.imag < 0) | (points.imag > 60)
     assert outside.any() == (warp.scale < 1 or warp.angle != 0)
     np.testing.assert_allclose(
-        seen[outside], np.broadcast_to(255 * np.array(IMAGE_MEAN), seen[outside].shape), atol=0.5
+        seen[outside], np.broadcast_to(255 * np.array(imagenet.MEAN), seen[outside].shape), atol=0.5
     )
 
 
@@ -183,7 +185,8 @@ def test_a_warped_normal_field_is_the_field_of_the_warped_surface(warp):
 
 def test_normalise_is_torchvisions():
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    reference = tv.normalize(torch.from_numpy(image).permute(2, 0, 1) / 255, IMAGE_MEAN, IMAGE_STD)
+    picture = torch.from_numpy(image).permute(2, 0, 1) / 255
+    reference = tv.normalize(picture, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     torch.testing.assert_close(normalise(image), reference)
 
 

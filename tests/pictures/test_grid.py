@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ase_dist.pictures.grid import HATCH, IMAGENET_MEAN, IMAGENET_STD, prediction_grid, save_png
+from ase_dist import imagenet
+from ase_dist.pictures.grid import HATCH, prediction_grid, save_png
 from ase_dist.pictures.legend import GAP, LINE, MARGIN, TASK_GAP
 from ase_dist.tasks import IGNORE, NYUD_TASKS, PASCAL_TASKS, Task
 
@@ -88,7 +89,7 @@ def test_depth_shares_one_scale_between_truth_and_prediction() -> None:
 
 def test_the_image_is_de_normalised() -> None:
     colour = torch.tensor([0.9, 0.5, 0.1]).view(1, 3, 1, 1)
-    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (imagenet.MEAN, imagenet.STD))
     images = ((colour - mean) / std).expand(1, 3, 20, 20)
     labels = {"edge": torch.zeros(1, 20, 20, dtype=torch.uint8)}
     grid = np.asarray(prediction_grid(images, labels, labels, [EDGE], width=WIDTH))

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from ase_dist import imagenet
 from ase_dist.data.pascal_context import PascalContext
-from ase_dist.data.transforms import IMAGE_STD, Transform, Warp
+from ase_dist.data.transforms import Transform, Warp
 from ase_dist.scenes.layout import make_folders, write_lists, write_scene
 from ase_dist.scenes.render import render_scene
 from ase_dist.tasks import select_tasks
@@ -52,7 +53,7 @@ def test_exact_views(tmp_path, flip, roll):
         normals, wanted = warped.labels["normals"], rendered.labels["normals"]
         np.testing.assert_array_equal(normals.norm(dim=0) > 0, wanted.norm(dim=0) > 0)
         assert degrees(normals, wanted).max() < 0.6  # two roundings to 8 bits
-        difference = np.abs((warped.image - rendered.image).numpy()) * np.array(IMAGE_STD)[:, None, None] * 255
+        difference = np.abs((warped.image - rendered.image).numpy()) * np.array(imagenet.STD)[:, None, None] * 255
         assert difference.mean() < 4  # two JPEG files
 
 
