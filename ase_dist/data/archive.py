@@ -74,7 +74,7 @@ def _checked(archive: Path, members: tarfile.TarFile) -> Iterator[tuple[PurePosi
     raise tarfile.ReadError("there is no file in it")
 
 
-class UnsafeArchiveError(ValueError):
+class UnsafeArchiveError(UserError):
     """An archive with a member that is not unpacked."""
 
     def __init__(self, archive: Path, member: tarfile.TarInfo, what: str) -> None:

@@ -1,7 +1,8 @@
-"""The label files of PASCAL_MT and NYUD_MT decoded to compact labels (``labels.py``).
+"""The label files of PASCAL_MT, NYUD_MT and folders of one's own decoded to compact labels (``labels.py``).
 
-Every function takes the path of one file and ``shape``, the [H, W] of its image; a label of another size is resized to
-it (nearest; normals linear). ValueError, one sentence, for a file that does not hold what it should.
+Every decoder takes the path of one file and ``shape``, the [H, W] of its image; a label of another size is resized to
+it (nearest; normals linear). UserError, which names the file, for one that does not hold what it should. Where the
+same numbers may mean two things (metres or millimetres, 255 for white or for unknown) they are refused, not guessed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ase_dist.data.labels import ZERO_CODE, codes_from_normals, fit_label, fit_n
 from ase_dist.tasks import IGNORE, Kind, Task
 
 PERSON = 15  # the class id of a person in PASCAL-Part
+DEEPEST = 100  # metres; what is larger is taken for millimetres
 
 # The 24 parts of a person in PASCAL-Part, grouped as the multi-task literature does.
 PART_IDS: dict[str, int] = {
@@ -34,178 +36,15 @@ PART_IDS: dict[str, int] = {
 }
 
 # PASCAL-Context ids (of 459) whose distilled normals are trusted: the classes that the teacher's data set knows too.
-NORMALS_IDS = (
-    3,
-    4,
-    6,
-    9,
-    10,
-    11,
-    13,
-    15,
-    17,
-    18,
-    22,
-    23,
-    29,
-    30,
-    33,
-    34,
-    36,
-    37,
-    38,
-    39,
-    41,
-    43,
-    46,
-    49,
-    50,
-    51,
-    53,
-    55,
-    56,
-    59,
-    61,
-    62,
-    65,
-    66,
-    68,
-    69,
-    72,
-    73,
-    78,
-    83,
-    84,
-    85,
-    87,
-    88,
-    95,
-    96,
-    101,
-    104,
-    105,
-    107,
-    111,
-    113,
-    115,
-    122,
-    124,
-    135,
-    141,
-    142,
-    143,
-    146,
-    150,
-    154,
-    157,
-    158,
-    159,
-    165,
-    172,
-    174,
-    181,
-    183,
-    184,
-    191,
-    193,
-    195,
-    197,
-    199,
-    202,
-    213,
-    215,
-    216,
-    219,
-    220,
-    223,
-    225,
-    228,
-    230,
-    232,
-    233,
-    238,
-    239,
-    242,
-    243,
-    246,
-    250,
-    251,
-    252,
-    255,
-    260,
-    261,
-    263,
-    269,
-    272,
-    273,
-    275,
-    281,
-    283,
-    284,
-    285,
-    286,
-    287,
-    288,
-    290,
-    291,
-    292,
-    293,
-    295,
-    304,
-    307,
-    309,
-    310,
-    314,
-    315,
-    319,
-    323,
-    329,
-    330,
-    331,
-    336,
-    342,
-    345,
-    349,
-    350,
-    351,
-    352,
-    355,
-    357,
-    368,
-    370,
-    371,
-    374,
-    379,
-    380,
-    383,
-    384,
-    397,
-    401,
-    403,
-    405,
-    407,
-    408,
-    411,
-    412,
-    413,
-    414,
-    417,
-    419,
-    421,
-    423,
-    427,
-    429,
-    430,
-    432,
-    440,
-    441,
-    442,
-    443,
-    444,
-    446,
-    454,
-    457,
-)
+_NORMALS_IDS_TEXT = """
+    3 4 6 9 10 11 13 15 17 18 22 23 29 30 33 34 36 37 38 39 41 43 46 49 50 51 53 55 56 59 61 62 65 66 68 69 72
+    73 78 83 84 85 87 88 95 96 101 104 105 107 111 113 115 122 124 135 141 142 143 146 150 154 157 158 159 165
+    172 174 181 183 184 191 193 195 197 199 202 213 215 216 219 220 223 225 228 230 232 233 238 239 242 243 246
+    250 251 252 255 260 261 263 269 272 273 275 281 283 284 285 286 287 288 290 291 292 293 295 304 307 309 310
+    314 315 319 323 329 330 331 336 342 345 349 350 351 352 355 357 368 370 371 374 379 380 383 384 397 401 403
+    405 407 408 411 412 413 414 417 419 421 423 427 429 430 432 440 441 442 443 444 446 454 457
+"""
+NORMALS_IDS = tuple(map(int, _NORMALS_IDS_TEXT.split()))
 _LARGEST_MAP_ID = 65535
 _NORMALS_VALID = np.isin(np.arange(_LARGEST_MAP_ID + 1), NORMALS_IDS)
 
@@ -216,25 +55,30 @@ Decoder = Callable[[Path, Shape], Array]
 def decoder_of(task: Task) -> Decoder:
     """What decodes the labels of a task whose data set has no decoder for it.
 
-    classes: a PNG of ids below ``task.channels``, 255 ignored; mask: a grey PNG, 1 where it is above one half; edges: a
-    PNG or .npy, 1 where it is not zero; normals: an RGB picture or vectors in a .npy; depth: metres in a .npy.
+    classes: a PNG or whole numbers in a .npy, ids below ``task.channels``, 255 ignored; mask: a grey PNG, 1 where it is
+    above one half, or 0 and 1 in a PNG or .npy; edges: a PNG or .npy of two values, 1 where it is not zero; normals: an
+    RGB picture or unit vectors in a .npy; depth: metres in a .npy or a .mat's ``depth``.
     """
     if task.kind == "classes":
-        return functools.partial(voc_classes, classes=task.channels)
-    others: dict[Kind, Decoder] = {"mask": saliency, "edges": edge_picture, "normals": normals, "depth": depth}
+        return functools.partial(class_ids, classes=task.channels)
+    others: dict[Kind, Decoder] = {"mask": mask, "edges": edge_picture, "normals": normals, "depth": depth}
     return others[task.kind]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# PASCAL-Context
+# PASCAL-Context, and any folder
 
 
-def voc_classes(path: Path, shape: Shape, *, classes: int = 21) -> Array:
-    """Palette indices of a VOC-coded PNG: ids below ``classes``, 255 ignored."""
-    wanted = f"an 8-bit palette or grey PNG of class ids 0..{classes - 1} and {IGNORE} for ignored pixels"
-    ids = read_codes(path, modes=("P", "L"), wanted=wanted)
-    _check_ids(path, ids, largest=classes - 1, wanted=wanted)
-    return fit_label(ids, shape)
+def class_ids(path: Path, shape: Shape, *, classes: int = 21) -> Array:
+    """Ids below ``classes``, 255 ignored: the palette indices or grey values of a PNG, or the matrix of a .npy."""
+    wanted = f"class ids 0..{classes - 1} and {IGNORE} for ignored pixels"
+    if path.suffix == ".npy":
+        wanted = f"a matrix of {wanted}"
+        ids = _matrix(path, read_array(path), wanted)
+    else:
+        wanted = f"an 8-bit palette or grey PNG of {wanted}"
+        ids = read_codes(path, modes=("P", "L"), wanted=wanted)
+    return _fit(path, _checked_ids(path, ids, largest=classes - 1, wanted=wanted), shape)
 
 
 def human_parts(path: Path, shape: Shape) -> Array:
@@ -244,26 +88,48 @@ def human_parts(path: Path, shape: Shape) -> Array:
     """
     wanted = "the PASCAL-Part struct: anno(1).objects with class, class_ind, mask and parts of (part_name, mask)"
     anno = read_variable(path, "anno")
-    try:
-        parts = _person_parts(anno)
+    try:  # scipy gives structs as object arrays of records
+        persons = [thing for thing in anno[0][0][1].ravel() if int(thing[1].ravel()[0]) == PERSON]
+        parts = [(str(part[0].ravel()[0]), np.asarray(part[1])) for person in persons for part in person[3].ravel()]
     except (IndexError, TypeError, AttributeError, ValueError) as error:
         raise reject(path, f"a struct of another layout ({error})", wanted) from None
     target = np.zeros(parts[0][1].shape if parts else shape, dtype=np.uint8)
-    for name, mask in parts:
+    for name, part in parts:
         if name not in PART_IDS:
             raise reject(path, f"a person's part named {name!r}", f"one of {', '.join(PART_IDS)}")
-        if mask.ndim != 2 or mask.shape != target.shape or mask.dtype.kind not in "buif":
-            raise reject(path, f"a mask of shape {mask.shape} for {name!r} after one of {target.shape}", wanted)
-        target[mask != 0] = PART_IDS[name]
-    if not target.any():
+        if part.ndim != 2 or part.shape != target.shape or part.dtype.kind not in "buif":
+            raise reject(path, f"a mask of shape {part.shape} for {name!r} after one of {target.shape}", wanted)
+        if part.dtype.kind == "f" and np.isnan(part).any():
+            raise reject(path, f"a mask with NaN for {name!r}", wanted)
+        target[part != 0] = PART_IDS[name]
+    if target.size and not target.any():
         return ignored_label("classes", shape)
-    return fit_label(target, shape)
+    return _fit(path, target, shape)
 
 
-def saliency(path: Path, shape: Shape) -> Array:
-    """1 where the grey value is above one half of 255, else 0."""
-    grey = read_codes(path, modes=("L", "1"), wanted="an 8-bit grey PNG")
-    return fit_label((grey > 127).astype(np.uint8), shape)
+def mask(path: Path, shape: Shape) -> Array:
+    """1 on the foreground, else 0: where a grey PNG is above one half of 255, or a PNG or .npy of 0 and 1 has 1.
+
+    Which of the two a file is shows its largest value. 0, 1 and 255 together may be a mask with unknown pixels or a
+    grey picture: refused.
+    """
+    wanted = "a mask of 0 and 1, or grey values from 0 to 255 with the foreground above 127"
+    if path.suffix == ".npy":
+        values = _matrix(path, read_array(path), wanted)
+    else:
+        values = read_codes(path, modes=("L", "1"), wanted="an 8-bit grey PNG")
+    if not values.size or values.dtype == bool:
+        return _fit(path, values.astype(np.uint8), shape)
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 255):  # also where one is NaN
+        raise reject(path, f"values from {low:g} to {high:g}", wanted)
+    if high <= 1:
+        return _fit(path, (values > 0.5).astype(np.uint8), shape)
+    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+        raise reject(path, f"fractions up to {high:g}", wanted)
+    if high == 255 and (values == 1).any() and not ((values > 1) & (values < 255)).any():
+        raise reject(path, "the values 1 and 255, either a mask with unknown pixels or a grey picture", wanted)
+    return _fit(path, (values > 127).astype(np.uint8), shape)
 
 
 def label_map(path: Path, shape: Shape) -> Array:
@@ -272,10 +138,9 @@ def label_map(path: Path, shape: Shape) -> Array:
     ids = read_variable(path, "LabelMap")
     if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "uif":
         raise reject(path, f"LabelMap of shape {ids.shape} and type {ids.dtype}", wanted)
-    whole = ids.astype(np.int32)
-    if (whole != ids).any() or whole.min() < 0 or whole.max() > _LARGEST_MAP_ID:
+    if not (ids.min() >= 0 and ids.max() <= _LARGEST_MAP_ID) or (ids != np.rint(ids)).any():  # also where one is NaN
         raise reject(path, f"LabelMap with values from {ids.min()} to {ids.max()}", wanted)
-    return fit_label(whole, shape)
+    return _fit(path, ids.astype(np.int32), shape)
 
 
 def boundaries(ids_HW: Array) -> Array:
@@ -296,74 +161,115 @@ def distilled_normals(path: Path, ids_HW: Array) -> Array:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# NYUD-v2
+# NYUD-v2, and any folder
 
 
 def nyud_classes(path: Path, shape: Shape) -> Array:
     """The 40 classes of a PNG, or of a .mat's ``segmentation``, coded 0 unlabelled (ignored here), 1..40."""
     wanted = "class ids 1..40 and 0 for unlabelled pixels"
     if path.suffix == ".mat":
-        ids = read_variable(path, "segmentation")
+        ids = _matrix(path, read_variable(path, "segmentation"), f"a matrix of {wanted}")
     else:
         ids = read_codes(path, modes=("P", "L"), wanted=f"an 8-bit palette or grey PNG of {wanted}")
-    if ids.ndim != 2 or ids.dtype.kind not in "uif":
-        raise reject(path, f"an array of shape {ids.shape} and type {ids.dtype}", f"a matrix of {wanted}")
-    _check_ids(path, ids, largest=40, wanted=wanted)
-    unlabelled = (ids == 0) | (ids == IGNORE)
-    return fit_label(np.where(unlabelled, IGNORE, ids.astype(np.int32) - 1).astype(np.uint8), shape)
+    ids = _checked_ids(path, ids, largest=40, wanted=wanted)
+    ignored = (ids == 0) | (ids == IGNORE)
+    return _fit(path, np.where(ignored, IGNORE, ids - 1).astype(np.uint8), shape)
 
 
 def depth(path: Path, shape: Shape) -> Array:
-    """Metres as float32 [H, W] from a .npy or a .mat's ``depth``; values that are not finite and positive become 0."""
-    metres = _flat(path, read_variable(path, "depth") if path.suffix == ".mat" else read_array(path), "metres")
-    metres = metres.astype(np.float32)
-    return fit_label(np.where(np.isfinite(metres) & (metres > 0), metres, np.float32(0)), shape)
+    """Metres as float32 [H, W] from a .npy or a .mat's ``depth``; values that are not finite and positive become 0.
+
+    Refused above 100 metres, which are most likely millimetres, and where distances are negative: one negative value
+    may stand for none, but not several.
+    """
+    wanted = f"a matrix of metres up to {DEEPEST}, with zero or NaN where there is no depth"
+    values = _matrix(path, read_variable(path, "depth") if path.suffix == ".mat" else read_array(path), wanted)
+    if values.dtype.kind == "b":
+        raise reject(path, "true and false", wanted)
+    metres = np.where(np.isfinite(values), values, 0)
+    if metres.size and metres.max() > DEEPEST:
+        raise reject(path, f"depths up to {metres.max():g}", wanted, advice="divide millimetres by 1000")
+    negative = metres[metres < 0]
+    if negative.size and negative.min() != negative.max():
+        raise reject(path, f"depths from {negative.min():g} to {negative.max():g}", wanted)
+    return _fit(path, np.where(metres > 0, metres, 0).astype(np.float32), shape)
 
 
 def edge_picture(path: Path, shape: Shape) -> Array:
-    """1 where a black-and-white PNG is not black, or the matrix of a .npy not zero."""
+    """1 where a black-and-white PNG is not black, or the matrix of a .npy not zero; refused with more than two values.
+
+    Of soft edges (grey values, probabilities) the part that is not zero is far too much.
+    """
+    wanted = "a matrix of two values, zero where there is no edge"
     if path.suffix == ".npy":
-        values = _flat(path, read_array(path), "edges, not zero where there is one")
+        values = _matrix(path, read_array(path), wanted)
     else:
         values = read_codes(path, modes=("L", "1", "P"), wanted="an 8-bit grey PNG")
-    return fit_label((values != 0).astype(np.uint8), shape)
+    edges = values != 0
+    strengths = values[edges]
+    if strengths.size and not (0 < strengths.min() == strengths.max() < np.inf):  # also where one is NaN
+        raise reject(path, f"values from {strengths.min():g} to {strengths.max():g} beside zero", wanted)
+    return _fit(path, edges.astype(np.uint8), shape)
 
 
 def normals(path: Path, shape: Shape) -> Array:
-    """Normal codes of an RGB picture, R, G, B being x, y, z; or of vectors [H, W, 3] in a .npy."""
-    if path.suffix == ".npy":
-        return fit_normals(_codes_of_vectors(path, read_array(path)), shape)
-    rgb = read_codes(path, modes=("RGB",), wanted="an RGB picture of 8 bits a channel")
-    return fit_normals(rgb, shape).copy()
+    """Normal codes of an RGB picture, R, G, B being x, y, z; or of unit vectors [H, W, 3] in a .npy."""
+    if path.suffix != ".npy":
+        rgb = read_codes(path, modes=("RGB",), wanted="an RGB picture of 8 bits a channel")
+        return _fit(path, rgb, shape, resize=fit_normals).copy()
+    wanted = "vectors [H, W, 3] with components from -1 to 1, of length 1, or zero where there is none"
+    vectors = read_array(path)
+    if vectors.ndim != 3 or vectors.shape[2] != 3 or vectors.dtype.kind != "f" or not vectors.size:
+        raise reject(path, f"an array of shape {vectors.shape} and type {vectors.dtype}", wanted)
+    if not (np.abs(vectors) <= 1.01).all():  # 1.01: some are unit vectors in half precision; false for NaN
+        raise reject(path, f"components from {vectors.min():g} to {vectors.max():g}", wanted)
+    vectors_3HW = vectors.astype(np.float32).transpose(2, 0, 1)
+    length = np.sqrt(np.square(vectors_3HW).sum(0))
+    length = length[length > 0.01]
+    # Interpolated ones may be a little shorter. Colours from 0 to 1 are neither: (n + 1) / 2 is 0.4 to 1.4 long.
+    if length.size and (length.max() > 1.05 or length.mean() < 0.9):
+        raise reject(path, f"vectors of length {length.mean():.3g} on average and {length.max():.3g} at most", wanted)
+    return _fit(path, codes_from_normals(vectors_3HW), shape, resize=fit_normals)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _person_parts(anno: Array) -> list[tuple[str, Array]]:
-    """(name, mask) of every part of every person, in file order; scipy gives structs as object arrays of records."""
-    persons = [thing for thing in anno[0][0][1].ravel() if int(thing[1].ravel()[0]) == PERSON]
-    return [(str(part[0].ravel()[0]), np.asarray(part[1])) for person in persons for part in person[3].ravel()]
-
-
-def _flat(path: Path, values: Array, what: str) -> Array:
+def _matrix(path: Path, values: Array, wanted: str) -> Array:
     """A matrix of plain numbers, also where it is stored as [H, W, 1] or [1, H, W]."""
-    flat = values.squeeze() if values.ndim == 3 else values
+    flat = values
+    if values.ndim == 3 and 1 in (values.shape[0], values.shape[2]):
+        flat = values[..., 0] if values.shape[2] == 1 else values[0]
     if flat.ndim != 2 or flat.dtype.kind not in "buif":
-        raise reject(path, f"an array of shape {values.shape} and type {values.dtype}", f"a matrix of {what}")
+        raise reject(path, f"an array of shape {values.shape} and type {values.dtype}", wanted)
     return flat
 
 
-def _codes_of_vectors(path: Path, vectors: Array) -> Array:
-    wanted = "vectors [H, W, 3] with components from -1 to 1, zero where there is none"
-    if vectors.ndim != 3 or vectors.shape[2] != 3 or vectors.dtype.kind != "f":
-        raise reject(path, f"an array of shape {vectors.shape} and type {vectors.dtype}", wanted)
-    if not (np.abs(vectors) <= 1.01).all():  # 1.01: some are unit vectors in half precision; false for NaN
-        raise reject(path, f"components from {vectors.min():g} to {vectors.max():g}", wanted)
-    return codes_from_normals(vectors.astype(np.float32).transpose(2, 0, 1))
-
-
-def _check_ids(path: Path, ids: Array, *, largest: int, wanted: str) -> None:
+def _checked_ids(path: Path, ids: Array, *, largest: int, wanted: str) -> Array:
+    """``ids`` as uint8, all of them whole numbers from 0 to ``largest``, or 255."""
+    if ids.dtype.kind == "f" and not (np.isfinite(ids).all() and (ids == np.rint(ids)).all()):
+        raise reject(path, "numbers that are not whole", wanted)
     wrong = ids[((ids > largest) & (ids != IGNORE)) | (ids < 0)]
     if wrong.size:
         raise reject(path, f"{wrong.size} pixels with ids from {wrong.min()} to {wrong.max()}", wanted)
+    return ids.astype(np.uint8)
+
+
+def _fit(path: Path, label: Array, shape: Shape, *, resize: Callable[[Array, Shape], Array] = fit_label) -> Array:
+    """``label`` at the image's ``shape``; UserError for an empty label and for one whose sides are exchanged."""
+    if label.shape[:2] == shape:
+        return label
+    height, width = label.shape[:2]
+    sizes = f"a label of {width} x {height} pixels for an image of {shape[1]} x {shape[0]}"
+    if min(height, width) < min(2, *shape):
+        raise reject(path, sizes, "one of the image's size")
+    if not _is_scaled((height, width), shape) and _is_scaled((width, height), shape):
+        wanted = "the sides of the image as it is stored, before its orientation tag"
+        raise reject(path, sizes, wanted, advice="turn the label, or turn the image's pixels and remove the tag")
+    return resize(label, shape)
+
+
+def _is_scaled(size: Shape, shape: Shape) -> bool:
+    """Whether ``size`` is ``shape`` times one factor, each side within a pixel."""
+    (low_h, high_h), (low_w, high_w) = (((n - 1) / m, (n + 1) / m) for n, m in zip(size, shape, strict=True))
+    return low_h <= high_w and low_w <= high_h

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -35,13 +37,44 @@ class FileCheck:
                 f"{leave_out(list(absent), list(labels), how=self._how)}"
             )
 
+    def spelling(
+        self, names: Sequence[str], image: Patterns, labels: Mapping[str, tuple[Patterns, ...]], path: Path
+    ) -> None:
+        """Raise UserError if a file for a line of the list ``path`` is only missing because of how either is written.
+
+        1. A line with several columns, with the file's ending, with quotes or a comment. 2. A file with another ending
+        than is read, or in other letters (``a1.JPG``).
+        """
+        for name, _ in self._missing(names, image):
+            bare = name.strip("'\"#,; ")
+            starts = [bare, *(bare[: gap.start()] for gap in re.finditer(r"[\s,;]+", bare))]
+            stems = [stem for start in starts for stem in (start, PurePosixPath(start).stem) if stem != name]
+            right = next((stem for stem in stems if not any(self._missing([stem], image))), None)
+            if right is not None or name.startswith("#"):
+                advice = "remove it" if name.startswith("#") else f"write {right!r}"
+                raise UserError(f"{path}: got the line {name!r}, wanted one image name and nothing else; {advice}")
+        for patterns in (image, *(need for needs in labels.values() for need in needs)):
+            similar = {_spelling(file): file for file in sorted(self._files_of(patterns))}
+            for name, _ in self._missing(names, patterns):
+                found = similar.get(_spelling(f"{name}.any"))
+                if found is not None:
+                    either = " or ".join(pattern.format(name) for pattern in patterns)
+                    raise UserError(
+                        f"{self.root}: got the file {found!r} for {name!r}, wanted {either}; convert or rename it"
+                    )
+
     def files(self, names: Sequence[str], image: Patterns, labels: Mapping[str, tuple[Patterns, ...]]) -> None:
         """Raise UserError if a file is missing: what, how many, and which tasks to leave out."""
         lacking = {
-            task: [file for need in needs for file in self._missing(names, need)] for task, needs in labels.items()
+            task: [file for need in needs for _, file in self._missing(names, need)] for task, needs in labels.items()
         }
         missing = list(
-            dict.fromkeys([*self._missing(names, image), *(file for many in lacking.values() for file in many)])
+            dict.fromkeys(
+                [
+                    *(file for _, file in self._missing(names, image)),
+                    *(file for many in lacking.values() for file in many),
+                ]
+            )
         )
         if missing:
             raise UserError(self._sentence(missing, [task for task, files in lacking.items() if files], labels))
@@ -60,11 +93,15 @@ class FileCheck:
     def _absent(self, patterns: Patterns) -> bool:
         return all(self._listing(PurePosixPath(pattern).parent) is None for pattern in patterns)
 
-    def _missing(self, names: Sequence[str], patterns: Patterns) -> Iterator[str]:
+    def _missing(self, names: Sequence[str], patterns: Patterns) -> Iterator[tuple[str, str]]:
+        """Each name without any of the files, and the first of them."""
         places = [(self._listing(PurePosixPath(pattern).parent) or frozenset(), pattern) for pattern in patterns]
         for name in names:
             if not any(PurePosixPath(pattern.format(name)).name in listing for listing, pattern in places):
-                yield patterns[0].format(name)
+                yield name, patterns[0].format(name)
+
+    def _files_of(self, patterns: Patterns) -> set[str]:
+        return {file for pattern in patterns for file in self._listing(PurePosixPath(pattern).parent) or ()}
 
     def _listing(self, folder: PurePosixPath) -> frozenset[str] | None:
         if folder not in self._listings:
@@ -75,3 +112,8 @@ class FileCheck:
 
 def _folders(patterns: Patterns) -> str:
     return " or ".join(dict.fromkeys(str(PurePosixPath(pattern).parent) for pattern in patterns))
+
+
+def _spelling(file: str) -> str:
+    """A file's name without its ending, case and way of composing accents."""
+    return unicodedata.normalize("NFC", PurePosixPath(file).stem).casefold()

@@ -1,4 +1,4 @@
-"""Files of a data folder, read into arrays; what cannot be read is told in one sentence that names the file."""
+"""Files of a data folder, read into arrays; a file that cannot be read is a UserError that names it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import ExifTags, Image
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
@@ -20,7 +20,7 @@ from ase_dist.errors import UserError, file_error
 
 Array = npt.NDArray[Any]
 
-# What Pillow, scipy and numpy raise on truncated, empty or foreign files, beside OSError.
+# What Pillow, scipy and numpy raise on truncated, empty or foreign files.
 _BROKEN = (
     OSError,
     ValueError,
@@ -41,17 +41,26 @@ _BROKEN = (
 _COLOUR_MODES = ("RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr", "1")
 
 
-def read_image(path: Path, *, content: bytes | None = None) -> Array:
+def read_image(path: Path, *, content: bytes | None = None, labelled: bool = False) -> Array:
     """The picture of ``path`` as uint8 [H, W, 3]; grey, palette and CMYK files are converted to RGB.
 
-    Orientation tags are not applied: labels follow the pixels as stored. With ``content``, these are the file's bytes
-    and ``path`` is its name only. Raises UserError for a missing, corrupt or truncated file and for more than 8 bits
-    a channel.
+    Orientation tags are not applied: labels follow the pixels as stored. With ``labelled``, a picture is refused whose
+    tag leaves open which way up its labels were drawn: sizes tell it unless the picture is square or the tag keeps its
+    sides. With ``content``, these are the file's bytes and ``path`` is its name only. Raises UserError for these, for
+    a missing, corrupt or truncated file and for more than 8 bits a channel.
     """
     wanted = "a picture of 8 bits a channel"
     with _reading(path, wanted), Image.open(path if content is None else io.BytesIO(content)) as picture:
         if picture.mode not in _COLOUR_MODES:
-            raise _ToldError(_sentence(path, f"Pillow's mode {picture.mode!r}", wanted))
+            raise reject(path, f"Pillow's mode {picture.mode!r}", wanted)
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) if labelled else 1
+        if turned in (2, 3, 4) or (turned in (5, 6, 7, 8) and picture.width == picture.height):
+            raise reject(
+                path,
+                f"a picture with the orientation tag {turned}",
+                "one without: the sizes do not tell whether its labels were drawn on the pixels as stored or as shown",
+                advice="turn the pixels to match the labels and remove the tag",
+            )
         return np.asarray(picture.convert("RGB"))
 
 
@@ -65,7 +74,7 @@ def read_codes(path: Path, *, modes: tuple[str, ...], wanted: str) -> Array:
     with _reading(path, wanted), Image.open(path) as picture:
         if picture.mode not in modes:
             depth = "a 16-bit picture" if picture.mode.startswith("I") else f"Pillow's mode {picture.mode!r}"
-            raise _ToldError(_sentence(path, depth, wanted))
+            raise reject(path, depth, wanted)
         return np.asarray(picture.convert("L") if picture.mode == "1" else picture)
 
 
@@ -75,7 +84,7 @@ def read_variable(path: Path, name: str) -> Array:
     with _reading(path, wanted), path.open("rb") as file:
         variables = loadmat(file, variable_names=[name])
     if not isinstance(variables.get(name), np.ndarray):
-        raise UserError(_sentence(path, "a MATLAB file without that variable", wanted))
+        raise reject(path, "a MATLAB file without that variable", wanted)
     value: Array = variables[name]
     return value
 
@@ -89,28 +98,21 @@ def read_array(path: Path) -> Array:
         return value
 
 
-def reject(path: Path, got: str, wanted: str) -> UserError:
+def reject(path: Path, got: str, wanted: str, *, advice: str = "unpack the archive again") -> UserError:
     """The error for a file that could be read but holds something else; the caller raises it."""
-    return UserError(_sentence(path, got, wanted))
-
-
-class _ToldError(ValueError):
-    """A ValueError whose sentence is complete already."""
+    return UserError(f"{path}: got {got}, wanted {wanted}; {advice}, or take {path.stem!r} out of the list")
 
 
 @contextmanager
 def _reading(path: Path, wanted: str) -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError:
-        raise UserError(_sentence(path, "no such file", wanted)) from None
-    except _ToldError as error:
-        raise UserError(str(error)) from None
+        raise reject(path, "no such file", wanted) from None
     except _BROKEN as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         size = path.stat().st_size if path.is_file() else 0
-        raise file_error(error, _sentence(path, f"an unreadable file of {size} bytes ({reason})", wanted)) from None
-
-
-def _sentence(path: Path, got: str, wanted: str) -> str:
-    return f"{path}: got {got}, wanted {wanted}; unpack the archive again, or take {path.stem!r} out of the list"
+        sentence = str(reject(path, f"an unreadable file of {size} bytes ({reason})", wanted))
+        raise file_error(error, sentence) from None

@@ -1,12 +1,14 @@
 """A data set that is a folder of files: checked when opened, decoded when read, never written to.
 
-Where nothing else is said, ``lists/train.txt`` and ``lists/val.txt`` name the images, one a line, ``images/NAME.jpg``
-or ``.png`` is one, and ``TASK/NAME.png`` or ``.npy`` its label, decoded by the task's kind. A subclass says what is
-otherwise: ``list_folder``, ``image_files``, ``label_files``, ``decoders``.
+By default ``lists/train.txt`` and ``lists/val.txt`` name the images, one a line, ``images/NAME.jpg`` or ``.png`` is
+one, and ``TASK/NAME.png`` or ``.npy`` its label (depth: ``.npy`` or ``.mat``), decoded by the task's kind. A subclass
+says what is otherwise: ``list_folder``, ``image_files``, ``label_files``, ``decoders``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
@@ -21,6 +23,8 @@ from ase_dist.errors import UserError, file_error
 from ase_dist.tasks import Task
 
 SPLITS = ("train", "val")
+SEARCHED_LEVELS = 5  # of folders, for the one that has the lists
+SEARCHED_FOLDERS = 10_000
 
 
 class FolderDataset(RecordDataset):
@@ -55,12 +59,13 @@ class FolderDataset(RecordDataset):
                 "launch/prepare_data.py makes it; give data.root=PATH"
             )
         self.root = Path(root)
-        found = read_list(self.root / self.list_folder, split)[:limit] if names is None else names
+        found = read_list(self.root, self.list_folder, split)[:limit] if names is None else names
         super().__init__(split, tasks, found, cache_in_memory=cache_in_memory)
         if names is None:
-            needs = {task.name: self.files_of(task.name) for task in self.tasks}
+            needs = {task.name: self.files_of(task) for task in self.tasks}
             check = FileCheck(self.root, self.title)
             check.folders(self.image_files, needs)
+            check.spelling(self.names, self.image_files, needs, self.root / self.list_folder / f"{split}.txt")
             check.files(self.names, self.image_files, needs)
 
     @classmethod
@@ -69,9 +74,10 @@ class FolderDataset(RecordDataset):
         return data.root
 
     @classmethod
-    def files_of(cls, task: str) -> tuple[Patterns, ...]:
+    def files_of(cls, task: Task) -> tuple[Patterns, ...]:
         """The files that a label of ``task`` is decoded from, the decoder's own first."""
-        return cls.label_files.get(task, ((f"{task}/{{}}.png", f"{task}/{{}}.npy"),))
+        suffixes = (".npy", ".mat") if task.kind == "depth" else (".png", ".npy")
+        return cls.label_files.get(task.name, (tuple(f"{task.name}/{{}}{suffix}" for suffix in suffixes),))
 
     def decode_labels(self, name: str, shape: tuple[int, int]) -> dict[str, Array]:
         """The compact label of each of ``self.tasks`` for the image ``name`` of ``shape`` [H, W]."""
@@ -80,7 +86,7 @@ class FolderDataset(RecordDataset):
     def decode_label(self, task: Task, name: str, shape: tuple[int, int]) -> Array:
         """One of ``decode_labels``."""
         decoder = self.decoders.get(task.name) or decoder_of(task)
-        return decoder(self.find(name, self.files_of(task.name)[0]), shape)
+        return decoder(self.find(name, self.files_of(task)[0]), shape)
 
     def find(self, name: str, patterns: Patterns) -> Path:
         """The first of the alternatives that exists for ``name``; the last one if none does."""
@@ -89,32 +95,69 @@ class FolderDataset(RecordDataset):
 
     def label_paths(self, name: str) -> list[Path]:
         """The files that the labels of ``name`` are decoded from, each once."""
-        needs = [patterns for task in self.tasks for patterns in self.files_of(task.name)]
+        needs = [patterns for task in self.tasks for patterns in self.files_of(task)]
         return [self.find(name, patterns) for patterns in dict.fromkeys(needs)]
 
     def read(self, index: int) -> Record:
         """As RecordDataset's."""
         name = self.names[index]
-        image = read_image(self.find(name, self.image_files))
+        image = read_image(self.find(name, self.image_files), labelled=bool(self.tasks))
         return Record(index, name, image, self.decode_labels(name, (image.shape[0], image.shape[1])))
 
 
-def read_list(folder: Path, split: str) -> list[str]:
-    """The names in ``<split>.txt``, one a line; UserError for a list that is missing, empty or damaged."""
+def read_list(root: Path, list_folder: str, split: str) -> list[str]:
+    """The names in ``<list_folder>/<split>.txt``, one a line, which may have blanks in it but not around it.
+
+    Raises UserError for a list that is missing, empty or damaged, and for a name that can be no file's or comes twice.
+    """
+    folder = root / list_folder
     path = folder / f"{split}.txt"
     try:
-        names = path.read_text(encoding="utf-8").split()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # which also removes a byte-order mark
     except FileNotFoundError:
+        deeper = [] if folder.is_dir() else find_roots(root, list_folder)
+        if deeper:
+            raise UserError(
+                f"{root}: got no folder {list_folder}, wanted the folder that has it; give data.root={deeper[0]}"
+            ) from None
         there = sorted(other.stem for other in folder.glob("*.txt")) or "none at all"
         raise UserError(f"{path}: no such list, found {there}; check data.root, or unpack the archive again") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise file_error(error, f"{path}: got an unreadable list ({error}), wanted one image name a line") from None
+        raise file_error(
+            error, f"{path}: got an unreadable list ({error}), wanted one image name a line in UTF-8"
+        ) from None
+    names = [name for line in lines if (name := line.strip())]
     if not names:
         raise UserError(f"{path}: got an empty list, wanted one image name a line; unpack the archive again")
+    seen: set[str] = set()
     for name in names:
+        if any(ord(character) < 32 for character in name):
+            raise UserError(f"{path}: got the line {name!r}, wanted one image name a line and nothing else")
         if PurePosixPath(name).name != name or "\\" in name or name == "..":
             raise UserError(f"{path}: got the name {name!r}, wanted names without folders; check the list")
-    if len(set(names)) != len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise UserError(f"{path}: got {twice!r} twice, wanted each image once; remove the second line")
+        if name in seen:
+            raise UserError(f"{path}: got {name!r} twice, wanted each image once; remove the second line")
+        seen.add(name)
     return names
+
+
+def find_roots(folder: Path, list_folder: str) -> list[Path]:
+    """Of ``folder``, its subfolders, theirs, and so on, those on the first level where one has ``list_folder``.
+
+    Links are followed, each folder is looked at once, and the search ends after five levels or 10,000 folders.
+    """
+    level, seen = [folder], {folder.resolve()}
+    for _ in range(SEARCHED_LEVELS):
+        roots = [path for path in level if (path / list_folder).is_dir()]
+        if roots:
+            return roots
+        following = []
+        for path in level:
+            with contextlib.suppress(OSError), os.scandir(path) as entries:  # a folder that may not be read
+                for name in sorted(entry.name for entry in entries if entry.is_dir()):
+                    place = (path / name).resolve()
+                    if place not in seen and len(seen) < SEARCHED_FOLDERS:
+                        seen.add(place)
+                        following.append(path / name)
+        level = following
+    return []

@@ -39,7 +39,7 @@ class PascalContext(FolderDataset):
             if task.name == "edge":
                 labels[task.name] = decode.boundaries(ids())
             elif task.name == "normals":
-                path = self.find(name, self.files_of(task.name)[0])
+                path = self.find(name, self.files_of(task)[0])
                 labels[task.name] = decode.distilled_normals(path, ids())
             else:
                 labels[task.name] = self.decode_label(task, name, shape)

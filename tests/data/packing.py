@@ -23,8 +23,8 @@ def contents(place):
     return {path.name: path.read_bytes() for path in place.iterdir() if path.name != "packed.json"}
 
 
-def packed_names(place):
-    dataset = PackedDataset(place, "train", ALL, data="pascal_context")
+def packed_names(place, tasks=ALL):
+    dataset = PackedDataset(place, "train", tasks, data="pascal_context")
     return [dataset[i].name for i in range(len(dataset))]
 
 

@@ -31,7 +31,7 @@ def test_semseg_is_the_palette_index(pascal):
     ids = np.arange(22).reshape(2, 11)
     ids[1, 10] = 255
     pascal.semseg("a", ids)
-    decoded = decode.voc_classes(pascal.root / "semseg/VOC12/a.png", (2, 11))
+    decoded = decode.class_ids(pascal.root / "semseg/VOC12/a.png", (2, 11))
     assert decoded.dtype == np.uint8
     np.testing.assert_array_equal(decoded, ids)
 
@@ -39,7 +39,7 @@ def test_semseg_is_the_palette_index(pascal):
 def test_semseg_out_of_range(pascal, one_sentence):
     pascal.semseg("a", [[0, 20, 21, 254, 255]])
     with pytest.raises(ValueError, match="2 pixels with ids from 21 to 254") as raised:
-        decode.voc_classes(pascal.root / "semseg/VOC12/a.png", (1, 5))
+        decode.class_ids(pascal.root / "semseg/VOC12/a.png", (1, 5))
     one_sentence(raised, "semseg/VOC12/a.png", "wanted", "0..20", "unpack")
 
 
@@ -116,7 +116,7 @@ def test_struct_of_another_layout(tmp_path, one_sentence, anno):
 
 def test_saliency_threshold(pascal):
     pascal.saliency("a", [[0, 1, 127, 128, 255]])
-    decoded = decode.saliency(pascal.root / "sal_distill/a.png", (1, 5))
+    decoded = decode.mask(pascal.root / "sal_distill/a.png", (1, 5))
     np.testing.assert_array_equal(decoded, [[0, 0, 0, 1, 1]])
 
 

@@ -67,7 +67,7 @@ class PackedDataset(RecordDataset):
         data = memoryview(self._map(place.file))
         try:
             labels = {task.name: self._label(data, place, task) for task in self.tasks}
-        except ValueError as error:
+        except UserError as error:
             raise UserError(
                 f"{place.file}: got a {error} of {name!r}, wanted what was packed; "
                 "make it again with launch/prepare_data.py"

@@ -138,7 +138,7 @@ def _is_current(place: Path, request: Request, tasks: tuple[str, ...], fingerpri
         return False
     try:
         there = read_manifest(place)
-    except ValueError as error:
+    except UserError as error:
         log.info("%s; packing again", error)
         return False
     as_asked = (there.data, there.tasks, there.pictures) == (request.data, tasks, request.pictures)

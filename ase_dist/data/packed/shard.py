@@ -127,7 +127,7 @@ def _diagnose(dataset: FolderDataset, name: str, first: str) -> list[Problem]:
 def _sentences(dataset: FolderDataset, name: str) -> Iterator[str]:
     shape = (1, 1)  # where the picture tells none: the labels can be read all the same
     try:
-        image = read_image(dataset.find(name, dataset.image_files))
+        image = read_image(dataset.find(name, dataset.image_files), labelled=bool(dataset.tasks))
         shape = (image.shape[0], image.shape[1])
     except UserError as error:
         yield str(error)

@@ -11,11 +11,12 @@ from pathlib import Path
 from ase_dist.data.archive import SUFFIXES
 from ase_dist.data.cache import cache_folder
 from ase_dist.data.file_check import FileCheck
-from ase_dist.data.folder import SPLITS, FolderDataset, read_list
+from ase_dist.data.folder import SPLITS, FolderDataset, find_roots, read_list
 from ase_dist.data.packed.layout import Pictures, is_packed
 from ase_dist.data.packed.shard import SHARD, Job
 from ase_dist.data.readers import reader_of
 from ase_dist.errors import UserError
+from ase_dist.tasks import select_tasks
 
 log = logging.getLogger(__name__)
 
@@ -56,18 +57,21 @@ def archive_fingerprint(archive: Path) -> str:
 
 
 def find_root(folder: Path, kind: type[FolderDataset], *, named: Path) -> Path:
-    """The data set in ``folder``: itself, or the one folder in it that has the lists. UserError if there is none."""
-    candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    roots = [path for path in candidates if (path / kind.list_folder).is_dir()]
-    if len(roots) == 1 or roots[:1] == [folder]:
+    """The data set in ``folder``: itself, or the one folder in it, a few levels down at most, that has the lists.
+
+    Raises UserError if there is none or several on the same level.
+    """
+    roots = find_roots(folder, kind.list_folder)
+    if len(roots) == 1:
         return roots[0]
-    got = f"{len(roots)} data sets ({', '.join(path.name for path in roots)})" if roots else "no folder"
+    names = ", ".join(str(path.relative_to(folder)) for path in roots)
+    got = f"{len(roots)} data sets ({names})" if roots else "no folder"
     raise UserError(f"{named}: got {got} with {kind.list_folder}, wanted that of {kind.title}; {kind.origin}")
 
 
 def read_lists(root: Path, kind: type[FolderDataset], *, subset: bool) -> dict[str, list[str]]:
     """The names of each split; UserError unless there are as many as published, or ``subset`` allows any number."""
-    lists = {split: read_list(root / kind.list_folder, split) for split in SPLITS}
+    lists = {split: read_list(root, kind.list_folder, split) for split in SPLITS}
     got = {split: len(names) for split, names in lists.items()}
     if kind.counts and not subset and got != dict(kind.counts):
         raise UserError(
@@ -88,16 +92,23 @@ def plan(
     """The jobs that pack a data set into the folder ``target``; UserError where a task has no folder at all."""
     kind = reader_of(data)
     check = FileCheck(root, kind.title, how=TASKS_OPTION)
-    check.folders(kind.image_files, {task: kind.files_of(task) for task in tasks})
+    needs = {task.name: kind.files_of(task) for task in select_tasks(data, tasks)}
+    check.folders(kind.image_files, needs)
+    for split, names in lists.items():
+        check.spelling(names, kind.image_files, needs, root / kind.list_folder / f"{split}.txt")
     return [
-        Job(data, root, split, tuple(part), tuple(tasks), pictures, target / f"{split}-{i:03d}.bin")
+        Job(
+            data,
+            root,
+            split,
+            tuple(names[start : start + SHARD]),
+            tuple(tasks),
+            pictures,
+            target / f"{split}-{i:03d}.bin",
+        )
         for split, names in lists.items()
-        for i, part in enumerate(_parts(names))
+        for i, start in enumerate(range(0, len(names), SHARD))
     ]
-
-
-def _parts(names: list[str]) -> list[list[str]]:
-    return [names[start : start + SHARD] for start in range(0, len(names), SHARD)]
 
 
 def _counts(counts: Mapping[str, int]) -> str:
