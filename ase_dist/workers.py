@@ -110,7 +110,7 @@ class WorkerPool:
         except (EOFError, OSError):
             code = process.wait()
             raise WorkerDiedError(
-                f"a worker process ended early (exit code {code}), perhaps for want of memory"
+                f"a worker process ended early (exit code {code}), perhaps because memory ran out"
             ) from None
         returned, raised, trace = pickle.loads(answer)
         if raised is not None:

@@ -4,7 +4,7 @@
 
 Without ``--data`` a folder in the layout of PASCAL_MT is generated: 500 x 375 pixels, labels as MATLAB structs of a
 person with 24 parts. A sample is an image and its labels read, decoded, and warped to 224 x 224. What is measured is
-the processor's time with all files in the system's memory, not the disk's; the sides take turns, and medians are told.
+the processor's time with all files in the system's memory, not the disk's; the sides take turns; medians are printed.
 """
 
 from __future__ import annotations

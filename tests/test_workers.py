@@ -97,7 +97,7 @@ def raise_unpicklable():
 
 
 def test_a_dead_worker_is_one_sentence():
-    said = r"^a worker process ended early \(exit code 3\), perhaps for want of memory$"
+    said = r"^a worker process ended early \(exit code 3\), perhaps because memory ran out$"
     with WorkerPool(2) as pool, pytest.raises(WorkerDiedError, match=said):
         pool.submit(os._exit, 3).result()
     with WorkerPool(1) as pool:

@@ -1,7 +1,7 @@
-"""Where prepared data sets are kept, and making one once: a lock, a clean-up, progress, bytes brought to disk.
+"""Where prepared data sets are kept, and making one once: a lock, a clean-up, progress, fsync.
 
-Whoever finds a data set missing makes it in a folder beside its place while the others wait for a lock, which the
-system frees if the maker dies; one rename then puts it in place.
+The first process that finds a data set missing makes it in a temporary folder next to its place while the others wait
+for a lock, which the system frees if the maker dies; one rename then puts it in place.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def locked(place: Path) -> Iterator[None]:
-    """Hold the lock of ``place``, a hidden file beside it; the lock dies with its holder, the file itself stays.
+    """Hold the lock of ``place``, a hidden file next to it; the lock ends with its holder, the file itself stays.
 
     Raises OSError where the parent folder cannot be written.
     """
@@ -55,13 +55,13 @@ def remove(folders: Iterable[Path]) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Bring every file of a folder to the disk before its name does; many at a time, which file systems like better."""
+    """fsync every file of a folder, many at a time, which is faster on most file systems."""
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(fsync, [folder, *folder.rglob("*")]))
 
 
 def track_progress(done: Iterable[int], total: int, *, doing: str, did: str, things: str, where: str) -> None:
-    """Go through ``done``, numbers of things finished one after another: a bar on a terminal, lines elsewhere.
+    """Consume ``done``, numbers of things finished one after another, showing a bar on a terminal, else log lines.
 
     The words are for the lines: ``doing="rendering", did="rendered", things="scenes", where="into FOLDER"``.
     """

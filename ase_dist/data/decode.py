@@ -208,7 +208,7 @@ def edge_picture(path: Path, shape: Shape) -> Array:
     edges = values != 0
     strengths = values[edges]
     if strengths.size and not (0 < strengths.min() == strengths.max() < np.inf):  # also where one is NaN
-        raise reject(path, f"values from {strengths.min():g} to {strengths.max():g} beside zero", wanted)
+        raise reject(path, f"values from {strengths.min():g} to {strengths.max():g} besides zero", wanted)
     return _fit(path, edges.astype(np.uint8), shape)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from ase_dist.data.dataset import leave_out
@@ -29,7 +29,11 @@ class FileCheck:
                 f"{self.root}: got no folder {_folders(image)}, wanted the folder of {self.title}; "
                 "check data.root, or unpack the archive again"
             )
-        absent = {task: folders for task, needs in labels.items() if (folders := self._absent_folders(needs))}
+        absent = {
+            task: folders
+            for task, needs in labels.items()
+            if (folders := [_folders(patterns) for patterns in needs if self._absent(patterns)])
+        }
         if absent:
             folder_names = ", no folder ".join(dict.fromkeys(folder for many in absent.values() for folder in many))
             raise UserError(
@@ -77,18 +81,13 @@ class FileCheck:
             )
         )
         if missing:
-            raise UserError(self._sentence(missing, [task for task, files in lacking.items() if files], labels))
-
-    def _sentence(self, missing: list[str], lacking: list[str], labels: Collection[str]) -> str:
-        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        advice = f", or {leave_out(lacking, list(labels), how=self._how)}" if lacking else ""
-        return (
-            f"{self.root}: {len(missing)} of the files that the list needs are missing ({first}); "
-            f"unpack the archive of {self.title} again{advice}"
-        )
-
-    def _absent_folders(self, needs: Sequence[Patterns]) -> list[str]:
-        return [_folders(patterns) for patterns in needs if self._absent(patterns)]
+            first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            tasks = [task for task, files in lacking.items() if files]
+            advice = f", or {leave_out(tasks, list(labels), how=self._how)}" if tasks else ""
+            raise UserError(
+                f"{self.root}: {len(missing)} of the files that the list needs are missing ({first}); "
+                f"unpack the archive of {self.title} again{advice}"
+            )
 
     def _absent(self, patterns: Patterns) -> bool:
         return all(self._listing(PurePosixPath(pattern).parent) is None for pattern in patterns)

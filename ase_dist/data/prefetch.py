@@ -81,9 +81,20 @@ class Prefetcher(Generic[BatchT]):
 
     def _from_processes(self) -> Generator[BatchT, None, None]:
         fresh = self._loader is None
-        loader = self._start() if self._loader is None else self._loader
-        self._loader = loader
-        batches = iter(loader)
+        if self._loader is None:
+            self._loader = DataLoader(
+                _Fetched(self._fetch),
+                batch_size=None,
+                sampler=_Plan(self._plan),
+                num_workers=self._workers,
+                collate_fn=_unchanged,
+                pin_memory=torch.cuda.is_available(),
+                multiprocessing_context="spawn",
+                worker_init_fn=_begin_worker,
+                persistent_workers=True,
+                generator=torch.Generator(),  # else the loader would draw from the global one, which a resume compares
+            )
+        batches = iter(self._loader)
         if fresh:
             # The processes ignore SIGTERM, with which multiprocessing ends what is left at exit before waiting for it.
             # Registered after them, this runs before that.
@@ -93,20 +104,6 @@ class Prefetcher(Generic[BatchT]):
                 is_mistake = batch.exit_code is ExitCode.USAGE
                 raise UserError(batch.sentence) if is_mistake else RunError(batch.sentence, exit_code=batch.exit_code)
             yield batch
-
-    def _start(self) -> DataLoader[Any]:
-        return DataLoader(
-            _Fetched(self._fetch),
-            batch_size=None,
-            sampler=_Plan(self._plan),
-            num_workers=self._workers,
-            collate_fn=_unchanged,
-            pin_memory=torch.cuda.is_available(),
-            multiprocessing_context="spawn",
-            worker_init_fn=_begin_worker,
-            persistent_workers=True,
-            generator=torch.Generator(),  # else the loader would draw from the global one, which a resume compares
-        )
 
 
 @dataclass(frozen=True)

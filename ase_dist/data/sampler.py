@@ -1,10 +1,10 @@
-"""Which images a rank reads, in which order: the same global order whatever the number of ranks, resumable anywhere.
+"""Which images a rank reads, in which order: the same global order for any number of ranks, resumable anywhere.
 
 Training draws from one endless stream: epoch 0 in its order, then epoch 1 in its own, and so on. The g-th global batch
 is the next B * W images of the stream, and rank r takes the r-th slice of B. So every image comes once per epoch, every
 rank always has B images, and W ranks of batch B see the global batches of one rank of batch B * W. A batch at the end
-of an epoch is completed from the start of the next one, which goes on from there; with ``drop_last`` the rest of the
-epoch is skipped instead. The position is counted in images, not in batches, and means the same at any W and B.
+of an epoch is completed from the start of the next one, which goes on from there. The position is counted in images,
+not in batches, and means the same at any W and B.
 """
 
 from __future__ import annotations
@@ -38,33 +38,17 @@ class Position(NamedTuple):
 class ResumableSampler:
     """Endless batches of draws for one rank of training; iterating moves the position, ``upcoming`` does not.
 
-    Raises UserError for an empty data set and, with ``drop_last``, for one smaller than a global batch.
+    Raises UserError for an empty data set.
     """
 
-    def __init__(
-        self,
-        length: int,
-        *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        shuffle: bool = True,
-        drop_last: bool = False,
-    ) -> None:
+    def __init__(self, length: int, *, batch_size: int, rank: int, world_size: int, seed: int) -> None:
         _check(length, batch_size=batch_size, rank=rank, world_size=world_size)
         self.length = length
         self.batch_size = batch_size
         self.rank = rank
         self.global_batch = batch_size * world_size
-        self.drop_last = drop_last
         self.position = Position()
-        self._order = functools.lru_cache(maxsize=2)(_Order(length, seed=seed, shuffle=shuffle))
-        if drop_last and length < self.global_batch:
-            raise UserError(
-                f"drop_last: got {length} images, wanted at least one global batch of {self.global_batch}; "
-                "lower train.batch_size or use fewer ranks"
-            )
+        self._order = functools.lru_cache(maxsize=2)(_Order(length, seed=seed))
 
     @property
     def epoch(self) -> int:
@@ -73,8 +57,8 @@ class ResumableSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches in an epoch; without ``drop_last`` rounded up."""
-        return self.length // self.global_batch if self.drop_last else math.ceil(self.length / self.global_batch)
+        """Global batches in an epoch, rounded up."""
+        return math.ceil(self.length / self.global_batch)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for draws in self.upcoming():
@@ -116,10 +100,8 @@ class ResumableSampler:
         self.position = Position(epoch, consumed)
 
     def _settled(self, position: Position) -> Position:
-        """The same place, at the start of the next epoch where this one has nothing left to give."""
-        left = self.length - position.consumed
-        ended = left < self.global_batch if self.drop_last else left == 0
-        return Position(position.epoch + 1, 0) if ended else position
+        """The same place, at the start of the next epoch where this one has nothing left."""
+        return Position(position.epoch + 1, 0) if position.consumed == self.length else position
 
     def _global_batch(self, position: Position) -> tuple[list[Draw], Position]:
         draws: list[Draw] = []
@@ -162,11 +144,8 @@ class _Order:
 
     length: int
     seed: int
-    shuffle: bool
 
     def __call__(self, epoch: int) -> list[int]:
-        if not self.shuffle:
-            return list(range(self.length))
         order: list[int] = torch.randperm(self.length, generator=generator(self.seed, "order", epoch)).tolist()
         return order
 

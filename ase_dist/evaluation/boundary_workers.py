@@ -29,7 +29,7 @@ class ImageCounter:
 
     ``push`` and ``drain`` give the counts of images in the order in which they were pushed, for any number of
     processes. At most two images per worker wait at any time: then ``push`` waits for the oldest. Where a worker is
-    killed (by the system, for want of memory) this process counts what the workers left and all the rest.
+    killed (by the system, when memory runs out) this process counts what the workers left and all the rest.
     """
 
     def __init__(self, protocol: Protocol, *, workers: int) -> None:

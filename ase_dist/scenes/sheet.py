@@ -46,9 +46,7 @@ def panels(scene: Scene) -> list[Bytes]:
     colors = np.array([voc_color(index) for index in range(256)], np.uint8)
     edges = np.where(boundaries(scene.label_map), np.uint8(0), np.uint8(255))
     normals = np.where((scene.normals != 0).any(axis=-1, keepdims=True), encode_normals(scene.normals), np.uint8(0))
-    return [
-        scene.image, colors[scene.semseg], colors[scene.parts], _grey(scene.saliency), _grey(edges), normals
-    ]  # fmt: skip
+    return [scene.image, colors[scene.semseg], colors[scene.parts], _grey(scene.saliency), _grey(edges), normals]
 
 
 def boundaries(label_map: NDArray[np.uint16]) -> NDArray[np.bool_]:

@@ -1,6 +1,6 @@
 """The order over a grid of lengths, worlds and batches: once per epoch, the same at any world size, resumable."""
 
-from itertools import islice, pairwise
+from itertools import islice
 
 import pytest
 
@@ -11,11 +11,8 @@ pytestmark = pytest.mark.single_gpu
 GRID = [(n, w, b) for n in (1, 2, 5, 12, 17) for w in (1, 2, 3, 4) for b in (1, 2, 3)]
 
 
-def samplers(length, world, batch, *, seed=0, **options):
-    return [
-        ResumableSampler(length, batch_size=batch, rank=rank, world_size=world, seed=seed, **options)
-        for rank in range(world)
-    ]
+def samplers(length, world, batch, *, seed=0):
+    return [ResumableSampler(length, batch_size=batch, rank=rank, world_size=world, seed=seed) for rank in range(world)]
 
 
 def take(ranks, steps):
@@ -45,18 +42,15 @@ def test_worlds_see_the_same_global_batches(length, world, batch):
     assert take(samplers(length, world, batch), 7) == take(samplers(length, 1, batch * world), 7)
 
 
-@pytest.mark.parametrize(
-    ("length", "world", "batch", "drop_last"),
-    [(n, w, b, drop) for n, w, b in GRID for drop in (False, True) if n >= w * b or not drop],
-)
-def test_resuming_after_any_step_continues_the_stream(length, world, batch, drop_last):
-    uninterrupted = take(samplers(length, world, batch, drop_last=drop_last), 8)
+@pytest.mark.parametrize(("length", "world", "batch"), GRID)
+def test_resuming_after_any_step_continues_the_stream(length, world, batch):
+    uninterrupted = take(samplers(length, world, batch), 8)
     for stop in range(8):
-        before = samplers(length, world, batch, drop_last=drop_last)
+        before = samplers(length, world, batch)
         assert take(before, stop) == uninterrupted[:stop]
         states = [sampler.state_dict() for sampler in before]
         assert all(state == states[0] for state in states)
-        after = samplers(length, world, batch, drop_last=drop_last)
+        after = samplers(length, world, batch)
         for sampler in after:
             sampler.load_state_dict(states[0])
         assert take(after, 8 - stop) == uninterrupted[stop:]
@@ -101,25 +95,6 @@ def test_orders_differ_between_epochs_and_seeds():
 
     assert len({order(0, 0), order(0, 1), order(0, 2), order(1, 0)}) == 4
     assert order(0, 1) == order(0, 1)
-
-
-def test_without_shuffling_the_order_is_the_lists():
-    batches = take(samplers(5, 1, 2, shuffle=False), 5)
-    assert [draw.image for draw in flat(batches)] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
-
-
-def test_drop_last_skips_the_rest_of_each_epoch():
-    ranks = samplers(17, 2, 3, drop_last=True)
-    assert ranks[0].steps_per_epoch == 2
-    for epoch, (first, second) in enumerate(list(pairwise(take(ranks, 6)))[::2]):
-        draws = first + second
-        assert {draw.epoch for draw in draws} == {epoch}
-        assert len({draw.image for draw in draws}) == 12
-
-
-def test_drop_last_needs_a_global_batch():
-    with pytest.raises(ValueError, match="got 5 images, wanted at least one global batch of 6"):
-        samplers(5, 2, 3, drop_last=True)
 
 
 @pytest.mark.parametrize(("length", "world", "batch", "steps"), [(12, 2, 3, 2), (13, 2, 3, 3), (1, 4, 2, 1)])

@@ -90,7 +90,7 @@ def test_a_killed_process_loses_no_count(caplog):
     metric.finish()
     assert torch.equal(metric.totals, expected)
     assert [record.message for record in caplog.records] == [
-        "a worker process ended early (exit code -9), perhaps for want of memory; counting boundaries goes on in "
+        "a worker process ended early (exit code -9), perhaps because memory ran out; counting boundaries goes on in "
         "this one, more slowly"
     ]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ase_dist.data.batch import Record
 from ase_dist.data.dataset import RecordDataset, leave_out
-from ase_dist.data.files import Array, read_image
+from ase_dist.data.files import read_image
 from ase_dist.data.packed.layout import Manifest, read_index, read_manifest, unpack_label
 from ase_dist.data.packed.verify import wrong_sizes
 from ase_dist.data.readers import reader_of
@@ -64,34 +64,31 @@ class PackedDataset(RecordDataset):
     def read(self, index: int) -> Record:
         """As RecordDataset's."""
         place, name = self._places[index], self.names[index]
-        data = memoryview(self._map(place.file))
+        if place.file not in self._maps:
+            with place.file.open("rb") as file:
+                self._maps[place.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = memoryview(self._maps[place.file])
+
+        def field(number: int) -> memoryview:
+            return data[place.offsets[number] : place.offsets[number + 1]]
+
         try:
-            labels = {task.name: self._label(data, place, task) for task in self.tasks}
+            labels = {
+                task.name: unpack_label(field(self._fields[task.name]), task.kind, place.shape) for task in self.tasks
+            }
         except UserError as error:
             raise UserError(
                 f"{place.file}: got a {error} of {name!r}, wanted what was packed; "
                 "make it again with launch/prepare_data.py"
             ) from None
-        return Record(index, name, self._image(data, place, name), labels)
+        if self._pictures == "files":
+            image = read_image(place.file / name, content=bytes(field(0)))
+        else:
+            image = np.frombuffer(field(0), np.uint8).reshape(*place.shape, 3)
+        return Record(index, name, image, labels)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
-
-    def _image(self, data: memoryview, place: _Place, name: str) -> Array:
-        start, stop = place.offsets[:2]
-        if self._pictures == "files":
-            return read_image(place.file / name, content=bytes(data[start:stop]))
-        return np.frombuffer(data[start:stop], np.uint8).reshape(*place.shape, 3)
-
-    def _label(self, data: memoryview, place: _Place, task: Task) -> Array:
-        field = self._fields[task.name]
-        return unpack_label(data[place.offsets[field] : place.offsets[field + 1]], task.kind, place.shape)
-
-    def _map(self, path: Path) -> mmap.mmap:
-        if path not in self._maps:
-            with path.open("rb") as file:
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._maps[path]
 
     def _check(self, manifest: Manifest, data: str, split: str, tasks: list[str]) -> None:
         if data != manifest.data:

@@ -1,4 +1,4 @@
-"""What a check found, told by name: all of it, in a file where it is long, and one sentence to stop with."""
+"""Reporting what a check found: every file by name, in a report where there are many, and one error at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONG = 20  # lines; more go into a report
 
 
 def report_path(place: Path) -> Path:
-    """The report beside the packed data set ``place``."""
+    """The report next to the packed data set ``place``."""
     return place.with_name(f"{place.name}.report.txt")
 
 
@@ -31,7 +31,14 @@ def conclude(found: Sequence[Findings], root: Path, place: Path, *, kind: type[F
     lines = [f"missing  {problem.line}" for problem in problems if problem.what == "missing"]
     lines += [f"unusable {problem.line}" for problem in problems if problem.what == "unusable"]
     lines += [f"resized  {line}" for line in resized]
-    where = _tell(lines, report_path(place))
+    report, where = report_path(place), ""
+    if len(lines) > LONG:
+        write_atomic(report, "\n".join(lines) + "\n")
+        where = f" (all are named in {report})"
+    else:
+        report.unlink(missing_ok=True)
+        for line in lines:
+            log.warning("%s", line)
     if resized:
         log.warning("%d labels are of another size than their image and are resized to it%s", len(resized), where)
     if problems:
@@ -40,14 +47,3 @@ def conclude(found: Sequence[Findings], root: Path, place: Path, *, kind: type[F
             f"{root}: {missing} of the files that the lists need are missing and {len(problems) - missing} cannot be "
             f"used{where or ' (they are named above)'}; {kind.origin}, after which the same command goes on from here"
         )
-
-
-def _tell(lines: Sequence[str], report: Path) -> str:
-    """Log or write the lines; where they are, in words."""
-    if len(lines) > LONG:
-        write_atomic(report, "\n".join(lines) + "\n")
-        return f" (all are named in {report})"
-    report.unlink(missing_ok=True)
-    for line in lines:
-        log.warning("%s", line)
-    return ""

@@ -105,7 +105,7 @@ def read_index(bin_path: Path, *, sha256: str | None = None) -> ShardIndex:
 
 
 def index_path(bin_path: Path) -> Path:
-    """The index beside a .bin."""
+    """The index of a .bin, next to it."""
     return bin_path.with_suffix(".json")
 
 

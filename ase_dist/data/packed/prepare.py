@@ -1,6 +1,6 @@
-"""Check a data set and pack it: whoever asks at the same time waits, whoever was interrupted goes on.
+"""Check a data set and pack it: one process at a time, and an interrupted one is continued by the next.
 
-Everything is written into a hidden folder beside the place of the packed data set, which one rename puts in its place.
+Everything is written into a hidden folder next to the place of the packed data set, and one rename puts it there.
 A file packed there before, or in the packed data set that is being replaced, is taken as it is if none of the files
 that it was made from has changed.
 """
@@ -99,8 +99,8 @@ def prepare(request: Request, out: Path | None = None) -> Path:
 def check_only(request: Request, out: Path | None = None) -> int:
     """Read every file of the source as packing would, and return the number of images; UserError as ``prepare``.
 
-    Nothing is written but, where there is much to say, a report beside ``out``. An archive is unpacked there for the
-    time being.
+    Nothing is written except a report next to ``out`` where there are many problems. An archive is unpacked there for
+    the time being.
     """
     archive, tasks = is_archive(request.source), request.task_names
     place = (out or default_place(request.source, request.data)).absolute()
@@ -150,14 +150,13 @@ def _is_current(place: Path, request: Request, tasks: tuple[str, ...], fingerpri
             f"--out: {place} was packed from {there.source}, wanted a new folder or one packed from {request.source}; "
             "name another, or remove it"
         )
-    log.info("%s; packing again", _difference(request, place, as_asked=as_asked, same=there.fingerprint == fingerprint))
-    return False
-
-
-def _difference(request: Request, place: Path, *, as_asked: bool, same: bool) -> str:
     if not as_asked:
-        return f"{place} was packed with other tasks or pictures"
-    return f"{place} lacks files" if same else f"{request.source} has changed since it was packed into {place}"
+        log.info("%s was packed with other tasks or pictures; packing again", place)
+    elif there.fingerprint == fingerprint:
+        log.info("%s lacks files; packing again", place)
+    else:
+        log.info("%s has changed since it was packed into %s; packing again", request.source, place)
+    return False
 
 
 def _unpacked(archive: Path, place: Path) -> Path:
@@ -180,7 +179,10 @@ def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> 
     if not archive and _is_current(place, request, tasks, whole):
         return
     making.mkdir(exist_ok=True)
-    _tidy(making, [job.target for job in jobs])
+    wanted = {path for job in jobs for path in (job.target, index_path(job.target))}
+    for path in making.iterdir():  # half-written files, and those of another plan
+        if path not in wanted:
+            path.unlink()
     todo = [(job, stamp) for job, stamp in stamped if not _is_packed_before(job, stamp, place)]
     if len(todo) < len(jobs):
         log.info("%d of %d files are packed already", len(jobs) - len(todo), len(jobs))
@@ -189,14 +191,6 @@ def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> 
     manifest = _manifest(request, jobs, archive_fingerprint(request.source) if archive else whole, tasks)
     write_atomic(making / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     _put(making, place)
-
-
-def _tidy(making: Path, targets: Sequence[Path]) -> None:
-    """Remove what does not belong to this plan: half-written files, and those of another one."""
-    wanted = {*targets, *(index_path(target) for target in targets)}
-    for path in making.iterdir():
-        if path not in wanted:
-            path.unlink()
 
 
 def _is_packed_before(job: Job, fingerprint: str, place: Path) -> bool:
@@ -238,7 +232,7 @@ def _manifest(request: Request, jobs: Sequence[Job], fingerprint: str, tasks: tu
 
 
 def _put(making: Path, place: Path) -> None:
-    """Rename; a data set in that place makes way first, and runs that read it keep their mapped files."""
+    """Rename ``making`` to ``place``; runs that read a data set that was there keep their mapped files."""
     flush(making)
     old = place.with_name(f".{place.name}.old-{os.getpid()}")
     if place.exists():

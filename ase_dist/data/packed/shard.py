@@ -1,4 +1,4 @@
-"""Packing or checking a part of a list in one process: every image and label decoded, everything wrong told."""
+"""Packing or checking a part of a list in one process: decodes every image and label and reports all that is wrong."""
 
 from __future__ import annotations
 
@@ -73,7 +73,11 @@ def pack(job: Job, fingerprint: str) -> Findings:
     with _Writer(job.target) as writer:
         for record in _sound_records(dataset, findings):
             if not findings.problems:
-                writer.add(record, _picture(dataset, record, job.pictures), job.tasks)
+                if job.pictures == "files":
+                    picture: bytes | memoryview = dataset.find(record.name, dataset.image_files).read_bytes()
+                else:
+                    picture = np.ascontiguousarray(record.image).data.cast("B")
+                writer.add(record, picture, job.tasks)
         if not findings.problems:
             writer.finish(fingerprint)
     return findings
@@ -125,7 +129,7 @@ def _diagnose(dataset: FolderDataset, name: str, first: str) -> list[Problem]:
 
 
 def _sentences(dataset: FolderDataset, name: str) -> Iterator[str]:
-    shape = (1, 1)  # where the picture tells none: the labels can be read all the same
+    shape = (1, 1)  # for an unreadable picture: its labels can be read all the same
     try:
         image = read_image(dataset.find(name, dataset.image_files), labelled=bool(dataset.tasks))
         shape = (image.shape[0], image.shape[1])
@@ -138,12 +142,6 @@ def _sentences(dataset: FolderDataset, name: str) -> Iterator[str]:
             yield str(error)
 
 
-def _picture(dataset: FolderDataset, record: Record, pictures: Pictures) -> bytes | memoryview:
-    if pictures == "files":
-        return dataset.find(record.name, dataset.image_files).read_bytes()
-    return np.ascontiguousarray(record.image).data.cast("B")
-
-
 def _stamp(path: Path) -> tuple[str, int, int] | None:
     try:
         facts = path.stat()
@@ -153,7 +151,7 @@ def _stamp(path: Path) -> tuple[str, int, int] | None:
 
 
 class _Writer:
-    """Writes a .bin beside its place; ``finish`` brings it to disk, renames it and writes its index."""
+    """Writes a .bin to a temporary file; ``finish`` fsyncs it, renames it and writes its index."""
 
     def __init__(self, target: Path) -> None:
         self._target = target
