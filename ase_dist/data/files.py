@@ -1,12 +1,16 @@
-"""Files of a data folder, read into arrays; a file that cannot be read is a UserError that names it."""
+"""Files of a data folder, read into arrays.
+
+A file that does not hold what it should is a UserError that names it; where the file system fails for a moment, it is a
+RunError that names the file too.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +57,10 @@ def read_image(path: Path, *, content: bytes | None = None, labelled: bool = Fal
     with _reading(path, wanted), Image.open(path if content is None else io.BytesIO(content)) as picture:
         if picture.mode not in _COLOUR_MODES:
             raise reject(path, f"Pillow's mode {picture.mode!r}", wanted)
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) if labelled else 1
+        turned = 1
+        if labelled:
+            with contextlib.suppress(*_BROKEN):  # a damaged tag is none
+                turned = picture.getexif().get(ExifTags.Base.Orientation, 1)
         if turned in (2, 3, 4) or (turned in (5, 6, 7, 8) and picture.width == picture.height):
             raise reject(
                 path,
@@ -103,7 +110,7 @@ def reject(path: Path, got: str, wanted: str, *, advice: str = "unpack the archi
     return UserError(f"{path}: got {got}, wanted {wanted}; {advice}, or take {path.stem!r} out of the list")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _reading(path: Path, wanted: str) -> Iterator[None]:
     try:
         yield

@@ -1,11 +1,15 @@
 """Reading files: what is accepted, and one sentence for each kind of damage."""
 
+import builtins
+import errno
+
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
 
 from ase_dist.data.files import read_array, read_codes, read_image, read_variable
+from ase_dist.errors import ExitCode, RunError
 
 pytestmark = pytest.mark.single_gpu
 
@@ -94,3 +98,26 @@ def test_arrays_are_never_unpickled(tmp_path, one_sentence):
         with pytest.raises(ValueError, match="unreadable") as raised:
             read_array(tmp_path / name)
         one_sentence(raised, tmp_path / name, "plain numbers")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_network_that_fails_for_a_moment_is_no_fault_of_the_file(tmp_path, monkeypatch, code):
+    """A RunError of the code after which a run is tried again; it names the file."""
+    for name in ("a.png", "a.npy", "a.mat"):
+        (tmp_path / name).write_bytes(b"x")
+
+    def fails(*_args, **_options):
+        raise OSError(code, "of the moment")
+
+    monkeypatch.setattr(builtins, "open", fails)
+    monkeypatch.setattr("pathlib.Path.open", fails)
+    for read, name in ((read_image, "a.png"), (read_array, "a.npy"), (lambda path: read_variable(path, "x"), "a.mat")):
+        with pytest.raises(RunError, match="of the moment") as raised:
+            read(tmp_path / name)
+        assert raised.value.exit_code is ExitCode.IO_ERROR and str(tmp_path / name) in str(raised.value)
+
+
+def test_a_damaged_orientation_tag_is_none(tmp_path):
+    picture = Image.fromarray(np.full((4, 6, 3), 9, np.uint8))
+    picture.save(tmp_path / "a.jpg", exif=b"Exif\0\0not a tag at all")
+    assert read_image(tmp_path / "a.jpg", labelled=True).shape == (4, 6, 3)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,6 +213,21 @@ def test_a_damaged_file_is_told_in_the_loop(folder, settings, one_sentence, work
     assert next(loader).names == ["train_3"]  # once repaired, the same batch comes
     assert loader.state_dict()["consumed"] == state["consumed"] + 1 or loader.epoch == state["epoch"] + 1
     loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bug_shows_where_it_is(settings, workers):
+    loader = train(settings(workers=workers))
+    loader._prefetcher._fetch = Failing()
+    with pytest.raises(ZeroDivisionError, match="a bug") as raised:
+        next(loader)
+    assert "test_loader.py" in str(raised.value) or raised.traceback[-1].path == Path(__file__)
+    loader.close()
+
+
+class Failing:
+    def __call__(self, draws):
+        raise ZeroDivisionError("a bug")
 
 
 def test_without_augmentation_epochs_are_alike(settings):
