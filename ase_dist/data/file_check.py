@@ -58,8 +58,10 @@ class FileCheck:
                 advice = "remove it" if name.startswith("#") else f"write {right!r}"
                 raise UserError(f"{path}: got the line {name!r}, wanted one image name and nothing else; {advice}")
         for patterns in (image, *(need for needs in labels.values() for need in needs)):
-            similar = {_spelling(file): file for file in sorted(self._files_of(patterns))}
-            for name, _ in self._missing(names, patterns):
+            missing = list(self._missing(names, patterns))
+            files = self._files_of(patterns) if missing else ()
+            similar = {_spelling(file): file for file in sorted(files)}
+            for name, _ in missing:
                 found = similar.get(_spelling(f"{name}.any"))
                 if found is not None:
                     either = " or ".join(pattern.format(name) for pattern in patterns)

@@ -49,9 +49,10 @@ def read_image(path: Path, *, content: bytes | None = None, labelled: bool = Fal
     """The picture of ``path`` as uint8 [H, W, 3]; grey, palette and CMYK files are converted to RGB.
 
     Orientation tags are not applied: labels follow the pixels as stored. With ``labelled``, a picture is refused whose
-    tag leaves open which way up its labels were drawn: sizes tell it unless the picture is square or the tag keeps its
-    sides. With ``content``, these are the file's bytes and ``path`` is its name only. Raises UserError for these, for
-    a missing, corrupt or truncated file and for more than 8 bits a channel.
+    tag leaves open which way up its labels were drawn: their sizes show it unless the picture is about square or the
+    tag keeps its sides. With ``content``, these are the file's bytes and ``path`` is its name only.
+
+    Raises UserError for these, for a missing, corrupt or truncated file and for more than 8 bits a channel.
     """
     wanted = "a picture of 8 bits a channel"
     with _reading(path, wanted), Image.open(path if content is None else io.BytesIO(content)) as picture:
@@ -61,7 +62,8 @@ def read_image(path: Path, *, content: bytes | None = None, labelled: bool = Fal
         if labelled:
             with contextlib.suppress(*_BROKEN):  # a damaged tag is none
                 turned = picture.getexif().get(ExifTags.Base.Orientation, 1)
-        if turned in (2, 3, 4) or (turned in (5, 6, 7, 8) and picture.width == picture.height):
+        sides = sorted(picture.size)
+        if turned in (2, 3, 4) or (turned in (5, 6, 7, 8) and sides[0] > 0.95 * sides[1]):
             raise reject(
                 path,
                 f"a picture with the orientation tag {turned}",

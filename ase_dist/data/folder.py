@@ -154,10 +154,13 @@ def find_roots(folder: Path, list_folder: str) -> list[Path]:
         following = []
         for path in level:
             with contextlib.suppress(OSError), os.scandir(path) as entries:  # a folder that may not be read
-                for name in sorted(entry.name for entry in entries if entry.is_dir()):
-                    place = (path / name).resolve()
+                folders = [
+                    Path(entry) for entry in entries if entry.is_dir(follow_symlinks=False) or entry.is_symlink()
+                ]
+                for candidate in filter(Path.is_dir, sorted(folders)):  # a link may lead nowhere
+                    place = candidate.resolve()
                     if place not in seen and len(seen) < SEARCHED_FOLDERS:
                         seen.add(place)
-                        following.append(path / name)
+                        following.append(candidate)
         level = following
     return []

@@ -237,8 +237,9 @@ def upright(values, orientation):
     return picture
 
 
-def test_a_square_picture_with_a_tag_is_told(pascal):
-    pascal.add("a", shape=(12, 12))
+@pytest.mark.parametrize("shape", [(12, 12), (96, 100)])
+def test_a_square_picture_with_a_tag_is_told(pascal, shape):
+    pascal.add("a", shape=shape)
     tag(pascal.root / "JPEGImages/a.jpg", 6)
     with pytest.raises(UserError, match=r"a\.jpg: got a picture with the orientation tag 6"):
         PascalContext(pascal.root, "train", select_tasks("pascal_context"))[0]

@@ -156,7 +156,9 @@ def test_links_to_the_folder_itself_end(six, tmp_path, pack, one_sentence):
         (six.root / "JPEGImages" / name).symlink_to(six.root / "JPEGImages")
     assert len(packed_names(pack(six.root))) == 5
     loops = tmp_path / "loops"
-    loops.mkdir()
+    (loops / "z").mkdir(parents=True)
+    for name, target in (("circle", "circle"), ("one", "two"), ("two", "one"), ("nowhere", "absent")):
+        (loops / name).symlink_to(loops / target)
     for name in ("self", "again", "more"):
         (loops / name).symlink_to(loops)
     assert find_roots(loops, "ImageSets/Context") == []
