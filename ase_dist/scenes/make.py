@@ -7,7 +7,6 @@ settings is made again.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from ase_dist.cores import usable_cores
 from ase_dist.data.cache import cache_folder, flush, locked, remove, track_progress
-from ase_dist.errors import UserError, file_error
+from ase_dist.errors import RunError, UserError, file_error
 from ase_dist.files import fsync
 from ase_dist.scenes.layout import VAL_START, make_folders, scene_id, write_lists, write_scene
 from ase_dist.scenes.render import RENDERER_VERSION, render_scene
@@ -58,8 +57,8 @@ def ensure_scenes(root: Path | None, *, train: int, val: int, size: int, seed: i
     It is a folder in ``root`` (None: the user's cache folder), named after the settings. ``workers`` processes render,
     by default one for each core that this process may use, at most 16.
 
-    Raises UserError for settings out of range and where the folder cannot be written, RunError where the disk is full;
-    then nothing is left behind.
+    Raises UserError for settings out of range and where the folder cannot be written, RunError where the disk is full
+    or a process is killed; then nothing is left behind.
     """
     wanted = SceneSet(train, val, size, seed)
     for name, low, high in (("train", 1, VAL_START), ("val", 1, VAL_START), ("size", 32, 4096), ("seed", 0, 2**31 - 1)):
@@ -77,6 +76,8 @@ def ensure_scenes(root: Path | None, *, train: int, val: int, size: int, seed: i
             if not is_complete(place, wanted):
                 remove([*parent.glob(f".{place.name}.making-*"), place])
                 _make(place, wanted, workers if workers is not None else min(usable_cores(), MOST_WORKERS))
+    except WorkerDiedError as error:
+        raise RunError(f"cannot make the generated scenes in {parent}: {error}; try again, or on fewer cores") from None
     except OSError as error:
         raise file_error(
             error,
@@ -115,8 +116,6 @@ def _make(place: Path, wanted: SceneSet, workers: int) -> None:
         flush(making)
         making.replace(place)
         fsync(place.parent)
-    except WorkerDiedError as error:
-        raise OSError(errno.ECHILD, str(error)) from None
     finally:
         if making.exists():
             shutil.rmtree(making, ignore_errors=True)

@@ -180,10 +180,10 @@ def test_errors_and_deaths_of_workers_are_raised(tmp_path: Path, monkeypatch) ->
     monkeypatch.setattr(make, "STARTUP", 1)
     with monkeypatch.context() as patch:
         patch.setattr(make, "make_folders", lambda folder: (folder / "ImageSets/Context").mkdir(parents=True))
-        with pytest.raises(OSError, match=r"cannot make the generated scenes in .*: No such file or directory"):
+        with pytest.raises(UserError, match=r"cannot make the generated scenes in .*: No such file or directory"):
             ensure_scenes(tmp_path, **WANTED, workers=2)
     monkeypatch.setattr(workers.sys, "executable", shutil.which("false"))
-    with pytest.raises(OSError, match=r"cannot make the generated scenes in .*: a worker process ended early"):
+    with pytest.raises(RunError, match=r"cannot make the generated scenes in .*: a worker process ended early"):
         ensure_scenes(tmp_path, **WANTED, workers=2)
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 

@@ -46,6 +46,6 @@ def run_jobs(
 
 
 def do_job(number: int, job: Job, fingerprint: str | None, data_set: DataSet) -> tuple[int, Findings]:
-    """``number`` and the findings of a job; a worker does not know the data sets that a program has added."""
-    DATA_SETS.setdefault(job.data, data_set)
+    """``number`` and the findings of a job; a worker does not know what a program has added to the table."""
+    DATA_SETS[job.data] = data_set
     return number, check(job) if fingerprint is None else pack(job, fingerprint)
