@@ -78,12 +78,14 @@ def read_codes(path: Path, *, modes: tuple[str, ...], wanted: str) -> Array:
 
     One-bit pictures (mode ``1``) are read as 0 and 255.
     ``modes`` are Pillow's names of the allowed forms. Raises UserError for any other form (a 16-bit label is
-    ``I;16``) and for an unreadable file.
+    ``I;16``), for a JPEG under any name unless its colours are wanted, and for an unreadable file.
     """
     with _reading(path, wanted), Image.open(path) as picture:
         if picture.mode not in modes:
             depth = "a 16-bit picture" if picture.mode.startswith("I") else f"Pillow's mode {picture.mode!r}"
             raise reject(path, depth, wanted)
+        if picture.format == "JPEG" and "RGB" not in modes:
+            raise reject(path, "a JPEG, which does not keep values exactly", wanted)
         return np.asarray(picture.convert("L") if picture.mode == "1" else picture)
 
 

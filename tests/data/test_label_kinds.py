@@ -168,6 +168,15 @@ TOLD = {
 }
 
 
+@pytest.mark.parametrize("task", [PARTS, MASK, EDGE])
+def test_a_jpeg_by_the_name_of_a_png_is_told(read, tmp_path, task):
+    """Its classes are smeared at every border."""
+    read(task, BITS.astype(np.uint8), "png")
+    Image.fromarray(BITS.astype(np.uint8)).save(tmp_path / "own" / task.name / "a.png", format="JPEG")
+    with pytest.raises(UserError, match=r"a\.png: got a JPEG"):
+        FolderDataset(tmp_path / "own", "train", (task,))[0]
+
+
 @pytest.mark.parametrize("case", TOLD)
 @pytest.mark.filterwarnings("error")
 def test_what_is_no_label_is_told_by_name(read, case, one_sentence):
