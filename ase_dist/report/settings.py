@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import yaml
 
-from ase_dist.config import Section, Settings, flat, setting_keys
+from ase_dist.config import Section, Settings, flat, setting_keys, upgrade_tree
 from ase_dist.errors import UserError
 from ase_dist.training.record.records import reach
 
@@ -46,14 +46,14 @@ class SettingsSection:
 
 
 def read_settings(config: str) -> dict[str, Any]:
-    """The plain tree in the text of a config.yaml. Raises UserError with one sentence where it is none."""
+    """The plain tree in the text of a config.yaml, under today's names; UserError with one sentence if it is none."""
     try:
         tree = yaml.safe_load(config)
     except yaml.YAMLError as error:
         raise UserError(f"config.yaml is not plain YAML ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(tree, dict):
         raise UserError("config.yaml holds no settings")
-    return {str(key): value for key, value in tree.items()}
+    return upgrade_tree({str(key): value for key, value in tree.items()})
 
 
 def settings_sections(tree: Mapping[str, Any]) -> list[SettingsSection]:

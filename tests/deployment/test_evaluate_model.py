@@ -7,15 +7,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ase_dist.commands.evaluate import main
+from ase_dist.config import Settings
 from ase_dist.deployment.evaluate_model import EvaluationRequest, data_settings
 from ase_dist.deployment.export import export_run
 from ase_dist.deployment.reference import read_reference
 from ase_dist.deployment.trained_model import open_trained_model
+from ase_dist.tasks import select_tasks
 from tests.training.conftest import start_world
 from tests.training.tiny_runs import ROOT, metric_lines, tiny_run
 
@@ -129,6 +132,20 @@ def test_other_data_keep_the_model_and_lose_the_place(folder, tmp_path):
         saved, EvaluationRequest(folder / "run", data=str(tmp_path), overrides=("data.limit_val=2",))
     ).data
     assert (placed.name, placed.root, placed.limit_val) == ("pascal_context", tmp_path, 2)
+
+
+@pytest.mark.single_gpu
+@pytest.mark.parametrize(
+    "name", ["bob's data", 'a "b"', "set #2", "{x}", "[1]", "a: b", "2024-11-25", "no", " a ", "%s"]
+)
+def test_a_data_folder_may_have_any_name(name, tmp_path):
+    (tmp_path / name).mkdir()
+    trained = SimpleNamespace(settings=Settings(), tasks=select_tasks("scenes"))
+    for path in (tmp_path / name, tmp_path / name / ".." / name):
+        chosen = data_settings(trained, EvaluationRequest("run", data=str(path), overrides=("data.limit_val=2",)))
+        assert (chosen.data.root, chosen.data.limit_val) == (path, 2)
+    given = data_settings(trained, EvaluationRequest("run", overrides=(f"data.root={tmp_path / name}",)))
+    assert given.data.root == tmp_path / name
 
 
 MISTAKES = {

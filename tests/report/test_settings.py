@@ -55,3 +55,9 @@ def test_a_setting_of_another_version_is_shown_as_such():
 def test_what_is_no_tree_is_refused_in_a_sentence(text):
     with pytest.raises(ValueError, match=r"config\.yaml"):
         read_settings(text)
+
+
+def test_settings_of_an_older_run_stand_under_their_names_of_today():
+    found = rows("data: {train_images: 7}\ntrain: {eps: 0.5}\n")
+    assert list(found) == setting_keys()
+    assert (found["data.scenes.train_images"].value, found["train.adam.eps"].value) == ("7", "0.5")
