@@ -39,8 +39,9 @@ class Prefetcher(Generic[BatchT]):
 
     ``workers`` 0: a thread prepares the next batch while the loop uses this one. More: that many processes, spawned
     (forking a process that holds threads or a CUDA context is not safe, and a fork server would die of a signal that
-    is sent to the whole job, and take the workers with it). A UserError or OSError in ``fetch`` is raised again in
-    the loop as it is, any other exception with its traceback. Batches are page-locked where there is a CUDA device.
+    is sent to the whole job, and take the workers with it). Mistakes and faults of files in ``fetch`` are raised
+    again in the loop with the same sentence, bugs with their traceback. Batches are page-locked where
+    there is a CUDA device.
     """
 
     def __init__(self, fetch: Callable[[Draws], BatchT], *, plan: Callable[[], Iterable[Draws]], workers: int) -> None:

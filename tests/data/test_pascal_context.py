@@ -125,8 +125,11 @@ def test_missing_root(root, one_sentence):
 
 def test_another_folder_altogether(three, one_sentence):
     with pytest.raises(ValueError, match="no such list") as raised:
-        PascalContext(three.root.parent, "train", ALL)
+        PascalContext(three.root / "JPEGImages", "train", ALL)
     one_sentence(raised, "ImageSets/Context/train.txt", "none at all")
+    with pytest.raises(ValueError, match="got no folder ImageSets/Context") as raised:
+        PascalContext(three.root.parent, "train", ALL)
+    one_sentence(raised, f"give data.root={three.root}")
     with pytest.raises(ValueError, match=r"val\.txt: no such list, found \['train'\]"):
         PascalContext(three.root, "val", ALL)
 
