@@ -1,7 +1,7 @@
 """Line charts as inline SVG, in the colours of the page, dark or light; a script shows the values at the pointer.
 
-Without pictures and fonts of their own they weigh a few kilobytes each, and print sharply. Colours of lines are those
-of ``ase_dist.training.record.plots``; "ink" is the colour of text.
+SVG charts have a few kilobytes each and print sharply. Colours of lines are those of
+``ase_dist.training.record.plots``; "ink" is the colour of text.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 from xml.etree.ElementTree import Element, SubElement, tostring
 
@@ -22,8 +22,8 @@ from ase_dist.training.record.records import Series
 
 WIDTH, HEIGHT = 360.0, 190.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 8.0, 24.0
-POINTS = 400  # of a line: about one a pixel
-FEW = 40  # points up to which each gets a dot
+POINTS = 400  # per line: about one per pixel
+FEW = 40  # up to so many points each gets a dot
 INK = "ink"
 
 
@@ -51,7 +51,8 @@ class Chart:
 
     @functools.cached_property
     def _drawn(self) -> list[Line]:
-        return [_thinned(line) for line in self.lines if line.series]
+        shown = [line for line in self.lines if line.series]
+        return [line if line.spread else replace(line, series=line.series.thinned(POINTS)) for line in shown]
 
     @functools.cached_property
     def _frame(self) -> _Frame:
@@ -60,12 +61,23 @@ class Chart:
     @property
     def svg(self) -> Markup:
         """The picture as an element for the page."""
-        return _draw(self._drawn, self._frame, title=self.title)
+        svg = Element("svg", viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}", role="img")
+        svg.set("aria-label", f"{self.title} over the steps")
+        _draw_axes(svg, self._frame)
+        for line in self._drawn:
+            _draw_line(svg, line, self._frame)
+        return Markup(tostring(svg, encoding="unicode"))  # ElementTree has escaped every text and attribute
 
     @property
     def hover(self) -> str:
         """JSON for the script: the range of steps, the margins, and the points of the lines that have a label."""
-        return _hover(self._drawn, self._frame)
+        lines = [
+            [line.label, [[step, significant(value)] for step, value in _points(line.series)]]
+            for line in self._drawn
+            if line.label
+        ]
+        box = [LEFT, WIDTH - RIGHT, WIDTH]
+        return json.dumps({"x": self._frame.x, "box": box, "lines": lines}, separators=(",", ":"))
 
     def __bool__(self) -> bool:
         return any(line.series for line in self.lines)
@@ -100,20 +112,6 @@ class _Frame:
         return f"{self.left(step):.1f} {self.top(value):.1f}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing
-
-
-def _draw(lines: Sequence[Line], frame: _Frame, *, title: str) -> Markup:
-    """The whole SVG element."""
-    svg = Element("svg", viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}", role="img")
-    svg.set("aria-label", f"{title} over the steps")
-    _draw_axes(svg, frame)
-    for line in lines:
-        _draw_line(svg, line, frame)
-    return Markup(tostring(svg, encoding="unicode"))  # ElementTree has escaped every text and attribute
-
-
 def _draw_axes(svg: Element, frame: _Frame) -> None:
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     for value in _ticks(frame.y):
@@ -143,40 +141,21 @@ def _draw_line(svg: Element, line: Line, frame: _Frame) -> None:
     if line.color != INK:
         paint["stroke"] = line.color
     if line.spread:
-        _draw_band(svg, line, frame)
-    SubElement(svg, "path", {**paint, "d": _path(line.series, frame)})
+        edges = [_points(Series(line.series.steps, _shifted(line, edge))) for edge in (1, -1)]
+        outline = [frame.point(x, y) for x, y in (*edges[0], *reversed(edges[1]))]
+        band = {"class": "band"} if line.color == INK else {"class": "band", "fill": line.color}
+        if outline:
+            SubElement(svg, "path", {**band, "d": f"M{'L'.join(outline)}Z"})
+    path, pen_is_down = [], False
+    for step, value in zip(line.series.steps, line.series.values, strict=True):
+        is_known = math.isfinite(value)
+        if is_known:
+            path.append(("L" if pen_is_down else "M") + frame.point(step, value))
+        pen_is_down = is_known  # a gap where a value is missing
+    SubElement(svg, "path", {**paint, "d": "".join(path)})
     if len(line.series.steps) <= FEW and line.style == "plain":
         dots = [frame.point(x, y) for x, y in _points(line.series)]
         SubElement(svg, "path", {**paint, "class": "dots", "d": "".join(f"M{dot}h0" for dot in dots)})
-
-
-def _draw_band(svg: Element, line: Line, frame: _Frame) -> None:
-    steps = line.series.steps
-    lower, upper = (list(_points(Series(steps, _shifted(line, edge)))) for edge in (-1, 1))
-    outline = [frame.point(x, y) for x, y in (*upper, *reversed(lower))]
-    paint = {"class": "band"} if line.color == INK else {"class": "band", "fill": line.color}
-    if outline:
-        SubElement(svg, "path", {**paint, "d": f"M{'L'.join(outline)}Z"})
-
-
-def _path(series: Series, frame: _Frame) -> str:
-    """Moves and lines; a gap where a value is missing."""
-    parts, pen_is_down = [], False
-    for step, value in zip(series.steps, series.values, strict=True):
-        is_known = math.isfinite(value)
-        if is_known:
-            parts.append(("L" if pen_is_down else "M") + frame.point(step, value))
-        pen_is_down = is_known
-    return "".join(parts)
-
-
-def _hover(lines: Sequence[Line], frame: _Frame) -> str:
-    named = [
-        [line.label, [[step, significant(value)] for step, value in _points(line.series)]]
-        for line in lines
-        if line.label
-    ]
-    return json.dumps({"x": frame.x, "box": [LEFT, WIDTH - RIGHT, WIDTH], "lines": named}, separators=(",", ":"))
 
 
 def _points(series: Series) -> list[tuple[float, float]]:
@@ -188,9 +167,3 @@ def _shifted(line: Line, sign: int) -> list[float]:
     """The values moved by the half-width of the band."""
     spread = line.spread or [0.0] * len(line.series.values)
     return [value + sign * half for value, half in zip(line.series.values, spread, strict=True)]
-
-
-def _thinned(line: Line) -> Line:
-    if line.spread:
-        return line
-    return Line(line.series.thinned(POINTS), line.color, line.label, line.style)

@@ -29,7 +29,15 @@ def loss_charts(records: Records) -> list[Chart]:
 def metric_charts(records: Records, rows: Sequence[ResultRow]) -> list[Chart]:
     """Every task's metric over the evaluations, the trivial predictor dashed, and the mean gain over it."""
     order = {name: i for i, name in enumerate(records.tasks or records.evaluated_tasks())}
-    found = [_metric(row, color_of(order.get(row.facts.name, len(order)))) for row in rows]
+    found = []
+    for row in rows:
+        facts = row.facts
+        lines = [Line(row.series, color_of(order.get(facts.name, len(order))), facts.metric_title)]
+        if math.isfinite(row.trivial) and row.series:
+            ends = [row.series.steps[0], row.series.steps[-1]]
+            lines.append(Line(Series(ends, [row.trivial] * 2), TRIVIAL, style="dashed"))
+        note = f"{facts.metric_title}, {facts.arrow} {facts.direction}" if facts.direction else ""
+        found.append(Chart(facts.title, lines, note=note, value=significant(row.latest)))
     gain = gains(rows)
     if len(rows) > 1 and gain:
         note = "\u0394m over the trivial predictor, %, \u2191 higher is better"
@@ -38,7 +46,7 @@ def metric_charts(records: Records, rows: Sequence[ResultRow]) -> list[Chart]:
 
 
 def course_charts(records: Records) -> list[Chart]:
-    """What training looked like from outside."""
+    """Learning rate, speed, memory and the router's auxiliary loss."""
     memory = records.series("train", "memory_bytes")
     lr = records.series("train", "lr")
     speed = records.series("train", "images_per_second")
@@ -69,18 +77,24 @@ def gate_charts(records: Records) -> list[Chart]:
     if not frames:
         return []
     steps = sorted(frames)
-    gates = np.stack([frames[step] for step in steps])  # [records, layers, tasks]
-    titles = [task_facts(records.data, name).title for name in records.task_names(gates.shape[2])]
-    return [_gates(title, steps, gates[:, :, i]) for i, title in enumerate(titles)]
+    gates_RLt = np.stack([frames[step] for step in steps])  # [records, layers, tasks]
+    found = []
+    for i, name in enumerate(records.task_names(gates_RLt.shape[2])):
+        mean = Series([float(step) for step in steps], [_mean_of_known(gates_L) for gates_L in gates_RLt[:, :, i]])
+        lines = [*_layer_lines(steps, gates_RLt[:, :, i]), Line(mean, INK, "mean of the layers")]
+        title, value = task_facts(records.data, name).title, significant(mean.last, 3)
+        found.append(Chart(title, lines, note="mean over tokens", value=value, zero=True))
+    return found
 
 
 def conflict_charts(records: Records) -> list[Chart]:
-    """How often and how far the tasks' gradients on the shared experts point apart."""
+    """How often the tasks' gradients on the shared experts conflict, and their cosines."""
     matrices = records.arrays("conflict", "cosines", ndim=2)
     layers = records.arrays("conflict", "cosines_by_layer", ndim=1)
     steps = sorted(layers)
     share = records.series("conflict", "conflicting").scaled(100)
-    pairs = Series([float(step) for step in sorted(matrices)], [_off_diagonal(matrices[s]) for s in sorted(matrices)])
+    off_diagonal = [matrices[step][~np.eye(*matrices[step].shape, dtype=np.bool_)] for step in sorted(matrices)]
+    pairs = Series([float(step) for step in sorted(matrices)], [_mean_of_known(cosines) for cosines in off_diagonal])
     by_layer = _layer_lines(steps, np.stack([layers[step] for step in steps])) if steps else []
     found = [
         Chart(
@@ -103,7 +117,7 @@ def conflict_charts(records: Records) -> list[Chart]:
 
 
 def last_matrix(records: Records) -> tuple[int, Array] | None:
-    """The step of the last measurement of gradient conflict and its cosines, tasks by tasks."""
+    """The step of the last measurement of gradient conflict and its cosines [t, t]."""
     matrices = records.arrays("conflict", "cosines", ndim=2)
     if not matrices or len(records.tasks) != len(matrices[max(matrices)]):
         return None
@@ -111,7 +125,7 @@ def last_matrix(records: Records) -> tuple[int, Array] | None:
 
 
 def color_of(index: int) -> str:
-    """The colour of a task or a variant, as the plots have it."""
+    """The colour of a task or a variant, as in the plots."""
     return COLORS[index % len(COLORS)]
 
 
@@ -120,23 +134,8 @@ def _smoothed(title: str, series: Series, color: str) -> Chart:
     return Chart(title, lines, note="\u2193 lower is better", value=significant(series.last))
 
 
-def _metric(row: ResultRow, color: str) -> Chart:
-    lines = [Line(row.series, color, row.facts.metric_title)]
-    if math.isfinite(row.trivial) and row.series:
-        ends = [row.series.steps[0], row.series.steps[-1]]
-        lines.append(Line(Series(ends, [row.trivial] * 2), TRIVIAL, style="dashed"))
-    note = f"{row.facts.metric_title}, {row.facts.arrow} {row.facts.direction}" if row.facts.direction else ""
-    return Chart(row.facts.title, lines, note=note, value=significant(row.latest))
-
-
-def _gates(title: str, steps: Sequence[int], gates_RL: Array) -> Chart:
-    mean = Series([float(step) for step in steps], _means(gates_RL))
-    lines = [*_layer_lines(steps, gates_RL), Line(mean, INK, "mean of the layers")]
-    return Chart(title, lines, note="mean over tokens", value=significant(mean.last, 3), zero=True)
-
-
 def _layer_lines(steps: Sequence[int], values_RL: Array) -> list[Line]:
-    """A thin line per layer, from blue to green: the part of the plots' colours that shows on dark and on light."""
+    """A thin line per layer, from blue to green: the colours of the plots that are visible on dark and light pages."""
     count = values_RL.shape[1]
     colors = [to_hex(matplotlib.colormaps["viridis"](0.3 + 0.58 * i / max(1, count - 1))) for i in range(count)]
     return [
@@ -145,11 +144,7 @@ def _layer_lines(steps: Sequence[int], values_RL: Array) -> list[Line]:
     ]
 
 
-def _means(values_RL: Array) -> list[float]:
-    """The mean over the known values of each row; NaN where there are none."""
-    return [float(row[np.isfinite(row)].mean()) if np.isfinite(row).any() else math.nan for row in values_RL]
-
-
-def _off_diagonal(cosines_tt: Array) -> float:
-    known = [v for i, row in enumerate(cosines_tt) for j, v in enumerate(row) if i != j and math.isfinite(v)]
-    return float(np.mean(known)) if known else math.nan
+def _mean_of_known(values: Array) -> float:
+    """The mean over the finite values; NaN where there are none."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else math.nan

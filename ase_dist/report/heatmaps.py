@@ -79,7 +79,7 @@ def chosen_steps(steps: Sequence[int], *, numbers: int) -> list[int]:
 
 
 def palette() -> list[str]:
-    """The colours from 0 to the greatest value."""
+    """The colours from 0 to the largest value."""
     return [to_hex(matplotlib.colormaps["viridis"](i / (LEVELS - 1))) for i in range(LEVELS)]
 
 
@@ -93,7 +93,7 @@ def level(value: float, top: float) -> int:
 
 
 def _to_json(frames: dict[str, Array], tops: dict[str, float], labels: list[str], tasks: list[str]) -> Markup:
-    """For the script. ``<`` is written as an escape: the text stands inside a script element."""
+    """JSON for the script; ``<`` is escaped, because the text is inside a script element."""
     values = {
         key: np.rint(np.nan_to_num(stack) * UNIT).astype(int).reshape(len(labels), -1).tolist()
         for key, stack in frames.items()
@@ -112,31 +112,27 @@ def _to_json(frames: dict[str, Array], tops: dict[str, float], labels: list[str]
 
 
 def _draw_map(values_tN: Array, tasks: Sequence[str], shared: Sequence[int], *, top: float) -> Markup:
-    tasks_count, experts = values_tN.shape
+    num_tasks, experts = values_tN.shape
     colors, width = palette(), CELLS / experts
-    height = tasks_count * ROW + FOOT
+    height = num_tasks * ROW + FOOT
     svg = Element("svg", {"viewBox": f"0 0 {NAMES + CELLS + 4:g} {height:g}", "role": "img", "class": "map"})
     for i, (name, row_N) in enumerate(zip(tasks, values_tN, strict=True)):
         _text(svg, NAMES - 5, i * ROW + ROW - 4, name, anchor="end")
         for j, value in enumerate(row_N):
             cell = {"x": f"{NAMES + j * width:.2f}", "y": f"{i * ROW:g}", "width": f"{width:.2f}", "height": f"{ROW:g}"}
             SubElement(svg, "rect", {**cell, "fill": colors[level(float(value), top)]})
-    _draw_feet(svg, experts, shared, height=tasks_count * ROW)
-    return Markup(tostring(svg, encoding="unicode"))
-
-
-def _draw_feet(svg: Element, experts: int, shared: Sequence[int], *, height: float) -> None:
-    """Numbers under some of the routed experts, a frame and an S for the shared ones, which stand together."""
-    width, known = CELLS / experts, [i for i in shared if 0 <= i < experts]
+    # numbers under some of the routed experts, a frame and an S for the shared ones, which stand together
+    bottom, known = num_tasks * ROW, [i for i in shared if 0 <= i < experts]
     low = min(known, default=experts)
     for i in range(0, experts, max(1, math.ceil(experts / 6))):
         if i < low - 0.04 * experts - 1 or not known:
-            _text(svg, NAMES + (i + 0.5) * width, height + 11, str(i), anchor="middle")
+            _text(svg, NAMES + (i + 0.5) * width, bottom + 11, str(i), anchor="middle")
     if known:
         left, wide = NAMES + low * width, (max(known) - low + 1) * width
-        SubElement(svg, "path", {"class": "shared", "d": f"M{left:.2f} 1h{wide:.2f}v{height - 2:g}h-{wide:.2f}Z"})
+        SubElement(svg, "path", {"class": "shared", "d": f"M{left:.2f} 1h{wide:.2f}v{bottom - 2:g}h-{wide:.2f}Z"})
         name = "S" if len(known) == 1 else f"{len(known)} S"
-        _text(svg, left + wide / 2, height + 11, name, anchor="middle", tone="shared-name")
+        _text(svg, left + wide / 2, bottom + 11, name, anchor="middle", tone="shared-name")
+    return Markup(tostring(svg, encoding="unicode"))
 
 
 def _draw_bar() -> Markup:
@@ -187,7 +183,7 @@ def short(name: str) -> str:
 
 
 def _label(records: Records, step: int) -> str:
-    """The step, and how many epochs were done by then: the epoch that is recorded is that of the next image."""
+    """The step, and how many epochs were done then: the recorded epoch is that of the next image."""
     epoch = next((r.get("epoch") for r in records.of_kind("train") if r["step"] == step), None)
     done = f", {plural(epoch, 'epoch')} done" if isinstance(epoch, int) and not isinstance(epoch, bool) else ""
     return f"step {step:,}{done}"

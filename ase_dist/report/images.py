@@ -1,4 +1,4 @@
-"""Pictures inside the page: recompressed, as data URIs, within a budget; what does not fit or open is said."""
+"""Pictures inside the page: recompressed, as data URIs, within a budget; notes name those that do not fit or open."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from PIL import Image, features
 from ase_dist.errors import UserError
 from ase_dist.report import text
 
-BUDGET = 5_000_000  # bytes of data URIs in a page; what else is in it stays below 3 MB
+BUDGET = 5_000_000  # bytes of data URIs in a page; the rest of a page stays below 3 MB
 MOST = 24  # pictures that are tried, evenly spread over the steps
-FEW = 3  # pictures that are encoded to guess the weight of all
-MAX_PIXELS = 60_000_000  # of one picture; a larger one is no grid of ours
+FEW = 3  # pictures that are encoded to estimate the size of all
+MAX_PIXELS = 60_000_000  # of one picture; a larger one was not written by a run
 
 
 class Candidate(NamedTuple):
-    """A picture that may go into the page. ``is_drawing``: lines and text, kept without loss where that is small."""
+    """A picture that may go into the page. ``is_drawing``: lines and text, compressed without loss."""
 
     path: Path
     caption: str
@@ -29,7 +29,7 @@ class Candidate(NamedTuple):
 
 
 class Quality(NamedTuple):
-    """How far a picture is reduced: its greatest width in pixels, and the encoder's quality."""
+    """How far a picture is reduced: its maximum width in pixels, and the encoder's quality."""
 
     width: int
     quality: int
@@ -50,15 +50,18 @@ class Shot:
 
 
 class Album(NamedTuple):
-    """The pictures in the order of the candidates, and a sentence for each that is not there."""
+    """The pictures in the order of the candidates, and a sentence for each that is missing."""
 
     shots: list[Shot]
     notes: list[str]
 
 
 def make_album(candidates: Sequence[Candidate], *, budget: int = BUDGET, most: int = MOST) -> Album:
-    """Every picture at the best quality at which all fit; at the lowest those that matter most, see ``by_weight``."""
-    tried = [candidates[i] for i in sorted(by_weight(len(candidates))[:most])]
+    """Every picture at the best quality at which all fit into ``budget`` bytes.
+
+    Where they do not fit even at the lowest quality, the most important are kept, see ``by_importance``.
+    """
+    tried = [candidates[i] for i in sorted(by_importance(len(candidates))[:most])]
     pictures, notes = [], []
     for candidate in tried:
         try:
@@ -72,11 +75,11 @@ def make_album(candidates: Sequence[Candidate], *, budget: int = BUDGET, most: i
     shots: list[Shot] = []
     for quality in _promising(pictures, budget):
         shots = [_encode(picture, candidate, quality) for candidate, picture in pictures]
-        if _weight(shots) <= budget:
+        if _total_bytes(shots) <= budget:
             return Album(shots, notes)
     chosen: list[int] = []
-    for i in by_weight(len(shots)):
-        if _weight([shots[j] for j in (*chosen, i)]) <= budget:
+    for i in by_importance(len(shots)):
+        if _total_bytes([shots[j] for j in (*chosen, i)]) <= budget:
             chosen.append(i)
     kept = [shots[i] for i in sorted(chosen)]
     notes.append(
@@ -86,8 +89,8 @@ def make_album(candidates: Sequence[Candidate], *, budget: int = BUDGET, most: i
     return Album(kept, notes)
 
 
-def by_weight(count: int) -> list[int]:
-    """Indices of a series of pictures, those that say most first: the last, the first, then the middles of gaps."""
+def by_importance(count: int) -> list[int]:
+    """Indices of a series of pictures, most important first: the last, the first, then the middles of gaps."""
     order = list(dict.fromkeys([count - 1, 0])) if count else []
     gaps = [(0, count - 1)]
     while gaps:
@@ -100,7 +103,7 @@ def by_weight(count: int) -> list[int]:
 
 
 def _open(path: Path) -> Image.Image:
-    """The picture as RGB, no wider than at best; OSError, ValueError or SyntaxError for what is no picture."""
+    """The picture as RGB at the best quality's width; OSError, ValueError or SyntaxError for damaged files."""
     with Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise UserError(f"{image.width} x {image.height} pixels are too many")
@@ -109,9 +112,21 @@ def _open(path: Path) -> Image.Image:
 
 
 def _encode(picture: Image.Image, candidate: Candidate, quality: Quality) -> Shot:
-    small = _narrowed(picture, quality.width)
-    kind, data = _compress(small, quality, lossless=candidate.is_drawing)
-    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    """WebP where Pillow was built with it, else PNG for drawings and JPEG for photographs."""
+    small, buffer, lossless = _narrowed(picture, quality.width), io.BytesIO(), candidate.is_drawing
+    if features.check("webp"):
+        kind = "webp"
+        if lossless:
+            small.save(buffer, format="WEBP", lossless=True, quality=60)
+        else:
+            small.save(buffer, format="WEBP", quality=quality.quality, method=4)
+    elif lossless:
+        kind = "png"
+        small.save(buffer, format="PNG", optimize=True)
+    else:
+        kind = "jpeg"
+        small.save(buffer, format="JPEG", quality=quality.quality, optimize=True, progressive=True)
+    uri = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return Shot(candidate.path, candidate.caption, uri, small.width, small.height)
 
 
@@ -122,31 +137,15 @@ def _narrowed(picture: Image.Image, width: int) -> Image.Image:
     return picture.resize((width, max(1, round(picture.height * width / picture.width))), Image.Resampling.LANCZOS)
 
 
-def _compress(picture: Image.Image, quality: Quality, *, lossless: bool) -> tuple[str, bytes]:
-    """WebP where Pillow was built with it, else PNG for drawings and JPEG for photographs."""
-    buffer = io.BytesIO()
-    if features.check("webp"):
-        if lossless:
-            picture.save(buffer, format="WEBP", lossless=True, quality=60)
-        else:
-            picture.save(buffer, format="WEBP", quality=quality.quality, method=4)
-        return "webp", buffer.getvalue()
-    if lossless:
-        picture.save(buffer, format="PNG", optimize=True)
-        return "png", buffer.getvalue()
-    picture.save(buffer, format="JPEG", quality=quality.quality, optimize=True, progressive=True)
-    return "jpeg", buffer.getvalue()
-
-
 def _promising(pictures: Sequence[tuple[Candidate, Image.Image]], budget: int) -> Sequence[Quality]:
-    """The qualities from the first at which a few of the pictures keep to their share of the budget."""
-    few = [pictures[i] for i in by_weight(len(pictures))[:FEW]]
+    """The qualities from the first on at which a sample of the pictures keeps to its share of the budget."""
+    few = [pictures[i] for i in by_importance(len(pictures))[:FEW]]
     share = budget * len(few) / max(1, len(pictures))
     for i, quality in enumerate(LADDER[:-1]):
-        if _weight([_encode(picture, candidate, quality) for candidate, picture in few]) <= share:
+        if _total_bytes([_encode(picture, candidate, quality) for candidate, picture in few]) <= share:
             return LADDER[i:]
     return LADDER[-1:]
 
 
-def _weight(shots: Sequence[Shot]) -> int:
+def _total_bytes(shots: Sequence[Shot]) -> int:
     return sum(len(shot.uri) for shot in shots)

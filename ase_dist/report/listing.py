@@ -1,4 +1,4 @@
-"""The files of a run with what each is for, its checkpoints, and the commands that repeat it."""
+"""The files of a run and their meaning, its checkpoints, and the commands that repeat it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ STUDY_MEANINGS = {
     "results.csv": "the values by seed",
 }
 MOST = 60  # entries that are listed
-LINE = 100  # characters of a command before it goes on below
+LINE = 100  # characters per line of a command
 LAUNCHER_OPTION = re.compile(r"--local[_-]rank(=.*)?$")
 
 
-class Entry(NamedTuple):
+class ListedFile(NamedTuple):
     """A file, or a folder with all that is in it."""
 
     name: str
@@ -33,7 +33,7 @@ class Entry(NamedTuple):
     meaning: str
 
 
-class Checkpoint(NamedTuple):
+class ListedCheckpoint(NamedTuple):
     """One of the run's checkpoints; ``role`` says whether it is the newest or the best."""
 
     name: str
@@ -42,25 +42,25 @@ class Checkpoint(NamedTuple):
     is_whole: bool
 
 
-def list_files(folder: Path) -> tuple[list[Entry], int]:
-    """What lies in ``folder``, and how many entries more than are listed; temporary and hidden files left out."""
+def list_files(folder: Path) -> tuple[list[ListedFile], int]:
+    """The entries of ``folder`` without hidden ones, and how many more there are than are listed."""
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     entries = []
     for path in paths[:MOST]:
         what_for = STUDY_MEANINGS.get(path.name) or meaning(path.name)
-        entries.append(Entry(f"{path.name}/" if path.is_dir() else path.name, _describe(path), what_for))
+        entries.append(ListedFile(f"{path.name}/" if path.is_dir() else path.name, _describe(path), what_for))
     return entries, max(0, len(paths) - MOST)
 
 
-def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The checkpoints in ``folder``, last saved first, judged by manifest and sizes; none where there is no folder."""
+def list_checkpoints(folder: Path) -> list[ListedCheckpoint]:
+    """The checkpoints in ``folder``, last saved first; manifest and sizes tell which are complete."""
     if not folder.is_dir():
         return []
-    from ase_dist.training.state.checkpoint import catalog  # it imports torch, and many a run has no checkpoints
+    from ase_dist.training.state.checkpoint import catalog  # imports torch, which runs without checkpoints do not need
 
     pointers = {pointer: catalog.read_pointer(folder, pointer) for pointer in (catalog.LATEST, catalog.BEST)}
     return [
-        Checkpoint(
+        ListedCheckpoint(
             found.name,
             _describe(folder / found.name),
             ", ".join(pointer for pointer, name in pointers.items() if name == found.name),
@@ -71,7 +71,7 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def commands(run: RunFolder, environment: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What repeats the run, with a word on each: the command as it was given, and its settings as they were merged."""
+    """Commands that repeat the run, each with a label: the one that started it, and one with its merged settings."""
     given = environment.get("command")
     world = environment.get("world_size")
     ranks = world if isinstance(world, int) else 1
@@ -89,16 +89,12 @@ def commands(run: RunFolder, environment: Mapping[str, Any]) -> list[tuple[str, 
 
 
 def _launched(words: Sequence[str], ranks: int) -> str:
-    """The command under a launcher where there were several ranks; which nodes they were on is not recorded."""
-    kept = [word for word in words if not LAUNCHER_OPTION.match(word)]
-    launcher = ["python"] if ranks == 1 else ["torchrun", "--nproc_per_node", str(ranks)]
-    return _folded([*launcher, *kept])
+    """A shell command in lines of about ``LINE`` characters, with torchrun where there were several ranks.
 
-
-def _folded(words: Sequence[str]) -> str:
-    """A shell command in lines of about ``LINE`` characters."""
-    lines = [shlex.quote(words[0])]
-    for word in map(shlex.quote, words[1:]):
+    The nodes of the ranks are not recorded.
+    """
+    lines = ["python"] if ranks == 1 else [f"torchrun --nproc_per_node {ranks}"]
+    for word in [shlex.quote(word) for word in words if not LAUNCHER_OPTION.match(word)]:
         if len(lines[-1]) + len(word) < LINE:
             lines[-1] += f" {word}"
         else:
@@ -115,7 +111,7 @@ def _describe(path: Path) -> str:
 
 
 def _bytes(path: Path) -> int:
-    """A file's size; 0 where it is gone, for a run at work replaces its files."""
+    """A file's size; 0 where it is gone, because a running run replaces its files."""
     try:
         return path.lstat().st_size
     except OSError:

@@ -1,4 +1,4 @@
-"""How a run ended, or that it has not: one word and one sentence, from its records and what its ranks left behind."""
+"""How a run ended, or that it still runs: one word and one sentence, from its records and its ranks' files."""
 
 from __future__ import annotations
 
@@ -15,55 +15,57 @@ LONGEST_REASON = 600  # characters
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """``tone`` is good, open or bad; ``sentence`` is for a reader who knows nothing of the run."""
+class RunOutcome:
+    """``tone`` is good, open or bad; ``sentence`` is for a reader who does not know the run."""
 
     word: str
     tone: str
     sentence: str
 
 
-def outcome(records: Records, summary: Mapping[str, Any], ranks: Sequence[RankReport], *, total: int | None) -> Outcome:
-    """``summary`` is that of summary.json, {} where there is none, and stands in for an end that was not recorded.
+def outcome(
+    records: Records, summary: Mapping[str, Any], ranks: Sequence[RankReport], *, total: int | None
+) -> RunOutcome:
+    """How the run ended; ``summary`` is that of summary.json, {} where there is none.
 
-    That is so in runs of version 0.1, which recorded no ends; there a summary of an earlier start is passed over.
+    Runs of version 0.1 recorded no ends; for them the summary says it, unless it is of an earlier start.
     """
     reached = f"step {max(records.last_step, 0):,}" + (f" of {total:,}" if total else "")
     last = f"the last record is of {reached}."
     silent, killed, failed = ([r for r in ranks if r.ended == word] for word in ("silent", "killed", "failed"))
     if silent:
-        return Outcome("ended itself", BAD, f"{_whom(silent)} made no progress, so the run ended itself; {last}")
+        return RunOutcome("ended itself", BAD, f"{_whom(silent)} made no progress, so the run ended itself; {last}")
     if killed:
         why = "left without a word, so the run was killed or its machine went down"
-        return Outcome("killed", BAD, f"{_whom(killed)} {why}; {last}")
+        return RunOutcome("killed", BAD, f"{_whom(killed)} {why}; {last}")
     if any(report.ended == "running" for report in ranks):
-        return Outcome("running", OPEN, f"The run was at work when this page was made; {last}")
+        return RunOutcome("running", OPEN, f"The run was at work when this page was made; {last}")
     exit, step = records.exit, summary.get("step")
     if not records.has_ends and isinstance(step, int) and step >= records.last_step:
         exit = str(summary.get("exit", "unknown"))
     if exit:
         return _ended(exit, records.why, reached, last)
     if failed:
-        return Outcome("failed", BAD, f"{_whom(failed)} ended with an error, see below; {last}")
+        return RunOutcome("failed", BAD, f"{_whom(failed)} ended with an error, see below; {last}")
     sentence = "The run recorded no end: it was killed as it began or as it ended, or it was not even begun"
-    return Outcome("no end", BAD, f"{sentence}; {last}")
+    return RunOutcome("no end", BAD, f"{sentence}; {last}")
 
 
-def settle_ranks(ranks: Sequence[RankReport], result: Outcome) -> None:
-    """Where a run went well, so did every rank that left no sign of life behind."""
+def settle_ranks(ranks: Sequence[RankReport], result: RunOutcome) -> None:
+    """Where a run went well, so did every rank that left no heartbeat file."""
     for report in ranks:
         if report.ended in ("unknown", "failed") and result.tone == GOOD:
             report.ended = result.word
 
 
-def _ended(exit: str, why: str, reached: str, last: str) -> Outcome:
-    """By the name of the exit code, see ``ExitCode``."""
+def _ended(exit: str, why: str, reached: str, last: str) -> RunOutcome:
+    """The outcome for the name of an exit code, see ``ExitCode``."""
     reason = f": {why[:LONGEST_REASON].rstrip('.')}" if why else ""
     if exit == "done":
-        return Outcome("done", GOOD, "The run took its last step, evaluated and saved.")
+        return RunOutcome("done", GOOD, "The run took its last step, evaluated and saved.")
     if exit == "stopped":
         sentence = f"A signal stopped the run after {reached}, with a checkpoint; the same command goes on from there."
-        return Outcome("stopped", OPEN, sentence)
+        return RunOutcome("stopped", OPEN, sentence)
     words = {
         "silent": ("ended itself", "The run made no progress"),
         "non_finite": ("not finite", "A loss or a gradient was not finite"),
@@ -73,7 +75,7 @@ def _ended(exit: str, why: str, reached: str, last: str) -> Outcome:
         "failed": ("failed", "The run ended with an error"),
     }
     word, sentence = words.get(exit, (exit[:40], f"The run ended as {exit[:40]!r}"))
-    return Outcome(word, BAD, f"{sentence}{reason}; {last}")
+    return RunOutcome(word, BAD, f"{sentence}{reason}; {last}")
 
 
 def _whom(reports: Sequence[RankReport]) -> str:

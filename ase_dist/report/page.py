@@ -1,4 +1,4 @@
-"""From a folder to its page: which kind it is, the template, and the rules that keep the page to itself.
+"""Writes the page of a run's or a study's folder, with rules that keep the page from loading or running anything else.
 
 The page loads nothing: its Content-Security-Policy allows pictures that are part of it, and the one style sheet and
 the one script whose hashes it names, so that text from a log or a file name could not run even if it got in as markup.
@@ -37,7 +37,14 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     """
     folder = Path(folder)
     out = RunFolder(folder).report if out is None else Path(out)
-    template, content = _content(folder.absolute(), out.absolute())
+    if is_study(folder):
+        template, content = "study.html", study_content(folder.absolute(), out=out.absolute())
+    elif RunFolder(folder).looks_used():
+        template, content = "run.html", run_content(RunFolder(folder.absolute()))
+    else:
+        problem = "there is no such folder" if not folder.is_dir() else "it has none of the files that either leaves"
+        name = str(folder.absolute())
+        raise UserError(f"{name!r} is neither a run's folder nor a study's: {problem}; name the output of a run")
     try:
         write_atomic(out, render(template, content))
     except OSError as error:
@@ -66,7 +73,7 @@ def render(template: str, content: dict[str, Any]) -> str:
 
 @functools.cache
 def _templates() -> Environment:
-    """The templates, every one of which escapes, and shows no control character of whatever it is given."""
+    """The templates; all values are escaped, and control characters are not shown."""
     environment = Environment(
         loader=PackageLoader("ase_dist.report", "assets"),
         autoescape=True,
@@ -84,17 +91,8 @@ def _finalize(value: Any) -> Any:
     return type(value)(text.printable(value)) if isinstance(value, str) else value
 
 
-def _content(folder: Path, out: Path) -> tuple[str, dict[str, Any]]:
-    if is_study(folder):
-        return "study.html", study_content(folder, out=out)
-    if RunFolder(folder).looks_used():
-        return "run.html", run_content(RunFolder(folder))
-    problem = "there is no such folder" if not folder.is_dir() else "it has none of the files that either leaves"
-    raise UserError(f"{str(folder)!r} is neither a run's folder nor a study's: {problem}; name the output of a run")
-
-
 def _inline(path: Path) -> Markup:
-    """A file of ours as it stands in the page; what browsers hash is exactly this text."""
+    """An asset as it stands in the page; browsers hash exactly this text."""
     found = path.read_text(encoding="utf-8")
     assert "</" not in found, f"{path.name} would end its own element"
     return Markup(found)

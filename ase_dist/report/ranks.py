@@ -1,4 +1,4 @@
-"""What each rank did, from its log, its last sign of life and the records of starts and ends.
+"""What each rank did, from its log, its heartbeat file and the records of starts and ends.
 
 Of a log only the prefix of its lines is read, see ``ase_dist.training.record.logs``; messages are shown as they are.
 """
@@ -7,27 +7,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from ase_dist.training.record.logs import parse_line
 from ase_dist.training.record.records import Records
 from ase_dist.training.record.run_folder import RunFolder
 
 ERRORS = ("ERROR", "CRITICAL")
-# exits that all ranks of a run share; where it failed or was silent only the ranks themselves know which of them did
+# exits that all ranks of a run share; which rank failed or was silent only the files of the ranks say
 SHARED_ENDS = {"done": "done", "stopped": "stopped", "non_finite": "not finite", "not_saved": "not saved"}
-TAIL = 2_000_000  # bytes of a log that are read, its end
-FRESH = 60.0  # seconds for which a sign of life stands for a rank that is still at work
-MOST_NOTICES = 20  # that are shown of a rank, the newest
+TAIL = 2_000_000  # bytes that are read at the end of a log
+FRESH = 60.0  # a rank with a heartbeat of at most so many seconds ago is running
+MOST_NOTICES = 20  # shown per rank, the newest
 NOTICE_LENGTH = 600
 
 
 @dataclass(frozen=True)
 class Notice:
-    """A warning or an error in a log, the lines that belong to it with it."""
+    """A warning or an error in a log, with the lines that belong to it."""
 
     time: str
     level: str
@@ -36,9 +34,9 @@ class Notice:
 
 @dataclass
 class RankReport:
-    """One rank over all starts of the run; ``ended`` is about the last of them.
+    """One rank over all starts of the run; ``ended`` is about the last start.
 
-    ``doing`` is what it did last where it left a sign of life behind.
+    ``doing`` is what it did last where there is a heartbeat file.
     """
 
     rank: int
@@ -72,18 +70,27 @@ class RankReport:
 
 
 def read_ranks(run: RunFolder, records: Records, *, now: float | None = None) -> list[RankReport]:
-    """Every rank that left a log or a sign of life behind, in order; ``now`` in seconds since 1970."""
+    """Every rank that has a log or a heartbeat file, in order; ``now`` in seconds since 1970."""
     now = time.time() if now is None else now
     return [_read_rank(run, records, rank, now) for rank in run.ranks()]
 
 
 def _read_rank(run: RunFolder, records: Records, rank: int, now: float) -> RankReport:
     report = RankReport(rank, starts=sum(rank < world for world in records.worlds))
-    lines, report.is_cut = _tail(run.rank_log(rank))
-    _read_lines(report, lines)
-    beat = run.beat(rank)
+    log, beat = run.rank_log(rank), run.beat(rank)
+    if log.is_file():
+        with log.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - TAIL))
+            lines = file.read().decode(errors="replace").splitlines()
+        report.is_cut = size > TAIL
+        _read_lines(report, lines[1:] if report.is_cut else lines)
     if beat.is_file() and rank < (records.worlds or [rank + 1])[-1]:  # else it is of an earlier start with more ranks
-        state = _state(beat)
+        try:
+            state = json.loads(beat.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            state = {}
+        state = state if isinstance(state, dict) else {}
         report.host, report.doing = str(state.get("host", "")), str(state.get("doing", ""))
         is_fresh = now - beat.stat().st_mtime < FRESH
         report.ended = "silent" if state.get("ended") == "silent" else "running" if is_fresh else "killed"
@@ -96,19 +103,8 @@ def _read_rank(run: RunFolder, records: Records, rank: int, now: float) -> RankR
     return report
 
 
-def _tail(path: Path) -> tuple[list[str], bool]:
-    """The last lines of a log, and whether there are more."""
-    if not path.is_file():
-        return [], False
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - TAIL))
-        lines = file.read().decode(errors="replace").splitlines()
-    return (lines[1:], True) if size > TAIL else (lines, False)
-
-
 def _read_lines(report: RankReport, lines: Iterable[str]) -> None:
-    """Times of the first and the last message, and the notices with the lines that follow them."""
+    """Add the times of the first and the last message, and the notices with the lines that follow them."""
     is_notice = False
     for line in lines:
         found = parse_line(line)
@@ -122,11 +118,3 @@ def _read_lines(report: RankReport, lines: Iterable[str]) -> None:
             if len(notice.text) < NOTICE_LENGTH * 4:
                 text = f"{notice.text}\n{line[:NOTICE_LENGTH]}"
                 report.notices[-1] = Notice(notice.time, notice.level, text)
-
-
-def _state(beat: Path) -> Mapping[str, Any]:
-    try:
-        state = json.loads(beat.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}

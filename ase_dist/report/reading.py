@@ -1,4 +1,4 @@
-"""Reads files that may be missing, half-written or damaged; what is wrong with one is remembered as a sentence."""
+"""Reads files that may be missing, half-written or damaged, and keeps a sentence about each that cannot be read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Reader:
-    """Reads files; ``problems`` are the sentences about what it could not read, missing files left out."""
+    """Reads files; ``problems`` are sentences about the files that it could not read; missing files are no problem."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -24,7 +24,7 @@ class Reader:
         return self.parsed(path, _object) or {}
 
     def parsed(self, path: Path, parse: Callable[[str], T]) -> T | None:
-        """What ``parse`` makes of a file's text; None where there is no such file or it makes nothing of it."""
+        """A file's text, parsed by ``parse``; None where there is no such file or it cannot be parsed."""
         if not path.exists():
             return None
         try:

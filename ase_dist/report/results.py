@@ -1,4 +1,4 @@
-"""What a run achieved: each task's metric first, latest and best, compared with a predictor that looks at no image."""
+"""A run's results: each task's first, latest and best metric, compared with a predictor that ignores the image."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class ResultRow:
 
     @property
     def first(self) -> float:
-        """Of the first evaluation that has one."""
+        """The value of the first evaluation that has one."""
         return next((value for value in self.series.values if math.isfinite(value)), math.nan)
 
     @property
     def latest(self) -> float:
-        """Of the last evaluation that has one."""
+        """The value of the last evaluation that has one."""
         return self.series.last
 
     @property

@@ -75,7 +75,7 @@ def prediction_candidates(run: RunFolder, *, label: str = "") -> list[Candidate]
 
 
 def _records(lines: list[dict[str, Any]], summary: Mapping[str, Any]) -> Records:
-    """The lines of metrics.jsonl; where they have no evaluation, that of the summary stands for it."""
+    """The lines of metrics.jsonl; where they have no evaluation, the summary's is added."""
     if not any(line["kind"] == "eval" for line in lines) and isinstance(summary.get("metrics"), dict):
         step = summary.get("metrics_step")
         names = list(summary["metrics"])
@@ -102,7 +102,7 @@ def _facts(
     records: Records,
     total: int | None,
 ) -> list[tuple[str, str, str]]:
-    """Name, value and a smaller word beneath; what is not known is left out."""
+    """Name, value and a smaller note; unknown values are left out."""
     step, world = max(records.last_step, 0), environment.get("world_size") or summary.get("world_size")
     data, parameters = branch(settings, "data"), branch(summary, "parameters", "all")
     seconds, speed = number(summary.get("train_seconds")), records.series("train", "images_per_second").last
@@ -129,7 +129,7 @@ def _facts(
 
 
 def _about(settings: Mapping[str, Any], records: Records) -> str:
-    """The model and its tasks in a line."""
+    """The model and its tasks in one line."""
     model, moe = branch(settings, "model"), branch(settings, "model", "moe")
     words = [str(model["backbone"])] if "backbone" in model else []
     if moe.get("enabled") and "num_experts" in moe:
@@ -140,7 +140,7 @@ def _about(settings: Mapping[str, Any], records: Records) -> str:
 
 
 def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Rows of text: the packages one by one, sizes in their unit, lists as the shell writes them."""
+    """Rows of text, one per package; sizes in their unit."""
     rows = []
     for key, value in environment.items():
         if key == "packages" and isinstance(value, dict):
@@ -153,7 +153,7 @@ def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _ranks(ranks: list[RankReport], records: Records, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The table of ranks, those with something to say first where there are too many, and notes on it."""
+    """The table of ranks, with notes; where there are too many, ranks with errors or warnings are preferred."""
     train = branch(settings, "train")
     batch, accumulation = train.get("batch_size"), train.get("gradient_accumulation_steps")
     per_step = batch * accumulation if isinstance(batch, int) and isinstance(accumulation, int) else None

@@ -1,4 +1,4 @@
-"""The settings of a run in sections, with their defaults and what they mean; what differs is marked."""
+"""The settings of a run in sections, with defaults and meanings; settings that differ are marked."""
 
 from __future__ import annotations
 

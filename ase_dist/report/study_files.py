@@ -1,4 +1,4 @@
-"""The two files that a study leaves, study.json and results.json, as typed values; see ``ase_dist.study``."""
+"""The two files of a study, study.json and results.json, as typed values; see ``ase_dist.study``."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ase_dist.errors import UserError, first_problem
 
-Values = list[float | None]  # one per seed that is whole
+Values = list[float | None]  # one per complete seed
 Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Tolerant(BaseModel):
-    """Keys that this page does not know are not read."""
+    """Unknown keys are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class Facts(_Tolerant):
-    """What was asked: study.json."""
+class StudyFacts(_Tolerant):
+    """study.json: the question and its settings."""
 
     name: str = ""
     title: str = ""
@@ -32,7 +32,7 @@ class Facts(_Tolerant):
 
 
 class Curve(_Tolerant):
-    """A quantity over steps: at each of them a value per seed."""
+    """A quantity over steps: for each step one value per seed."""
 
     steps: list[int] = []
     conflicting: list[Values] = []
@@ -40,7 +40,7 @@ class Curve(_Tolerant):
     gate: list[Values] = []
 
 
-class Variant(_Tolerant):
+class VariantResult(_Tolerant):
     """One line of the table. ``missing`` names runs that are not done."""
 
     name: str
@@ -61,12 +61,12 @@ class Variant(_Tolerant):
 
     @property
     def title(self) -> str:
-        """What a reader knows it by."""
+        """The label, or the name where there is none."""
         return self.label or self.name
 
     @property
     def done(self) -> int:
-        """How many seeds are whole."""
+        """How many seeds are complete."""
         if self.seeds is not None:
             return len(self.seeds)
         lengths = [len(values) for metrics in self.metrics.values() for values in metrics.values()]
@@ -74,11 +74,11 @@ class Variant(_Tolerant):
 
 
 class Results(_Tolerant):
-    """What was found: results.json."""
+    """results.json."""
 
     data: str = ""
     tasks: list[str] = []
-    variants: list[Variant] = []
+    variants: list[VariantResult] = []
 
 
 def parse(text: str, model: type[Model]) -> Model:

@@ -19,13 +19,13 @@ from ase_dist.report.reading import Reader
 from ase_dist.report.results import result_rows
 from ase_dist.report.run_page import prediction_candidates
 from ase_dist.report.settings import as_text
-from ase_dist.report.study_files import Curve, Facts, Results, Values, Variant, parse
+from ase_dist.report.study_files import Results, StudyFacts, Values, VariantResult, parse
 from ase_dist.report.study_table import Row, spread_text, study_columns, study_rows, study_task
 from ase_dist.training.record.records import Records, Series
 from ase_dist.training.record.run_folder import RunFolder
 
 MARKS = ("study.json", "results.json")
-PLOTS_BUDGET = 2_000_000  # bytes of the page's pictures; the rest is for predictions
+PLOTS_BUDGET = 2_000_000  # bytes of BUDGET for plots; the rest is for predictions
 CURVES = {
     "conflicting": ("Pairs of tasks in conflict", "% of pairs, mean over seeds", 100.0),
     "cosine": ("Mean cosine between tasks' gradients", "on the shared experts, mean over seeds", 1.0),
@@ -41,14 +41,18 @@ def is_study(folder: Path) -> bool:
 def study_content(folder: Path, *, out: Path) -> dict[str, Any]:
     """What the template ``study.html`` shows; links are relative to the page at ``out``."""
     reader = Reader()
-    facts = reader.parsed(folder / "study.json", lambda text: parse(text, Facts)) or Facts()
+    facts = reader.parsed(folder / "study.json", lambda text: parse(text, StudyFacts)) or StudyFacts()
     results = reader.parsed(folder / "results.json", lambda text: parse(text, Results)) or Results()
     columns = study_columns(results)
     rows = study_rows(facts, results, columns)
     paths = sorted(folder.glob("plots/*.png"))
     drawings = [Candidate(path, path.stem.replace("_", " "), is_drawing=True) for path in paths]
     plots = make_album(drawings, budget=PLOTS_BUDGET)
-    grids = _grids(folder, results.variants)
+    grids = []  # the last picture of predictions of each shown run
+    for variant in results.variants:
+        for run in _shown_runs(folder, variant):
+            label = f"{variant.title}, {run}: "
+            grids += prediction_candidates(RunFolder(folder / run), label=label)[-1:]
     album = make_album(grids, budget=BUDGET - PLOTS_BUDGET, most=len(grids))
     return {
         "title": facts.title or folder.name,
@@ -68,15 +72,21 @@ def study_content(folder: Path, *, out: Path) -> dict[str, Any]:
     }
 
 
-def comparison_charts(variants: Sequence[Variant]) -> list[Chart]:
-    """Gradient conflict and shared gates of all variants that recorded them, a colour each, the spread as a band."""
+def comparison_charts(variants: Sequence[VariantResult]) -> list[Chart]:
+    """Gradient conflict and shared gates of all variants that recorded them, one colour each, the spread as a band."""
     found = []
     for key, (title, note, factor) in CURVES.items():
         lines: list[Line] = []
         for variant in variants:
             curve = variant.shared_gate if key == "gate" else variant.conflict
-            if curve is not None and (line := _line(curve, key, factor, variant.title, curves.color_of(len(lines)))):
-                lines.append(line)
+            by_step: list[Values] = [] if curve is None else getattr(curve, key)
+            if curve is None or not curve.steps or len(by_step) != len(curve.steps):
+                continue
+            pairs = [mean_and_spread(values) for values in by_step]
+            spread = [factor * half if math.isfinite(half) else 0.0 for _, half in pairs]
+            series = Series([float(step) for step in curve.steps], [factor * mean for mean, _ in pairs])
+            color = curves.color_of(len(lines))
+            lines.append(Line(series, color, variant.title, spread=spread if any(spread) else ()))
         found.append(Chart(title, lines, note=note, zero=True, legend=True))
     return [chart for chart in found if chart]
 
@@ -85,8 +95,8 @@ def comparison_charts(variants: Sequence[Variant]) -> list[Chart]:
 # Parts
 
 
-def _state(facts: Facts, results: Results) -> tuple[str, str]:
-    """A word and its tone for the head of the page."""
+def _state(facts: StudyFacts, results: Results) -> tuple[str, str]:
+    """The study's state in words and its tone, for the head of the page."""
     done, wanted = sum(variant.done for variant in results.variants), len(facts.seeds) * len(results.variants)
     if not results.variants:
         return "no results yet", "bad"
@@ -95,75 +105,43 @@ def _state(facts: Facts, results: Results) -> tuple[str, str]:
     return "complete", "good"
 
 
-def _line(curve: Curve, key: str, factor: float, label: str, color: str) -> Line | None:
-    by_step: list[Values] = getattr(curve, key)
-    if not curve.steps or len(by_step) != len(curve.steps):
-        return None
-    pairs = [mean_and_spread(values) for values in by_step]
-    spread = [factor * half if math.isfinite(half) else 0.0 for _, half in pairs]
-    series = Series([float(step) for step in curve.steps], [factor * mean for mean, _ in pairs])
-    return Line(series, color, label, spread=spread if any(spread) else ())
-
-
-def _grids(folder: Path, variants: Sequence[Variant]) -> list[Candidate]:
-    """The last grid of predictions of each run that stands for a variant."""
-    by_run = [
-        prediction_candidates(RunFolder(folder / run), label=f"{variant.title}, {run}: ")
-        for variant in variants
-        for run in _shown_runs(folder, variant)
-    ]
-    return [grids[-1] for grids in by_run if grids]
-
-
-def _shown_runs(folder: Path, variant: Variant) -> list[str]:
+def _shown_runs(folder: Path, variant: VariantResult) -> list[str]:
     """The first run, and where a variant's tasks train separately those that together have all of its tasks."""
     shown: list[str] = []
     covered: set[str] = set()
     for run in variant.runs:
-        tasks = _tasks_of(RunFolder(folder / run)) or {run}
+        try:
+            with RunFolder(folder / run).metrics.open("rb") as file:  # its first line names the tasks
+                tasks = set(Records([json.loads(file.readline(1_000_000))]).tasks) or {run}
+        except (OSError, ValueError, TypeError, KeyError):
+            tasks = {run}
         if not tasks <= covered and (not shown or len(tasks) < len(variant.metrics)):
             shown.append(run)
             covered |= tasks
     return shown
 
 
-def _tasks_of(run: RunFolder) -> set[str]:
-    """The tasks on the first line of a run's metrics; none where it cannot be read."""
-    try:
-        with run.metrics.open("rb") as file:
-            return set(Records([json.loads(file.readline(1_000_000))]).tasks)
-    except (OSError, ValueError, TypeError, KeyError):
-        return set()
-
-
 def _variant(folder: Path, row: Row, results: Results, album: Album, reader: Reader, out: Path) -> dict[str, Any]:
-    """What the fold of one variant shows."""
-    variant = row.variant
+    """The section of one variant: links to its runs' own pages, curves and last picture of the shown runs."""
+    variant, runs, shown = row.variant, [], []
+    for name in variant.runs:
+        page = RunFolder(folder / name).report
+        link = quote(os.path.relpath(page, out.parent)) if page.is_file() else ""
+        runs.append((name, link, (folder / name).is_dir()))
+    for name in _shown_runs(folder, variant):
+        run = RunFolder(folder / name)
+        records = Records(reader.metrics(run.metrics))
+        rows = [row for row in result_rows(records) if len(row.series.steps) > 1]
+        charts = [*curves.loss_charts(records), *curves.metric_charts(records, rows)]
+        shot = next((shot for shot in album.shots if shot.path.parent == run.predictions), None)
+        shown.append({"run": name, "charts": charts, "shot": shot})
     return {
         "row": row,
         "settings": [(key, as_text(value)) for key, value in variant.settings.items()],
-        "runs": [(run, _link(folder / run, out), (folder / run).is_dir()) for run in variant.runs],
+        "runs": runs,
         "metrics": [
             (study_task(results, task).title, [(metric, spread_text(v)) for metric, v in found.items()])
             for task, found in variant.metrics.items()
         ],
-        "shown": [_shown(folder, run, album, reader) for run in _shown_runs(folder, variant)],
+        "shown": shown,
     }
-
-
-def _shown(folder: Path, name: str, album: Album, reader: Reader) -> dict[str, Any]:
-    """The curves of a run, and its last picture where there is one and it was not left out."""
-    run = RunFolder(folder / name)
-    records = Records(reader.metrics(run.metrics))
-    rows = [row for row in result_rows(records) if len(row.series.steps) > 1]
-    return {
-        "run": name,
-        "charts": [*curves.loss_charts(records), *curves.metric_charts(records, rows)],
-        "shot": next((shot for shot in album.shots if shot.path.parent == run.predictions), None),
-    }
-
-
-def _link(run: Path, out: Path) -> str:
-    """A run's own page as seen from this one; empty where it has none."""
-    page = RunFolder(run).report
-    return quote(os.path.relpath(page, out.parent)) if page.is_file() else ""

@@ -11,13 +11,13 @@ UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 COUNTS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-# what a terminal or a reader's eye would obey instead of show: control characters but for tab and newline, marks that
-# turn the direction of writing round, and halves of characters, which no file can hold
+# characters that are not shown: control characters other than tab and newline, marks that reverse the direction of
+# writing, and surrogates, which UTF-8 cannot encode
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """Text from a log, a record or a name of a file as the page may show it; a replacement mark for each odd one."""
+    """Text from a log, a record or a file name, with a replacement mark for each character that is not shown."""
     return _UNPRINTABLE.sub("\ufffd", text)
 
 
@@ -33,7 +33,7 @@ def significant(value: float | None, digits: int = 4) -> str:
 
 
 def brief(value: float) -> str:
-    """A round number, such as a tick's, without needless zeros."""
+    """A round number, such as a tick's, without trailing zeros."""
     return signed(f"{value:.6g}")
 
 

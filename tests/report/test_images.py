@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from ase_dist.report.images import LADDER, Candidate, by_weight, make_album
+from ase_dist.report.images import LADDER, Candidate, by_importance, make_album
 from tests.report.conftest import write_picture
 
 pytestmark = pytest.mark.single_gpu
@@ -82,7 +82,7 @@ def test_of_many_pictures_some_are_tried_and_it_is_said(tmp_path):
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 10, 100])
 def test_the_last_and_the_first_matter_most_and_every_start_of_the_order_is_spread_evenly(count):
-    order = by_weight(count)
+    order = by_importance(count)
     assert sorted(order) == list(range(count)) and order[:2] == [count - 1, 0][:count]
     for chosen in range(3, min(count, 9)):
         gaps = [b - a for a, b in itertools.pairwise(sorted(order[:chosen]))]
