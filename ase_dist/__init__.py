@@ -5,12 +5,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ase_dist import moved
+
 if TYPE_CHECKING:
     from os import PathLike
 
     import torch
 
 __version__ = "0.1.0"
+moved.install()
 __all__ = ["__version__", "load"]
 
 
