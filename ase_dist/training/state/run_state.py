@@ -135,19 +135,16 @@ class RunState:
         for entry in entries:
             for kind in KINDS:
                 full = deepspeed_compat.read_master(engine, entry.tensor, kind).cpu()
-                if self._writes(entry, number):
+                # experts are written by their first replica, all else by the ranks in turn, group by group
+                is_first_replica = self.world.rank < self.settings.model.moe.ep_size
+                is_next = number % self.world.size == self.world.rank
+                if is_first_replica if entry.is_sharded else is_next:
                     target = sharded if entry.is_sharded else dense
                     target |= {f"{kind}/{name}": part for name, part in entry.split(full).items()}
         if dense:
             yield group, dense
         if sharded:
             yield f"{group}.{sorted(sharded)[0].rsplit('.', 1)[-1]}", sharded
-
-    def _writes(self, entry: Entry, number: int) -> bool:
-        """Replicated tensors are written by one rank, in turn by group; sharded ones by the first replica."""
-        if entry.is_sharded:
-            return self.world.rank < self.settings.model.moe.ep_size
-        return number % self.world.size == self.world.rank
 
     # -----------------------------------------------------------------------------------------------------------------
     # Loading

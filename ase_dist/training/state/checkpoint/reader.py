@@ -20,15 +20,16 @@ Part = slice | tuple[slice, ...]
 
 
 class Checkpoint:
-    """The tensors and the facts of one saved step. Files are opened at the first use and closed with the object.
+    """The tensors of one saved step and what its manifest says; a context manager.
 
-    A context manager. Every tensor that it gives is a copy of its own, so that the folder may be deleted afterwards.
+    Files are opened at the first use and closed with the object. Every tensor that it gives is a copy of its own, so
+    that the folder may be deleted afterwards.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         self._open = ExitStack()
-        self._homes: dict[str, Any] | None = None  # tensor name -> the open file it is in
+        self._index: dict[str, Any] | None = None  # tensor name -> the open file that has it
 
     @property
     def step(self) -> int:
@@ -52,28 +53,28 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
-        return sorted(self._index())
+        return sorted(self._files_by_tensor())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the file's header alone."""
-        return tuple(self._home(name).get_slice(name).get_shape())
+        return tuple(self._file_of(name).get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """The type of a tensor as safetensors names it, such as "F32", from the file's header alone."""
-        return str(self._home(name).get_slice(name).get_dtype())
+        return str(self._file_of(name).get_slice(name).get_dtype())
 
     def tensor(self, name: str, *, part: Part | None = None) -> Tensor:
         """A tensor on the CPU, or the ``part`` of it: a slice of the first dimension, or a tuple of slices.
 
         Only the bytes of the part are read. Raises UserError for an unknown name, with the nearest known one.
         """
-        home = self._home(name)
-        found: Tensor = home.get_tensor(name) if part is None else home.get_slice(name)[part]
+        file = self._file_of(name)
+        found: Tensor = file.get_tensor(name) if part is None else file.get_slice(name)[part]
         return found.clone()  # what safetensors returns may be the mapped file itself
 
     def close(self) -> None:
         """Close the files; they are opened again at the next use."""
-        self._homes = None
+        self._index = None
         self._open.close()
 
     def __enter__(self) -> Checkpoint:
@@ -84,17 +85,17 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _home(self, name: str) -> Any:
-        index = self._index()
+    def _file_of(self, name: str) -> Any:
+        index = self._files_by_tensor()
         if name not in index:
             raise UserError(f"{self.path}: holds no tensor {name!r}{did_you_mean(name, index)}")
         return index[name]
 
-    def _index(self) -> dict[str, Any]:
-        if self._homes is None:
+    def _files_by_tensor(self) -> dict[str, Any]:
+        if self._index is None:
             opened = [self._open.enter_context(safe_open(self.path / name, framework="pt")) for name in self.files]
-            self._homes = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-        return self._homes
+            self._index = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+        return self._index
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -104,11 +105,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     manifest, problems = verify(path)
     if manifest is None:
-        raise UserError(f"resume: {str(path)!r} is not a whole checkpoint: {'; '.join(problems)}{_hint(path)}")
+        inside = sorted(folder.name for folder in path.glob("step_*"))  # the folder of all checkpoints was named
+        hint = f"; name one of the checkpoints in it, such as {inside[-1]!r}" if inside else ""
+        raise UserError(f"resume: {str(path)!r} is not a whole checkpoint: {'; '.join(problems)}{hint}")
     return Checkpoint(path, manifest)
-
-
-def _hint(path: Path) -> str:
-    """Where a folder of checkpoints was named in place of one of them."""
-    inside = sorted(folder.name for folder in path.glob("step_*"))
-    return f"; name one of the checkpoints in it, such as {inside[-1]!r}" if inside else ""
