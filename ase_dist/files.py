@@ -1,11 +1,18 @@
-"""Files that survive a crash: written whole or not at all, brought to disk, hashed; and the home folder in paths."""
+"""Files and folders that survive a crash: written whole or not at all, brought to disk, hashed; paths with ~.
+
+A file is replaced by ``write_atomic`` or ``replacing``. A folder is made under the name ``temporary_for`` gives it and
+renamed by ``put_in_place``; ``recover`` and ``sweep`` tidy up after a process that was killed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +20,9 @@ from typing import Any
 from ase_dist.errors import UserError
 
 BLOCK = 1 << 20  # bytes hashed at a time
+TEMPORARY = ".tmp-"  # a folder that is being written
+ASIDE = ".old-"  # a whole folder, set aside until the one that replaces it is in place
+TRASH = ".trash-"  # a folder that is being deleted
 
 
 def expand_user(path: str) -> str:
@@ -82,3 +92,93 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders: they appear, are exchanged and go in one rename each
+
+
+def temporary_for(target: Path) -> Path:
+    """Where the folder ``target`` is written until it is whole: in the same parent folder, hidden."""
+    return target.with_name(f"{TEMPORARY}{target.name}")
+
+
+def make_empty(folder: Path) -> None:
+    """Make ``folder`` anew, without what an earlier attempt may have left in it."""
+    _delete(folder)
+    folder.mkdir()
+
+
+def put_in_place(new: Path, target: Path) -> None:
+    """Rename the folder ``new`` to ``target``, in place of what was there, and bring the names to disk.
+
+    No file system renames onto a full folder, so the old one is set aside first. It comes back if the second rename
+    fails; ``recover`` brings it back if the process dies between the two. It is deleted after both.
+    """
+    aside = target.with_name(f"{ASIDE}{target.name}")
+    if target.exists():
+        _delete(aside)  # of a process that died after both renames
+        os.replace(target, aside)  # noqa: PTH105
+    try:
+        os.replace(new, target)  # noqa: PTH105
+    except OSError:
+        if aside.exists():
+            os.replace(aside, target)  # noqa: PTH105
+        raise
+    fsync(target.parent)
+    discard(aside)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder, renamed first: a crash half-way leaves nothing that could be taken for whole."""
+    trash = folder.with_name(f"{TRASH}{folder.name}")
+    _delete(trash)
+    os.replace(folder, trash)  # noqa: PTH105
+    _delete(trash)
+
+
+def discard(folder: Path) -> None:
+    """Delete a temporary folder as far as that is possible; ``sweep`` takes the rest the next time."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Undo what a process that was killed in ``put_in_place`` has left: bring back or delete what it set aside."""
+    aside = target.with_name(f"{ASIDE}{target.name}")
+    if aside.exists() and target.exists():
+        remove(aside)
+    elif aside.exists():
+        os.replace(aside, target)  # noqa: PTH105
+
+
+def sweep(parent: Path) -> None:
+    """``recover`` every folder in ``parent``, and delete what killed processes were writing or deleting there."""
+    for aside in sorted(parent.glob(f"{ASIDE}*")):
+        recover(aside.with_name(aside.name.removeprefix(ASIDE)))
+    half_written = ".*.tmp"  # what write_atomic leaves
+    for stale in sorted(path for form in (f"{TEMPORARY}*", f"{TRASH}*", half_written) for path in parent.glob(form)):
+        _delete(stale)
+
+
+def flush(folder: Path) -> None:
+    """Bring every file of a folder to disk before its name is; many at a time, which file systems like better."""
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(fsync, [folder, *folder.rglob("*")]))
+
+
+def wait_until(condition: Callable[[], bool], *, patience: float, pause: float = 0.05) -> bool:
+    """Whether ``condition`` holds within ``patience`` seconds: a network file system shows new names with a delay."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+    return True
+
+
+def _delete(path: Path) -> None:
+    """Whatever is there: what a person put in a folder's place may be a file, or a link to elsewhere."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from ase_dist.errors import UserError
-from ase_dist.files import fsync
+from ase_dist.files import put_in_place
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 LARGEST_FILE = 1 << 28  # bytes; the largest that the data sets have is a few MB
@@ -53,8 +53,7 @@ def unpack(archive: Path, folder: Path) -> None:
             while block := members.fileobj.read(BLOCK):
                 if block.strip(b"\0"):
                     raise tarfile.ReadError("a member's header is damaged")
-        making.replace(folder)
-        fsync(folder.parent)
+        put_in_place(making, folder)
     except UnsafeArchiveError:
         raise
     except _BROKEN as error:
@@ -63,7 +62,7 @@ def unpack(archive: Path, folder: Path) -> None:
             f"{archive}: got an unreadable archive ({reason}), wanted a whole {', '.join(SUFFIXES)}; fetch it again"
         ) from None
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        discard(making)
 
 
 def _checked(archive: Path, members: tarfile.TarFile) -> Iterator[tuple[PurePosixPath, tarfile.TarInfo]]:

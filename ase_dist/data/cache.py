@@ -1,4 +1,4 @@
-"""Where prepared data sets are kept, and making one once: a lock, a clean-up, progress, fsync.
+"""Where prepared data sets are kept, and making one once: a lock, and how far it is.
 
 The first process that finds a data set missing makes it in a temporary folder next to its place while the others wait
 for a lock, which the system frees if the maker dies; one rename then puts it in place.
@@ -10,14 +10,10 @@ import contextlib
 import fcntl
 import logging
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from ase_dist.files import fsync
 
 log = logging.getLogger(__name__)
 
@@ -44,20 +40,6 @@ def locked(place: Path) -> Iterator[None]:
             log.info("another process is making %s; waiting for it", place)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-def remove(folders: Iterable[Path]) -> None:
-    """Remove what processes that died have left behind; the lock is held."""
-    for old in folders:
-        if old.exists():
-            log.info("removing %s, which an interrupted process left behind", old)
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def flush(folder: Path) -> None:
-    """fsync every file of a folder, many at a time, which is faster on most file systems."""
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(fsync, [folder, *folder.rglob("*")]))
 
 
 def track_progress(done: Iterable[int], total: int, *, doing: str, did: str, things: str, where: str) -> None:

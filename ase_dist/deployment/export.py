@@ -19,13 +19,12 @@ from ase_dist.data.loader import build_eval_loader
 from ase_dist.deployment.exported import load
 from ase_dist.deployment.trained_model import choose_checkpoint, read_run, rebuild
 from ase_dist.errors import UserError, did_you_mean
-from ase_dist.files import fsync, sha256_of, write_atomic
+from ase_dist.files import discard, fsync, make_empty, put_in_place, sha256_of, temporary_for, write_atomic
 from ase_dist.models import MultiTaskModel
 from ase_dist.models.export_file import CARD, WEIGHTS, Card, ImageFacts
 from ase_dist.models.names import named_tensors
 from ase_dist.tasks import Task, select_tasks
 from ase_dist.training.loop.evaluate import Gallery, Results, evaluate
-from ase_dist.training.state.checkpoint.files import TEMPORARY, discard, make_empty, put_in_place
 from ase_dist.training.state.meta import read_meta
 from ase_dist.versions import versions_of
 
@@ -72,7 +71,7 @@ def write_export(
     Both files go into a temporary folder beside ``out``, which then gets the name: all or nothing.
     """
     tensors = _stored(named_tensors(model), DTYPES[dtype])
-    temporary = out.with_name(f"{TEMPORARY}{out.name}")
+    temporary = temporary_for(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         make_empty(temporary)

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ase_dist.cores import usable_cores
-from ase_dist.data.cache import cache_folder, flush, locked, remove, track_progress
+from ase_dist.data.cache import cache_folder, locked, track_progress
 from ase_dist.errors import RunError, UserError, file_error
-from ase_dist.files import fsync
+from ase_dist.files import discard, flush, make_empty, put_in_place, temporary_for
 from ase_dist.scenes.layout import VAL_START, make_folders, scene_id, write_lists, write_scene
 from ase_dist.scenes.render import RENDERER_VERSION, render_scene
 from ase_dist.workers import WorkerDiedError, run_calls
@@ -74,7 +72,8 @@ def ensure_scenes(root: Path | None, *, train: int, val: int, size: int, seed: i
     try:
         with locked(place):
             if not is_complete(place, wanted):
-                remove([*parent.glob(f".{place.name}.making-*"), place])
+                for old in parent.glob(f".{place.name}.making-*"):  # of versions up to 0.1.0
+                    discard(old)
                 _make(place, wanted, workers if workers is not None else min(usable_cores(), MOST_WORKERS))
     except WorkerDiedError as error:
         raise RunError(f"cannot make the generated scenes in {parent}: {error}; try again, or on fewer cores") from None
@@ -102,9 +101,10 @@ def make_scene(folder: Path, seed: int, number: int, size: int) -> int:
 
 
 def _make(place: Path, wanted: SceneSet, workers: int) -> None:
-    """Render everything into a temporary folder next to ``place`` and rename it."""
-    making = place.with_name(f".{place.name}.making-{os.getpid()}")
+    """Render everything into a temporary folder and rename it; the lock of ``place`` is held."""
+    making = temporary_for(place)
     try:
+        make_empty(making)
         make_folders(making)
         numbers = wanted.numbers
         write_lists(making, seed=wanted.seed, train=numbers[: wanted.train], val=numbers[wanted.train :])
@@ -114,8 +114,6 @@ def _make(place: Path, wanted: SceneSet, workers: int) -> None:
         track_progress(done, len(numbers), doing="rendering", did="rendered", things="scenes", where=f"into {place}")
         (making / MANIFEST).write_text(json.dumps(asdict(wanted), indent=1) + "\n", encoding="utf-8")
         flush(making)
-        making.replace(place)
-        fsync(place.parent)
+        put_in_place(making, place)
     finally:
-        if making.exists():
-            shutil.rmtree(making, ignore_errors=True)
+        discard(making)

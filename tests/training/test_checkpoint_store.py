@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ase_dist.training.state.checkpoint import CheckpointStore, SaveError, catalog, files, open_checkpoint, shards
+from ase_dist import files
+from ase_dist.training.state.checkpoint import CheckpointStore, SaveError, catalog, open_checkpoint, shards
 from tests.training.conftest import META, entries, flip_byte, groups, loads, save, truncate
 
 pytestmark = pytest.mark.single_gpu

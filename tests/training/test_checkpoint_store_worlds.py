@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ase_dist.training.state.checkpoint import CheckpointStore, SaveError, files
+from ase_dist import files
+from ase_dist.training.state.checkpoint import CheckpointStore, SaveError
 from ase_dist.training.state.checkpoint import shards as shards_module
 from ase_dist.training.state.checkpoint import store as module
 from tests.training.conftest import META, entries, flip_byte, groups, loads, save, start_world
@@ -86,7 +87,7 @@ def saving_faults(rank, store):
     attempt("iterable", parts=shards(rank, 2, tamper=raise_on(rank, where=1, at=1)))
     with small_files(100) if rank == 1 else contextlib.nullcontext():
         attempt("full disk")
-    with mock.patch("ase_dist.training.state.checkpoint.files.os.replace", refuse):
+    with mock.patch("ase_dist.files.os.replace", refuse):
         attempt("read-only")
     attempt("meta", meta={**META, "seed": rank})
     attempt("step", step=2 + rank)

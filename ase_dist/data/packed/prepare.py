@@ -11,13 +11,12 @@ import contextlib
 import hashlib
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ase_dist.data.archive import unpack
-from ase_dist.data.cache import flush, locked, remove
+from ase_dist.data.cache import locked
 from ase_dist.data.packed.findings import conclude
 from ase_dist.data.packed.jobs import run_jobs
 from ase_dist.data.packed.layout import (
@@ -44,7 +43,7 @@ from ase_dist.data.packed.source import (
 from ase_dist.data.packed.verify import wrong_sizes
 from ase_dist.data.readers import reader_of
 from ase_dist.errors import UserError, file_error
-from ase_dist.files import fsync, sha256_of, write_atomic
+from ase_dist.files import discard, flush, put_in_place, recover, sha256_of, write_atomic
 from ase_dist.tasks import select_tasks
 from ase_dist.versions import versions_of
 
@@ -108,7 +107,7 @@ def check_only(request: Request, out: Path | None = None) -> int:
         folder = request.source
         if archive:
             folder = place.with_name(f".{place.name}.checked-{os.getpid()}")
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.callback(discard, folder)
             unpack(request.source, folder)
         root = find_root(folder, reader_of(request.data), named=request.source)
         lists = read_lists(root, reader_of(request.data), subset=request.subset)
@@ -124,12 +123,12 @@ def check_only(request: Request, out: Path | None = None) -> int:
 
 
 def _prepare(request: Request, place: Path, tasks: tuple[str, ...], *, archive: bool) -> None:
-    remove(place.parent.glob(f".{place.name}.old-*"))
+    recover(place)
     folder = _unpacked(request.source, place) if archive else request.source
     root = find_root(folder, reader_of(request.data), named=request.source)
     _pack(request, root, place, tasks)
     if archive:
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
 
 
 def _is_current(place: Path, request: Request, tasks: tuple[str, ...], fingerprint: str) -> bool:
@@ -162,7 +161,10 @@ def _is_current(place: Path, request: Request, tasks: tuple[str, ...], fingerpri
 def _unpacked(archive: Path, place: Path) -> Path:
     """The folder that ``archive`` is unpacked to, now or by a run that was interrupted later on."""
     folder = place.with_name(f".{place.name}.unpacked-{archive_fingerprint(archive)[:8]}")
-    remove(path for path in place.parent.glob(f".{place.name}.unpacked-*") if path != folder)
+    for stale in place.parent.glob(f".{place.name}.unpacked-*"):
+        if stale != folder:
+            log.info("removing %s, which an interrupted process left", stale)
+            discard(stale)
     if not folder.is_dir():
         log.info("unpacking %s", archive)
         unpack(archive, folder)
@@ -190,7 +192,8 @@ def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> 
     conclude(findings, root, place, kind=reader_of(request.data))
     manifest = _manifest(request, jobs, archive_fingerprint(request.source) if archive else whole, tasks)
     write_atomic(making / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
-    _put(making, place)
+    flush(making)
+    put_in_place(making, place)  # runs that read the data set that was there keep their mapped files
 
 
 def _is_packed_before(job: Job, fingerprint: str, place: Path) -> bool:
@@ -229,14 +232,3 @@ def _manifest(request: Request, jobs: Sequence[Job], fingerprint: str, tasks: tu
         software=versions_of("ase-dist", "pillow", "scikit-image"),
         splits={split: tuple(entries) for split, entries in splits.items()},
     )
-
-
-def _put(making: Path, place: Path) -> None:
-    """Rename ``making`` to ``place``; runs that read a data set that was there keep their mapped files."""
-    flush(making)
-    old = place.with_name(f".{place.name}.old-{os.getpid()}")
-    if place.exists():
-        place.replace(old)
-    making.replace(place)
-    fsync(place.parent)
-    shutil.rmtree(old, ignore_errors=True)

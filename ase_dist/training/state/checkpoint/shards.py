@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ase_dist.errors import RunError, UserError, describe, exit_code_of
-from ase_dist.files import fsync, sha256_of
-from ase_dist.training.state.checkpoint.files import wait_until
+from ase_dist.files import fsync, sha256_of, wait_until
 from ase_dist.training.state.checkpoint.manifest import SUFFIX, FileEntry, file_entry
 
 THREADS = 4  # per rank; writing to disk and hashing release the interpreter's lock
@@ -58,16 +57,12 @@ def write_shards(folder: Path, shards: Iterable[Shard], *, patience: float) -> l
 
 
 def merge(reports: Sequence[Sequence[Written]]) -> list[FileEntry]:
-    """All ranks' files in order of name. Raises UserError where two ranks wrote the same file or the same tensor."""
+    """All ranks' files in order of name; each file and each tensor must have been written by one rank."""
     owners: dict[str, int] = {}
     for rank, report in enumerate(reports):
         for written in report:
             for name in [f"file {written.entry.name!r}", *(f"tensor {tensor!r}" for tensor in written.tensors)]:
-                if name in owners:
-                    raise UserError(
-                        f"the {name} was written twice, by rank {owners[name]} and rank {rank}; "
-                        "give every file and every tensor one owner"
-                    )
+                assert name not in owners, f"the {name} was written twice, by rank {owners[name]} and rank {rank}"
                 owners[name] = rank
     return sorted((written.entry for report in reports for written in report), key=lambda entry: entry.name)
 

@@ -17,7 +17,16 @@ from pydantic import JsonValue
 from ase_dist.agreement import RankError, on_every_rank, on_rank_zero
 from ase_dist.collectives import rank, world_size
 from ase_dist.errors import ExitCode, RunError, UserError, describe, file_error
-from ase_dist.files import write_atomic
+from ase_dist.files import (
+    discard,
+    make_empty,
+    put_in_place,
+    remove,
+    sweep,
+    temporary_for,
+    wait_until,
+    write_atomic,
+)
 from ase_dist.training.state.checkpoint.catalog import (
     BEST,
     LATEST,
@@ -25,15 +34,6 @@ from ase_dist.training.state.checkpoint.catalog import (
     checkpoints_to_delete,
     list_checkpoints,
     read_pointer,
-)
-from ase_dist.training.state.checkpoint.files import (
-    TEMPORARY,
-    discard,
-    make_empty,
-    put_in_place,
-    remove,
-    sweep,
-    wait_until,
 )
 from ase_dist.training.state.checkpoint.manifest import MANIFEST, FileEntry, json_digest, make_manifest, read_manifest
 from ase_dist.training.state.checkpoint.reader import Checkpoint, open_checkpoint
@@ -87,7 +87,7 @@ class CheckpointStore:
         ``meta`` is plain JSON and the same on all ranks; what differs by rank (random states) goes into ``shards``.
         Raises SaveError on all ranks if anything fails on one of them; then no trace of the attempt is left.
         """
-        temporary = self.folder / f"{TEMPORARY}{checkpoint_name(step)}"
+        temporary = temporary_for(self.folder / checkpoint_name(step))
         agreed = on_rank_zero(lambda: step)  # for the sentence, which is the same on all ranks whatever goes wrong
         try:
             _check_same(step, meta)
