@@ -125,6 +125,14 @@ def read_master(engine: Any, parameter: Tensor, kind: str) -> Tensor:
 
     Collective over the ranks among which ZeRO has divided the parameter: for a routed expert those that replicate it.
     """
+    if kind == "weight":
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weight: Tensor | None = safe_get_full_fp32_param(parameter)
+        if weight is not None:  # ZeRO 1 to 3
+            return weight
+    # Of the moments DeepSpeed's safe_get_full_optimizer_state knows nothing before the first step, and nothing of
+    # routed experts at any time (0.19.8: "exp_avg not found in optimizer state fragment").
     shape = full_shape(parameter)
     buffer = torch.zeros(shape.numel(), dtype=torch.float32, device=parameter.device)
     fragment = _fragment(engine.optimizer, parameter)
@@ -140,7 +148,11 @@ def read_master(engine: Any, parameter: Tensor, kind: str) -> Tensor:
 
 
 def write_master(engine: Any, parameter: Tensor, kind: str, value: Tensor, *, step: int) -> None:
-    """Set the whole weight (the model's own too) or moment to ``value``; ``step`` is AdamW's count of steps."""
+    """Set the whole weight (the model's own too) or moment to ``value``; ``step`` is AdamW's count of steps.
+
+    DeepSpeed's safe_set_full_fp32_param and safe_set_full_optimizer_state do not suffice (0.19.8): moments cannot be
+    set before the first step, and ZeRO 3 fails where the ranks do not divide a parameter's size.
+    """
     fragment = _fragment(engine.optimizer, parameter)
     with torch.no_grad():
         if kind == "weight":
