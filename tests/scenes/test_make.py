@@ -138,13 +138,13 @@ def test_a_killed_maker_leaves_no_lock_and_its_rest_is_removed(tmp_path: Path) -
     wanted = {"train": 20, "val": 1, "size": 32, "seed": 0}
     process = start(f"ensure_scenes({str(tmp_path)!r}, **{wanted}, workers=1)")
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".*making-*/JPEGImages/*.jpg")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".tmp-*/JPEGImages/*.jpg")) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert list(tmp_path.glob(".*making-*"))
+    assert list(tmp_path.glob(".tmp-*"))
     made = ensure_scenes(tmp_path, **wanted, workers=1)
-    assert not list(tmp_path.glob(".*making-*"))
+    assert not list(tmp_path.glob(".tmp-*"))
     assert len(list(made.glob("JPEGImages/*"))) == 21
 
 
