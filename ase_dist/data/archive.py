@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from ase_dist.errors import UserError
-from ase_dist.files import put_in_place
+from ase_dist.files import discard, put_in_place
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 LARGEST_FILE = 1 << 28  # bytes; the largest that the data sets have is a few MB
