@@ -329,9 +329,9 @@ def test_a_signal_while_saving(pair):
         ("json", "UserError: rank 0 and rank 1 differ in the DeepSpeed JSON"),
         ("data", "UserError: rank 0 and rank 1 differ in training data: copy 0 and copy 1"),
         ("no data", "UserError: rank 1: train.txt: no such list"),
-        ("experts", "is 4 x 24 there and 3 x 24 here"),
-        ("heads", "holds another model"),
-        ("backbone", "was trained on the backbone"),
+        ("experts", "is of another run: model.moe.rank is 4 there and 3 here"),
+        ("heads", """ "edge", "normals"] there and ["semseg", "edge"] here"""),
+        ("backbone", "is of another run: seed is 0 there and 1 here"),
         ("used", "already holds the metrics of a run and resume is 'never'"),
     ],
 )
