@@ -58,7 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from ase_dist.deployment.evaluate_model import EvaluationRequest, evaluate_model, write_report
+    from ase_dist.deployment.evaluate_model import (
+        EvaluationRequest,
+        evaluate_model,
+        refuse_foreign_report,
+        write_report,
+    )
     from ase_dist.evaluation.tables import to_markdown
     from ase_dist.training.process.runtime import join
     from ase_dist.training.record.console import close_console, set_up_logging
@@ -75,11 +80,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         arguments.nms,
         arguments.reference,
     )
+    out = arguments.out or RunFolder(arguments.model).evaluation
     try:
+        refuse_foreign_report(out)
         with join(device=arguments.device) as world:
             report = evaluate_model(request, world, console=set_up_logging(rank=world.rank))
             if world.is_first:
-                write_report(report, arguments.out or RunFolder(arguments.model).evaluation)
+                write_report(report, out)
                 sys.stdout.write(to_markdown(report))
     finally:
         close_console()

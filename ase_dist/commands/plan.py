@@ -65,9 +65,15 @@ def _plan(arguments: argparse.Namespace) -> int:
     stages = _numbers("--zero", arguments.zero)
     ep_sizes = None if arguments.ep is None else _numbers("--ep", arguments.ep)
     from ase_dist.files import write_atomic
+    from ase_dist.overwriting import contains, is_own_png, refuse_foreign
     from ase_dist.planning import plan as planning
     from ase_dist.planning import plan_report
 
+    for option, file, is_own in (
+        ("--plot", arguments.plot, is_own_png),
+        ("--json", arguments.json, contains(plan_report.ASSUMPTIONS[:40].encode())),
+    ):
+        refuse_foreign([] if file is None else [file], is_own=is_own, option=option)
     world, bandwidth, flops = arguments.world, arguments.bandwidth * 1e9, arguments.flops * 1e12
     ep_sizes = ep_sizes or planning.default_ep_sizes(settings, world=world, stages=stages)
     sizes, plans = planning.make_plans(

@@ -32,10 +32,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, then write the weights and a JSON card beside them; the exit code of the training."""
     arguments = parser().parse_args(argv)
     from ase_dist.commands.train import main as train
+    from ase_dist.overwriting import contains, refuse_foreign
+
+    def check_out() -> int:
+        if arguments.out is not None:
+            card = arguments.out.with_suffix(".json")
+            is_card = contains(b"launch/pretrain_backbone.py")
+            refuse_foreign([arguments.out, card], is_own=lambda _: card.is_file() and is_card(card), option="--out")
+        return 0
 
     options = ["--deepspeed_config", arguments.deepspeed_config] if arguments.deepspeed_config else []
-    return train(["--config", CONFIG, *options, *arguments.settings]) or run_command(
-        lambda: _keep(arguments.settings, arguments.out)
+    return (
+        run_command(check_out)
+        or train(["--config", CONFIG, *options, *arguments.settings])
+        or run_command(lambda: _keep(arguments.settings, arguments.out))
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,8 +22,9 @@ from ase_dist.errors import UserError, did_you_mean
 from ase_dist.evaluation.comparison import Comparison, Reference, compare
 from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.evaluation.ods import MAX_DIST, THRESHOLDS
-from ase_dist.evaluation.tables import Report, to_json, to_latex, to_markdown
-from ase_dist.files import write_atomic
+from ase_dist.evaluation.tables import FORMAT, Report, to_json, to_latex, to_markdown
+from ase_dist.files import sha256_of, write_atomic
+from ase_dist.overwriting import refuse_foreign
 from ase_dist.tasks import DATA_SETS, Task, select_tasks
 from ase_dist.training.loop.evaluate import Gallery, Results, evaluate
 from ase_dist.training.process.runtime import World
@@ -29,11 +32,8 @@ from ase_dist.training.record.console import StepProgress
 
 LOGGER = logging.getLogger("ase_dist")
 ALLOWED = ("data", "eval", "tasks")  # settings that an evaluation may change
-FILES: dict[str, Callable[[Report], str]] = {
-    "metrics.md": to_markdown,
-    "metrics.json": to_json,
-    "metrics.tex": to_latex,
-}
+JSON_FILE = "metrics.json"
+TEXT_FILES: dict[str, Callable[[Report], str]] = {"metrics.md": to_markdown, "metrics.tex": to_latex}
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,35 @@ def evaluate_model(request: EvaluationRequest, world: World, *, console: Console
     return _report(trained, settings, tasks, results, request, images=len(loader.dataset), ods=ods, reference=reference)
 
 
+def refuse_foreign_report(out: Path) -> None:
+    """Raise UserError where a file in ``out`` would be replaced that no evaluation has written, or that was changed.
+
+    metrics.json has the SHA-256 of the two others; without them it is of an earlier version, and names them.
+    """
+    try:
+        tree = json.loads((out / JSON_FILE).read_text(encoding="utf-8"))
+        written = tree.get("files", {}) if tree.get("format") == FORMAT else None
+    except (OSError, ValueError, AttributeError):
+        written = None
+
+    def is_own(path: Path) -> bool:
+        if written is None:
+            return False
+        return path.name == JSON_FILE or path.name not in written or sha256_of(path) == written[path.name]
+
+    refuse_foreign([out / name for name in (*TEXT_FILES, JSON_FILE)], is_own=is_own, option="--out")
+
+
 def write_report(report: Report, out: str | Path) -> None:
     """Write metrics.md, metrics.json and metrics.tex into ``out``, each whole or not at all; UserError if it fails."""
+    out = Path(out)
+    refuse_foreign_report(out)
+    texts = {name: write(report) for name, write in TEXT_FILES.items()}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     try:
-        for name, write in FILES.items():
-            write_atomic(Path(out) / name, write(report))
+        write_atomic(out / JSON_FILE, to_json(report, files=hashes))
+        for name, text in texts.items():
+            write_atomic(out / name, text)
     except OSError as error:
         raise UserError(f"--out: cannot write to {str(out)!r} ({error.strerror or error}); name another") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,24 @@ def to_rgb(image: Image.Image | NDArray[Any]) -> Pixels:
 def find_images(folder: Path, *, without: Path | None = None) -> Iterator[Path]:
     """The picture files in ``folder`` and below, by their extension and in order; hidden ones are passed over.
 
-    Nothing in the folder ``without`` is looked at.
+    Nothing in the folder ``without``, below ``folder``, is looked at. Links are followed; a folder that several names
+    lead to is searched once, so links to a folder above end.
     """
     known = {extension for extension, name in Image.registered_extensions().items() if name in formats()}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or (without is not None and path.resolve() == without.resolve()):
-            continue
-        if path.is_dir():
-            yield from find_images(path, without=without)
-        elif path.suffix.lower() in known:
-            yield path
+    seen = {folder.resolve()} | ({without.resolve()} if without is not None else set())
+
+    def search(place: Path) -> Iterator[Path]:
+        for path in sorted(place.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                if (real := Path(os.path.realpath(path))) not in seen:
+                    seen.add(real)
+                    yield from search(path)
+            elif path.suffix.lower() in known:
+                yield path
+
+    yield from search(folder)
 
 
 def formats() -> tuple[str, ...]:

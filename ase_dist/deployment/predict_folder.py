@@ -2,33 +2,38 @@
 
 For an image ``NAME`` the folder gets ``NAME_TASK.png`` for each task, ``NAME_sheet.png`` and ``NAME.npz`` with an array
 per task: classes uint8 [H, W], mask and edges float16 [H, W], normals float16 [3, H, W], depth float32 [1, H, W].
-``predictions.json``, written last, lists images, tasks with classes and palettes, and what was skipped.
+``predictions.json``, written last, lists images, tasks with classes and palettes, what was skipped, and the SHA-256 of
+the files: the next command replaces no others, and these are no sources.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ase_dist.cores import usable_cores
 from ase_dist.deployment.images import Pixels, find_images, read_rgb
 from ase_dist.deployment.predictor import Prediction, Predictor
 from ase_dist.errors import UserError, did_you_mean
-from ase_dist.files import replacing, write_atomic
+from ase_dist.files import replacing, sha256_of, write_atomic
+from ase_dist.overwriting import refuse_foreign
 from ase_dist.pictures.sheet import sheet, task_picture
 from ase_dist.tasks import Task
 
 LOGGER = logging.getLogger("ase_dist")
-INDEX = "predictions.json"
+INDEX, FORMAT = "predictions.json", "ase_dist predictions"
+JOURNAL = ".predictions.partial"  # what was written before there is an index
 HALF = ("mask", "edges", "normals")  # kinds that are stored in half precision
 MOST_THREADS = 8
 
@@ -53,24 +58,38 @@ def find_sources(paths: Iterable[Path], *, out: Path) -> list[Source]:
     """Every file of ``paths`` once, those of folders too, by names that are all different.
 
     A file of a folder keeps its place below that folder; a name that is taken gets _2, _3 and so on, also where only
-    the case of letters differs. What lies in ``out`` is left out. Raises UserError for a path that does not exist and
-    where there is no image at all.
+    the case of letters differs. What lies in ``out``, below the folders of ``paths``, and what predict wrote earlier is
+    left out. Raises UserError for a path that does not exist and where there is no image at all.
     """
     found: dict[Path, Path] = {}
+    earlier: dict[Path, WrittenFiles] = {}  # by folder
+    num_earlier = 0
     for path in paths:
         if not path.exists():
             raise UserError(f"{str(path)!r}: no such file or folder")
         files = find_images(path, without=out) if path.is_dir() else [path]
         for file in files:
-            found.setdefault(file.resolve(), file.relative_to(path) if path.is_dir() else Path(file.name))
+            real = Path(os.path.realpath(file))  # unlike ``resolve`` it takes a link to itself
+            if any(_written_into(folder, earlier).is_own(real) for folder in real.parents):
+                num_earlier += 1
+            else:
+                found.setdefault(real, file.relative_to(path) if path.is_dir() else Path(file.name))
+    if num_earlier:
+        LOGGER.info("left out %d files that predict has written", num_earlier)
     if not found:
         raise UserError(f"there is no image in {', '.join(str(path) for path in paths)}")
     taken: set[str] = set()
     return [Source(path, _free_name(relative, taken)) for path, relative in found.items()]
 
 
+def _written_into(folder: Path, known: dict[Path, WrittenFiles]) -> WrittenFiles:
+    if folder not in known:
+        known[folder] = WrittenFiles(folder)
+    return known[folder]
+
+
 def choose_tasks(model: Predictor, names: Sequence[str] | None) -> tuple[Task, ...]:
-    """The rows of ``names`` (None: all); UserError for one that the model does not have and one that comes twice."""
+    """The tasks called ``names`` (None: all); UserError for one that the model has not, or that comes twice."""
     own = {task.name: task for task in model.tasks}
     for name in names or ():
         if name not in own:
@@ -94,42 +113,111 @@ def predict_files(
     """Predict ``sources`` into ``out``; a file that cannot be read is logged, skipped and told in the outcome.
 
     While the model computes, the next batch is read and images before are written. ``advance`` is told how many files
-    are done. Raises UserError where ``out`` cannot be written to.
+    are done. Raises UserError before any work where a file would be replaced that predict did not write, and where
+    ``out`` cannot be written to.
     """
     outcome, names = Outcome(), [task.name for task in tasks]
     batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
     threads = min(MOST_THREADS, usable_cores())
+    files = WrittenFiles(out)
+    targets = [out / f"{source.name}{ending}" for source in sources for ending in _endings(names)]
+    refuse_foreign([*targets, out / INDEX], is_own=files.is_own, option="--out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
             writing: deque[Future[None]] = deque()
-            reading = _read_ahead(readers, batches[0])
+            reading = [readers.submit(read_rgb, source.path) for source in batches[0]]
             for i, batch in enumerate(batches):
                 images = _take(batch, reading, outcome)
-                reading = _read_ahead(readers, batches[i + 1]) if i + 1 < len(batches) else []
+                following = batches[i + 1] if i + 1 < len(batches) else []
+                reading = [readers.submit(read_rgb, source.path) for source in following]
                 found = model.predict_pixels([pixels for _, pixels in images], tasks=names) if images else iter(())
                 for (source, pixels), prediction in zip(images, found, strict=True):
-                    writing.append(writers.submit(write_prediction, out / source.name, pixels, prediction, tasks))
+                    writing.append(writers.submit(_write, files, source.name, pixels, prediction, tasks))
                     _finish(writing, leave=threads)
-                    outcome.written.append(_entry(source, pixels))
+                    height, width, _ = pixels.shape
+                    outcome.written.append(
+                        {"name": source.name, "source": str(source.path), "height": height, "width": width}
+                    )
                 advance(min((i + 1) * batch_size, len(sources)))
             _finish(writing, leave=0)
-        write_atomic(out / INDEX, json.dumps(_index(model, tasks, outcome), indent=2) + "\n")
+        files.conclude(_index(model, tasks, outcome))
     except OSError as error:
         raise UserError(f"--out: cannot write to {str(out)!r} ({error.strerror or error}); name another") from None
     return outcome
 
 
-def write_prediction(stem: Path, image: Pixels, prediction: Prediction, tasks: Sequence[Task]) -> None:
-    """The pictures and the arrays of one image, as ``stem`` with their endings."""
+class WrittenFiles:
+    """Which files in the folder ``out`` predict has written: the index has their SHA-256, by their names below ``out``.
+
+    Until the index is written, a hidden file takes a line for each file before the file gets its name: an interrupted
+    command, given again, knows its own. A file that was changed since is not one of them. An index of earlier versions
+    has names alone.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._lock = threading.Lock()
+        self._hashes: dict[str, list[str]] = {}  # by name, the newest last; the one before may still be in place
+        self._named: set[str] = set()
+        self._has_index = False
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # no index, or not one of ours
+            index = json.loads((out / INDEX).read_text(encoding="utf-8"))
+            self._has_index = index["format"] == FORMAT
+            if self._has_index and "files" in index:
+                self._hashes = {name: [sha256] for name, sha256 in index["files"].items()}
+            elif self._has_index:
+                tasks = [task["name"] for task in index["tasks"]]
+                self._named = {f"{image['name']}{end}" for image in index["images"] for end in _endings(tasks)}
+        with suppress(OSError, ValueError):  # none, or its last line is cut
+            for line in (out / JOURNAL).read_text(encoding="utf-8").splitlines():
+                name, sha256 = json.loads(line)
+                self._hashes.setdefault(name, []).append(sha256)
+
+    def is_own(self, path: Path) -> bool:
+        """Whether predict wrote the file at ``path``, as it is now."""
+        if not path.is_relative_to(self.out):
+            return False
+        name = path.relative_to(self.out).as_posix()
+        if name == INDEX:
+            return self._has_index
+        return name in self._named or (name in self._hashes and sha256_of(path) in self._hashes[name])
+
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """As ``files.replacing``, for the file ``name`` below ``out``."""
+        with replacing(self.out / name) as temporary:
+            yield temporary
+            sha256 = sha256_of(temporary)
+            with self._lock, (self.out / JOURNAL).open("a", encoding="utf-8") as journal:
+                journal.write(json.dumps([name, sha256]) + "\n")
+                self._hashes.setdefault(name, []).append(sha256)
+
+    def conclude(self, index: Mapping[str, Any]) -> None:
+        """Write the index with the hashes of all files that are there, those of earlier commands too."""
+        own = {name: hashes[-1] for name, hashes in sorted(self._hashes.items()) if (self.out / name).is_file()}
+        write_atomic(self.out / INDEX, json.dumps({**index, "files": own}, indent=2) + "\n")
+        (self.out / JOURNAL).unlink(missing_ok=True)
+
+
+def _write(files: WrittenFiles, name: str, image: Pixels, prediction: Prediction, tasks: Sequence[Task]) -> None:
+    """The pictures and the arrays of one image, as ``name`` with their endings."""
     for task in tasks:
-        with replacing(_ending(stem, f"_{task.name}.png")) as temporary:
+        with files.replacing(f"{name}_{task.name}.png") as temporary:
             task_picture(task, prediction[task.name]).save(temporary, format="PNG")
-    with replacing(_ending(stem, "_sheet.png")) as temporary:
+    with files.replacing(f"{name}_sheet.png") as temporary:
         sheet(image, prediction, tasks).save(temporary, format="PNG")
-    arrays = {task.name: _stored(task, prediction[task.name]) for task in tasks}
-    with replacing(_ending(stem, ".npz")) as temporary, temporary.open("wb") as file:
+    arrays = {
+        task.name: prediction[task.name].astype(np.float16) if task.kind in HALF else prediction[task.name]
+        for task in tasks
+    }
+    with files.replacing(f"{name}.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def _endings(tasks: Iterable[str]) -> list[str]:
+    """What follows an image's name in its files: a picture for each task, the sheet, the arrays."""
+    return [*(f"_{task}.png" for task in tasks), "_sheet.png", ".npz"]
 
 
 def _free_name(relative: Path, taken: set[str]) -> str:
@@ -138,10 +226,6 @@ def _free_name(relative: Path, taken: set[str]) -> str:
     name = next(name for name in names if name.casefold() not in taken)
     taken.add(name.casefold())
     return name
-
-
-def _read_ahead(pool: ThreadPoolExecutor, batch: Sequence[Source]) -> list[Future[Pixels]]:
-    return [pool.submit(read_rgb, source.path) for source in batch]
 
 
 def _take(batch: Sequence[Source], reading: Sequence[Future[Pixels]], outcome: Outcome) -> list[tuple[Source, Pixels]]:
@@ -162,18 +246,6 @@ def _finish(writing: deque[Future[None]], *, leave: int) -> None:
         writing.popleft().result()
 
 
-def _stored(task: Task, value: NDArray[Any]) -> NDArray[Any]:
-    return value.astype(np.float16) if task.kind in HALF else value
-
-
-def _ending(stem: Path, ending: str) -> Path:
-    return stem.with_name(stem.name + ending)
-
-
-def _entry(source: Source, pixels: Pixels) -> dict[str, Any]:
-    return {"name": source.name, "source": str(source.path), "height": pixels.shape[0], "width": pixels.shape[1]}
-
-
 def _index(model: Predictor, tasks: Sequence[Task], outcome: Outcome) -> dict[str, Any]:
     facts = [
         {
@@ -185,5 +257,5 @@ def _index(model: Predictor, tasks: Sequence[Task], outcome: Outcome) -> dict[st
         }
         for task in tasks
     ]
-    about = {"format": "ase_dist predictions", "version": 1, "sha256": model.card.sha256, "step": model.card.step}
+    about = {"format": FORMAT, "version": 1, "sha256": model.card.sha256, "step": model.card.step}
     return {**about, "tasks": facts, "images": outcome.written, "skipped": outcome.skipped}

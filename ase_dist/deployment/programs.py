@@ -26,6 +26,7 @@ from ase_dist.errors import UserError, did_you_mean
 from ase_dist.files import replacing
 from ase_dist.models.lora import merge_lora
 from ase_dist.models.multitask import checked_tasks
+from ase_dist.overwriting import contains, refuse_foreign
 from ase_dist.tasks import Kind
 from ase_dist.versions import versions_of
 
@@ -76,9 +77,13 @@ def deploy(
 
     Each is read back and compared with ``model`` on random images: returned is by how much of themselves its outputs
     are off, NaN for ONNX where onnxruntime is not installed. Raises UserError for an unknown format or task, a missing
-    library, a file that cannot be written, and one that does not compute what the model does; that is not left there.
+    library, a file that cannot be written or would replace one that is no such program, and a program that does not
+    compute what the model does; that is not left there.
     """
     check_formats(formats)
+    formats = tuple(formats)
+    targets = [Path(folder) / f"model.{name}" for name in formats]
+    refuse_foreign(targets, is_own=contains(FACTS.encode()), option="export")
     program, errors = trace(model, tasks=tasks), {}
     for name in formats:
         path = Path(folder) / f"model.{name}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ase_dist.evaluation.metric import Metric, ratio
+from ase_dist.evaluation.metric import NOTHING, Metric, ratio
 from ase_dist.tasks import EDGE_POSITIVE_WEIGHT, Task
 
 JACCARD_THRESHOLDS = tuple(k / 20 for k in range(4, 19))  # .20, .25, ... .90
@@ -20,7 +22,8 @@ class MaskMetric(Metric):
     - ``miou``: per image the Jaccard index of the foreground (prediction > threshold; 1 if both are empty), averaged
       over images; the best of the thresholds .20, .25, ... .90, percent. ``miou_threshold``: which one.
     - ``maxf``: the F-measure with beta^2 = 0.3 from pixel counts of the whole set, the best of the 256 thresholds
-      k / 255 on predictions rounded to 8 bits (prediction >= threshold), percent. ``maxf_threshold``: which one.
+      k / 255 on predictions rounded to 8 bits (prediction >= threshold), percent; NaN where nothing in the set is
+      salient. ``maxf_threshold``: which one.
     - ``mae``: per image the mean absolute error of the probability, averaged over images, 0..1.
 
     Pixels labelled 255 are not counted, and an image without any other is skipped.
@@ -49,11 +52,12 @@ class MaskMetric(Metric):
         precision, recall = hits / (hits + false_hits).clamp(min=1), hits / hits[0].clamp(min=1)
         f = (1 + BETA_SQUARED) * precision * recall / (BETA_SQUARED * precision + recall).clamp(min=1e-12)
         best, best_f = int(jaccard.argmax()), int(f.argmax())
+        miou, maxf = ratio(jaccard[best], images), ratio(f[best_f], hits[0].sign())
         return {
-            "miou": 100 * ratio(jaccard[best], images),
-            "miou_threshold": JACCARD_THRESHOLDS[best],
-            "maxf": 100 * ratio(f[best_f], levels.sum().sign()),
-            "maxf_threshold": best_f / (LEVELS - 1),
+            "miou": 100 * miou,
+            "miou_threshold": NOTHING if math.isnan(miou) else JACCARD_THRESHOLDS[best],
+            "maxf": 100 * maxf,
+            "maxf_threshold": NOTHING if math.isnan(maxf) else best_f / (LEVELS - 1),
             "mae": ratio(error, images),
         }
 

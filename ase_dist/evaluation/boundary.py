@@ -9,6 +9,7 @@ summed over images for each threshold. Letters: T thresholds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,8 @@ class BoundaryScores:
 
     ``ods_*`` (optimal data set scale) belong to the one threshold with the best F over all images, where precision and
     recall are interpolated linearly between thresholds as in ``edgesEvalDir``; ``ois_*`` (optimal image scale) to the
-    counts summed at each image's own best threshold. The last four are the curve, one value per threshold.
+    counts summed at each image's own best threshold; all are NaN where no image has a true edge. The last
+    four are the curve, one value per threshold.
     """
 
     ods_f: float
@@ -138,14 +140,15 @@ def boundary_scores(totals: Floats, *, thresholds: int | Sequence[float] = 99) -
     )
     fine_f = _harmonic_mean(fine_precision, fine_recall)
     best = int(np.argmax(fine_f))
+    defined = 1.0 if totals[:, TRUE].any() else math.nan  # there is no recall without a true edge
     return BoundaryScores(
-        ods_f=float(fine_f[best]),
-        ods_precision=float(fine_precision[best]),
-        ods_recall=float(fine_recall[best]),
-        ods_threshold=float(fine_levels[best]),
-        ois_f=float(f[-1]),
-        ois_precision=float(precision[-1]),
-        ois_recall=float(recall[-1]),
+        ods_f=float(fine_f[best]) * defined,
+        ods_precision=float(fine_precision[best]) * defined,
+        ods_recall=float(fine_recall[best]) * defined,
+        ods_threshold=float(fine_levels[best]) * defined,
+        ois_f=float(f[-1]) * defined,
+        ois_precision=float(precision[-1]) * defined,
+        ois_recall=float(recall[-1]) * defined,
         thresholds=levels,
         precision=precision[:-1],
         recall=recall[:-1],

@@ -1,12 +1,12 @@
 """Decode the raw logits of a head into the predictions that are scored, drawn and saved.
 
-| kind    | decoded              | meaning                          |
-|---------|----------------------|----------------------------------|
-| classes | uint8 [B, H, W]      | the class with the highest logit |
-| mask    | float32 [B, H, W]    | probability of the foreground    |
-| edges   | float32 [B, H, W]    | probability of an edge           |
-| normals | float32 [B, 3, H, W] | unit vectors                     |
-| depth   | float32 [B, 1, H, W] | metres, as predicted             |
+| kind    | decoded              | meaning                                                |
+|---------|----------------------|--------------------------------------------------------|
+| classes | uint8 [B, H, W]      | the class with the highest logit; 255 where one is NaN |
+| mask    | float32 [B, H, W]    | probability of the foreground                          |
+| edges   | float32 [B, H, W]    | probability of an edge                                 |
+| normals | float32 [B, 3, H, W] | unit vectors                                           |
+| depth   | float32 [B, 1, H, W] | metres, as predicted                                   |
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ase_dist.errors import UserError
-from ase_dist.tasks import Task
+from ase_dist.tasks import IGNORE, Task
 
 SHORTEST = 1e-12  # a vector below this length is shortened, not stretched
 
@@ -34,7 +34,7 @@ def decode(task: Task, logits_BCHW: Tensor, *, size: tuple[int, int] | None = No
     if size is not None and logits.shape[-2:] != size:
         logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
     if task.kind == "classes":
-        return logits.argmax(dim=1).to(torch.uint8)
+        return logits.argmax(dim=1).masked_fill(logits.amax(dim=1).isnan(), IGNORE).to(torch.uint8)
     if task.kind in ("mask", "edges"):
         return logits.sigmoid().squeeze(1)
     return unit_vectors(logits, dim=1) if task.kind == "normals" else logits

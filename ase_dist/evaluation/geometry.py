@@ -95,6 +95,6 @@ def _angle(a_3HW: Tensor, b_3HW: Tensor) -> Tensor:
 def _median(histogram: Tensor) -> float:
     """The middle of the first bin at which half of the pixels are reached."""
     reached = histogram.cumsum(0)
-    if float(reached[-1]) == 0:
+    if not reached[-1] > 0:  # NaN too
         return NOTHING
     return BIN_DEGREES * (int(torch.searchsorted(reached, reached[-1] / 2)) + 0.5)

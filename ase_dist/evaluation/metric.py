@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
 from ase_dist.errors import UserError
-from ase_dist.tasks import Task
+from ase_dist.tasks import IGNORE, Task
 
 NOTHING = float("nan")  # the value of every score for which no pixel was counted
 
@@ -18,9 +19,10 @@ class Metric(ABC):
 
     1. ``update`` adds one image to ``totals``, on the device of the prediction and without waiting for it.
     2. ``totals`` (float64, 1-D) is additive: the sum of two ranks' totals is that of all their images. Pixels are
-       counted in whole numbers, exact up to 2**53.
+       counted in whole numbers, exact up to 2**53. One image with an undefined prediction makes all totals NaN.
     3. ``finish`` waits for what is still being counted elsewhere; only then are ``totals`` whole.
-    4. ``result`` turns totals into named scores; a score for which nothing was counted is NaN.
+    4. ``result`` turns totals into named scores; a score for which nothing was counted is NaN, and all are where a
+       prediction was undefined. ``why_undefined`` says which and why.
     """
 
     def __init__(self, task: Task, *, size: int) -> None:
@@ -30,25 +32,42 @@ class Metric(ABC):
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Add one image: a decoded ``prediction`` at the size of its ``label`` (forms: ``decode`` and ``tasks``).
 
-        Raises UserError where the two differ in size.
+        A prediction is undefined where it is NaN, of classes where it is 255; what it is at pixels without a label does
+        not matter. Raises UserError where the two differ in size.
         """
         if prediction.shape != label.shape:
             raise UserError(
                 f"{self.task.name}: got a prediction {list(prediction.shape)} for a label {list(label.shape)}, wanted "
                 "one image, decoded at the size of its label"
             )
-        part = self._count(prediction, label.to(prediction.device))
+        label = label.to(prediction.device)
+        prediction = prediction.masked_fill(~self._is_labelled(label), 0)
+        part = self._count(prediction, label)
+        undefined = prediction.isnan() if prediction.is_floating_point() else prediction == IGNORE
+        part = torch.where(undefined.any(), NOTHING, part)
         self.totals = self.totals.to(part.device) + part
 
+    def why_undefined(self) -> str | None:
+        """A sentence about the scores that are NaN, or None where there is none: for the log of an evaluation."""
+        undefined = [name for name, value in self.result().items() if math.isnan(value)]
+        if not undefined:
+            return None
+        why = "some predictions are NaN" if self.totals.isnan().any() else "the labels hold nothing to score it by"
+        return f"{self.task.name}: {', '.join(undefined)} {'is' if len(undefined) == 1 else 'are'} NaN, for {why}"
+
     def finish(self) -> None:  # noqa: B027
-        """Wait for whatever counts in other processes; most metrics have nothing there."""
+        """Wait for what is being counted in other processes; most metrics have nothing there."""
 
     def close(self) -> None:  # noqa: B027
         """End such processes without waiting for what they count."""
 
+    def _is_labelled(self, label: Tensor) -> Tensor:
+        """Where ``label`` says something, [H, W] or [1, H, W]."""
+        return label != IGNORE if self.task.kind in ("classes", "mask", "edges") else (label != 0).any(0, keepdim=True)
+
     @abstractmethod
     def _count(self, prediction: Tensor, label: Tensor) -> Tensor:
-        """The totals of one image."""
+        """The totals of one image, whose prediction is 0 where there is no label."""
 
     @abstractmethod
     def result(self) -> dict[str, float]:

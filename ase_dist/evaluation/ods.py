@@ -12,7 +12,7 @@ from torch import Tensor
 from ase_dist.cores import usable_cores
 from ase_dist.evaluation.binary import EdgesMetric
 from ase_dist.evaluation.boundary import boundary_scores, threshold_values, with_best
-from ase_dist.evaluation.boundary_counts import Floats, Protocol
+from ase_dist.evaluation.boundary_counts import TRUE, Floats, Protocol
 from ase_dist.evaluation.boundary_workers import ImageCounter
 from ase_dist.evaluation.metric import NOTHING
 from ase_dist.tasks import Task
@@ -33,7 +33,8 @@ class BoundaryMetric(EdgesMetric):
     """What ``EdgesMetric`` has, and the boundary F-measure at 99 thresholds within 0.0075 of the image diagonal.
 
     - ``ods_f``, ``ods_precision``, ``ods_recall`` (percent) at ``ods_threshold``, the best one of the whole set;
-      ``ois_f`` (percent): each image at its own best. See ``boundary.evaluate_boundaries``.
+      ``ois_f`` (percent): each image at its own best. NaN where no label of the set has an
+      edge. See ``boundary.evaluate_boundaries``.
 
     Labels are taken as they are, so they should be thin; pixels labelled 255 count as neither true nor predicted.
     """
@@ -51,6 +52,8 @@ class BoundaryMetric(EdgesMetric):
         """As every metric's; the boundaries are counted meanwhile, ``finish`` waits for them."""
         super().update(prediction, label)
         visible = torch.where(label.to(prediction.device) <= 1, prediction, 0).cpu().numpy()
+        if np.isnan(visible).any():  # the totals are NaN from here on
+            return
         self._add(self._counter.push((self._pushed, visible, [(label == 1).cpu().numpy()])))
         self._pushed += 1
 
@@ -67,7 +70,7 @@ class BoundaryMetric(EdgesMetric):
         """``bce`` (nats), ``edge_share`` (percent), and the boundary scores."""
         edges = super().result()
         counts = self.totals[self._edges :].cpu().numpy().reshape(-1, 4)
-        if not counts.any():
+        if not counts[:, TRUE].sum() > 0:  # no edge in the labels, or NaN
             return {**edges, **dict.fromkeys(SCORES, NOTHING)}
         scores = boundary_scores(counts, thresholds=THRESHOLDS)
         return {**edges, **{name: getattr(scores, name) * (1 if name == "ods_threshold" else 100) for name in SCORES}}

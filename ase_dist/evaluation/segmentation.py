@@ -29,7 +29,7 @@ class ClassesMetric(Metric):
     def _count(self, prediction: Tensor, label: Tensor) -> Tensor:
         classes = self.task.channels
         pairs = torch.bincount((label.long() * IDS + prediction.long()).flatten(), minlength=IDS**2).view(IDS, IDS)
-        confusion, valid = pairs[:classes, :classes], pairs[:IGNORE]
+        confusion, valid = pairs[:classes, :classes], pairs[:IGNORE, :IGNORE]
         if confusion.sum() != valid.sum():
             highest = int(valid.nonzero().max())
             raise UserError(

@@ -27,8 +27,8 @@ class Report:
     comparison: Comparison | None = None
 
 
-def to_json(report: Report) -> str:
-    """Everything, at full precision; what is not a number is null."""
+def to_json(report: Report, *, files: Mapping[str, str] | None = None) -> str:
+    """Everything, at full precision; what is not a number is null. ``files``: SHA-256 of the report's other files."""
     tree: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -53,6 +53,7 @@ def to_json(report: Report) -> str:
             },
             "left_out": list(report.comparison.left_out),
         }
+    tree |= {} if files is None else {"files": dict(files)}
     return json.dumps(json_safe(tree), indent=2, allow_nan=False) + "\n"
 
 

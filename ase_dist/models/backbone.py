@@ -12,18 +12,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from ase_dist.errors import UserError
-from ase_dist.models import mini, pretrained
+from ase_dist.models import mini, pretrained, timm_model
 from ase_dist.models.seeded import seeded_initialisation
+from ase_dist.models.timm_model import is_of_timm
 
 VIT_MODULES = ("vision_transformer", "deit", mini.__name__.rsplit(".", 1)[-1])
-RESERVED_ARGS = {
-    "img_size": "data.size",
-    "drop_path_rate": "model.drop_path",
-    "num_classes": "the heads",
-    "in_chans": "the images, which are RGB",
-    "pretrained": "model.pretrained",
-    "checkpoint_path": "model.pretrained",
-}
 
 
 class Backbone(NamedTuple):
@@ -59,22 +52,16 @@ def build_backbone(
     ``args`` and for weights that do not fit.
     """
     _check_name(name)
-    for key in args or {}:
-        if key in RESERVED_ARGS:
-            raise UserError(f"model.backbone_args.{key}: this follows from {RESERVED_ARGS[key]}, leave it out here")
-    options = {**(args or {}), "img_size": size, "drop_path_rate": drop_path, "num_classes": 0}
-    try:
-        with seeded_initialisation(seed, "backbone"):
-            vit = timm.create_model(name, **options)
-    except (TypeError, AssertionError) as error:
-        raise UserError(f"model.backbone_args: {name} does not take them: {error}") from None
+    fixed = {"img_size": size, "drop_path_rate": drop_path, "num_classes": 0}
+    with seeded_initialisation(seed, "backbone"):
+        vit: Any = timm_model.create(name, args or {}, **fixed)
     _check_structure(name, vit, size)
     if weights == "hub":
         with seeded_initialisation(seed, "backbone"):
-            vit = pretrained.from_hub(name, options)
-    for part in ("head", "head_dist", "fc_norm", "head_drop"):  # only a classifier uses these parameters
-        if hasattr(vit, part):
-            setattr(vit, part, nn.Identity())
+            vit = pretrained.from_hub(name, {**(args or {}), **fixed})
+    for unused in ("head", "head_dist", "fc_norm", "head_drop"):  # of a classifier: no parameter without a purpose
+        if hasattr(vit, unused):
+            setattr(vit, unused, nn.Identity())
     vit.attn_pool = None
     if weights not in {"none", "hub"}:
         pretrained.load(vit, weights, name=name)
@@ -95,10 +82,8 @@ def build_backbone(
 def _check_name(name: str) -> None:
     """UserError, with similar names, unless timm has a plain ViT ``name``; a user's own model may be any module's."""
     known = timm.is_model(name)
-    if known:
-        is_users = not str(timm.models.model_entrypoint(name).__module__).startswith("timm.")
-        if is_users or timm.models.is_model_in_modules(name, VIT_MODULES):
-            return
+    if known and (timm.models.is_model_in_modules(name, VIT_MODULES) or not is_of_timm(name)):
+        return
     names = [model for module in VIT_MODULES for model in timm.list_models(module=module)]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or ["vit_base_patch16_224"]
     problem = "is not a plain vision transformer" if known else "is no model that timm knows"

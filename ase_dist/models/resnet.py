@@ -6,12 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from ase_dist.errors import UserError
-from ase_dist.models import pretrained
+from ase_dist.models import pretrained, timm_model
 from ase_dist.models.seeded import seeded_initialisation
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
@@ -53,12 +51,12 @@ def build_resnet(name: str, *, weights: str, args: Mapping[str, Any], seed: int)
     weights BatchNorm becomes GroupNorm, with weights its statistics are folded (``ChannelAffine``). Raises UserError
     for arguments that timm does not take and weights that do not fit.
     """
-    options: dict[str, Any] = {**args, "output_stride": STRIDE, "num_classes": 0}
-    try:
+    fixed = {"output_stride": STRIDE, "num_classes": 0}
+    with seeded_initialisation(seed, "backbone"):
+        net: Any = timm_model.create(name, args, **fixed)
+    if weights == "hub":
         with seeded_initialisation(seed, "backbone"):
-            net: Any = pretrained.from_hub(name, options) if weights == "hub" else timm.create_model(name, **options)
-    except (TypeError, AssertionError) as error:
-        raise UserError(f"model.backbone_args: {name} does not take them: {error}") from None
+            net = pretrained.from_hub(name, {**args, **fixed})
     if weights not in {"none", "hub"}:
         pretrained.load_plain(net, weights, name=name)
     _replace_norms(net, group=weights == "none")

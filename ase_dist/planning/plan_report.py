@@ -10,6 +10,7 @@ from itertools import cycle
 from typing import Any
 
 from ase_dist.errors import UserError
+from ase_dist.overwriting import PNG_MARK
 from ase_dist.planning.plan import BF16, ModelSizes, Plan, crossover, dispatch_bytes
 from ase_dist.tables import Cell, Table
 
@@ -110,7 +111,7 @@ def draw_crossover(sizes: ModelSizes, *, ep_sizes: Sequence[int], tokens: int) -
         ax.set_axisbelow(True)
         ax.legend(loc="upper left")
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
+        figure.savefig(buffer, format="png", dpi=130, metadata=dict([PNG_MARK]))
     return buffer.getvalue()
 
 

@@ -19,11 +19,13 @@ from markupsafe import Markup
 import ase_dist
 from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
+from ase_dist.overwriting import contains, refuse_foreign
 from ase_dist.report import text
 from ase_dist.report.run_page import run_content
 from ase_dist.report.study_page import is_study, study_content
 from ase_dist.training.record.run_folder import RunFolder
 
+PAGE_MARK = b"<footer>Made by ase-dist "  # what every page has, and no other file
 ASSETS = Path(__file__).parent / "assets"
 POLICY = (
     "default-src 'none'; img-src data:; style-src '{style}'; script-src '{script}'; base-uri 'none'; form-action 'none'"
@@ -33,10 +35,12 @@ POLICY = (
 def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write the page of a run's or a study's ``folder`` to ``out`` (``folder``/report.html where None); the file.
 
-    Raises UserError with one sentence where ``folder`` is neither or ``out`` cannot be written.
+    Raises UserError with one sentence where ``folder`` is neither, and where ``out`` is a file that is no such page or
+    cannot be written.
     """
     folder = Path(folder)
     out = RunFolder(folder).report if out is None else Path(out)
+    refuse_foreign([out], is_own=contains(PAGE_MARK), option="--out")
     if is_study(folder):
         template, content = "study.html", study_content(folder.absolute(), out=out.absolute())
     elif RunFolder(folder).looks_used():

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from ase_dist.errors import UserError
 from ase_dist.files import replacing
+from ase_dist.overwriting import is_own_png, png_mark, refuse_foreign
 from ase_dist.scenes.layout import encode_normals
 from ase_dist.scenes.render import Scene, render_scene
 from ase_dist.tasks import PASCAL_TASKS, voc_color
@@ -22,7 +23,11 @@ PAPER = (255, 255, 255)
 
 
 def contact_sheet(path: Path, *, indices: Sequence[int] = SHOWN, seed: int = 0, size: int = 224) -> None:
-    """Render the scenes ``indices`` of data set ``seed`` and write the sheet to ``path`` as a PNG."""
+    """Render the scenes ``indices`` of data set ``seed`` and write the sheet to ``path`` as a PNG.
+
+    Raises UserError where ``path`` is a file that is no such sheet.
+    """
+    refuse_foreign([Path(path)], is_own=is_own_png, option="--contact-sheet")
     if not indices:
         raise UserError("contact sheet: no scenes named, wanted at least one index")
     rows = [panels(render_scene(seed=seed, index=index, size=size)) for index in indices]
@@ -38,7 +43,7 @@ def contact_sheet(path: Path, *, indices: Sequence[int] = SHOWN, seed: int = 0, 
         for row, row_panels in enumerate(rows):
             sheet.paste(Image.fromarray(row_panels[column]), (column * (size + GAP), HEADER + row * (size + GAP)))
     with replacing(Path(path)) as temporary:
-        sheet.save(temporary, "PNG", optimize=True)
+        sheet.save(temporary, "PNG", optimize=True, pnginfo=png_mark())
 
 
 def panels(scene: Scene) -> list[Bytes]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ase_dist.errors import UserError
 from ase_dist.files import json_safe, write_atomic
+from ase_dist.overwriting import contains, refuse_foreign
 from ase_dist.study.collect import collect
 from ase_dist.study.figures import draw
 from ase_dist.study.jobs import jobs_of, with_steps
@@ -54,6 +55,12 @@ def run_study(
         variants = [variant for variant in variants if variant.name in wanted]
         reference_of = references(study, preset, variants)
     jobs = jobs_of(variants, preset, seeds=seeds, out=out, overrides=overrides)
+    facts_file, is_facts = out / "study.json", contains(b'"references"')
+    is_study = facts_file.is_file() and is_facts(facts_file)  # then it has written the files below
+    results_files = [out / f"results.{kind}" for kind in ("json", "md", "csv")]
+    refuse_foreign(
+        [facts_file, *results_files, *(out / "plots").glob("*.png")], is_own=lambda _: is_study, option="--out"
+    )
     facts = {
         "name": name,
         "title": study.title,
@@ -63,7 +70,7 @@ def run_study(
         "axis": study.axis,
         "references": reference_of,
     }
-    write_atomic(out / "study.json", json.dumps(facts, indent=2) + "\n")
+    write_atomic(facts_file, json.dumps(facts, indent=2) + "\n")
     code = DONE
     if train:
         runner = Runner(jobs, slots, keep_checkpoints=keep_checkpoints)

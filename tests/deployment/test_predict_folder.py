@@ -11,11 +11,13 @@ from PIL import Image
 from ase_dist.commands.predict import main
 from ase_dist.deployment import predict_folder
 from ase_dist.deployment.predict_folder import find_sources
+from ase_dist.files import sha256_of
 
 from .conftest import photo
 
 pytestmark = pytest.mark.single_gpu
 TASKS = ("semseg", "human_parts", "saliency", "edge", "normals")
+ENDS_EDGE = ("_edge.png", "_sheet.png")
 ENDINGS = {".npz", "_sheet.png", *(f"_{task}.png" for task in TASKS)}
 
 
@@ -102,6 +104,109 @@ def test_output_inside_the_input_is_not_predicted_again(export, photos, tmp_path
     ]
     assert predict(arguments) == predict(arguments) == 0
     assert len(index(photos / "b" / "out")["images"]) == 2
+
+
+def hashes(folder):
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def edge_only(export, *sources, out):
+    return [str(export), *map(str, sources), "--out", str(out), "--tasks", "edge", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("foreign", ["ONE_edge.png", "ONE_sheet.png", "ONE.npz", "one_2.npz", predict_folder.INDEX])
+@pytest.mark.parametrize("kind", ["file", "dangling link", "folder"])
+def test_nothing_is_replaced_that_predict_did_not_write(foreign, kind, export, photos, predict, capsys):
+    mine = photos / "b" / foreign
+    {"file": lambda: mine.write_bytes(b'{"format": "my own"}'), "folder": mine.mkdir,
+     "dangling link": lambda: mine.symlink_to("nowhere")}[kind]()  # fmt: skip
+    before = hashes(photos)
+    assert predict(edge_only(export, photos / "b", out=photos / "b")) == 2
+    assert hashes(photos) == before and (mine.is_symlink() or mine.exists())
+    assert re.search(rf"error: --out: '\S*{re.escape(foreign)}' would be replaced", capsys.readouterr().err)
+
+
+def test_a_folder_may_be_source_and_place_again_and_again(export, photos, predict, caplog):
+    out = photos / "b"
+    assert predict(edge_only(export, out, out=out)) == 0
+    first = hashes(out)
+    assert predict(edge_only(export, out, out=out)) == 0
+    assert predict(edge_only(export, *sorted(out.iterdir()), out=out)) == 0  # as a shell gives ``*``
+    assert predict(edge_only(export, photos / "b", out=photos / "other")) == 0  # nor are they sources for elsewhere
+    assert {entry["name"] for entry in index(photos / "other")["images"]} == {"ONE", "one_2"}
+    assert set(hashes(out)) == set(first)
+
+
+def test_a_changed_prediction_is_the_user_s_own(export, photos, predict, capsys):
+    out = photos / "b"
+    assert predict(edge_only(export, out, out=out)) == 0
+    Image.fromarray(photo(20, 20)).save(out / "one_2_edge.png")
+    before = hashes(out)
+    assert predict(edge_only(export, out, out=out)) == 2 and hashes(out) == before
+    assert predict(edge_only(export, out, out=photos / "other")) == 0  # and an image like others
+    assert "one_2_edge" in {entry["name"] for entry in index(photos / "other")["images"]}
+
+
+class Killed(BaseException):
+    """What no command catches."""
+
+
+def test_an_interrupted_command_goes_on_over_its_own_files(export, photos, tmp_path, predict, monkeypatch):
+    out, calls = tmp_path / "out", []
+
+    def killed(*arguments, **_):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise Killed
+        real(*arguments)
+
+    real = predict_folder._write
+    with monkeypatch.context() as patch:
+        patch.setattr(predict_folder, "_write", killed)
+        with pytest.raises(Killed):
+            predict(edge_only(export, photos / "b", out=out))
+    assert (out / "ONE_edge.png").exists() or (out / "one_2_edge.png").exists()
+    assert not (out / predict_folder.INDEX).exists()
+    assert predict(edge_only(export, photos / "b", out=out)) == 0
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+
+
+def test_files_of_an_earlier_command_stay_known(export, photos, tmp_path, predict):
+    out = tmp_path / "out"
+    for source in ("a/one.png", "a/two.jpg", "a/one.png"):
+        assert predict(edge_only(export, photos / source, out=out)) == 0
+    assert set(index(out)["files"]) == {f"{name}{end}" for name in ("one", "two") for end in (*ENDS_EDGE, ".npz")}
+
+
+def test_an_index_of_earlier_versions_names_its_files(export, photos, tmp_path, predict):
+    out = tmp_path / "out"
+    assert predict(edge_only(export, photos / "b", out=out)) == 0
+    tree = index(out)
+    del tree["files"]
+    (out / predict_folder.INDEX).write_text(json.dumps(tree))
+    assert predict(edge_only(export, photos / "b", out=out)) == 0
+
+
+@pytest.mark.parametrize("links", [1, 2, 5])
+def test_links_to_folders_above_end(links, tmp_path):
+    Image.fromarray(photo()).save(tmp_path / "a.png")
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(photo()).save(tmp_path / "deep" / "b.png")
+    for i in range(links):
+        (tmp_path / f"loop{i}").symlink_to(tmp_path, target_is_directory=True)
+        (tmp_path / "deep" / f"up{i}").symlink_to("..", target_is_directory=True)
+    (tmp_path / "itself.png").symlink_to("itself.png")
+    found = find_sources([tmp_path], out=tmp_path / "out")
+    assert [source.name for source in found] == ["a", "deep/b", "itself"]
+
+
+def test_a_linked_folder_is_searched_under_its_first_name(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in").mkdir()
+    Image.fromarray(photo()).save(tmp_path / "elsewhere" / "x.png")
+    for name in ("p", "q"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert [source.name for source in find_sources([tmp_path / "in"], out=tmp_path / "out")] == ["p/x"]
 
 
 def test_a_file_named_twice_is_predicted_once(photos, tmp_path):

@@ -14,6 +14,7 @@ from ase_dist.commands.export import main as command
 from ase_dist.deployment import programs
 from ase_dist.deployment.predictor import load
 from ase_dist.deployment.programs import FACTS, deploy, facts, operations, output_names, trace
+from ase_dist.errors import UserError
 from ase_dist.models.export_file import CARD
 from tests.deployment.conftest import SETTINGS, make_export
 
@@ -185,3 +186,12 @@ def test_the_command_makes_programs_of_an_export(export, tmp_path, caplog, capsy
         assert command([str(export), str(tmp_path / "other"), *wrong]) == 2
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "other").exists() and (export / CARD).is_file()
+
+
+@pytest.mark.parametrize("name", ["pt2", "onnx"])
+def test_a_file_that_is_no_such_program_is_not_replaced(name, model, tmp_path):
+    mine = tmp_path / f"model.{name}"
+    mine.write_bytes(b"the user's own")
+    with pytest.raises(UserError, match=rf"^export: '\S*model.{name}' would be replaced"):
+        programs.deploy(model, tmp_path, formats=[name])
+    assert mine.read_bytes() == b"the user's own"

@@ -42,6 +42,11 @@ def test_counts_equal_the_slow_reference(annotators):
     np.testing.assert_array_equal(totals[:-1], expected)
 
 
+def test_without_a_true_edge_there_is_no_score():
+    found = evaluate_boundaries([np.full((20, 30), 0.7)], [[np.zeros((20, 30), dtype=bool)]], thresholds=5)
+    assert np.isnan([found.ods_f, found.ods_threshold, found.ois_f, found.ois_recall]).all()
+
+
 def test_a_perfect_prediction_scores_one_and_an_empty_one_zero():
     _, truths = generated_samples(2)
     perfect = evaluate_boundaries([t[0].astype(float) for t in truths], truths, thresholds=5, matching="exact")

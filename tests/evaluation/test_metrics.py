@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from ase_dist.evaluation.metrics import build_metric
+from ase_dist.evaluation.decode import decode
+from ase_dist.evaluation.metrics import EdgeOds, build_metric
+from ase_dist.evaluation.ods import SCORES
 from ase_dist.tasks import IGNORE, NYUD_TASKS, PASCAL_TASKS
 
 from .conftest import TASK_OF_KIND, random_image
@@ -67,3 +69,76 @@ def test_a_prediction_of_another_size_is_named(task):
     _, label = random_image(task, seed=0, width=5)
     with pytest.raises(ValueError, match=f"{task.name}: got a prediction .* for a label .*decoded at the size"):
         build_metric(task).update(prediction, label)
+
+
+def undefined(prediction):
+    """The prediction with one pixel of which nothing is known."""
+    broken = prediction.clone()
+    broken[..., 2, 3] = math.nan if prediction.is_floating_point() else IGNORE
+    return broken
+
+
+@pytest.mark.parametrize("ods", [None, EdgeOds(workers=0)], ids=["plain", "boundaries"])
+@pytest.mark.parametrize("task", ALL_TASKS, ids=NAMES)
+def test_one_undefined_prediction_leaves_no_score(task, ods, device):
+    metric, other = build_metric(task, edge_ods=ods), build_metric(task, edge_ods=ods)
+    for i, at in enumerate((metric, other, metric)):
+        prediction, label = (tensor.to(device) for tensor in random_image(task, seed=i))
+        label[..., 2, 3] = 1
+        at.update(undefined(prediction) if i == 0 else prediction, label)
+    for each in (metric, other):
+        each.finish()
+        assert math.isnan(each.result()[task.metric]) == (each is metric)
+    other.totals = other.totals + metric.totals  # nor have all ranks together
+    for each in (metric, other):
+        assert all(math.isnan(value) for value in each.result().values())
+        why = each.why_undefined()
+        assert why.startswith(f"{task.name}: ") and task.metric in why and why.endswith("some predictions are NaN")
+
+
+@pytest.mark.parametrize("task", ALL_TASKS, ids=NAMES)
+def test_what_is_predicted_without_a_label_does_not_matter(task, device):
+    metric, sound = build_metric(task), build_metric(task)
+    prediction, label = (tensor.to(device) for tensor in random_image(task, seed=0))
+    label[..., 2, 3] = IGNORE if label.dtype == torch.uint8 else 0
+    metric.update(undefined(prediction), label)
+    sound.update(prediction, label)
+    assert torch.equal(metric.totals, sound.totals) and metric.why_undefined() is None
+
+
+def test_nothing_salient_in_the_set_has_no_f_measure(device):
+    metric = build_metric(TASK_OF_KIND["mask"])
+    label = torch.zeros(4, 5, dtype=torch.uint8, device=device)
+    metric.update(torch.full((4, 5), 0.1, device=device), label)
+    found = metric.result()
+    assert math.isnan(found["maxf"]) and math.isnan(found["maxf_threshold"])
+    assert found["miou"] == 100 and found["mae"] == pytest.approx(0.1)
+    assert metric.why_undefined() == (
+        "saliency: maxf, maxf_threshold are NaN, for the labels hold nothing to score it by"
+    )
+    label[0, 0] = 1
+    metric.update(torch.full((4, 5), 0.1, device=device), label)
+    assert metric.result()["maxf"] > 0 and metric.why_undefined() is None
+
+
+def test_no_edge_in_the_set_has_no_boundary_score(device):
+    metric = build_metric(TASK_OF_KIND["edges"], edge_ods=EdgeOds(workers=0))
+    metric.update(torch.full((20, 30), 0.7, device=device), torch.zeros(20, 30, dtype=torch.uint8, device=device))
+    metric.finish()
+    found = metric.result()
+    assert found["edge_share"] == 0 and math.isfinite(found["bce"])
+    assert all(math.isnan(found[name]) for name in SCORES)
+
+
+@pytest.mark.parametrize("task", ALL_TASKS, ids=NAMES)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_leave_no_score(task, value):
+    """From the head's output on: the scores are NaN, or those of a certain prediction where a logit is infinite."""
+    metric = build_metric(task)
+    _, label = random_image(task, seed=0)
+    logits = torch.randn(1, task.channels, *label.shape[-2:], generator=torch.Generator().manual_seed(0))
+    logits[:, 0] = value
+    metric.update(decode(task, logits)[0], label)
+    score = metric.result()[task.metric]
+    certain = value == math.inf and task.kind in ("classes", "mask", "edges")
+    assert math.isfinite(score) if certain else not math.isfinite(score)

@@ -4,7 +4,9 @@ import pytest
 import timm
 import torch
 
+from ase_dist.errors import UserError
 from ase_dist.models.backbone import build_backbone
+from ase_dist.models.resnet import build_resnet
 from ase_dist.models.seeded import seeded_initialisation
 
 pytestmark = pytest.mark.single_gpu
@@ -72,6 +74,17 @@ def test_drop_path_grows_over_the_blocks():
         ("vit_tiny_patch16_224", {"args": {"img_size": 64}}, ["model.backbone_args.img_size", "data.size"]),
         ("vit_tiny_patch16_224", {"args": {"heads": 3}}, ["model.backbone_args", "heads"]),
         ("vit_tiny_patch16_224", {"args": {"num_heads": 5}}, ["model.backbone_args", "divisible"]),
+        ("vit_tiny_patch16_224", {"args": {"depth": "many"}}, ["model.backbone_args", "'depth': 'many'", "TypeError"]),
+        ("vit_tiny_patch16_224", {"args": {"act_layer": "relux"}}, ["model.backbone_args", "relux", "KeyError"]),
+        ("vit_tiny_patch16_224", {"args": {"patch_size": 0}}, ["model.backbone_args", "ZeroDivisionError"]),
+        ("vit_tiny_patch16_224", {"args": {"mlp_ratio": -1}}, ["model.backbone_args", "negative dimension"]),
+        ("vit_tiny_patch16_224", {"args": {"pos_embed": "x"}}, ["model.backbone_args", "no reason given"]),
+        (
+            "vit_small_patch16_224.nonsense",
+            {},
+            ["model.backbone", "'nonsense'", "augreg_in1k"],
+        ),
+        ("vit_small_patch16_224.augreg_in1", {}, ["did you mean 'augreg_in1k'?"]),
         ("vit_tiny_patch16_224", {"args": {"patch_drop_rate": 0.5}}, ["patch_drop_rate"]),
         ("vit_small_patch16_18x2_224", {"args": SMALL}, ["ParallelThingsBlock", "pre-norm"]),
         ("vit_base_patch16_rpn_224", {"args": SMALL}, ["ResPostBlock"]),
@@ -83,3 +96,41 @@ def test_refuses_in_one_sentence(name, options, words):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_tag_of_weights_that_timm_knows_is_taken():
+    assert build_backbone("vit_small_patch16_224.augreg_in1k", size=32, args={**SMALL, "num_heads": 2}).width == 32
+
+
+def test_a_bug_in_a_constructor_keeps_its_traceback(monkeypatch):
+    """Of timm's, where the model fails without the user's arguments too; of a user's model, whatever it raises."""
+
+    def broken(*_, **__):
+        _, _ = (1, 2, 3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(timm.models.vision_transformer.Block, "__init__", broken)
+        with pytest.raises(ValueError, match="too many values to unpack") as error:
+            build_backbone("vit_tiny_patch16_224", size=32, args=SMALL)
+    assert type(error.value) is ValueError
+
+    def vit_of_a_user(pretrained=False, *, width=32, **kwargs):
+        return broken() if width > 32 else None
+
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, "vit_of_a_user", vit_of_a_user)
+    with pytest.raises(ValueError, match="too many values to unpack") as error:
+        build_backbone("vit_of_a_user", size=32, args={"width": 64})
+    assert type(error.value) is ValueError
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"block": "x"}, "model.backbone_args: got .* which resnet18 does not take"),
+        ({"in_chans": 4}, "model.backbone_args.in_chans: this follows from the images"),
+        ({"output_stride": 16}, "model.backbone_args.output_stride: this follows from"),
+    ],
+)
+def test_a_resnet_refuses_in_one_sentence_too(args, words):
+    with pytest.raises(UserError, match=words):
+        build_resnet("resnet18", weights="none", args=args, seed=0)

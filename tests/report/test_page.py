@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from ase_dist.commands import report
+from ase_dist.errors import UserError
 from ase_dist.report.page import write_report
 from tests.report.conftest import Page, write_picture, write_run, write_study
 
@@ -198,3 +199,12 @@ def test_help_comes_without_torch(tmp_path):
     blocked = f"import sys; sys.modules['torch'] = sys.modules['matplotlib'] = None\n{code}"
     done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0 and "RUN_OR_STUDY" in done.stdout and "--out" in done.stdout
+
+
+def test_a_page_replaces_a_page_and_nothing_else(run_folder):
+    page = write_report(run_folder)
+    assert write_report(run_folder) == page
+    page.write_text("<p>my own</p>")
+    with pytest.raises(UserError, match=r"^--out: '\S*report.html' would be replaced"):
+        write_report(run_folder)
+    assert page.read_text() == "<p>my own</p>"

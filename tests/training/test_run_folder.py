@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ase_dist.errors import UserError
 from ase_dist.training.record.environment import _git_commit, environment, hide_secrets
 from ase_dist.training.record.logs import LOGGER, close_logs, format_line, open_logs, parse_line
 from ase_dist.training.record.run_folder import RunFolder, meaning
@@ -154,3 +155,16 @@ def test_a_line_that_bypasses_logging_reads_like_one_of_its_own(tmp_path: Path) 
         found = parse_line(line.rstrip("\n"))
         assert found is not None and found[1:] == (5, "CRITICAL", "the end: 7")
     assert parse_line("Traceback (most recent call last):") is None
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "ds_config.json", "summary.json", "env.json"])
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_files_that_no_run_has_written_are_refused(name: str, resume: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (tmp_path / name).write_text("mine: 1\n")
+    with pytest.raises(UserError, match=rf"^output: '\S*{name}' would be replaced"):
+        folder.refuse_used(resume=resume)
+    (tmp_path / name).unlink()
+    folder.write_environment(environment())
+    folder.write_config("seed: 0\n")
+    folder.refuse_used(resume=resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from ase_dist.evaluation.metrics import EdgeOds, Metric, build_metric
 from ase_dist.models import ModelOutput
 from ase_dist.tasks import Task
 
+LOGGER = logging.getLogger("ase_dist")
 Results = dict[str, dict[str, float]]  # {task: {metric: value}}
 Forward = Callable[[Tensor], ModelOutput]
 
@@ -91,7 +93,11 @@ def evaluate(
                 return None
         for metric in metrics.values():
             metric.finish()
-    return Evaluation(_merged(metrics, device), _merged(trivial, device))
+    evaluation = Evaluation(_merged(metrics, device), _merged(trivial, device))
+    for metric in metrics.values():
+        if collectives.rank() == 0 and (why := metric.why_undefined()) is not None:
+            LOGGER.warning("%s", why)
+    return evaluation
 
 
 def fit_constants(

@@ -81,10 +81,10 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
         state = RunState(config.settings, world, store, zero_stage=config.zero_stage, backbone=components.backbone)
         state.resume(components.engine, components.train_loader, total_steps=components.total_steps)
         if world.is_first:
-            folder.write_config(to_yaml(config.settings))
-            folder.write_ds_config(config.deepspeed)
             machine = {"device": str(world.device), "torch_threads": torch.get_num_threads()}
             folder.write_environment({**environment(), "world_size": world.size, **machine})
+            folder.write_config(to_yaml(config.settings))
+            folder.write_ds_config(config.deepspeed)
         recorder = Recorder(folder.metrics, enabled=world.is_first)
         closing.callback(recorder.close)
         start_record(recorder, components, state)

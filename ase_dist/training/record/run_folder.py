@@ -16,6 +16,7 @@ from typing import Any
 
 from ase_dist.errors import UserError, file_error
 from ase_dist.files import write_atomic
+from ase_dist.overwriting import contains, refuse_foreign
 
 MEANINGS = {
     "config.yaml": "the merged settings; --config reads it again",
@@ -157,8 +158,15 @@ class RunFolder:
     def refuse_used(self, *, resume: str) -> None:
         """Raise UserError where ``resume`` is "never" and a run has already written metrics here.
 
+        Whatever ``resume`` is, files under the names of a run's that no run has written are refused too: the
+        surroundings, which a run writes first, or checkpoints tell whose they are.
+
         To be called before anything is written, or a rank may find what rank 0 has just begun.
         """
+        is_environment = contains(b'"git_commit"')
+        is_run = (self.environment.is_file() and is_environment(self.environment)) or self.checkpoints.is_dir()
+        targets = [self.environment, self.config, self.ds_config, self.summary]
+        refuse_foreign(targets, is_own=lambda _: is_run, option="output")
         if resume == "never" and self.metrics.is_file() and self.metrics.stat().st_size > 0:
             raise UserError(
                 f"output: {str(self.path)!r} already holds the metrics of a run and resume is 'never'; "

@@ -62,10 +62,13 @@ class History:
 
 
 def gain(tasks: Sequence[Task], results: Results, trivial: Results) -> float:
-    """Delta_m of ``results`` over ``trivial``, percent, over the tasks where it is defined; -inf if nowhere."""
+    """Delta_m of ``results`` over ``trivial``, percent, over the tasks where ``trivial`` is defined and not 0.
+
+    -inf where there is no such task, and where a result of one is NaN: a model that fails a task is never the best.
+    """
     pairs = {task.name: (results[task.name][task.metric], trivial[task.name][task.metric]) for task in tasks}
-    defined = {name: pair for name, pair in pairs.items() if all(map(math.isfinite, pair)) and pair[1] != 0}
-    if not defined:
+    defined = {name: pair for name, pair in pairs.items() if math.isfinite(pair[1]) and pair[1] != 0}
+    if not defined or not all(math.isfinite(result) for result, _ in defined.values()):
         return -math.inf
     scores, reference = ({name: pair[i] for name, pair in defined.items()} for i in (0, 1))
     chosen = [task for task in tasks if task.name in defined]
