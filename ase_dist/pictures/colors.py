@@ -6,7 +6,6 @@ depth runs over a given range. Letters: C channels, H W a map's own size, h w a 
 
 from __future__ import annotations
 
-import matplotlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,6 +26,8 @@ def paint(task: Task, value_CHW: Tensor, size: Size, depth_range: Range) -> Tile
         ids = resize_nearest(value_CHW, size)[0].long().clamp(max=len(palette) - 1).numpy()
         return np.array(palette[ids])
     if task.kind == "depth":
+        import matplotlib  # at the top it would delay every import of this module
+
         low, high = depth_range
         share_hw = ((resize_nearest(value_CHW, size)[0] - low) / (high - low)).clamp(0, 1).numpy()
         return np.array(matplotlib.colormaps["viridis"](share_hw, bytes=True)[..., :3])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib
 import torch
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
@@ -26,6 +25,8 @@ INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 def font() -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib."""
+    import matplotlib  # at the top it would delay every import of this module
+
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), FONT_SIZE)
 
 

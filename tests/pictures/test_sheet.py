@@ -1,5 +1,8 @@
 """Pictures show what was predicted, at its size, in the colours of the task table; the sheet has a tile for each."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -64,3 +67,8 @@ def test_classes_that_occur_stand_below():
     page = np.asarray(sheet(photo(60, 60), {"semseg": ids}, [SEMSEG]))
     legend = page[bare.shape[0] - MARGIN :].reshape(-1, 3).tolist()
     assert list(SEMSEG.palette[15]) in legend and list(SEMSEG.palette[12]) not in legend
+
+
+def test_importing_loads_no_matplotlib():
+    code = "import sys, ase_dist.pictures.grid, ase_dist.pictures.sheet; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
