@@ -13,7 +13,7 @@ import numpy as np
 from ase_dist.scenes.materials import column, f32
 from ase_dist.scenes.solids import Array, Thing
 from ase_dist.scenes.tracing import FAR, Shapes, View, trace
-from ase_dist.scenes.world import Light, World
+from ase_dist.scenes.world import Light, Surroundings
 
 SHADOW_REACH = 12.0  # metres round the middle of the scene within which shadows are cast
 
@@ -86,7 +86,7 @@ def contact_shade(points: Array, things: Sequence[Thing]) -> Array:
     return f32(shade)
 
 
-def corner_shade(points: Array, world: World, index: int) -> Array:
+def corner_shade(points: Array, world: Surroundings, index: int) -> Array:
     """Darkening of points [3, n] on a room's plane ``index`` towards the nearest of the other planes."""
     nearest = np.full_like(points[0], np.inf)
     for other, surface in enumerate(world.surfaces):
@@ -131,7 +131,7 @@ def highlight(light: Light, normals: Array, direction: Array, lit: Array) -> Arr
     return f32(column(light.sun) * (power * np.minimum(lit * 4, 1)) + column(light.above) * (mirrored_up * rim))
 
 
-def haze(world: World, colors: Array, t: Array) -> Array:
+def haze(world: Surroundings, colors: Array, t: Array) -> Array:
     """Colours blended with the fog's over the distance; the same where there is none."""
     if world.fog_length == np.inf:
         return colors

@@ -133,7 +133,7 @@ class _Renderer:
         return np.where(outline, np.float32(0.5) * colors + np.float32(0.125) * (diagonal + other), colors)
 
     def _picture_normals(self, view: View, normals: Array, context: NDArray[np.uint16]) -> Array:
-        """World normals [3, n] in the picture's axes [S, S, 3], zero where PASCAL-Context has none."""
+        """Surroundings normals [3, n] in the picture's axes [S, S, 3], zero where PASCAL-Context has none."""
         axes = (view.right, view.down, -view.forward)
         turned = np.stack([a[0] * normals[0] + a[1] * normals[1] + a[2] * normals[2] for a in axes], axis=-1)
         turned *= normals_table()[context][:, None]

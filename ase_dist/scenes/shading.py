@@ -26,7 +26,7 @@ from ase_dist.scenes.lighting import (
 from ase_dist.scenes.materials import PATTERNS, Material, blend, f32, noise
 from ase_dist.scenes.solids import Array, Thing
 from ase_dist.scenes.tracing import CURVED, FAR, Shapes
-from ase_dist.scenes.world import World
+from ase_dist.scenes.world import Surroundings
 
 
 class Rays(NamedTuple):
@@ -85,7 +85,9 @@ def palette(shapes: Shapes, things: Sequence[Thing]) -> Palette:
     )
 
 
-def shade(rays: Rays, world: World, shapes: Shapes, look: Palette, shadows: ShadowMap, things: Sequence[Thing]) -> Seen:
+def shade(
+    rays: Rays, world: Surroundings, shapes: Shapes, look: Palette, shadows: ShadowMap, things: Sequence[Thing]
+) -> Seen:
     """1. Paint the sky. 2. Paint the surroundings. 3. Paint the shapes. 4. Light the last two and add haze."""
     n = len(rays.t)
     zeros = np.zeros(n, np.float32)
@@ -108,7 +110,7 @@ def shade(rays: Rays, world: World, shapes: Shapes, look: Palette, shadows: Shad
 
 
 def _light(
-    rays: Rays, world: World, shadows: ShadowMap, points: Array, solid: NDArray[np.int64] | slice, paint: _Paint
+    rays: Rays, world: Surroundings, shadows: ShadowMap, points: Array, solid: NDArray[np.int64] | slice, paint: _Paint
 ) -> None:
     """Light the ``solid`` samples, add their shine, then haze."""
     light, normals, gloss = world.light, paint.normals[:, solid], paint.gloss[solid]
@@ -139,7 +141,7 @@ def _put(target: Array, where: NDArray[np.int64] | slice, values: Array) -> None
         row[where] = value
 
 
-def _paint_sky(rays: Rays, world: World, paint: _Paint) -> NDArray[np.int64] | slice:
+def _paint_sky(rays: Rays, world: Surroundings, paint: _Paint) -> NDArray[np.int64] | slice:
     """Paint the samples that reach the sky, and return the indices of the others."""
     in_sky = (rays.shape < 0) & (rays.surface < 0)
     sky = np.flatnonzero(in_sky)
@@ -150,7 +152,7 @@ def _paint_sky(rays: Rays, world: World, paint: _Paint) -> NDArray[np.int64] | s
     return np.flatnonzero(~in_sky)
 
 
-def _paint_surfaces(rays: Rays, world: World, points: Array, things: Sequence[Thing], paint: _Paint) -> None:
+def _paint_surfaces(rays: Rays, world: Surroundings, points: Array, things: Sequence[Thing], paint: _Paint) -> None:
     """Paint the samples that reach the ground or a wall."""
     behind = np.where(rays.shape < 0, rays.surface, np.int8(-1))
     for index, surface in enumerate(world.surfaces):
@@ -227,7 +229,7 @@ def _cone_normals(cone: Array, p: Array) -> Array:
     return np.stack([p[0] * outward, along, p[2] * outward])
 
 
-def surroundings(world: World, origin: Array, direction: Array) -> tuple[Array, NDArray[np.int8]]:
+def surroundings(world: Surroundings, origin: Array, direction: Array) -> tuple[Array, NDArray[np.int8]]:
     """Ray parameter at which each ray [3, n] meets the surroundings, and the surface; -1 and FAR where there is sky."""
     nearest = np.full(direction.shape[1:], FAR, np.float32)
     which = np.full(nearest.shape, -1, np.int8)

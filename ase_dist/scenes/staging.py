@@ -10,7 +10,7 @@ import numpy as np
 
 from ase_dist.scenes import people
 from ase_dist.scenes.solids import Thing
-from ase_dist.scenes.world import World
+from ase_dist.scenes.world import Surroundings
 
 Maker = Callable[[np.random.Generator], Thing]
 
@@ -33,7 +33,7 @@ class Camera:
 class Scenery:
     """A world, what stands in it, and the camera."""
 
-    world: World
+    world: Surroundings
     camera: Camera
     rng: np.random.Generator
     things: list[Thing] = field(default_factory=list)
@@ -72,13 +72,13 @@ class Scenery:
         return bool(self.rng.random() < share)
 
 
-def to_street(world: World, x: float, z: float) -> tuple[float, float]:
+def to_street(world: Surroundings, x: float, z: float) -> tuple[float, float]:
     """Coordinates along and across the world's own direction, of a world point on the ground."""
     c, s = math.cos(world.yaw), math.sin(world.yaw)
     return c * x - s * z, s * x + c * z
 
 
-def from_street(world: World, along: float, across: float) -> tuple[float, float]:
+def from_street(world: Surroundings, along: float, across: float) -> tuple[float, float]:
     """The inverse of ``to_street``."""
     c, s = math.cos(world.yaw), math.sin(world.yaw)
     return c * along + s * across, -s * along + c * across

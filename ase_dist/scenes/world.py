@@ -52,8 +52,8 @@ class Light(NamedTuple):
 
 
 @dataclass
-class World:
-    """Surroundings; ``sky`` paints directions, None in a room; ``fog`` is the haze's colour, denser with distance."""
+class Surroundings:
+    """A room or a landscape; ``sky`` paints directions, None in a room; ``fog`` is the haze's colour."""
 
     kind: str
     surfaces: list[Surface]
@@ -111,7 +111,7 @@ def _painter(shade: Shade, name: str, across: tuple[float, float, float], along:
     return paint
 
 
-def room(rng: np.random.Generator) -> World:
+def room(rng: np.random.Generator) -> Surroundings:
     """A room before the camera, seen a little askew: floor, ceiling and three walls."""
     yaw = float(rng.uniform(-0.5, 0.5))
     back, side, height = float(rng.uniform(4.5, 7.5)), float(rng.uniform(2.6, 4.2)), float(rng.uniform(2.5, 3.1))
@@ -132,7 +132,7 @@ def room(rng: np.random.Generator) -> World:
         direction, (0.62, 0.60 - 0.05 * warm, 0.56 - 0.16 * warm), (0.50, 0.49, 0.48), (0.36, 0.34, 0.31),
         float(rng.uniform(0.06, 0.14)),
     )  # fmt: skip
-    return World("room", surfaces, light, walls={"back": back, "side": side, "height": height}, yaw=yaw)
+    return Surroundings("room", surfaces, light, walls={"back": back, "side": side, "height": height}, yaw=yaw)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def _outdoor_light(rng: np.random.Generator, zenith: Rgb) -> Light:
     )
 
 
-def meadow(rng: np.random.Generator) -> World:
+def meadow(rng: np.random.Generator) -> Surroundings:
     """Grass to the horizon, sometimes with a path, under the sky."""
     zenith, horizon = SKIES[int(rng.integers(len(SKIES)))]
     turf = grass(pick(rng, GREENS))
@@ -227,7 +227,7 @@ def meadow(rng: np.random.Generator) -> World:
         parts = [(edge, turf, "grass"), (edge + float(rng.uniform(1.0, 2.5)), earth, "ground"), parts[0]]
     ground = strips(parts, float(rng.uniform(-1.2, 1.2)))
     hills = (pick(rng, ((0.35, 0.45, 0.50), (0.30, 0.42, 0.28))), float(rng.uniform(0.03, 0.13)))
-    return World(
+    return Surroundings(
         "meadow",
         [Surface((0.0, 1.0, 0.0), 0.0, ground)],
         _outdoor_light(rng, zenith),
@@ -238,7 +238,7 @@ def meadow(rng: np.random.Generator) -> World:
     )  # fmt: skip
 
 
-def lakeside(rng: np.random.Generator) -> World:
+def lakeside(rng: np.random.Generator) -> Surroundings:
     """A shore, water, and the far bank with hills."""
     zenith, horizon = SKIES[int(rng.integers(len(SKIES)))]
     shore, width = float(rng.uniform(2.5, 5.0)), float(rng.uniform(30.0, 60.0))
@@ -251,7 +251,7 @@ def lakeside(rng: np.random.Generator) -> World:
     ]  # fmt: skip
     yaw = float(rng.uniform(-0.25, 0.25))
     hills = (pick(rng, ((0.35, 0.45, 0.50), (0.30, 0.42, 0.28))), float(rng.uniform(0.05, 0.15)))
-    return World(
+    return Surroundings(
         "lake",
         [Surface((0.0, 1.0, 0.0), 0.0, strips(parts, yaw))],
         _outdoor_light(rng, zenith),
@@ -263,7 +263,7 @@ def lakeside(rng: np.random.Generator) -> World:
     )
 
 
-def street(rng: np.random.Generator) -> World:
+def street(rng: np.random.Generator) -> Surroundings:
     """Pavement, a road with a dashed line, and pavement again, across the view or slanting away."""
     zenith, horizon = SKIES[int(rng.integers(len(SKIES)))]
     yaw = float(rng.uniform(-0.35, 0.35))
@@ -278,7 +278,7 @@ def street(rng: np.random.Generator) -> World:
         (math.inf, grass(pick(rng, GREENS)), "grass"),
     ]  # fmt: skip
     ground = strips(parts, yaw, (near + width / 2, 0.09))
-    return World(
+    return Surroundings(
         "street",
         [Surface((0.0, 1.0, 0.0), 0.0, ground)],
         _outdoor_light(rng, zenith),

@@ -1,4 +1,4 @@
-"""What is compared: every study by name, and the variants it consists of."""
+"""The studies by name, and the variants that each compares."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ase_dist.study.presets import Preset
 class Variant:
     """One line of a study's table: a baseline, with ``changes`` of settings by dotted key.
 
-    ``tasks`` are the data set's own where None; ``x`` is its place on the study's axis, where that has numbers, and
-    ``group`` the line or the bars that it belongs to.
+    ``tasks`` are all of the data set where None; ``x`` is the position on the study's axis, where that has numbers;
+    variants of one ``group`` are joined by a line or have one colour.
     """
 
     name: str
@@ -30,10 +30,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Study:
-    """A question: its title, its variants on a data set, which of them the others are measured against, its axis.
+    """A question of the paper: its title, its variants, their references, the axis of its plots.
 
-    ``reference`` names a variant for each set of tasks among the variants; ``heat_map`` the variant whose expert
-    activation is drawn.
+    ``reference`` names one variant for each set of tasks, to which Delta_m of the others is relative; ``heat_map`` is
+    the variant whose expert activation is drawn.
     """
 
     title: str
@@ -54,12 +54,8 @@ def _of_baseline(name: str, **options: Any) -> Variant:
     return Variant(name, baselines()[name].label, name, **options)
 
 
-def _table1(preset: Preset) -> list[Variant]:
-    return [_of_baseline(name) for name in TABLE]
-
-
 def _naive_vs_ase(preset: Preset) -> list[Variant]:
-    """LoRA-MoE, naive and ASE, on two tasks and on all, the pull of the tasks on the shared expert measured."""
+    """LoRA-MoE, naive and ASE on two tasks and on all, with the gradient conflict on the shared expert measured."""
     every = max(1, preset.steps // CONFLICT_MEASUREMENTS)
     measured = {"eval.gradient_conflict_every": every}
     variants = []
@@ -74,7 +70,7 @@ def _naive_vs_ase(preset: Preset) -> list[Variant]:
 
 
 def _topk(preset: Preset) -> list[Variant]:
-    """ASE with k routed experts and a shared one, against LoRA-MoE with as many active in all."""
+    """ASE with k routed experts and a shared one, against LoRA-MoE with the same number of active experts."""
     variants = []
     for k in TOP_K:
         base = {"model.moe.k": k + 1}
@@ -127,7 +123,7 @@ def _router_cost(preset: Preset) -> list[Variant]:
 
 
 def _shared_logit_floor(preset: Preset) -> list[Variant]:
-    """The shared logits scaled up from 0 over a share of the run, against free from the start."""
+    """The shared logits scaled up from 0 over a part of the run, against none scaled."""
     shares = (0.0, 0.1, 0.3, 0.6)
     return [
         Variant(
@@ -171,7 +167,12 @@ def _resolution(preset: Preset) -> list[Variant]:
 
 
 STUDIES: dict[str, Study] = {
-    "table1": Study("The paper's table", _table1, ("stl_resnet18",), heat_map="ase_16_3_1_4"),
+    "table1": Study(
+        "The paper's table",
+        lambda preset: [_of_baseline(name) for name in TABLE],
+        ("stl_resnet18",),
+        heat_map="ase_16_3_1_4",
+    ),
     "naive_vs_ase": Study(
         "Naive against adaptive shared experts",
         _naive_vs_ase,
@@ -207,7 +208,7 @@ def find_study(name: str) -> Study:
 
 
 def references(study: Study, preset: Preset, variants: Sequence[Variant]) -> dict[str, str]:
-    """For each variant the name of the one that it is measured against: the reference with the same tasks."""
+    """For each variant the name of its reference: the one with the same tasks."""
     names = [name.format(smallest=preset.sizes[0]) for name in study.reference]
     by_tasks = {variant.tasks: variant.name for variant in variants if variant.name in names}
     return {variant.name: by_tasks[variant.tasks] for variant in variants}

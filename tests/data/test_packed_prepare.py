@@ -234,7 +234,7 @@ def test_a_killed_packing_leaves_no_process_and_goes_on(many, tmp_path):
     assert contents(place) == contents(prepare.prepare(request(many.root), tmp_path / "alone"))
 
 
-class Deadly(shard.Job):
+class Deadly(shard.ShardJob):
     """Ends the process that it is sent to."""
 
     def __reduce__(self):

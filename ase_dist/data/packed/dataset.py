@@ -12,7 +12,7 @@ import numpy as np
 from ase_dist.data.batch import Record
 from ase_dist.data.dataset import RecordDataset, leave_out
 from ase_dist.data.files import read_image
-from ase_dist.data.packed.layout import Manifest, read_index, read_manifest, unpack_label
+from ase_dist.data.packed.layout import PackedManifest, read_index, read_manifest, unpack_label
 from ase_dist.data.packed.verify import wrong_sizes
 from ase_dist.data.readers import reader_of
 from ase_dist.errors import UserError
@@ -90,7 +90,7 @@ class PackedDataset(RecordDataset):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
 
-    def _check(self, manifest: Manifest, data: str, split: str, tasks: list[str]) -> None:
+    def _check(self, manifest: PackedManifest, data: str, split: str, tasks: list[str]) -> None:
         if data != manifest.data:
             raise UserError(
                 f"data.root: {self.root} is {reader_of(manifest.data).title} packed, wanted {reader_of(data).title}; "

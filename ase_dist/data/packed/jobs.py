@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ase_dist.cores import usable_cores
 from ase_dist.data.cache import track_progress
-from ase_dist.data.packed.shard import Findings, Job, check, pack
+from ase_dist.data.packed.shard import Findings, ShardJob, check, pack
 from ase_dist.data.readers import reader_of
 from ase_dist.errors import UserError
 from ase_dist.tasks import DATA_SETS, DataSet
@@ -16,7 +16,7 @@ FEW = 64  # images that are not worth starting processes for
 
 
 def run_jobs(
-    jobs: Sequence[tuple[Job, str | None]], workers: int | None, *, doing: str, did: str, where: str
+    jobs: Sequence[tuple[ShardJob, str | None]], workers: int | None, *, doing: str, did: str, where: str
 ) -> list[Findings]:
     """The findings of (job, fingerprint) in the order of the jobs; without a fingerprint a job is checked only.
 
@@ -45,7 +45,7 @@ def run_jobs(
     return [found[number] for number in range(len(jobs))]
 
 
-def do_job(number: int, job: Job, fingerprint: str | None, data_set: DataSet) -> tuple[int, Findings]:
+def do_job(number: int, job: ShardJob, fingerprint: str | None, data_set: DataSet) -> tuple[int, Findings]:
     """``number`` and the findings of a job; a worker does not know what a program has added to the table."""
     DATA_SETS[job.data] = data_set
     return number, check(job) if fingerprint is None else pack(job, fingerprint)

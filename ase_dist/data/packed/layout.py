@@ -58,7 +58,7 @@ class ShardEntry(_Record):
     index_sha256: Sha256
 
 
-class Manifest(_Record):
+class PackedManifest(_Record):
     """The contents of packed.json; ``source`` and ``fingerprint`` say what was packed."""
 
     format: Literal["ase_dist packed data"] = "ase_dist packed data"
@@ -88,9 +88,9 @@ def is_packed(root: Path) -> bool:
     return (root / MANIFEST).is_file()
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(root: Path) -> PackedManifest:
     """The manifest of a packed data set; UserError for one that is damaged or of another version."""
-    manifest = _read(Manifest, root / MANIFEST)
+    manifest = _read(PackedManifest, root / MANIFEST)
     if manifest.version != VERSION:
         raise UserError(
             f"{root}: packed by another version of the software ({manifest.version}, wanted {VERSION}); "

@@ -22,7 +22,7 @@ from ase_dist.data.packed.jobs import run_jobs
 from ase_dist.data.packed.layout import (
     MANIFEST,
     DataName,
-    Manifest,
+    PackedManifest,
     Pictures,
     ShardEntry,
     index_path,
@@ -30,7 +30,7 @@ from ase_dist.data.packed.layout import (
     read_index,
     read_manifest,
 )
-from ase_dist.data.packed.shard import Job, is_done
+from ase_dist.data.packed.shard import ShardJob, is_done
 from ase_dist.data.packed.source import (
     archive_fingerprint,
     check_place,
@@ -196,7 +196,7 @@ def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> 
     put_in_place(making, place)  # runs that read the data set that was there keep their mapped files
 
 
-def _is_packed_before(job: Job, fingerprint: str, place: Path) -> bool:
+def _is_packed_before(job: ShardJob, fingerprint: str, place: Path) -> bool:
     """Whether the job's file is there, or in the data set that is to be replaced: then it is linked."""
     if is_done(job.target, fingerprint):
         return True
@@ -212,7 +212,7 @@ def _is_packed_before(job: Job, fingerprint: str, place: Path) -> bool:
     return True
 
 
-def _manifest(request: Request, jobs: Sequence[Job], fingerprint: str, tasks: tuple[str, ...]) -> Manifest:
+def _manifest(request: Request, jobs: Sequence[ShardJob], fingerprint: str, tasks: tuple[str, ...]) -> PackedManifest:
     splits: dict[str, list[ShardEntry]] = {}
     for job in jobs:
         index = read_index(job.target)
@@ -223,7 +223,7 @@ def _manifest(request: Request, jobs: Sequence[Job], fingerprint: str, tasks: tu
             index_sha256=sha256_of(index_path(job.target)),
         )
         splits.setdefault(job.split, []).append(entry)
-    return Manifest(
+    return PackedManifest(
         data=request.data,
         tasks=tasks,
         pictures=request.pictures,

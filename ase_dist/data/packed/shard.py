@@ -26,7 +26,7 @@ SHARD = 256  # images in a file
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardJob:
     """Images ``names`` of the list ``split`` in the folder ``root``, to be packed into ``target``."""
 
     data: str
@@ -51,7 +51,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Problem:
+class SourceProblem:
     """A file that cannot be used: what is wrong (``missing`` or ``unusable``), and one line about it."""
 
     what: str
@@ -63,11 +63,11 @@ class Findings:
     """What was found in one job: files that cannot be used, and lines about labels of other sizes."""
 
     images: int = 0
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[SourceProblem] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
 
 
-def pack(job: Job, fingerprint: str) -> Findings:
+def pack(job: ShardJob, fingerprint: str) -> Findings:
     """Write ``job.target`` and its index, unless something is wrong with any of the images."""
     findings, dataset = Findings(len(job.names)), job.open()
     with _Writer(job.target) as writer:
@@ -83,7 +83,7 @@ def pack(job: Job, fingerprint: str) -> Findings:
     return findings
 
 
-def check(job: Job) -> Findings:
+def check(job: ShardJob) -> Findings:
     """The same without writing anything."""
     findings = Findings(len(job.names))
     for _ in _sound_records(job.open(), findings):
@@ -116,16 +116,16 @@ def _sound_records(dataset: FolderDataset, findings: Findings) -> Iterator[Recor
         yield record
 
 
-def _diagnose(dataset: FolderDataset, name: str, first: str) -> list[Problem]:
+def _diagnose(dataset: FolderDataset, name: str, first: str) -> list[SourceProblem]:
     """Everything that is wrong with one image, where reading it stops at the first."""
     missing = [path for path in needed_files(dataset, name) if not path.is_file()]
-    problems = [Problem("missing", str(path.relative_to(dataset.root))) for path in missing]
+    problems = [SourceProblem("missing", str(path.relative_to(dataset.root))) for path in missing]
     sentences = [
         sentence for sentence in _sentences(dataset, name) if not any(str(path) in sentence for path in missing)
     ]
     if not missing and not sentences:
         sentences = [first]
-    return problems + [Problem("unusable", sentence) for sentence in dict.fromkeys(sentences)]
+    return problems + [SourceProblem("unusable", sentence) for sentence in dict.fromkeys(sentences)]
 
 
 def _sentences(dataset: FolderDataset, name: str) -> Iterator[str]:

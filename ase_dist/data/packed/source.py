@@ -13,7 +13,7 @@ from ase_dist.data.cache import cache_folder
 from ase_dist.data.file_check import FileCheck
 from ase_dist.data.folder import SPLITS, FolderDataset, find_roots, read_list
 from ase_dist.data.packed.layout import Pictures, is_packed
-from ase_dist.data.packed.shard import SHARD, Job
+from ase_dist.data.packed.shard import SHARD, ShardJob
 from ase_dist.data.readers import reader_of
 from ase_dist.errors import UserError
 from ase_dist.tasks import select_tasks
@@ -88,7 +88,7 @@ def read_lists(root: Path, kind: type[FolderDataset], *, subset: bool) -> dict[s
 
 def plan(
     root: Path, data: str, lists: Mapping[str, list[str]], *, tasks: Sequence[str], pictures: Pictures, target: Path
-) -> list[Job]:
+) -> list[ShardJob]:
     """The jobs that pack a data set into the folder ``target``; UserError where a task has no folder at all."""
     kind = reader_of(data)
     check = FileCheck(root, kind.title, how=TASKS_OPTION)
@@ -97,7 +97,7 @@ def plan(
     for split, names in lists.items():
         check.spelling(names, kind.image_files, needs, root / kind.list_folder / f"{split}.txt")
     return [
-        Job(
+        ShardJob(
             data,
             root,
             split,

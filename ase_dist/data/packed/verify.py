@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ase_dist.data.packed.layout import Manifest, index_path, read_manifest
+from ase_dist.data.packed.layout import PackedManifest, index_path, read_manifest
 from ase_dist.errors import UserError
 from ase_dist.files import sha256_of
 
 
-def wrong_sizes(root: Path, manifest: Manifest) -> list[str]:
+def wrong_sizes(root: Path, manifest: PackedManifest) -> list[str]:
     """Every file of images that is missing or has another size, in words: what was got, what wanted."""
     wrong = []
     for shard in (shard for shards in manifest.splits.values() for shard in shards):
