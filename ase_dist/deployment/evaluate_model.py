@@ -19,7 +19,7 @@ from ase_dist.data.loader import EvalLoader, build_eval_loader
 from ase_dist.deployment.reference import read_reference
 from ase_dist.deployment.trained_model import TrainedModel, open_trained_model
 from ase_dist.errors import UserError, did_you_mean
-from ase_dist.evaluation.comparison import Comparison, Reference, compare
+from ase_dist.evaluation.comparison import Reference, compare
 from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.evaluation.ods import MAX_DIST, THRESHOLDS
 from ase_dist.evaluation.tables import FORMAT, Report, to_json, to_latex, to_markdown
@@ -58,18 +58,23 @@ class EvaluationRequest:
 def evaluate_model(request: EvaluationRequest, world: World, *, console: Console | None = None) -> Report:
     """The report of an evaluation, equal on all ranks (collective).
 
-    Raises UserError with one sentence for whatever is not there or does not fit: model, data, tasks, reference.
+    Raises UserError with one sentence where model, data, tasks or reference are missing or do not fit.
     """
     reference = None if request.reference is None else read_reference(request.reference)
     trained = open_trained_model(request.path, checkpoint=request.checkpoint, device=world.device)
     settings = data_settings(trained, request)
     tasks = _common_tasks(trained, settings)
-    ods = EdgeOds(request.nms, workers=share_of_cores(world.local_size)) if _has_ods(request, tasks) else None
-    if reference is not None:
-        compare(tasks, _any_results(tasks, ods), reference)  # before the work: what is missing is missed now
+    if request.nms and not request.edge_ods:
+        raise UserError("--nms: it is a part of the boundary F-measure; add --edge-ods")
+    if request.edge_ods and not any(task.kind == "edges" for task in tasks):
+        raise UserError(f"--edge-ods: there is no edge task among {', '.join(task.name for task in tasks)}")
+    ods = EdgeOds(request.nms, workers=share_of_cores(world.local_size)) if request.edge_ods else None
+    if reference is not None:  # a comparison of made-up values: a score that the reference lacks is an error now
+        keys = {task.name: {task.metric, "ods_f"} if ods and task.kind == "edges" else {task.metric} for task in tasks}
+        compare(tasks, {name: dict.fromkeys(found, 1.0) for name, found in keys.items()}, reference)
     loader = build_eval_loader(settings, tasks, rank=world.rank, world_size=world.size, split=request.split)
     try:
-        results = _run(trained, loader, tasks, world, ods, console)
+        results = _evaluate_with_progress(trained, loader, tasks, world, ods, console)
     finally:
         loader.close()
     return _report(trained, settings, tasks, results, request, images=len(loader.dataset), ods=ods, reference=reference)
@@ -113,32 +118,31 @@ def write_report(report: Report, out: str | Path) -> None:
 
 
 def data_settings(trained: TrainedModel, request: EvaluationRequest) -> Settings:
-    """The settings of the model with the data that is asked for, by default its own."""
+    """The settings of the model with the data that is asked for, by default its own.
+
+    A name is a data set, at its default place unless it is the model's own; a folder is read as the model's kind of
+    data.
+    """
     for override in request.overrides:
         section = override.partition("=")[0].strip().partition(".")[0]
         if section not in ALLOWED:
             raise UserError(f"{override!r}: an evaluation sets data.*, eval.* and tasks only")
     names = [task.name for task in trained.tasks] if request.tasks is None else [*request.tasks]
-    values = {"tasks": names, **_data_values(request.data, trained.settings)}
+    values: dict[str, Any] = {"tasks": names}
+    data, own = request.data, trained.settings.data.name
+    if data in DATA_SETS and data != own:
+        values |= {"data.name": data, "data.root": None}
+    elif data is not None and data != own:
+        if not Path(data).is_dir():
+            raise UserError(
+                f"--data: {data!r} is neither a folder nor one of {', '.join(DATA_SETS)}{did_you_mean(data, DATA_SETS)}"
+            )
+        values |= {"data.name": DATA_SETS[own].layout or own, "data.root": Path(data)}
     return override_settings(trained.settings, values | dict(map(parse_override, request.overrides)))
 
 
-def _data_values(data: str | None, settings: Settings) -> dict[str, Any]:
-    """A name is another data set, at its own default place; else a folder, read as the model's kind of data."""
-    if data is None:
-        return {}
-    if data in DATA_SETS:
-        return {} if data == settings.data.name else {"data.name": data, "data.root": None}
-    if not Path(data).is_dir():
-        raise UserError(
-            f"--data: {data!r} is neither a folder nor one of {', '.join(DATA_SETS)}{did_you_mean(data, DATA_SETS)}"
-        )
-    name = DATA_SETS[settings.data.name].layout or settings.data.name
-    return {"data.name": name, "data.root": Path(data)}
-
-
 def _common_tasks(trained: TrainedModel, settings: Settings) -> tuple[Task, ...]:
-    """The data's rows of the tasks asked for; UserError unless the model has them, with the same classes."""
+    """The tasks asked for, as the data set has them; UserError unless the model has them with the same channels."""
     own = {task.name: task for task in trained.tasks}
     tasks = select_tasks(settings.data.name, settings.tasks)
     for task in tasks:
@@ -152,24 +156,11 @@ def _common_tasks(trained: TrainedModel, settings: Settings) -> tuple[Task, ...]
     return tasks
 
 
-def _has_ods(request: EvaluationRequest, tasks: Sequence[Task]) -> bool:
-    if request.nms and not request.edge_ods:
-        raise UserError("--nms: it is a part of the boundary F-measure; add --edge-ods")
-    if request.edge_ods and not any(task.kind == "edges" for task in tasks):
-        raise UserError(f"--edge-ods: there is no edge task among {', '.join(task.name for task in tasks)}")
-    return request.edge_ods
-
-
-def _any_results(tasks: Sequence[Task], ods: EdgeOds | None) -> Results:
-    """Results with the keys that stand for the tasks."""
-    return {task.name: {task.metric: 1.0, **({"ods_f": 1.0} if ods and task.kind == "edges" else {})} for task in tasks}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The work
 
 
-def _run(
+def _evaluate_with_progress(
     trained: TrainedModel,
     loader: EvalLoader,
     tasks: Sequence[Task],
@@ -212,9 +203,16 @@ def _report(
     ods: EdgeOds | None,
     reference: Reference | None,
 ) -> Report:
-    """Nothing in it depends on the number of ranks."""
+    """The report, in which nothing depends on the number of ranks.
+
+    Without a comparison, and with a warning, where a score is undefined: the rest of the report is still useful.
+    """
     data = settings.data
     folder = data.root.name if data.root is not None and data.name != "scenes" else None
+    edges = comparison = None
+    if ods is not None:
+        first = "non-maxima suppressed, " if ods.nms else ""
+        edges = f"{first}{THRESHOLDS} thresholds, thinned, matched within {MAX_DIST} of the diagonal as published"
     facts: dict[str, str | int | None] = {
         "model": str(trained.path),
         "kind": trained.kind,
@@ -224,21 +222,11 @@ def _report(
         "split": request.split,
         "images": images,
         "input_size": data.size,
-        "edges": None if ods is None else _edge_protocol(ods),
+        "edges": edges,
     }
     title = f"{trained.path.resolve().name}, step {trained.step}, on {folder or data.name} ({request.split})"
-    return Report(title, facts, tasks, results, _comparison(tasks, results, reference))
-
-
-def _edge_protocol(ods: EdgeOds) -> str:
-    first = "non-maxima suppressed, " if ods.nms else ""
-    return f"{first}{THRESHOLDS} thresholds, thinned, matched within {MAX_DIST} of the diagonal as published"
-
-
-def _comparison(tasks: Sequence[Task], results: Results, reference: Reference | None) -> Comparison | None:
-    """None, with a warning, where a score is undefined: the rest of the report is worth having."""
     try:
-        return None if reference is None else compare(tasks, results, reference)
-    except ValueError as error:
+        comparison = None if reference is None else compare(tasks, results, reference)
+    except UserError as error:
         LOGGER.warning("no Delta_m: %s", error)
-        return None
+    return Report(title, facts, tasks, results, comparison)

@@ -1,4 +1,4 @@
-"""From the folder of a run to an exported model, and the proof that it scores what the run's own evaluation found."""
+"""Export the model of a run, and check that it has the scores of the run's own evaluation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ase_dist import imagenet
-from ase_dist.config import ModelSettings, Settings
+from ase_dist.config import Settings
 from ase_dist.data.loader import build_eval_loader
 from ase_dist.deployment.exported import load
 from ase_dist.deployment.trained_model import choose_checkpoint, read_run, rebuild
@@ -68,16 +67,36 @@ def write_export(
 ) -> None:
     """Write a model with plain layers; ``facts`` are the card's step, metrics and backbone.
 
-    Both files go into a temporary folder beside ``out``, which then gets the name: all or nothing.
+    Both files go into a temporary folder next to ``out``, which is then renamed: all or nothing. Raises UserError for a
+    number that is not finite in ``dtype`` and where ``out`` cannot be written.
     """
-    tensors = _stored(named_tensors(model), DTYPES[dtype])
+    tensors = {}
+    for name, tensor in named_tensors(model).items():
+        kind = DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype
+        tensors[name] = tensor.to(kind, copy=True).contiguous()
+        if not tensors[name].isfinite().all():
+            raise UserError(
+                f"export: {name!r} is not finite in {DTYPES[dtype]}; use --dtype fp32, or an earlier checkpoint"
+            )
+    # settings that only training, several ranks or other files give a meaning
+    unused = {"pretrained": "none", "init_from": None, "checkpoint_activations": "none", "drop_path": 0.0}
+    moe = settings.model.moe.model_copy(update={"ep_size": 1, "dispatch": "auto"})
     temporary = temporary_for(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         make_empty(temporary)
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         fsync(temporary / WEIGHTS)
-        card = _card(settings, tasks, dtype=dtype, sha256=sha256_of(temporary / WEIGHTS), **facts)
+        card = Card(
+            tasks=tasks,
+            image=ImageFacts(size=settings.data.size, mean=imagenet.MEAN, std=imagenet.STD),
+            model=settings.model.model_copy(update={**unused, "moe": moe}),
+            dtype=dtype,
+            sha256=sha256_of(temporary / WEIGHTS),
+            data=settings.data.name,
+            versions=versions_of("ase_dist", "torch", "timm", "safetensors"),
+            **facts,
+        )
         write_atomic(temporary / CARD, card.to_json())
         put_in_place(temporary, out)
     except (OSError, safetensors.SafetensorError) as error:
@@ -86,39 +105,8 @@ def write_export(
         discard(temporary)
 
 
-def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Copies as they go into the file; UserError for a number that has no place in ``dtype``."""
-    found = {}
-    for name, tensor in tensors.items():
-        found[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
-        if not found[name].isfinite().all():
-            raise UserError(f"export: {name!r} is not finite in {dtype}; use --dtype fp32, or an earlier checkpoint")
-    return found
-
-
-def _card(settings: Settings, tasks: tuple[Task, ...], *, dtype: str, sha256: str, **facts: Any) -> Card:
-    image = ImageFacts(size=settings.data.size, mean=imagenet.MEAN, std=imagenet.STD)
-    return Card(
-        tasks=tasks,
-        image=image,
-        model=_alone(settings.model),
-        dtype=dtype,
-        sha256=sha256,
-        data=settings.data.name,
-        versions=versions_of("ase_dist", "torch", "timm", "safetensors"),
-        **facts,
-    )
-
-
-def _alone(model: ModelSettings) -> ModelSettings:
-    """The settings without what only training, other ranks or other files could give."""
-    moe = model.moe.model_copy(update={"ep_size": 1, "dispatch": "auto"})
-    nothing = {"pretrained": "none", "init_from": None, "checkpoint_activations": "none", "drop_path": 0.0}
-    return model.model_copy(update={**nothing, "moe": moe})
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The proof
+# The check
 
 
 def check_export(run: str | Path, out: str | Path, *, device: str | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""The model that an export makes, ready for images. No DeepSpeed."""
+"""The model of an export, for inference. No DeepSpeed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ase_dist.models.names import named_tensors
 
 
 class ExportedModel(nn.Module):
-    """A trained model ready for images; ``load`` makes one, in eval mode and without gradients.
+    """A trained model for inference; ``load`` makes one, in eval mode and without gradients.
 
-    ``tasks`` are the rows of the task table, with channels and class names; ``image`` says what to feed; ``metrics``
+    ``tasks`` have their channels and class names; ``image`` is the input that it needs; ``metrics``
     {task: {metric: value}} is what the run's evaluation found, empty where there was none; ``card`` is everything.
     """
 
@@ -40,7 +40,7 @@ class ExportedModel(nn.Module):
 
 
 def load(path: str | PathLike[str], *, device: torch.device | str = "cpu") -> ExportedModel:
-    """The model in the folder that ``launch/export.py`` has written, in float32 however it was stored.
+    """The model in the folder that ``launch/export.py`` has written, converted to float32.
 
     Needs neither DeepSpeed nor a network nor any other file. It takes normalised tensors and gives raw logits;
     ``ase_dist.load`` gives one that takes pictures too (``ase_dist.deployment.predictor``). Raises UserError where the

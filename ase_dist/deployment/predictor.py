@@ -1,4 +1,4 @@
-"""An exported model that takes images as they are and gives predictions at their size."""
+"""An exported model that takes images of any kind and size and gives predictions at their size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ase_dist.tasks import Task
 Prediction = dict[str, NDArray[Any]]
 Picture = Image.Image | NDArray[Any] | str | PathLike[str]
 
-MOST_LOGITS = 1 << 26  # full-size logits of one task held at once; larger images are decoded in strips
+MOST_LOGITS = 1 << 26  # full-size logits of one task in memory at once; larger images are decoded in strips of rows
 
 
 class Predictor(exported.ExportedModel):
@@ -38,7 +38,7 @@ class Predictor(exported.ExportedModel):
         Images are Pillow's pictures, arrays or paths of files, see ``to_rgb``. ``tasks`` None: all; of other tasks the
         streams are not computed. Arrays: classes uint8 [H, W] of ids; mask and edges float32 [H, W] of probabilities;
         normals float32 [3, H, W], unit vectors; depth float32 [1, H, W] in metres. Raises UserError for an image that
-        is none, by its place in the list, and for a task that the model does not have.
+        cannot be read, by its place in the list, and for a task that the model does not have.
         """
         if isinstance(images, (str, PathLike, Image.Image, np.ndarray)):
             raise UserError("predict: got one image, wanted a list of images; write [image]")
@@ -46,8 +46,13 @@ class Predictor(exported.ExportedModel):
             raise UserError(f"predict: batch_size: got {batch_size}, wanted at least 1")
         found: list[Prediction] = []
         for start in range(0, len(images), batch_size):
-            numbered = enumerate(images[start : start + batch_size], start)
-            found += self.predict_pixels([_read(i, image) for i, image in numbered], tasks=tasks)
+            batch = []
+            for i, image in enumerate(images[start : start + batch_size], start):
+                try:
+                    batch.append(read_rgb(Path(image)) if isinstance(image, (str, PathLike)) else to_rgb(image))
+                except ValueError as error:
+                    raise UserError(f"predict: image {i}: {error}") from None
+            found += self.predict_pixels(batch, tasks=tasks)
         return found
 
     def predict_pixels(self, images: Sequence[Pixels], *, tasks: Sequence[str] | None = None) -> Iterator[Prediction]:
@@ -95,10 +100,3 @@ def _strips(logits_1Chw: Tensor, height: int, rows: int) -> Iterator[Tensor]:
         share = (part - above).float()[:, None]
         logits = logits_1Chw.float()
         yield torch.lerp(logits[..., above, :], logits[..., below, :], share)
-
-
-def _read(index: int, image: Picture) -> Pixels:
-    try:
-        return read_rgb(Path(image)) if isinstance(image, (str, PathLike)) else to_rgb(image)
-    except ValueError as error:
-        raise UserError(f"predict: image {index}: {error}") from None

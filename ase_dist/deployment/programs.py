@@ -1,8 +1,8 @@
 """A trained model as one file that runs without this package: a program of torch.export (.pt2), or ONNX.
 
 The program takes ``images`` float32 [B, 3, S, S], RGB from 0 to 1, any B, and gives the raw logits [B, C, h, w] of each
-task by name. Normalisation is inside; the backbone's LoRA is merged into its weights; experts stay routed; of tasks
-that were not asked for nothing is in the file. What a reader must know beside that is in it as JSON, see ``facts``.
+task by name. Normalisation is inside; the backbone's LoRA is merged into its weights; experts stay routed; other tasks
+than those asked for are not in the file. It also holds JSON with what a reader must know, see ``facts``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,7 @@ from ase_dist.versions import versions_of
 
 LOGGER = logging.getLogger("ase_dist")
 FACTS = "ase_dist.json"  # in a .pt2 an extra file of this name, in ONNX a property of the model
-TOLERANCE = (
-    1e-3  # by how much of itself an output may differ, as a norm: rounding, and a token that it routes otherwise
-)
+TOLERANCE = 1e-3  # relative error of an output (norm of the difference): rounding, and a token routed otherwise
 MOST_ONNX_BYTES = 2 * 1000**3  # its format ends at 2 GiB
 BATCHES = (1, 3)  # images at a time in the check
 ONNX_LIBRARIES = ("onnx", "onnxscript")
@@ -49,7 +46,7 @@ Run = Callable[[Tensor], Mapping[str, Tensor]]
 
 
 class DeployedModel(nn.Module):
-    """Images to logits by task: a copy of an exported model for ``tasks`` (None: all), ready to be traced."""
+    """Images to logits by task: a copy of an exported model for ``tasks`` (None: all) that can be traced."""
 
     mean: Tensor
     std: Tensor
@@ -93,7 +90,11 @@ def deploy(
                 errors[name] = difference(model, RUNNERS[name](temporary), path=path)
         except OSError as error:
             raise UserError(f"export: cannot write {str(path)!r} ({error.strerror or error})") from None
-        _tell(path, errors[name])
+        is_checked = math.isfinite(errors[name])
+        checked = (
+            f"off by {errors[name]:.1e} of the model's outputs" if is_checked else "not checked, install onnxruntime"
+        )
+        LOGGER.info("wrote %s, %.1f MB, %s", path, path.stat().st_size / 1e6, checked)
     return errors
 
 
@@ -183,14 +184,6 @@ def difference(model: ExportedModel, run: Run | None, *, path: Path) -> float:
     return worst
 
 
-def _tell(path: Path, error: float) -> None:
-    size = path.stat().st_size / 1e6
-    checked = (
-        f"off by {error:.1e} of the model's outputs" if math.isfinite(error) else "not checked, install onnxruntime"
-    )
-    LOGGER.info("wrote %s, %.1f MB, %s", path, size, checked)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The formats
 
@@ -200,7 +193,7 @@ def _save_pt2(program: ExportedProgram, path: Path, facts_json: str) -> None:
         torch.export.save(program, file, extra_files={FACTS: facts_json})
 
 
-def _run_pt2(path: Path) -> Run:
+def _load_pt2(path: Path) -> Run:
     with path.open("rb") as file:
         run: Run = torch.export.load(file).module()
     return run
@@ -211,29 +204,22 @@ def _save_onnx(program: ExportedProgram, path: Path, facts_json: str) -> None:
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
     if size > MOST_ONNX_BYTES:
         raise UserError(f"--format onnx: got {size / 1e9:.1f} GB of weights, wanted 2 at most in one file; use pt2")
-    with _silent("onnxscript", "onnx_ir"):
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("onnxscript", "onnx_ir"))}
+    try:
+        for logger in levels:  # they report every step
+            logger.setLevel(logging.WARNING)
         converted = torch.onnx.export(
             program, dynamo=True, input_names=["images"], output_names=output_names(program), verbose=False
         )
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
     assert converted is not None
     converted.model.metadata_props[FACTS] = facts_json
     converted.save(path, external_data=False)
 
 
-@contextmanager
-def _silent(*loggers: str) -> Iterator[None]:
-    """Only warnings of these libraries, which tell of every step."""
-    before = {name: logging.getLogger(name).level for name in loggers}
-    try:
-        for name in loggers:
-            logging.getLogger(name).setLevel(logging.WARNING)
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
-
-
-def _run_onnx(path: Path) -> Run | None:
+def _load_onnx(path: Path) -> Run | None:
     """The file in onnxruntime, on the CPU; None where that is not installed."""
     if find_spec("onnxruntime") is None:
         return None
@@ -250,4 +236,4 @@ def _run_onnx(path: Path) -> Run | None:
 
 
 FORMATS: dict[str, Callable[[ExportedProgram, Path, str], None]] = {"pt2": _save_pt2, "onnx": _save_onnx}
-RUNNERS: dict[str, Callable[[Path], Run | None]] = {"pt2": _run_pt2, "onnx": _run_onnx}
+RUNNERS: dict[str, Callable[[Path], Run | None]] = {"pt2": _load_pt2, "onnx": _load_onnx}

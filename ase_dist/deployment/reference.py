@@ -1,4 +1,4 @@
-"""The row that an evaluation is compared with: the paper's, or what another run, export or file has saved."""
+"""The scores that an evaluation is compared with: the paper's, or those of another run, export or file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EVALUATION_FILE = "metrics.json"  # of the folder that an evaluation writes
 
 
 def read_reference(name: str) -> Reference:
-    """'paper' is its single-task row; of a run or export the last evaluation beside it, else its own metrics.
+    """'paper' is its single-task baseline; of a run or export the last evaluation in its folder, else its own metrics.
 
     A file is the JSON of an evaluation, or plain {task: {score: value}}. Raises UserError where there are no scores.
     """
@@ -48,19 +48,17 @@ def _from_file(path: Path, name: str) -> Reference:
 
 def _reference(name: str, data: str, scores: Any, path: Path) -> Reference:
     """The scores as numbers; null, where there was nothing to count, as NaN."""
-    if not isinstance(scores, dict) or not scores or not all(_is_row(row) for row in scores.values()):
+    by_task = list(scores.values()) if isinstance(scores, dict) else []
+    values = [value for of_task in by_task if isinstance(of_task, dict) for value in of_task.values()]
+    are_scores = all(isinstance(of_task, dict) for of_task in by_task)
+    are_numbers = all(v is None or (isinstance(v, (int, float)) and not isinstance(v, bool)) for v in values)
+    if not (by_task and are_scores and are_numbers):
         raise UserError(f"--reference: {path} holds no scores, wanted {{task: {{score: value}}}}; evaluate it first")
     numbers = {
-        task: {key: math.nan if value is None else float(value) for key, value in row.items()}
-        for task, row in scores.items()
+        task: {key: math.nan if value is None else float(value) for key, value in of_task.items()}
+        for task, of_task in scores.items()
     }
     return Reference(name, data, numbers)
-
-
-def _is_row(row: Any) -> bool:
-    return isinstance(row, dict) and all(
-        value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)) for value in row.values()
-    )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Models that were saved: a run's checkpoint or an export, as one plain module on one device. No DeepSpeed."""
+"""Open a trained model, from a run's checkpoint or an export, as a plain module on one device. No DeepSpeed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,11 @@ def open_trained_model(path: str | Path, *, checkpoint: str = "newest", device: 
             raise UserError(f"{str(path)!r} is neither a run nor an export: it holds no {config.name} and no {CARD}")
         if checkpoint != "newest":
             raise UserError(f"--checkpoint: {str(path)!r} is an export, which holds one model; leave the option out")
-        return _open_export(path, device)
+        export = load(path, device=device)
+        card = export.card
+        tree = {"data": {"name": card.data, "size": card.image.size}, "tasks": [task.name for task in card.tasks]}
+        chosen = Settings.model_validate(tree).model_copy(update={"model": card.model})
+        return TrainedModel(path, "export", export, export.tasks, chosen, card.step)
     settings = read_run(path)
     tasks = select_tasks(settings.data.name, settings.tasks)
     with choose_checkpoint(path, checkpoint) as found:
@@ -63,14 +67,6 @@ def open_trained_model(path: str | Path, *, checkpoint: str = "newest", device: 
 def is_export(path: Path) -> bool:
     """Whether ``path`` looks like the folder of an export."""
     return (path / CARD).is_file()
-
-
-def _open_export(path: Path, device: torch.device) -> TrainedModel:
-    model = load(path, device=device)
-    card = model.card
-    tree = {"data": {"name": card.data, "size": card.image.size}, "tasks": [task.name for task in card.tasks]}
-    settings = Settings.model_validate(tree).model_copy(update={"model": card.model})
-    return TrainedModel(path, "export", model, model.tasks, settings, card.step)
 
 
 def read_run(run: Path) -> Settings:
