@@ -26,7 +26,7 @@ def read_rgb(path: Path) -> Pixels:
     try:
         with Image.open(path, formats=formats()) as picture:
             return to_rgb(picture)
-    except Exception as error:  # on broken files decoders raise whatever they stumble over
+    except Exception as error:  # decoders raise errors of any type for broken files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: {reason}") from None
 

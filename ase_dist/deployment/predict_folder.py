@@ -1,4 +1,4 @@
-"""Predictions of many files into one folder: found, named, read ahead, predicted in batches, written whole.
+"""Predict many files into one folder: find and name them, read ahead, predict in batches, write each file whole.
 
 For an image ``NAME`` the folder gets ``NAME_TASK.png`` for each task, ``NAME_sheet.png`` and ``NAME.npz`` with an array
 per task: classes uint8 [H, W], mask and edges float16 [H, W], normals float16 [3, H, W], depth float32 [1, H, W].
@@ -8,6 +8,7 @@ the files: the next command replaces no others, and these are no sources.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -35,7 +36,7 @@ LOGGER = logging.getLogger("ase_dist")
 INDEX, FORMAT = "predictions.json", "ase_dist predictions"
 JOURNAL = ".predictions.partial"  # what was written before there is an index
 HALF = ("mask", "edges", "normals")  # kinds that are stored in half precision
-MOST_THREADS = 8
+MAX_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,14 @@ class Outcome:
 
 
 def find_sources(paths: Iterable[Path], *, out: Path) -> list[Source]:
-    """Every file of ``paths`` once, those of folders too, by names that are all different.
+    """Every file of ``paths`` once, those of folders too, with a different name for each.
 
     A file of a folder keeps its place below that folder; a name that is taken gets _2, _3 and so on, also where only
     the case of letters differs. What lies in ``out``, below the folders of ``paths``, and what predict wrote earlier is
     left out. Raises UserError for a path that does not exist and where there is no image at all.
     """
     found: dict[Path, Path] = {}
-    earlier: dict[Path, WrittenFiles] = {}  # by folder
+    written_into = functools.cache(WrittenFiles)
     num_earlier = 0
     for path in paths:
         if not path.exists():
@@ -70,7 +71,7 @@ def find_sources(paths: Iterable[Path], *, out: Path) -> list[Source]:
         files = find_images(path, without=out) if path.is_dir() else [path]
         for file in files:
             real = Path(os.path.realpath(file))  # unlike ``resolve`` it takes a link to itself
-            if any(_written_into(folder, earlier).is_own(real) for folder in real.parents):
+            if any(written_into(folder).is_own(real) for folder in real.parents):
                 num_earlier += 1
             else:
                 found.setdefault(real, file.relative_to(path) if path.is_dir() else Path(file.name))
@@ -79,13 +80,14 @@ def find_sources(paths: Iterable[Path], *, out: Path) -> list[Source]:
     if not found:
         raise UserError(f"there is no image in {', '.join(str(path) for path in paths)}")
     taken: set[str] = set()
-    return [Source(path, _free_name(relative, taken)) for path, relative in found.items()]
-
-
-def _written_into(folder: Path, known: dict[Path, WrittenFiles]) -> WrittenFiles:
-    if folder not in known:
-        known[folder] = WrittenFiles(folder)
-    return known[folder]
+    sources = []
+    for path, relative in found.items():
+        base = relative.with_suffix("").as_posix()
+        names = (base if i == 1 else f"{base}_{i}" for i in range(1, len(taken) + 2))
+        name = next(name for name in names if name.casefold() not in taken)
+        taken.add(name.casefold())
+        sources.append(Source(path, name))
+    return sources
 
 
 def choose_tasks(model: Predictor, names: Sequence[str] | None) -> tuple[Task, ...]:
@@ -110,15 +112,15 @@ def predict_files(
     batch_size: int,
     advance: Callable[[int], None],
 ) -> Outcome:
-    """Predict ``sources`` into ``out``; a file that cannot be read is logged, skipped and told in the outcome.
+    """Predict ``sources`` into ``out``; a file that cannot be read is logged, skipped and listed in the outcome.
 
-    While the model computes, the next batch is read and images before are written. ``advance`` is told how many files
-    are done. Raises UserError before any work where a file would be replaced that predict did not write, and where
-    ``out`` cannot be written to.
+    While the model computes, the next batch is read and earlier predictions are written. ``advance`` is told how many
+    files are done. Raises UserError before any work where a file would be replaced that predict did not write, and
+    where ``out`` cannot be written to.
     """
     outcome, names = Outcome(), [task.name for task in tasks]
     batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
-    threads = min(MOST_THREADS, usable_cores())
+    threads = min(MAX_THREADS, usable_cores())
     files = WrittenFiles(out)
     targets = [out / f"{source.name}{ending}" for source in sources for ending in _endings(names)]
     refuse_foreign([*targets, out / INDEX], is_own=files.is_own, option="--out")
@@ -128,7 +130,7 @@ def predict_files(
             writing: deque[Future[None]] = deque()
             reading = [readers.submit(read_rgb, source.path) for source in batches[0]]
             for i, batch in enumerate(batches):
-                images = _take(batch, reading, outcome)
+                images = _images_read(batch, reading, outcome)
                 following = batches[i + 1] if i + 1 < len(batches) else []
                 reading = [readers.submit(read_rgb, source.path) for source in following]
                 found = model.predict_pixels([pixels for _, pixels in images], tasks=names) if images else iter(())
@@ -220,15 +222,9 @@ def _endings(tasks: Iterable[str]) -> list[str]:
     return [*(f"_{task}.png" for task in tasks), "_sheet.png", ".npz"]
 
 
-def _free_name(relative: Path, taken: set[str]) -> str:
-    base = relative.with_suffix("").as_posix()
-    names = (base if i == 1 else f"{base}_{i}" for i in range(1, len(taken) + 2))
-    name = next(name for name in names if name.casefold() not in taken)
-    taken.add(name.casefold())
-    return name
-
-
-def _take(batch: Sequence[Source], reading: Sequence[Future[Pixels]], outcome: Outcome) -> list[tuple[Source, Pixels]]:
+def _images_read(
+    batch: Sequence[Source], reading: Sequence[Future[Pixels]], outcome: Outcome
+) -> list[tuple[Source, Pixels]]:
     """The images that could be read; the others go into the outcome."""
     images = []
     for source, future in zip(batch, reading, strict=True):

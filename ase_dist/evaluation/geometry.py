@@ -31,7 +31,12 @@ class NormalsMetric(Metric):
         super().__init__(task, size=3 + len(ANGLES) + BINS)
 
     def _count(self, prediction: Tensor, label: Tensor) -> Tensor:
-        angle, valid = _angle(prediction.double(), label.double()), (label != 0).any(dim=0)
+        predicted, true, valid = prediction.double(), label.double(), (label != 0).any(dim=0)
+        # from sine and cosine, because arccos loses half the digits near 0
+        cosine = (predicted * true).sum(dim=0)
+        sine = torch.linalg.cross(predicted, true, dim=0).square().sum(dim=0).sqrt()  # vector_norm is slow along dim 0
+        no_direction = (predicted == 0).all(dim=0)
+        angle = torch.where(no_direction, 90.0, torch.rad2deg(torch.atan2(sine, cosine)))
         inside = [((angle < limit) & valid).sum() for limit in ANGLES]
         bins = (angle.nan_to_num(180.0) / BIN_DEGREES).long().clamp(max=BINS - 1)
         histogram = torch.bincount(torch.where(valid, bins, BINS).flatten(), minlength=BINS + 1)[:BINS]
@@ -43,9 +48,13 @@ class NormalsMetric(Metric):
         totals = self.totals.cpu()
         pixels, total, squares, *inside = totals[: 3 + len(ANGLES)]
         shares = {f"within_{a:g}": 100 * ratio(n, pixels) for a, n in zip(ANGLES, inside, strict=True)}
+        reached = totals[-BINS:].cumsum(0)
+        median = NOTHING
+        if reached[-1] > 0:  # false for NaN too
+            median = BIN_DEGREES * (int(torch.searchsorted(reached, reached[-1] / 2)) + 0.5)
         return {
             "mean": ratio(total, pixels),
-            "median": _median(totals[-BINS:]),
+            "median": median,
             "rmse": math.sqrt(ratio(squares, pixels)),
             **shares,
         }
@@ -82,19 +91,3 @@ class DepthMetric(Metric):
             "log10": ratio(logs, pixels),
         }
         return {**scores, **{f"delta{k + 1}": 100 * ratio(n, pixels) for k, n in enumerate(near)}}
-
-
-def _angle(a_3HW: Tensor, b_3HW: Tensor) -> Tensor:
-    """Degrees between vectors, [H, W]; from sine and cosine, because arccos loses half the digits near 0."""
-    cosine = (a_3HW * b_3HW).sum(dim=0)
-    sine = torch.linalg.cross(a_3HW, b_3HW, dim=0).square().sum(dim=0).sqrt()  # vector_norm is slow along dim 0
-    nowhere = (a_3HW == 0).all(dim=0)
-    return torch.where(nowhere, 90.0, torch.rad2deg(torch.atan2(sine, cosine)))
-
-
-def _median(histogram: Tensor) -> float:
-    """The middle of the first bin at which half of the pixels are reached."""
-    reached = histogram.cumsum(0)
-    if not reached[-1] > 0:  # NaN too
-        return NOTHING
-    return BIN_DEGREES * (int(torch.searchsorted(reached, reached[-1] / 2)) + 0.5)

@@ -52,7 +52,7 @@ class TaskBlock(nn.Module):
         """The fields of ``BlockOutput`` as a plain tuple; ``task`` as in ``MoEFFN.forward``.
 
         ``autocast`` is the mode of the caller, for the second run under activation checkpointing: fairscale 0.4.13
-        would repeat that in float16 whatever it was, and not at all on the CPU.
+        would run it in float16 in every case, and without autocast on the CPU.
         """
         with enter_autocast(x_tBPD.device.type, autocast):
             x_XPD = x_tBPD.flatten(0, 1)

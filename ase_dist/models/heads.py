@@ -26,8 +26,8 @@ class TaskHead(nn.Module):
     def grid_tokens(self, tokens_BPD: Tensor) -> Tensor:
         """The normalised tokens as an image [B, D, h, w], which lies channels-last in memory as it comes.
 
-        Convolutions keep that format (it saves 15 % of a PUP head's time on a CPU) whatever that of their weights,
-        which stay contiguous: DeepSpeed 0.19.8 cannot broadcast channels-last parameters over gloo.
+        Convolutions keep that format (it saves 15 % of a PUP head's time on a CPU) although their weights
+        are contiguous: DeepSpeed 0.19.8 cannot broadcast channels-last parameters over gloo.
         """
         return self.norm(tokens_BPD).unflatten(1, self.grid).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
 

@@ -40,7 +40,7 @@ class TaskEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_tasks, dim))
 
     def forward(self, tokens_BPD: Tensor, tasks: Sequence[int]) -> Tensor:
-        """The streams [t, B, P, D] of ``tasks``, numbers of rows."""
+        """The streams [t, B, P, D] of ``tasks``, given by number."""
         streams_tD = torch.stack([self.weight[task] for task in tasks])
         return tokens_BPD + streams_tD[:, None, None, :]
 

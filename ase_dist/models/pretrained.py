@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,23 @@ def load_plain(net: nn.Module, source: str, *, name: str) -> None:
 
 def _copy(weights: Mapping[str, Tensor], net: nn.Module, *, path: Path, name: str) -> None:
     state = {key: value for key, value in weights.items() if not key.startswith(CLASSIFIER)}
-    _check_fit(state, net.state_dict(), path=path, name=name)
+    wanted = net.state_dict()
+    problems = {
+        "missing": wanted.keys() - state.keys(),
+        "unexpected": state.keys() - wanted.keys(),
+        "of another shape": {
+            f"{key} {list(state[key].shape)} for {list(wanted[key].shape)}"
+            for key in state.keys() & wanted.keys()
+            if state[key].shape != wanted[key].shape
+        },
+    }
+    found = []
+    for kind, keys in problems.items():
+        if keys:
+            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+            found.append(f"{kind}: {', '.join(sorted(keys)[:4])}{more}")
+    if found:
+        raise UserError(f"model.pretrained: {path} does not fit {name}; {'; '.join(found)}")
     net.load_state_dict(state)
 
 
@@ -106,42 +122,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"model.pretrained: {path} cannot be read as tensors alone ({_first_line(error)}); "
             "if it is whole, save its state dict as .safetensors",
         ) from None
-    return _tensors(_unwrap(state), path)
-
-
-def _unwrap(state: Any) -> Any:
     for key in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    return state
-
-
-def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"model.pretrained: {path} holds no state dict; wanted tensors by name")
     return dict(state)
-
-
-def _check_fit(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, path: Path, name: str) -> None:
-    shapes = {
-        f"{key} {list(got[key].shape)} for {list(wanted[key].shape)}"
-        for key in got.keys() & wanted.keys()
-        if got[key].shape != wanted[key].shape
-    }
-    problems = {
-        "missing": wanted.keys() - got.keys(),
-        "unexpected": got.keys() - wanted.keys(),
-        "of another shape": shapes,
-    }
-    found = [f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys]
-    if found:
-        raise UserError(f"model.pretrained: {path} does not fit {name}; {'; '.join(found)}")
-
-
-def _some(keys: Iterable[str], limit: int = 4) -> str:
-    names = sorted(keys)
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _first_line(error: Exception) -> str:
