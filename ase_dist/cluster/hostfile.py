@@ -1,7 +1,7 @@
-"""Hostfiles, ``host slots=N`` a line: read, checked for what DeepSpeed, pdsh and a shell would misread, and written.
+"""Reads, checks and writes hostfiles: lines of ``host slots=N`` that DeepSpeed, pdsh and a shell do not misread.
 
 DeepSpeed (0.19.8) takes any text without spaces for a host and hands it to pdsh, which expands ``n[1-3]``, and to a
-shell; it stops reading after the digits of ``slots=2x``. So names are checked here, before either sees them.
+shell; it stops reading after the digits of ``slots=2x``. So names are checked here first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
 
-MOST_SLOTS = 64  # of one machine: more is a typing error
+MOST_SLOTS = 64  # per machine: more is a typing error
 _HOST = re.compile(r"(?:[A-Za-z_][A-Za-z0-9_-]*@)?[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 _LOCAL = ("localhost", "127.0.0.1")
 _WANTED = "wanted 'host slots=N'"
@@ -33,7 +33,7 @@ class Node(NamedTuple):
 
 
 def read_hostfile(path: str | Path) -> tuple[Node, ...]:
-    """The nodes of a hostfile in its order; UserError with one sentence for the first thing that is wrong with it."""
+    """The nodes of a hostfile in its order; UserError for the first mistake in it."""
     nodes, problems = parse_hostfile(read_text(path), name=str(path))
     if problems:
         raise UserError(problems[0])
@@ -58,7 +58,7 @@ def parse_hostfile(text: str, *, name: str = "hostfile") -> tuple[tuple[Node, ..
         if not words:
             continue
         try:
-            nodes.append(_node(words, taken={node.host: node for node in nodes}))
+            nodes.append(_parse_line(words, taken={node.host: node for node in nodes}))
         except ValueError as error:
             problems.append(f"{name}, line {number}: {error}")
     local = next((node.host for node in nodes if node.host in _LOCAL), None)
@@ -70,11 +70,11 @@ def parse_hostfile(text: str, *, name: str = "hostfile") -> tuple[tuple[Node, ..
 
 
 def write_hostfile(path: str | Path, nodes: Iterable[Node]) -> None:
-    """Write a hostfile, whole or not at all."""
+    """Write a hostfile atomically."""
     write_atomic(path, "".join(f"{node.host} slots={node.slots}\n" for node in nodes))
 
 
-def _node(words: list[str], *, taken: dict[str, Node]) -> Node:
+def _parse_line(words: list[str], *, taken: dict[str, Node]) -> Node:
     host, *rest = words
     if not _HOST.fullmatch(host):
         odd = sorted(set(re.sub(r"[A-Za-z0-9._-]", "", host)))

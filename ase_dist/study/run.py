@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ase_dist.errors import UserError
 from ase_dist.files import json_safe, write_atomic
 from ase_dist.overwriting import contains, refuse_foreign
 from ase_dist.study.collect import collect
 from ase_dist.study.figures import draw
-from ase_dist.study.jobs import jobs_of, with_steps
-from ase_dist.study.presets import find_preset
+from ase_dist.study.jobs import StudyJob, jobs_of, with_steps
+from ase_dist.study.presets import Preset, find_preset
 from ase_dist.study.runner import Runner, Slots
 from ase_dist.study.tables import as_csv, markdown
-from ase_dist.study.variants import find_study, references
+from ase_dist.study.variants import Study, find_study, references
 
 LOGGER = logging.getLogger("ase_dist")
 DONE, FAILED, STOPPED = 0, 1, 75  # exit codes: all runs are done, some failed, ended by a signal
@@ -76,7 +77,13 @@ def run_study(
         runner = Runner(jobs, slots, keep_checkpoints=keep_checkpoints)
         failed = runner.run()
         code = STOPPED if runner.stopped else FAILED if failed else DONE
-    results = collect(variants, jobs, reference_of)
+    _write_results(out, study, preset, jobs, collect(variants, jobs, reference_of))
+    return code
+
+
+def _write_results(
+    out: Path, study: Study, preset: Preset, jobs: Sequence[StudyJob], results: Mapping[str, Any]
+) -> None:
     text = markdown(study.title, f"{preset.title}, {preset.steps} steps a run", results)
     write_atomic(out / "results.json", json.dumps(json_safe(results), indent=2, allow_nan=False) + "\n")
     write_atomic(out / "results.md", text)
@@ -89,4 +96,3 @@ def run_study(
         (out / "plots").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, out / "plots" / source.name)
     LOGGER.info("%s\nthe files are in %s", text, out)
-    return code
