@@ -22,7 +22,6 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(ase_dist.__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PATTERNS = PROJECT["tool"]["setuptools"]["package-data"]["ase_dist"]
-LONGEST = 400  # lines of code in a file
 LARGEST = 5_000_000  # bytes, of a file that every clone and every install carries
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|work|tmp/\w+|mnt|opt|scratch|Users)/\w|\b[A-Z]:\\\w")
 
@@ -99,11 +98,6 @@ def test_text_is_ascii_and_names_no_machine(tracked):
 )
 def test_machine_paths_are_recognised(line, is_machine_path):
     assert bool(MACHINE_PATH.search(line)) == is_machine_path
-
-
-def test_no_code_is_too_long(tracked):
-    code = [path for path in tracked if path.suffix in {".py", ".sh"}]
-    assert [path for path in code if len(path.read_text(encoding="utf-8").splitlines()) > LONGEST] == []
 
 
 def test_no_file_is_too_large(tracked):

@@ -141,3 +141,40 @@ def test_no_rank_holds_more_than_one_group_at_a_time(folder, name):
 def test_no_name_tells_the_topology(folder):
     names = trained(folder / "one", 3).keys()
     assert all(trained(folder / name, 3).keys() == names for name in [*DENSE, *SHARDED])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A checkpoint that two processes of commit b13e2a2 wrote, feed-forward experts sharded over them
+
+OLD = Path(__file__).parents[1] / "fixtures" / "checkpoint_b13e2a2" / "ffn_ep2"
+OLD_SETTINGS = (
+    "model.backbone_args={embed_dim: 16, depth: 2, num_heads: 2}", "model.lora_rank=2", "model.moe.rank=2",
+    "model.drop_path=0.2", "tasks=[saliency, edge]", "train.max_steps=4", "checkpoint.every=2", "eval.every=2",
+    "eval.pictures=0", "model.moe.shared_logit_warmup=3", "model.moe.experts=ffn", "model.moe.hidden=8",
+    "model.moe.gating=ase", "model.moe.ep_size=2", "model.moe.dispatch=gather", "train.batch_size=2",
+)  # fmt: skip
+
+
+def two_old(rank, folder):
+    scenes = Path((folder / "scenes").read_text())
+    resume = f"resume={OLD / 'checkpoints' / 'step_2'}"
+    tiny_run(scenes, folder / "old", *OLD_SETTINGS, resume, config="z2")
+
+
+def one_old(rank, folder):
+    scenes = Path((folder / "scenes").read_text())
+    path = OLD / "checkpoints" / "step_2"
+    load_and_save(scenes, path, folder / "alone", *OLD_SETTINGS[:-3], "train.batch_size=4", config="z1")
+
+
+def test_an_old_run_of_two_processes_goes_on_as_it_did_then(scenes, tmp_path):
+    (tmp_path / "scenes").write_text(str(scenes))
+    assert start_world(two_old, tmp_path, size=2, seconds=300)().codes == [0, 0]
+    then = {step: values for step, values in losses(OLD).items() if step > 2}
+    assert close(losses(tmp_path / "old"), then, rel=1e-6)
+
+
+def test_an_old_checkpoint_of_two_processes_is_whole_in_one(scenes, tmp_path):
+    (tmp_path / "scenes").write_text(str(scenes))
+    assert start_world(one_old, tmp_path, seconds=300)().codes == [0]
+    assert same_bits(trained(OLD, 2), trained(tmp_path / "alone", 2)) == []
