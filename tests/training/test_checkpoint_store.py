@@ -259,7 +259,7 @@ def test_a_failure_after_the_rename_is_no_failure(store, monkeypatch, caplog):
     def refuse(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store, "_prune", refuse)
+    monkeypatch.setattr("ase_dist.training.state.checkpoint.store.checkpoints_to_delete", refuse)
     save(store, 20)
     assert loads(store) == 20 and "step 20 is saved, but" in caplog.text
 

@@ -1,5 +1,6 @@
 """Damaged checkpoints: named, passed over, never taken for nothing; nothing that is read may lead out of the folder."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ase_dist.training.state.checkpoint import open_checkpoint
+from ase_dist import errors
+from ase_dist.training.state.checkpoint import SaveError, open_checkpoint
 from ase_dist.training.state.checkpoint.manifest import read_manifest
 from tests.training.conftest import flip_byte, loads, save, truncate
 
@@ -165,3 +167,54 @@ def test_latest_that_names_another_is_reported(store, caplog):
     (store.folder / "latest").write_text("step_10\n")
     assert loads(store) == 20
     assert "names step_10, but step_20 was saved last" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A file system that fails for a moment says nothing about the checkpoint
+
+
+def fails_for_a_moment(monkeypatch, method, name, code):
+    """Let this method of pathlib raise for the file ``name`` of step_20."""
+    real = getattr(Path, method)
+
+    def failing(path, *arguments, **options):
+        if path.parent.name == "step_20" and path.name == name:
+            raise OSError(code, os.strerror(code))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, method, failing)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("open", "weights.safetensors"), ("stat", "weights.safetensors"), ("read_bytes", "manifest.json")],
+)
+def test_a_file_that_cannot_be_read_at_the_moment_is_not_damaged(store, caplog, monkeypatch, method, name, code):
+    save(store, 10, 20)
+    with monkeypatch.context() as moment:
+        fails_for_a_moment(moment, method, name, code)
+        for resume in ("auto", store.folder / "step_20"):
+            with pytest.raises(errors.RunError, match=os.strerror(code)) as raised:
+                store.find(resume)
+            assert errors.exit_code_of(raised.value) is errors.ExitCode.IO_ERROR
+    assert "damaged" not in caplog.text
+    assert loads(store) == 20
+
+
+def test_what_cannot_be_looked_at_for_a_moment_is_not_deleted(store, monkeypatch):
+    save(store, 10, 20)
+    with monkeypatch.context() as moment:
+        fails_for_a_moment(moment, "stat", "weights.safetensors", errno.EIO)
+        with pytest.raises(SaveError) as raised:
+            save(store, 30)
+        assert raised.value.exit_code is errors.ExitCode.IO_ERROR
+    assert loads(store) == 20
+
+
+def test_a_change_of_meta_that_fails_for_a_moment(store, monkeypatch):
+    save(store, 20)
+    fails_for_a_moment(monkeypatch, "read_bytes", "manifest.json", errno.ESTALE)
+    with pytest.raises(SaveError, match="was not updated") as raised:
+        store.update_meta(20, {"seed": 1})
+    assert raised.value.exit_code is errors.ExitCode.IO_ERROR

@@ -1,7 +1,7 @@
-"""A folder of checkpoints: what is in it, in which order, which may go, and the two small files that point into it.
+"""A folder of checkpoints: what it holds, in which order, what retention deletes, and the pointers latest and best.
 
-Layout: ``step_N/`` are checkpoints; ``latest`` and ``best`` hold the name of one. The folders are the truth: ``latest``
-is for people and scripts, and a pointer is never followed to anything but a ``step_N`` beside it.
+Layout: ``step_N/`` are checkpoints; ``latest`` and ``best`` are files that hold the name of one. Resuming goes by the
+folders: ``latest`` is for people and scripts, and a pointer that names anything but a ``step_N`` here is ignored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ase_dist.errors import UserError
 from ase_dist.training.state.checkpoint.manifest import read_manifest
-from ase_dist.training.state.checkpoint.shards import all_arrived
+from ase_dist.training.state.checkpoint.shards import file_size
 
 LOGGER = logging.getLogger(__name__)
 LATEST, BEST = "latest", "best"
@@ -22,24 +22,39 @@ _NAME = re.compile(r"step_(0|[1-9][0-9]*)", re.ASCII)
 
 
 class Listed(NamedTuple):
-    """A checkpoint as far as a glance tells: ``sequence`` is None where the manifest cannot be read."""
+    """A checkpoint by its manifest and file sizes; ``sequence`` is None where the manifest is missing or damaged."""
 
     name: str
     step: int
     sequence: int | None
-    is_whole: bool  # manifest and sizes; hashes are not looked at
+    is_whole: bool  # hashes are not compared
 
 
 def checkpoint_name(step: int) -> str:
-    """The folder's name. Raises UserError for what is no step."""
+    """The name of its folder. Raises UserError for a negative step."""
     if step < 0:
         raise UserError(f"step: got {step}, wanted 0 or more")
     return f"step_{step}"
 
 
 def list_checkpoints(folder: Path) -> list[Listed]:
-    """Every ``step_N`` in ``folder``, last saved first; those without a readable manifest before all others."""
-    found = [_glance(path, int(match[1])) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    """Every ``step_N`` in ``folder``, last saved first; those without a readable manifest at the end.
+
+    Raises RunError or OSError, of exit code 71, where a file cannot be read at the moment: what is only unreachable
+    must not be taken for damaged, or retention would delete it.
+    """
+    found = []
+    for path in folder.iterdir():
+        match = _NAME.fullmatch(path.name)
+        if match is None:
+            continue
+        try:
+            manifest = read_manifest(path)
+        except UserError:
+            found.append(Listed(path.name, int(match[1]), None, False))
+            continue
+        is_whole = all(file_size(path / entry.name) == entry.bytes for entry in manifest.files)
+        found.append(Listed(path.name, int(match[1]), manifest.sequence, is_whole))
     return sorted(found, key=lambda listed: (listed.sequence is None, listed.sequence or 0, listed.step), reverse=True)
 
 
@@ -48,8 +63,8 @@ def checkpoints_to_delete(
 ) -> list[str]:
     """Names that retention deletes: all but the ``keep`` newest whole ones and ``best``.
 
-    Damaged ones do not count among the ``keep``, so the newest whole one always stays. A folder whose manifest cannot
-    be read stays too: it may have been written by a newer version.
+    Damaged ones do not count towards ``keep``, so the newest whole one is always kept. A folder whose manifest cannot
+    be read is kept too: it may have been written by a newer version.
     """
     whole = [found.name for found in listed if found.is_whole and found.name not in damaged]
     kept = {*whole[:keep], best}
@@ -66,11 +81,3 @@ def read_pointer(folder: Path, pointer: str) -> str | None:
         return text
     LOGGER.warning("%s holds %r, which is no checkpoint beside it; it is not followed", path, text)
     return None
-
-
-def _glance(path: Path, step: int) -> Listed:
-    try:
-        manifest = read_manifest(path)
-    except ValueError:
-        return Listed(path.name, step, None, False)
-    return Listed(path.name, step, manifest.sequence, all_arrived(path, manifest.files))

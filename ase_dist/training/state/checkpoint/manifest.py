@@ -1,11 +1,11 @@
-"""manifest.json: what belongs to a checkpoint, with sizes and hashes. A folder without one is not a checkpoint.
+"""manifest.json: the files of a checkpoint with sizes and hashes. A folder without one is not a checkpoint.
 
     {"format": "ase_dist checkpoint", "format_version": 1, "step": 500, "sequence": 3, "world_size": 4,
      "versions": {"torch": "2.14.1", ...}, "files": [{"name": "weights.safetensors", "bytes": 1, "sha256": "..."}, ...],
      "meta": {what the caller gave}, "sha256": "of everything above"}
 
-``sequence`` counts the saves into a folder of checkpoints: what was saved last is the newest, also where a run went
-back to an earlier step. The manifest's own hash is that of its canonical JSON (sorted keys, no spaces).
+``sequence`` counts the saves into a folder of checkpoints: the newest is the one that was saved last, also where a run
+was resumed from an earlier step. The manifest's own hash is that of its canonical JSON (sorted keys, no spaces).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from ase_dist.errors import UserError, first_problem
+from ase_dist.errors import ExitCode, RunError, UserError, describe, exit_code_of, first_problem
 
 MANIFEST = "manifest.json"
 SUFFIX = ".safetensors"
 FORMAT_VERSION = 1
 
-# One plain name: no folder in front, no drive, nothing hidden, no other format than safetensors.
+# A file in this folder: no path, no hidden file, no other format than safetensors.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors$", max_length=200)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -60,7 +60,7 @@ class Manifest(_Record):
 
     @property
     def digest(self) -> str:
-        """The manifest's own hash, which two ranks that read the same checkpoint share."""
+        """The manifest's own hash: the same on all ranks that read the same checkpoint."""
         return json_digest(self.model_dump())
 
 
@@ -73,7 +73,7 @@ def make_manifest(
     files: list[FileEntry],
     meta: Mapping[str, Any],
 ) -> Manifest:
-    """A manifest of these parts. Raises UserError where meta is not plain JSON, naming the key."""
+    """A manifest of these parts. Raises UserError, which names the key, where meta is not plain JSON."""
     try:
         manifest = Manifest(
             step=step, sequence=sequence, world_size=world_size, versions=versions, files=files, meta=dict(meta)
@@ -97,16 +97,21 @@ def file_entry(name: str, *, size: int, sha256: str) -> FileEntry:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint's folder. Raises UserError with one clause that begins with the file's name."""
+    """The manifest of a checkpoint's folder.
+
+    Raises UserError with one clause that begins with the file's name where it is missing or damaged, and RunError of
+    exit code 71 where it cannot be read at the moment.
+    """
+    path = folder / MANIFEST
     try:
-        return _parse((folder / MANIFEST).read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{MANIFEST}: missing") from None
     except OSError as error:
+        if exit_code_of(error) is ExitCode.IO_ERROR:
+            sentence = f"{path}: cannot be read at the moment ({describe(error)})"
+            raise RunError(sentence, exit_code=ExitCode.IO_ERROR) from error
         raise UserError(f"{MANIFEST}: cannot be read ({error.strerror})") from None
-
-
-def _parse(data: bytes) -> Manifest:
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):  # not JSON, or not UTF-8

@@ -1,4 +1,4 @@
-"""A checkpoint that has been verified, read lazily: one tensor, or a part of one, at a time."""
+"""Reading a verified checkpoint: one tensor, or a part of one, at a time."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Part = slice | tuple[slice, ...]
 class Checkpoint:
     """The tensors of one saved step and what its manifest says; a context manager.
 
-    Files are opened at the first use and closed with the object. Every tensor that it gives is a copy of its own, so
-    that the folder may be deleted afterwards.
+    Files are opened at the first use and closed with the object. Every tensor that is returned is a copy, so that the
+    folder may be deleted afterwards.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -101,7 +101,8 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Verify the checkpoint in the folder ``path`` and open it; changes nothing on disk. Collective.
 
-    Raises UserError on all ranks where it is no checkpoint or damaged, with each file and what is wrong with it.
+    Raises on all ranks UserError where it is no checkpoint or damaged, with each file and what is wrong with it, and
+    RankError of exit code 71 where a file cannot be read at the moment.
     """
     manifest, problems = verify(path)
     if manifest is None:

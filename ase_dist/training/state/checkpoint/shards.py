@@ -1,4 +1,4 @@
-"""Writing: each rank streams its groups of tensors into safetensors files, one group in memory at a time."""
+"""Writing: each rank writes its groups of tensors to safetensors files, with one group in memory at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ase_dist.errors import RunError, UserError, describe, exit_code_of
+from ase_dist.errors import ExitCode, RunError, UserError, describe, exit_code_of
 from ase_dist.files import fsync, sha256_of, wait_until
 from ase_dist.training.state.checkpoint.manifest import SUFFIX, FileEntry, file_entry
 
@@ -19,18 +19,18 @@ Shard = tuple[str, Mapping[str, Tensor]]
 
 
 class Written(NamedTuple):
-    """A file that is on disk, and the names of its tensors."""
+    """The entry of a file that is on disk, and the names of its tensors."""
 
     entry: FileEntry
     tensors: tuple[str, ...]
 
 
 def write_shards(folder: Path, shards: Iterable[Shard], *, patience: float) -> list[Written]:
-    """Write each ``(name, tensors)`` to ``folder``/name.safetensors, fsync it and hash what stands there.
+    """Write each ``(name, tensors)`` to ``folder``/name.safetensors, fsync it and hash what is on disk.
 
-    A file is brought to disk and hashed in a thread, while the next group is being read and written.
-    After a failure the iterable is still drained, without writing: its next group may hold a collective in which the
-    other ranks wait. Raises RunError with the file and the reason; an error inside the iterable passes through.
+    Threads fsync and hash a file while the next group is read and written. After a failure the iterable is still
+    consumed, without writing: the next group may need a collective in which the other ranks wait. Raises RunError with
+    the file and the reason; an error inside the iterable passes through.
     """
     finishing: list[tuple[str, Future[Written]]] = []
     problem: Exception | None = None
@@ -42,12 +42,15 @@ def write_shards(folder: Path, shards: Iterable[Shard], *, patience: float) -> l
         for name, tensors in shards:
             if problem is None:
                 try:
-                    path = _write(folder, name, tensors)
+                    file_name = f"{name}{SUFFIX}"
+                    file_entry(file_name, size=0, sha256="0" * 64)  # refuses a path to another folder
+                    path = folder / file_name
+                    save_file({key: _host_copy(tensor) for key, tensor in tensors.items()}, path)
                     finishing.append((name, pool.submit(_finish, path, tuple(tensors))))
-                except Exception as error:  # told to all ranks once the iterable is empty
+                except Exception as error:  # raised once the iterable is consumed
                     problem = _could_not(name, error)
             del tensors  # before the iterable makes the next group
-    reasons = ((name, future.exception()) for name, future in finishing)  # the pool has waited for them
+    reasons = ((name, future.exception()) for name, future in finishing)  # the pool has finished
     problems = [_could_not(name, reason) for name, reason in reasons if isinstance(reason, Exception)]
     if problem is not None or problems:
         first = [*problems, problem][0]
@@ -57,7 +60,7 @@ def write_shards(folder: Path, shards: Iterable[Shard], *, patience: float) -> l
 
 
 def merge(reports: Sequence[Sequence[Written]]) -> list[FileEntry]:
-    """All ranks' files in order of name; each file and each tensor must have been written by one rank."""
+    """The files of all ranks, sorted by name; each file and each tensor must have been written by one rank."""
     owners: dict[str, int] = {}
     for rank, report in enumerate(reports):
         for written in report:
@@ -68,16 +71,21 @@ def merge(reports: Sequence[Sequence[Written]]) -> list[FileEntry]:
 
 
 def all_arrived(folder: Path, files: Sequence[FileEntry]) -> bool:
-    """Whether this node sees every file with its full size."""
-    return all(_size(folder / entry.name) == entry.bytes for entry in files)
+    """Whether this node sees every file with its full size; False too while it cannot look."""
+    try:
+        return all(file_size(folder / entry.name) == entry.bytes for entry in files)
+    except OSError:
+        return False
 
 
-def _write(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Path:
-    file_name = f"{name}{SUFFIX}"
-    file_entry(file_name, size=0, sha256="0" * 64)  # refuses a name that would leave the folder before it is opened
-    path = folder / file_name
-    save_file({key: _host_copy(tensor) for key, tensor in tensors.items()}, path)
-    return path
+def file_size(path: Path) -> int | None:
+    """Bytes of a file; None where it cannot be had. Raises OSError where it cannot be looked at at the moment."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        if exit_code_of(error) is ExitCode.IO_ERROR:
+            raise
+        return None
 
 
 def _finish(path: Path, tensors: tuple[str, ...]) -> Written:
@@ -95,10 +103,3 @@ def _host_copy(tensor: Tensor) -> Tensor:
     """Contiguous, on the CPU, alone in its storage: a view into a flat buffer would be refused, or written whole."""
     host = tensor.detach().cpu().contiguous()
     return host if host.untyped_storage().nbytes() == host.nbytes else host.clone()
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None

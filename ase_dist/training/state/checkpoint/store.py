@@ -1,6 +1,6 @@
-"""The folder of a run's checkpoints: save so that no crash can harm what is there, find the newest that is whole.
+"""The folder of a run's checkpoints: saving, such that a crash harms no earlier one, and finding the newest whole one.
 
-Knows tensors, names and files; nothing of the model or of DeepSpeed. Everything here but ``best`` is collective.
+It handles tensors, names and files, and does not know the model or DeepSpeed. All of it but ``best`` is collective.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ase_dist.training.state.checkpoint.catalog import (
     list_checkpoints,
     read_pointer,
 )
-from ase_dist.training.state.checkpoint.manifest import MANIFEST, FileEntry, json_digest, make_manifest, read_manifest
+from ase_dist.training.state.checkpoint.manifest import MANIFEST, json_digest, make_manifest, read_manifest
 from ase_dist.training.state.checkpoint.reader import Checkpoint, open_checkpoint
 from ase_dist.training.state.checkpoint.shards import Shard, Written, all_arrived, merge, write_shards
 from ase_dist.training.state.checkpoint.verify import verify
@@ -46,9 +46,9 @@ _PROBE = ".probe"
 
 
 class SaveError(RunError):
-    """A checkpoint was not saved; the sentence is the same on all ranks, and what was saved before is untouched.
+    """A checkpoint was not saved; the sentence is the same on all ranks, and earlier checkpoints are untouched.
 
-    Its exit code is NOT_SAVED, but IO_ERROR where the file system failed for a moment, and FAILED after a bug.
+    Its exit code is NOT_SAVED, or IO_ERROR where the file system failed for a moment, or FAILED after a bug.
     """
 
     def __init__(self, sentence: str, *, cause: RunError | None = None) -> None:
@@ -57,12 +57,12 @@ class SaveError(RunError):
 
 
 class CheckpointStore:
-    """The checkpoints in ``folder``: the ``keep`` newest, and the best beside them.
+    """The checkpoints in ``folder``: the ``keep`` newest, and the best in addition.
 
-    Building one is collective: rank 0 makes the folder and removes what killed runs left half done, and every rank
-    looks whether it sees the same folder. One run at a time may have a store on a folder; who only reads uses
-    ``open_checkpoint``. ``patience`` is how many seconds a rank waits for another's file to show up on a network file
-    system. Raises UserError on all ranks where the folder cannot be written to or is not shared.
+    The constructor is collective: rank 0 makes the folder and removes what killed runs left unfinished, and every rank
+    checks that it sees the same folder. Only one run at a time may have a store on a folder; to read a checkpoint use
+    ``open_checkpoint``. ``patience`` is how many seconds a rank waits for the file of another rank to appear on a
+    network file system. Raises UserError on all ranks where the folder cannot be written to or is not shared.
     """
 
     def __init__(self, folder: Path, *, keep: int, patience: float = 15.0) -> None:
@@ -79,16 +79,16 @@ class CheckpointStore:
         """Write ``step_N`` and return its path; one of the same step is replaced.
 
         1. Each rank writes its own ``shards`` (file name without suffix, {tensor name: tensor}) into ``.tmp-step_N``,
-           one group at a time, with fsync, and hashes what it wrote. The iterable may hold collectives of its own, if
-           they are the same on all ranks and nothing raises between them; a rank that cannot write still drains it.
-        2. All ranks hear of all files. File and tensor names are global: each has one owner.
+           one group at a time, with fsync, and hashes what it wrote. The iterable may call collectives, if all ranks
+           call the same ones and nothing raises between them; a rank that cannot write still consumes it.
+        2. The ranks exchange the list of files. File and tensor names are global: each has one owner.
         3. Rank 0 writes the manifest, renames the folder, replaces ``latest``, deletes what is older than ``keep``.
 
-        ``meta`` is plain JSON and the same on all ranks; what differs by rank (random states) goes into ``shards``.
-        Raises SaveError on all ranks if anything fails on one of them; then no trace of the attempt is left.
+        ``meta`` is plain JSON and the same on all ranks; what differs by rank (random states) belongs into ``shards``.
+        Raises SaveError on all ranks if anything fails on one of them; the files of the attempt are then removed.
         """
         temporary = temporary_for(self.folder / checkpoint_name(step))
-        agreed = on_rank_zero(lambda: step)  # for the sentence, which is the same on all ranks whatever goes wrong
+        agreed = on_rank_zero(lambda: step)  # the sentence is the same on all ranks, even where their steps differ
         try:
             _check_same(step, meta)
             on_rank_zero(lambda: make_empty(temporary))
@@ -104,9 +104,9 @@ class CheckpointStore:
         return self.folder / checkpoint_name(step)
 
     def update_meta(self, step: int, changes: Mapping[str, JsonValue]) -> None:
-        """Replace these values of the meta of ``step_N`` by one write of its manifest; its tensors stay as they are.
+        """Replace these values in the meta of ``step_N`` by rewriting its manifest; its tensors are not touched.
 
-        Raises SaveError on all ranks if it fails; then the checkpoint is as it was.
+        Raises SaveError on all ranks if that fails; the checkpoint is then unchanged.
         """
         path = self.folder / checkpoint_name(step)
 
@@ -126,30 +126,32 @@ class CheckpointStore:
             _check_same(step, changes)
             on_rank_zero(rewrite_manifest)
         except RankError as error:
-            raise SaveError(f"the checkpoint of step {step} was not updated: {error}; it is as it was") from None
+            sentence = f"the checkpoint of step {step} was not updated: {error}; it is as it was"
+            raise SaveError(sentence, cause=error) from error.__cause__
 
     def holds(self, step: int) -> bool:
         """Whether there is a checkpoint of this step; it may be damaged."""
         return on_rank_zero((self.folder / f"step_{step}" / MANIFEST).is_file)
 
     def mark_best(self, step: int | None) -> None:
-        """Keep this step's checkpoint until another is marked; None takes the mark away.
+        """Keep the checkpoint of this step until another is marked; None removes the mark.
 
-        Raises on all ranks: UserError if there is no such checkpoint, SaveError if the mark cannot be written.
+        Raises on all ranks UserError if there is no such checkpoint, and SaveError if the mark cannot be written.
         """
         if step is not None and not self.holds(step):
             raise UserError(f"mark_best: {self.folder} holds no {checkpoint_name(step)}; save it first")
+
+        def write_mark() -> None:
+            if step is None:
+                (self.folder / BEST).unlink(missing_ok=True)
+            elif read_pointer(self.folder, BEST) != checkpoint_name(step):
+                write_atomic(self.folder / BEST, f"{checkpoint_name(step)}\n")
+
         try:
-            on_rank_zero(lambda: self._write_mark(step))
+            on_rank_zero(write_mark)
         except RankError as error:
             sentence = f"step {step} was not marked as the best: {error}; the mark before it stays"
             raise SaveError(sentence, cause=error) from error.__cause__
-
-    def _write_mark(self, step: int | None) -> None:
-        if step is None:
-            (self.folder / BEST).unlink(missing_ok=True)
-        elif read_pointer(self.folder, BEST) != checkpoint_name(step):
-            write_atomic(self.folder / BEST, f"{checkpoint_name(step)}\n")
 
     @property
     def best(self) -> Path | None:
@@ -160,9 +162,14 @@ class CheckpointStore:
     def _commit(
         self, temporary: Path, *, step: int, reports: list[list[Written]], meta: Mapping[str, JsonValue]
     ) -> None:
-        """Rank 0: from a folder of files to a checkpoint. The rename is the moment from which it exists."""
+        """Rank 0: make a checkpoint of a folder of files. It exists from the rename on."""
         files = merge(reports)
-        self._await_files(temporary, files)
+        if not wait_until(lambda: all_arrived(temporary, files), patience=self.patience):
+            missing = [entry.name for entry in files if not all_arrived(temporary, [entry])]
+            raise UserError(
+                f"{missing[0]} was written by another rank but did not arrive in {temporary} on {platform.node()}; "
+                "checkpoints need a folder that all nodes share"
+            )
         sequence = 1 + max((found.sequence or 0 for found in list_checkpoints(self.folder)), default=0)
         versions = {"python": platform.python_version(), **versions_of("torch", "safetensors", "ase_dist")}
         manifest = make_manifest(
@@ -172,35 +179,23 @@ class CheckpointStore:
         put_in_place(temporary, self.folder / checkpoint_name(step))
         try:
             write_atomic(self.folder / LATEST, f"{checkpoint_name(step)}\n")
-            self._prune()
+            listed, best = list_checkpoints(self.folder), read_pointer(self.folder, BEST)
+            for name in checkpoints_to_delete(listed, keep=self.keep, best=best, damaged=self._damaged):
+                remove(self.folder / name)
             sweep(self.folder)
-        except OSError as error:  # the checkpoint is there, and neither is needed to find it
+        except (OSError, RunError) as error:  # the checkpoint is saved, and none of this is needed to find it
             LOGGER.warning("step %d is saved, but tidying up after it failed (%s)", step, describe(error))
-
-    def _await_files(self, folder: Path, files: list[FileEntry]) -> None:
-        if not wait_until(lambda: all_arrived(folder, files), patience=self.patience):
-            missing = [entry.name for entry in files if not all_arrived(folder, [entry])]
-            raise UserError(
-                f"{missing[0]} was written by another rank but did not arrive in {folder} on {platform.node()}; "
-                "checkpoints need a folder that all nodes share"
-            )
-
-    def _prune(self) -> None:
-        best = read_pointer(self.folder, BEST)
-        for name in checkpoints_to_delete(
-            list_checkpoints(self.folder), keep=self.keep, best=best, damaged=self._damaged
-        ):
-            remove(self.folder / name)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Finding
 
     def find(self, resume: str | Path) -> Checkpoint | None:
-        """The checkpoint to go on from: "auto" the newest whole one, "never" None, else the one at that path.
+        """The checkpoint to continue from: for "auto" the newest whole one, for "never" None, else that at the path.
 
-        Newest is what was saved last. A damaged one is logged with its file and what is wrong with it, and the one
-        before is tried. None with "auto" means that nothing was ever saved here. Raises UserError on all ranks where
-        there are checkpoints and none is whole, and where the one at the path is not.
+        The newest is the one that was saved last. For a damaged one a warning names the file and what is wrong with
+        it, and the one before is tried. None with "auto" means that nothing was ever saved here. Raises on all ranks
+        UserError where there are checkpoints and none is whole, or where the one at the path is not; and RankError, of
+        exit code 71, where a file cannot be read at the moment, so that a restart finds the same checkpoint.
         """
         if resume == "never":
             return None
@@ -222,7 +217,7 @@ class CheckpointStore:
         return None
 
     def _candidates(self) -> list[str]:
-        """Rank 0: names, newest first; says so where ``latest`` thinks otherwise."""
+        """Rank 0: names, newest first; a warning where ``latest`` names another."""
         listed = list_checkpoints(self.folder)
         latest = read_pointer(self.folder, LATEST)
         newest = next((found.name for found in listed if found.sequence is not None), None)
@@ -232,16 +227,24 @@ class CheckpointStore:
 
 
 def _check_shared(folder: Path, *, patience: float) -> None:
-    """Make the folder, and make sure that what rank 0 writes there is what every rank reads there."""
+    """Make and tidy the folder, and check that every rank reads there what rank 0 writes there."""
+    probe = folder / _PROBE
+
+    def write_token() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        token = f"{platform.node()} {os.getpid()} {time.time_ns()}"
+        write_atomic(probe, token)
+        return token
+
     try:
-        token = on_rank_zero(lambda: _prepare(folder))
+        token = on_rank_zero(write_token)
     except RankError as error:
         raise file_error(
             error,
             f"checkpoints: cannot write to {str(folder)!r} ({error}); "
             "name a folder that can be written to with output=FOLDER",
         ) from None
-    probe = folder / _PROBE
     seen = on_every_rank(
         lambda: (platform.node(), wait_until(lambda: probe.is_file() and probe.read_text() == token, patience=patience))
     )
@@ -255,25 +258,15 @@ def _check_shared(folder: Path, *, patience: float) -> None:
         )
 
 
-def _prepare(folder: Path) -> str:
-    """Rank 0: make and tidy the folder, leave a token in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
-    token = f"{platform.node()} {os.getpid()} {time.time_ns()}"
-    write_atomic(folder / _PROBE, token)
-    return token
-
-
 def _check_same(step: int, meta: Mapping[str, JsonValue]) -> None:
-    """Raise RankError on all ranks unless all save the same step with the same, storable, meta."""
-    first, *others = on_every_rank(lambda: _fingerprint(step, meta))
+    """Raise RankError on all ranks unless all save the same step with the same meta, and that is plain JSON."""
+
+    def hashes() -> dict[str, str]:  # of each value: small, because every rank gets those of all
+        make_manifest(step=step, sequence=0, world_size=1, versions={}, files=[], meta=meta)  # raises for no JSON
+        return {"step": str(step), **{f"meta[{key!r}]": json_digest(value) for key, value in meta.items()}}
+
+    first, *others = on_every_rank(hashes)
     for index, other in enumerate(others, start=1):
         differing = [key for key in {**first, **other} if first.get(key) != other.get(key)]
         if differing:
             raise RankError(f"{differing[0]} differs between rank 0 and rank {index}; what differs belongs into shards")
-
-
-def _fingerprint(step: int, meta: Mapping[str, JsonValue]) -> dict[str, str]:
-    """The step and a hash of each value of meta: small, for every rank gets everyone's."""
-    make_manifest(step=step, sequence=0, world_size=1, versions={}, files=[], meta=meta)  # says what is no JSON
-    return {"step": str(step), **{f"meta[{key!r}]": json_digest(value) for key, value in meta.items()}}

@@ -1,43 +1,53 @@
-"""Is a checkpoint whole? Manifest, sizes, hashes and headers; hashing is spread over the ranks, all learn the same."""
+"""Whether a checkpoint is whole: manifest, sizes, hashes and headers; the hashing is divided among the ranks."""
 
 from __future__ import annotations
 
 import platform
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, cast
 
 from safetensors import SafetensorError, safe_open
 
-from ase_dist.collectives import gather_objects, rank, world_size
+from ase_dist.agreement import on_every_rank
+from ase_dist.collectives import rank, world_size
+from ase_dist.errors import ExitCode, RunError, UserError, describe, exit_code_of
 from ase_dist.files import sha256_of
 from ase_dist.training.state.checkpoint.manifest import FileEntry, Manifest, read_manifest
 
 THREADS = 4  # per rank; hashing releases the interpreter's lock
 
 
-class _Verdict(NamedTuple):
-    host: str
-    digest: str | None  # of the manifest; None where it cannot be read
-    problems: list[str]
-
-
 def verify(folder: Path) -> tuple[Manifest | None, list[str]]:
-    """The manifest, and the damage found by all ranks together: empty where the checkpoint is whole. Collective.
+    """The manifest and no problems, or None and what all ranks together found damaged. Collective.
 
-    Each problem is one clause that begins with the file's name. Every rank gets the same list.
+    Each problem is one clause that begins with the file's name. Every rank gets the same list. Raises RankError on all
+    ranks, of exit code 71, where a file cannot be read at the moment: that says nothing about the checkpoint.
     """
-    manifest, verdict = _check_share(folder)
-    verdicts = [cast("_Verdict", found) for found in gather_objects(verdict)]
-    strangers = [(i, found.host) for i, found in enumerate(verdicts) if found.digest != verdicts[0].digest]
-    if strangers:
-        index, host = strangers[0]
-        return None, [
-            f"rank {index} on {host} does not read the manifest that rank 0 on {verdicts[0].host} reads; "
-            "checkpoints need a folder that all nodes share"
-        ]
-    problems = list(dict.fromkeys(problem for found in verdicts for problem in found.problems))
+    manifest: Manifest | None = None
+
+    def check_share() -> tuple[str, str | None, list[str]]:
+        """The host, the digest of the manifest (None if it is not readable), and the problems in this rank's files."""
+        nonlocal manifest
+        try:
+            manifest = read_manifest(folder)
+        except UserError as error:
+            return platform.node(), None, [str(error)]
+        mine = share(manifest.files, rank=rank(), world_size=world_size())
+        with ThreadPoolExecutor(THREADS) as pool:
+            problems = [problem for problem in pool.map(lambda entry: _problem_of(folder, entry), mine) if problem]
+        return platform.node(), manifest.digest, problems
+
+    found = on_every_rank(check_share)
+    host_0, digest_0, _ = found[0]
+    for index, (host, digest, _) in enumerate(found):
+        if digest != digest_0:
+            return None, [
+                f"rank {index} on {host} does not read the manifest that rank 0 on {host_0} reads; "
+                "checkpoints need a folder that all nodes share"
+            ]
+    problems = list(dict.fromkeys(problem for *_, of_rank in found for problem in of_rank))
     return (None if problems else manifest), problems
 
 
@@ -53,31 +63,29 @@ def share(files: Sequence[FileEntry], *, rank: int, world_size: int) -> list[Fil
     return mine
 
 
-def _check_share(folder: Path) -> tuple[Manifest | None, _Verdict]:
-    """This rank's part of the work; never raises, for the others wait to hear of it."""
-    try:
-        manifest = read_manifest(folder)
-    except ValueError as error:
-        return None, _Verdict(platform.node(), None, [str(error)])
-    mine = share(manifest.files, rank=rank(), world_size=world_size())
-    with ThreadPoolExecutor(THREADS) as pool:
-        problems = [problem for problem in pool.map(lambda entry: _damage(folder, entry), mine) if problem is not None]
-    return manifest, _Verdict(platform.node(), manifest.digest, problems)
-
-
-def _damage(folder: Path, entry: FileEntry) -> str | None:
-    """What is wrong with one file, or None."""
+def _problem_of(folder: Path, entry: FileEntry) -> str | None:
+    """How a file differs from its entry, or None. Raises RunError where it cannot be read at the moment."""
     path = folder / entry.name
+    problem = None
     try:
-        if not path.is_file():
-            return f"{entry.name}: missing"
-        if (size := path.stat().st_size) != entry.bytes:
-            return f"{entry.name}: {size} bytes, the manifest says {entry.bytes}"
-        if sha256_of(path) != entry.sha256:
-            return f"{entry.name}: its SHA-256 is not the manifest's"
-        with safe_open(path, framework="pt"):  # parses the header alone; nothing in this format can be executed
-            return None
-    except SafetensorError as error:
-        return f"{entry.name}: not a safetensors file ({error})"
-    except OSError as error:
-        return f"{entry.name}: cannot be read ({error.strerror})"
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            problem = "missing"
+        elif status.st_size != entry.bytes:
+            problem = f"{status.st_size} bytes, the manifest says {entry.bytes}"
+        elif sha256_of(path) != entry.sha256:
+            problem = "its SHA-256 is not the manifest's"
+        else:
+            with safe_open(path, framework="pt"):  # parses the header alone; nothing in this format can be executed
+                pass
+    except FileNotFoundError:
+        problem = "missing"
+    except (OSError, SafetensorError) as error:
+        if exit_code_of(error) is ExitCode.IO_ERROR:
+            sentence = f"{path}: cannot be read at the moment ({describe(error)})"
+            raise RunError(sentence, exit_code=ExitCode.IO_ERROR) from error
+        if isinstance(error, OSError):
+            problem = f"cannot be read ({error.strerror})"
+        else:
+            problem = f"not a safetensors file ({error})"
+    return problem and f"{entry.name}: {problem}"
