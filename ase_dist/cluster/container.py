@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
             _replace_process(command)
         else:
             _launch(arguments, command)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return USAGE
 

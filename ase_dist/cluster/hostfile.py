@@ -59,7 +59,7 @@ def parse_hostfile(text: str, *, name: str = "hostfile") -> tuple[tuple[Node, ..
             continue
         try:
             nodes.append(_parse_line(words, taken={node.host: node for node in nodes}))
-        except ValueError as error:
+        except UserError as error:
             problems.append(f"{name}, line {number}: {error}")
     local = next((node.host for node in nodes if node.host in _LOCAL), None)
     if local and len(nodes) > 1:

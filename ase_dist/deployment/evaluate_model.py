@@ -1,4 +1,4 @@
-"""Evaluating a model that was saved: data by its own settings or others, over all ranks, to a report on disk."""
+"""Evaluate a trained model over all ranks, on its own data or other data, and write the report."""
 
 from __future__ import annotations
 
@@ -63,13 +63,24 @@ def evaluate_model(request: EvaluationRequest, world: World, *, console: Console
     reference = None if request.reference is None else read_reference(request.reference)
     trained = open_trained_model(request.path, checkpoint=request.checkpoint, device=world.device)
     settings = data_settings(trained, request)
-    tasks = _common_tasks(trained, settings)
+    own = {task.name: task for task in trained.tasks}
+    tasks = select_tasks(settings.data.name, settings.tasks)
+    for task in tasks:
+        if task.name not in own:
+            raise UserError(f"--tasks: the model has no {task.name!r}, wanted some of {', '.join(own)}")
+        if own[task.name].channels != task.channels:
+            raise UserError(
+                f"--data: {task.name} has {task.channels} channels in {settings.data.name}, "
+                f"{own[task.name].channels} in the model; leave it out with --tasks, or take other data"
+            )
     if request.nms and not request.edge_ods:
         raise UserError("--nms: it is a part of the boundary F-measure; add --edge-ods")
     if request.edge_ods and not any(task.kind == "edges" for task in tasks):
         raise UserError(f"--edge-ods: there is no edge task among {', '.join(task.name for task in tasks)}")
     ods = EdgeOds(request.nms, workers=share_of_cores(world.local_size)) if request.edge_ods else None
-    if reference is not None:  # a comparison of made-up values: a score that the reference lacks is an error now
+    if (
+        reference is not None
+    ):  # compare invented values first: a score missing in the reference is an error before the work
         keys = {task.name: {task.metric, "ods_f"} if ods and task.kind == "edges" else {task.metric} for task in tasks}
         compare(tasks, {name: dict.fromkeys(found, 1.0) for name, found in keys.items()}, reference)
     loader = build_eval_loader(settings, tasks, rank=world.rank, world_size=world.size, split=request.split)
@@ -83,13 +94,14 @@ def evaluate_model(request: EvaluationRequest, world: World, *, console: Console
 def refuse_foreign_report(out: Path) -> None:
     """Raise UserError where a file in ``out`` would be replaced that no evaluation has written, or that was changed.
 
-    metrics.json has the SHA-256 of the two others; without them it is of an earlier version, and names them.
+    metrics.json has the SHA-256 of the two other files; one without hashes is from an earlier version, whose other
+    files are then accepted by name.
     """
     try:
         tree = json.loads((out / JSON_FILE).read_text(encoding="utf-8"))
-        written = tree.get("files", {}) if tree.get("format") == FORMAT else None
-    except (OSError, ValueError, AttributeError):
-        written = None
+    except (OSError, ValueError):  # missing, or not JSON
+        tree = None
+    written = tree.get("files", {}) if isinstance(tree, dict) and tree.get("format") == FORMAT else None
 
     def is_own(path: Path) -> bool:
         if written is None:
@@ -113,15 +125,11 @@ def write_report(report: Report, out: str | Path) -> None:
         raise UserError(f"--out: cannot write to {str(out)!r} ({error.strerror or error}); name another") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is evaluated
-
-
 def data_settings(trained: TrainedModel, request: EvaluationRequest) -> Settings:
-    """The settings of the model with the data that is asked for, by default its own.
+    """The model's settings with the requested data, by default its own.
 
-    A name is a data set, at its default place unless it is the model's own; a folder is read as the model's kind of
-    data.
+    A name is a data set, in its default folder unless it is the model's own; a folder is read in the layout of the
+    model's own data set.
     """
     for override in request.overrides:
         section = override.partition("=")[0].strip().partition(".")[0]
@@ -139,25 +147,6 @@ def data_settings(trained: TrainedModel, request: EvaluationRequest) -> Settings
             )
         values |= {"data.name": DATA_SETS[own].layout or own, "data.root": Path(data)}
     return override_settings(trained.settings, values | dict(map(parse_override, request.overrides)))
-
-
-def _common_tasks(trained: TrainedModel, settings: Settings) -> tuple[Task, ...]:
-    """The tasks asked for, as the data set has them; UserError unless the model has them with the same channels."""
-    own = {task.name: task for task in trained.tasks}
-    tasks = select_tasks(settings.data.name, settings.tasks)
-    for task in tasks:
-        if task.name not in own:
-            raise UserError(f"--tasks: the model has no {task.name!r}, wanted some of {', '.join(own)}")
-        if own[task.name].channels != task.channels:
-            raise UserError(
-                f"--data: {task.name} has {task.channels} channels in {settings.data.name}, "
-                f"{own[task.name].channels} in the model; leave it out with --tasks, or take other data"
-            )
-    return tasks
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The work
 
 
 def _evaluate_with_progress(

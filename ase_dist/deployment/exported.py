@@ -54,7 +54,7 @@ def load(path: str | PathLike[str], *, device: torch.device | str = "cpu") -> Ex
 
 
 def fill(model: MultiTaskModel, export: Export) -> None:
-    """Copy every tensor of ``export`` into the model. ValueError, and nothing copied, unless names and shapes agree."""
+    """Copy every tensor of ``export`` into the model. UserError, and nothing copied, unless names and shapes agree."""
     targets = named_tensors(model)
     wanted = {name: tuple(tensor.shape) for name, tensor in targets.items()}
     got = export.shapes()

@@ -1,4 +1,4 @@
-"""Any picture as RGB: what Pillow opens and what arrays hold, upright, without alpha, with 8 bits a channel."""
+"""Any picture as RGB, from a file that Pillow opens or from an array: upright, without alpha, with 8 bits a channel."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Pixels = NDArray[np.uint8]  # [H, W, 3]
 
 # Formats that Pillow only names, or hands to another program (EPS to Ghostscript, which runs what is in the file).
 UNWANTED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-WHITE = (255, 255, 255, 255)  # what stands behind transparent pixels
+WHITE = (255, 255, 255, 255)  # the background of transparent pixels
 SIXTEEN = 257  # 65535 / 255
 
 
 def read_rgb(path: Path) -> Pixels:
-    """The first picture of a file as ``to_rgb`` makes it; ValueError that says why where it cannot be read."""
+    """The first picture of a file as ``to_rgb`` makes it; UserError with the reason where it cannot be read."""
     try:
         with Image.open(path, formats=formats()) as picture:
             return to_rgb(picture)
@@ -34,8 +34,8 @@ def read_rgb(path: Path) -> Pixels:
 def to_rgb(image: Image.Image | NDArray[Any]) -> Pixels:
     """A picture, or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], as uint8 [H, W, 3] of its own.
 
-    A picture's orientation tag is applied; transparent pixels lie on white; 16 bits are the range 0..65535; floating
-    point is 0..1. Raises UserError for any other form.
+    A picture's orientation tag is applied; transparent pixels get a white background; 16 bits are the range 0..65535;
+    floating point is 0..1. Raises UserError for any other form.
     """
     if isinstance(image, Image.Image):
         return np.array(_flat(ImageOps.exif_transpose(image)))
@@ -49,10 +49,10 @@ def to_rgb(image: Image.Image | NDArray[Any]) -> Pixels:
 
 
 def find_images(folder: Path, *, without: Path | None = None) -> Iterator[Path]:
-    """The picture files in ``folder`` and below, by their extension and in order; hidden ones are passed over.
+    """The picture files in ``folder`` and below, by extension and in sorted order, without hidden ones.
 
-    Nothing in the folder ``without``, below ``folder``, is looked at. Links are followed; a folder that several names
-    lead to is searched once, so links to a folder above end.
+    The folder ``without`` is not searched. Links are followed; each real folder is searched once, so a link to a parent
+    folder does not recurse.
     """
     known = {extension for extension, name in Image.registered_extensions().items() if name in formats()}
     seen = {folder.resolve()} | ({without.resolve()} if without is not None else set())

@@ -49,7 +49,7 @@ class Source:
 
 @dataclass
 class Outcome:
-    """What became of the files: those written with name, source and size, those skipped with source and reason."""
+    """The written files with name, source and size, and the skipped ones with source and reason."""
 
     written: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
@@ -59,8 +59,8 @@ def find_sources(paths: Iterable[Path], *, out: Path) -> list[Source]:
     """Every file of ``paths`` once, those of folders too, with a different name for each.
 
     A file of a folder keeps its place below that folder; a name that is taken gets _2, _3 and so on, also where only
-    the case of letters differs. What lies in ``out``, below the folders of ``paths``, and what predict wrote earlier is
-    left out. Raises UserError for a path that does not exist and where there is no image at all.
+    the case of letters differs. Files in ``out``, where that is below a folder of ``paths``, and files that predict
+    wrote earlier are left out. Raises UserError for a path that does not exist and where there is no image at all.
     """
     found: dict[Path, Path] = {}
     written_into = functools.cache(WrittenFiles)
@@ -91,7 +91,7 @@ def find_sources(paths: Iterable[Path], *, out: Path) -> list[Source]:
 
 
 def choose_tasks(model: Predictor, names: Sequence[str] | None) -> tuple[Task, ...]:
-    """The tasks called ``names`` (None: all); UserError for one that the model has not, or that comes twice."""
+    """The tasks called ``names`` (None: all); UserError for one that the model does not have, or given twice."""
     own = {task.name: task for task in model.tasks}
     for name in names or ():
         if name not in own:
@@ -152,9 +152,9 @@ def predict_files(
 class WrittenFiles:
     """Which files in the folder ``out`` predict has written: the index has their SHA-256, by their names below ``out``.
 
-    Until the index is written, a hidden file takes a line for each file before the file gets its name: an interrupted
-    command, given again, knows its own. A file that was changed since is not one of them. An index of earlier versions
-    has names alone.
+    Until the index is written, name and SHA-256 of each file are appended to a hidden journal before the file gets its
+    name, so that an interrupted command recognises its files when it is repeated. A file that was changed since then
+    does not count as written by predict. The index of an earlier version has names only.
     """
 
     def __init__(self, out: Path) -> None:
@@ -171,7 +171,7 @@ class WrittenFiles:
             elif self._has_index:
                 tasks = [task["name"] for task in index["tasks"]]
                 self._named = {f"{image['name']}{end}" for image in index["images"] for end in _endings(tasks)}
-        with suppress(OSError, ValueError):  # none, or its last line is cut
+        with suppress(OSError, ValueError):  # no journal, or its last line is incomplete
             for line in (out / JOURNAL).read_text(encoding="utf-8").splitlines():
                 name, sha256 = json.loads(line)
                 self._hashes.setdefault(name, []).append(sha256)
@@ -196,14 +196,14 @@ class WrittenFiles:
                 self._hashes.setdefault(name, []).append(sha256)
 
     def conclude(self, index: Mapping[str, Any]) -> None:
-        """Write the index with the hashes of all files that are there, those of earlier commands too."""
+        """Write the index with the hashes of all files that exist, those of earlier commands too."""
         own = {name: hashes[-1] for name, hashes in sorted(self._hashes.items()) if (self.out / name).is_file()}
         write_atomic(self.out / INDEX, json.dumps({**index, "files": own}, indent=2) + "\n")
         (self.out / JOURNAL).unlink(missing_ok=True)
 
 
 def _write(files: WrittenFiles, name: str, image: Pixels, prediction: Prediction, tasks: Sequence[Task]) -> None:
-    """The pictures and the arrays of one image, as ``name`` with their endings."""
+    """Write the pictures and the arrays of one image, as ``name`` with their endings."""
     for task in tasks:
         with files.replacing(f"{name}_{task.name}.png") as temporary:
             task_picture(task, prediction[task.name]).save(temporary, format="PNG")
@@ -218,7 +218,7 @@ def _write(files: WrittenFiles, name: str, image: Pixels, prediction: Prediction
 
 
 def _endings(tasks: Iterable[str]) -> list[str]:
-    """What follows an image's name in its files: a picture for each task, the sheet, the arrays."""
+    """The endings of an image's files: a picture for each task, the sheet, the arrays."""
     return [*(f"_{task}.png" for task in tasks), "_sheet.png", ".npz"]
 
 
@@ -230,19 +230,20 @@ def _images_read(
     for source, future in zip(batch, reading, strict=True):
         try:
             images.append((source, future.result()))
-        except ValueError as error:
+        except UserError as error:
             LOGGER.warning("skipped %s", error)
             outcome.skipped.append({"source": str(source.path), "reason": str(error)})
     return images
 
 
 def _finish(writing: deque[Future[None]], *, leave: int) -> None:
-    """Wait for the oldest until only ``leave`` are under way, so that large predictions do not pile up."""
+    """Wait for the oldest writes until only ``leave`` are unfinished, which bounds the predictions held in memory."""
     while len(writing) > leave:
         writing.popleft().result()
 
 
 def _index(model: Predictor, tasks: Sequence[Task], outcome: Outcome) -> dict[str, Any]:
+    """The index without its hashes."""
     facts = [
         {
             "name": task.name,

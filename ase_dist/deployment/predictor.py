@@ -33,12 +33,12 @@ class Predictor(exported.ExportedModel):
     def predict(
         self, images: Sequence[Picture], *, tasks: Sequence[str] | None = None, batch_size: int = 8
     ) -> list[Prediction]:
-        """What the model sees in each of ``images``, by task, at the image's own height and width.
+        """The predictions for each of ``images``, by task, at the image's own height and width.
 
-        Images are Pillow's pictures, arrays or paths of files, see ``to_rgb``. ``tasks`` None: all; of other tasks the
-        streams are not computed. Arrays: classes uint8 [H, W] of ids; mask and edges float32 [H, W] of probabilities;
+        Images are Pillow's pictures, arrays or paths of files, see ``to_rgb``. ``tasks`` None: all; streams of other
+        tasks are not computed. Arrays: classes uint8 [H, W] of ids; mask and edges float32 [H, W] of probabilities;
         normals float32 [3, H, W], unit vectors; depth float32 [1, H, W] in metres. Raises UserError for an image that
-        cannot be read, by its place in the list, and for a task that the model does not have.
+        cannot be read, with its index in the list, and for a task that the model does not have.
         """
         if isinstance(images, (str, PathLike, Image.Image, np.ndarray)):
             raise UserError("predict: got one image, wanted a list of images; write [image]")
@@ -50,13 +50,13 @@ class Predictor(exported.ExportedModel):
             for i, image in enumerate(images[start : start + batch_size], start):
                 try:
                     batch.append(read_rgb(Path(image)) if isinstance(image, (str, PathLike)) else to_rgb(image))
-                except ValueError as error:
+                except UserError as error:
                     raise UserError(f"predict: image {i}: {error}") from None
             found += self.predict_pixels(batch, tasks=tasks)
         return found
 
     def predict_pixels(self, images: Sequence[Pixels], *, tasks: Sequence[str] | None = None) -> Iterator[Prediction]:
-        """``predict`` of one batch of uint8 [H, W, 3]; each image is brought to its size when it is asked for."""
+        """``predict`` for one batch of uint8 [H, W, 3]; a prediction is decoded when the iterator reaches it."""
         transform = Transform(self.image.size, tasks=(), augment=False)
         inputs = torch.stack([transform.eval_sample(Record(i, "", image, {})).image for i, image in enumerate(images)])
         with torch.no_grad():
@@ -68,7 +68,7 @@ class Predictor(exported.ExportedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The device of the model's weights."""
         return next(self.parameters()).device
 
 
@@ -84,19 +84,13 @@ def decode_strips(task: Task, logits_1Chw: Tensor, size: tuple[int, int]) -> NDA
     rows = max(1, MOST_LOGITS // (task.channels * width))
     if rows >= height:
         return np.asarray(decode(task, logits_1Chw, size=size)[0].cpu())
-    strips = [
-        decode(task, strip, size=(strip.shape[-2], width))[0].cpu() for strip in _strips(logits_1Chw, height, rows)
-    ]
-    return np.asarray(torch.cat(strips, dim=-2))
-
-
-def _strips(logits_1Chw: Tensor, height: int, rows: int) -> Iterator[Tensor]:
-    """``logits`` interpolated to ``height``, at most ``rows`` of them at a time: [1, C, rows, w]."""
-    source = ((torch.arange(height, dtype=torch.float64) + 0.5) * logits_1Chw.shape[-2] / height - 0.5).clamp(min=0)
+    # a strip gets its final rows here, by the bilinear weights of the whole image; ``decode`` then resizes the columns
+    logits, strips = logits_1Chw.float(), []
+    source = ((torch.arange(height, dtype=torch.float64) + 0.5) * logits.shape[-2] / height - 0.5).clamp(min=0)
     for start in range(0, height, rows):
-        part = source[start : start + rows].to(logits_1Chw.device)
+        part = source[start : start + rows].to(logits.device)
         above = part.floor().long()
-        below = (above + 1).clamp(max=logits_1Chw.shape[-2] - 1)
-        share = (part - above).float()[:, None]
-        logits = logits_1Chw.float()
-        yield torch.lerp(logits[..., above, :], logits[..., below, :], share)
+        below = (above + 1).clamp(max=logits.shape[-2] - 1)
+        strip = torch.lerp(logits[..., above, :], logits[..., below, :], (part - above).float()[:, None])
+        strips.append(decode(task, strip, size=(strip.shape[-2], width))[0].cpu())
+    return np.asarray(torch.cat(strips, dim=-2))
