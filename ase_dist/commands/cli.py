@@ -17,9 +17,9 @@ MODULE_FILE = "__main__.py"
 
 
 def command_parser(name: str, *, description: str | None, epilog: str = "") -> argparse.ArgumentParser:
-    """A parser whose help names the command ``name`` as it was started: a script of launch/, or the package's.
+    """A parser whose help shows how the command was started: as a script of launch/ or by ``python -m ase_dist``.
 
-    The examples of ``epilog`` are written for a checkout.
+    The examples in ``epilog`` are written for a checkout and are rewritten for ``python -m ase_dist``.
     """
     as_module = Path(sys.argv[0]).name == MODULE_FILE
     return argparse.ArgumentParser(
@@ -60,9 +60,9 @@ def script_of(name: str) -> Path:
 
 
 def without_checkout(text: str) -> str:
-    """Command lines of a checkout as they are without one: ``-m ase_dist train`` for its script, ``z2`` for its JSON.
+    """Rewrite a checkout's command lines: ``-m ase_dist train`` for its script, ``z2`` for ``ds_configs/z2.json``.
 
-    DeepSpeed's launcher calls -m --module.
+    For DeepSpeed's launcher -m is --module.
     """
     text = re.sub(r"\bds_configs/(\w+)\.json", r"\1", text)
     text = re.sub(r"\blaunch/([\w/]+)\.py", lambda found: f"-m ase_dist {found[1].replace('/', ' ')}", text)
@@ -70,9 +70,9 @@ def without_checkout(text: str) -> str:
 
 
 def run_command(work: Callable[[], int], *, interrupted: str = "interrupted") -> int:
-    """The exit code that ``work`` returns, or that of what it raises, which is told on the standard error.
+    """The exit code that ``work`` returns, or that of the exception it raises, which goes to the standard error.
 
-    One sentence for mistakes and faults, a traceback for bugs (see ``ase_dist.errors``); ``interrupted`` after Ctrl-C.
+    User errors and run errors print one sentence, bugs a traceback (see ``ase_dist.errors``), Ctrl-C ``interrupted``.
     """
     try:
         return work()

@@ -34,20 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     dashes = words.index("--") if "--" in words else len(words)
     arguments = parser().parse_args(words[:dashes])
-    return run_command(lambda: _check(arguments, words[dashes + 1 :]))
 
+    def check() -> int:
+        job = ClusterJob.from_words(words[dashes + 1 :])
+        result = check_cluster(
+            arguments.hostfile, job, env=arguments.env, port=arguments.ssh_port, ask=not arguments.no_ssh
+        )
+        for problem in result.problems:
+            refuse(problem)
+        if result.problems:
+            return ExitCode.USAGE
+        sys.stdout.write(f"{result.master}\n")
+        return 0
 
-def _check(arguments: argparse.Namespace, job: Sequence[str]) -> int:
-    result = check_cluster(
-        arguments.hostfile,
-        ClusterJob.from_words(job),
-        env=arguments.env,
-        port=arguments.ssh_port,
-        ask=not arguments.no_ssh,
-    )
-    for problem in result.problems:
-        refuse(problem)
-    if result.problems:
-        return ExitCode.USAGE
-    sys.stdout.write(f"{result.master}\n")
-    return 0
+    return run_command(check)

@@ -25,16 +25,16 @@ COMMANDS = (
     "cluster check",
 )
 HELP, VERSION = ("--help", "-h"), "--version"
-LOCAL_RANK = ("--local_rank", "--local-rank")  # which DeepSpeed's launcher puts before everything (0.19.8, --module)
+LOCAL_RANK = ("--local_rank", "--local-rank")  # DeepSpeed's launcher puts it first (0.19.8, --module)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the first words name; the command's exit code, 2 where there is no such command."""
+    """Run the command named by the first words; returns its exit code, or 2 where there is no such command."""
     words = list(sys.argv[1:] if argv is None else argv)
     launched = [word for word in words[:1] if word.startswith(LOCAL_RANK)]
     words = words[len(launched) :]
     if not words or words[0] in HELP:
-        sys.stdout.write(_listing())
+        sys.stdout.write(listing())
         return 0
     if words[0] == VERSION:
         sys.stdout.write(f"{ase_dist.__version__}\n")
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def find_command(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The command that the first words name, and the other words; UserError with the nearest one if there is none."""
+    """The command named by the first words, and the other words; UserError with the closest name if there is none."""
     for name in COMMANDS:
         count = len(name.split())
         if " ".join(words[:count]).replace("-", "_") == name:
@@ -64,14 +64,12 @@ def module_of(name: str) -> ModuleType:
     return import_module(f"ase_dist.commands.{name.replace(' ', '_')}")
 
 
-def _listing() -> str:
+def listing() -> str:
+    """The help: each command with the first line of its module's docstring, up to the first colon."""
+    lines = []
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {_summary(name)}" for name in COMMANDS]
+    for name in COMMANDS:
+        first_line = (module_of(name).__doc__ or "").partition("\n")[0]
+        lines.append(f"  {name:{width}}  {first_line.partition(': ')[0].rstrip('.').replace('``', '')}")
     usage = "usage: python -m ase_dist COMMAND ...    (COMMAND --help tells its options; --version)"
     return "\n".join([usage, "", ase_dist.__doc__ or "", "", "commands:", *lines, ""])
-
-
-def _summary(name: str) -> str:
-    """The first line of the command's docstring, up to its first colon."""
-    line = (module_of(name).__doc__ or "").partition("\n")[0]
-    return line.partition(": ")[0].rstrip(".").replace("``", "")

@@ -36,24 +36,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, or 2 after one sentence about what is wrong."""
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return run_command(lambda: _make(arguments))
 
+    def make() -> int:
+        from ase_dist.scenes.make import ensure_scenes
+        from ase_dist.scenes.sheet import SHOWN, contact_sheet
 
-def _make(arguments: argparse.Namespace) -> int:
-    from ase_dist.scenes.make import ensure_scenes
-    from ase_dist.scenes.sheet import SHOWN, contact_sheet
+        made: Path = arguments.contact_sheet
+        if made is not None:
+            contact_sheet(made, indices=arguments.scenes or SHOWN, seed=arguments.seed, size=arguments.size)
+        else:
+            made = ensure_scenes(
+                arguments.out,
+                train=arguments.train,
+                val=arguments.val,
+                size=arguments.size,
+                seed=arguments.seed,
+                workers=arguments.workers,
+            )
+        logging.info("%s", made)
+        return 0
 
-    made: Path = arguments.contact_sheet
-    if made is not None:
-        contact_sheet(made, indices=arguments.scenes or SHOWN, seed=arguments.seed, size=arguments.size)
-    else:
-        made = ensure_scenes(
-            arguments.out,
-            train=arguments.train,
-            val=arguments.val,
-            size=arguments.size,
-            seed=arguments.seed,
-            workers=arguments.workers,
-        )
-    logging.info("%s", made)
-    return 0
+    return run_command(make)

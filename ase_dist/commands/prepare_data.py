@@ -45,24 +45,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, or 2 after one sentence about what is wrong."""
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return run_command(lambda: _prepare(arguments), interrupted="interrupted; the same command goes on from here")
 
+    def check_and_pack() -> int:
+        from ase_dist.data.packed.layout import is_packed
+        from ase_dist.data.packed.prepare import Request, check_only, prepare
+        from ase_dist.data.packed.verify import verify
 
-def _prepare(arguments: argparse.Namespace) -> int:
-    from ase_dist.data.packed.layout import is_packed
-    from ase_dist.data.packed.prepare import Request, check_only, prepare
-    from ase_dist.data.packed.verify import verify
-
-    source = arguments.source
-    if is_packed(source):
-        logging.info("%s: %d packed files are whole", source, verify(source))
+        source = arguments.source
+        if is_packed(source):
+            logging.info("%s: %d packed files are whole", source, verify(source))
+            return 0
+        data = arguments.data.replace("-", "_")
+        tasks = tuple(arguments.tasks.split(",")) if arguments.tasks else None
+        request = Request(data, source, tasks, arguments.pictures, arguments.subset, arguments.workers)
+        if arguments.check_only:
+            logging.info("%s: the files of %d images are whole", source, check_only(request, arguments.out))
+            return 0
+        place = prepare(request, arguments.out)
+        logging.info("train with data.name=%s data.root=%s", data, place)
         return 0
-    data = arguments.data.replace("-", "_")
-    tasks = tuple(arguments.tasks.split(",")) if arguments.tasks else None
-    request = Request(data, source, tasks, arguments.pictures, arguments.subset, arguments.workers)
-    if arguments.check_only:
-        logging.info("%s: the files of %d images are whole", source, check_only(request, arguments.out))
-        return 0
-    place = prepare(request, arguments.out)
-    logging.info("train with data.name=%s data.root=%s", data, place)
-    return 0
+
+    return run_command(check_and_pack, interrupted="interrupted; the same command goes on from here")

@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, then write the weights and a JSON card beside them; the exit code of the training."""
+    """Train, then write the weights and a JSON card next to them; the exit code of the training."""
     arguments = parser().parse_args(argv)
     from ase_dist.commands.train import main as train
     from ase_dist.overwriting import contains, refuse_foreign
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _keep(overrides: Sequence[str], out: Path | None) -> int:
-    """The backbone of the finished run, and where it comes from."""
+    """Write the backbone of the finished run, and the card that says how it was trained."""
     from ase_dist.config import load_settings
     from ase_dist.files import write_atomic
     from ase_dist.models.pretrained import FOLDER, save_backbone

@@ -27,12 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, or 2 after one sentence about what is wrong."""
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    return run_command(lambda: _report(arguments))
 
+    def make_report() -> int:
+        from ase_dist.report.page import write_report
 
-def _report(arguments: argparse.Namespace) -> int:
-    from ase_dist.report.page import write_report
+        out = write_report(arguments.folder, arguments.out)
+        logging.info("%s, %.1f MB", out, out.stat().st_size / 1e6)
+        return 0
 
-    out = write_report(arguments.folder, arguments.out)
-    logging.info("%s, %.1f MB", out, out.stat().st_size / 1e6)
-    return 0
+    return run_command(make_report)

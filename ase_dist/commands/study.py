@@ -48,26 +48,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     arguments = parser().parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    return run_command(lambda: _study(arguments))
 
+    def study() -> int:
+        from ase_dist.study.run import run_study
+        from ase_dist.study.runner import Slots
 
-def _study(arguments: argparse.Namespace) -> int:
-    from ase_dist.study.run import run_study
-    from ase_dist.study.runner import Slots
+        devices = tuple(_names(arguments.devices))
+        return run_study(
+            arguments.name,
+            data=arguments.data,
+            seeds=arguments.seeds,
+            out=arguments.out,
+            steps=arguments.steps,
+            only=_names(arguments.only),
+            slots=Slots(len(devices) or 1 if arguments.jobs is None else arguments.jobs, devices),
+            keep_checkpoints=arguments.keep_checkpoints,
+            train=not arguments.tables_only,
+            overrides=arguments.settings,
+        )
 
-    devices = tuple(_names(arguments.devices))
-    return run_study(
-        arguments.name,
-        data=arguments.data,
-        seeds=arguments.seeds,
-        out=arguments.out,
-        steps=arguments.steps,
-        only=_names(arguments.only),
-        slots=Slots(len(devices) or 1 if arguments.jobs is None else arguments.jobs, devices),
-        keep_checkpoints=arguments.keep_checkpoints,
-        train=not arguments.tables_only,
-        overrides=arguments.settings,
-    )
+    return run_command(study)
 
 
 def _names(text: str) -> list[str]:

@@ -1,9 +1,9 @@
 """DeepSpeed's JSON: read, checked against the settings, every "auto" filled in.
 
-A value that stands in the JSON and was also given in the settings must be the same. A value that stands only in the
-JSON becomes the setting. The templates of Hugging Face are accepted: of their "auto" some are filled from the settings
-(``SHARED_KEYS``, train_batch_size), some mean DeepSpeed's default (``AUTO_IS_DEFAULT``), a scheduler of nothing but
-"auto" is that of the settings, and fp16 is off.
+A value given in both the JSON and the settings must be the same. A value given only in the JSON becomes the setting.
+Hugging Face's templates are accepted: some of their "auto" are filled from the settings (``SHARED_KEYS``,
+train_batch_size), some mean DeepSpeed's default (``AUTO_IS_DEFAULT``), a scheduler with only "auto" leaves the schedule
+to the settings, and fp16 "auto" is off.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ AUTO = "auto"
 ZERO_STAGES = (0, 1, 2, 3)
 DEFAULT_STAGE = 0
 
-# where a setting of train.* stands in the JSON
+# settings of train.* and their keys in the JSON
 SHARED_KEYS: dict[str, tuple[str, ...]] = {
     "batch_size": ("train_micro_batch_size_per_gpu",),
     "gradient_accumulation_steps": ("gradient_accumulation_steps",),
@@ -36,7 +36,7 @@ SHARED_KEYS: dict[str, tuple[str, ...]] = {
 }
 OPTIMIZER_KEYS = tuple(path[-1] for path in SHARED_KEYS.values() if path[0] == "optimizer")
 REMOVED = ("elasticity", "nebula", "compression_training", "amp")  # hard errors in deepspeed 0.19
-# keys of zero_optimization whose "auto" Hugging Face works out from the width of its model; here DeepSpeed's default
+# keys of zero_optimization whose "auto" Hugging Face computes from its model's width; here DeepSpeed's default holds
 AUTO_IS_DEFAULT = (
     "reduce_bucket_size",
     "allgather_bucket_size",
@@ -66,7 +66,7 @@ SECTIONS = ("bf16", "fp16", "zero_optimization", "optimizer", "tensorboard", "cs
 
 
 class ResolvedConfig(NamedTuple):
-    """The settings as they hold for the run, and the JSON for ``deepspeed.initialize`` without any "auto"."""
+    """The run's final settings, and the JSON for ``deepspeed.initialize`` without any "auto"."""
 
     settings: Settings
     deepspeed: dict[str, Any]
@@ -83,7 +83,7 @@ def shipped_ds_configs() -> list[str]:
 
 
 def read_ds_config(path: str | Path | None) -> dict[str, Any]:
-    """The JSON as a dictionary, of a file or of a shipped one's name; an empty one (ZeRO 0) without a path.
+    """The JSON of a file, or of a shipped one by its name, as a dictionary; empty (ZeRO 0) without a path.
 
     Raises UserError for a missing or malformed file.
     """
@@ -104,15 +104,15 @@ def read_ds_config(path: str | Path | None) -> dict[str, Any]:
 
 
 def resolve(settings: Settings, ds_config: Mapping[str, Any], *, world: int, native_bf16: bool) -> ResolvedConfig:
-    """Bring both into agreement for ``world`` ranks.
+    """Merge settings and JSON for ``world`` ranks, every "auto" filled in.
 
-    Raises UserError where they contradict each other, where a key is misspelt, left over from an older DeepSpeed or
-    would switch the guard against NaN off, and where the ZeRO stage and the expert-parallel size do not go together.
+    Raises UserError where they contradict each other, where a key is misspelt, was removed from DeepSpeed or would
+    disable the guard against NaN, and where ZeRO stage and expert-parallel size cannot be combined.
     """
     tree = deepcopy(dict(ds_config))
     _drop_auto(tree)
     _check_keys(tree)
-    values = {name: _agree(name, path, settings.train, tree) for name, path in SHARED_KEYS.items()}
+    values = {name: _shared_value(name, path, settings.train, tree) for name, path in SHARED_KEYS.items()}
     if values["bf16"] == AUTO:
         values["bf16"] = native_bf16
     try:
@@ -120,19 +120,33 @@ def resolve(settings: Settings, ds_config: Mapping[str, Any], *, world: int, nat
     except UserError as error:
         raise UserError(f"DeepSpeed JSON against the settings: {error}") from None
     train = settings.train
-    for name in ("batch_size", "gradient_accumulation_steps", "gradient_clipping", "bf16"):
-        _put(tree, SHARED_KEYS[name], values[name])
     tree.pop("optimizer", None)  # built here, so that experts and decay have their groups
-    _fill_batch(tree, train, world)
+    tree["train_micro_batch_size_per_gpu"] = values["batch_size"]
+    tree["gradient_accumulation_steps"] = values["gradient_accumulation_steps"]
+    tree["gradient_clipping"] = values["gradient_clipping"]
+    tree.setdefault("bf16", {})["enabled"] = values["bf16"]
+    total = train.batch_size * train.gradient_accumulation_steps * world
+    if tree.get("train_batch_size", AUTO) not in (AUTO, total):
+        raise UserError(
+            f"DeepSpeed JSON: train_batch_size is {tree['train_batch_size']}, but {train.batch_size} images x "
+            f'{train.gradient_accumulation_steps} accumulation steps x {world} ranks are {total}; write "auto"'
+        )
+    tree["train_batch_size"] = total
     _fill_zero(tree, settings)
-    _fill_monitor(tree, settings)
-    tree.setdefault("steps_per_print", 2**31)  # the loop reports
+    monitor, folder = settings.monitor, str(settings.output)  # a monitor's section in the JSON is left as it is
+    if monitor.tensorboard:
+        tree.setdefault("tensorboard", {"enabled": True, "output_path": folder, "job_name": "tensorboard"})
+    if monitor.csv:
+        tree.setdefault("csv_monitor", {"enabled": True, "output_path": folder, "job_name": "csv"})
+    if monitor.wandb:
+        tree.setdefault("wandb", {"enabled": True, "project": monitor.project})
+    tree.setdefault("steps_per_print", 2**31)  # the training loop logs instead
     _check_filled(tree)
     return ResolvedConfig(settings, tree)
 
 
 def _drop_auto(tree: dict[str, Any]) -> None:
-    """Take out each "auto" that asks for nothing."""
+    """Remove each "auto" that means DeepSpeed's default, or what the settings decide anyway."""
     for key in ("bf16", "fp16"):
         if tree.get(key) == AUTO:
             tree[key] = {"enabled": AUTO}
@@ -149,7 +163,7 @@ def _drop_auto(tree: dict[str, Any]) -> None:
 
 
 def _check_keys(tree: dict[str, Any]) -> None:
-    """Refuse what DeepSpeed 0.19 no longer has, what is decided elsewhere, and what would weaken the guard."""
+    """Refuse keys that DeepSpeed 0.19 removed, that the settings decide, or that would weaken the guard against NaN."""
     for key, value in tree.items():
         if key in REMOVED:
             raise UserError(f"DeepSpeed JSON: {key!r} was removed from DeepSpeed in 0.19; take it out")
@@ -175,8 +189,8 @@ def _check_keys(tree: dict[str, Any]) -> None:
             raise UserError(f"DeepSpeed JSON: {'.'.join(path)}: the guard against NaN needs it to be true")
 
 
-def _agree(name: str, path: tuple[str, ...], train: TrainSettings, tree: dict[str, Any]) -> Any:
-    """The one value of a setting that both may name."""
+def _shared_value(name: str, path: tuple[str, ...], train: TrainSettings, tree: dict[str, Any]) -> Any:
+    """The value of a setting that settings and JSON may both give."""
     *section, field = name.split(".")
     branch = getattr(train, section[0]) if section else train
     here = getattr(branch, field)
@@ -190,16 +204,6 @@ def _agree(name: str, path: tuple[str, ...], train: TrainSettings, tree: dict[st
             'set one of them, or write "auto" in the JSON'
         )
     return there
-
-
-def _fill_batch(tree: dict[str, Any], train: TrainSettings, world: int) -> None:
-    total = train.batch_size * train.gradient_accumulation_steps * world
-    if tree.get("train_batch_size", AUTO) not in (AUTO, total):
-        raise UserError(
-            f"DeepSpeed JSON: train_batch_size is {tree['train_batch_size']}, but {train.batch_size} images x "
-            f'{train.gradient_accumulation_steps} accumulation steps x {world} ranks are {total}; write "auto"'
-        )
-    tree["train_batch_size"] = total
 
 
 def _fill_zero(tree: dict[str, Any], settings: Settings) -> None:
@@ -221,17 +225,6 @@ def _fill_zero(tree: dict[str, Any], settings: Settings) -> None:
         tree.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
-def _fill_monitor(tree: dict[str, Any], settings: Settings) -> None:
-    """DeepSpeed's monitor writes under the run folder; a section in the JSON is left as it is."""
-    monitor, folder = settings.monitor, settings.output
-    if monitor.tensorboard:
-        tree.setdefault("tensorboard", {"enabled": True, "output_path": str(folder), "job_name": "tensorboard"})
-    if monitor.csv:
-        tree.setdefault("csv_monitor", {"enabled": True, "output_path": str(folder), "job_name": "csv"})
-    if monitor.wandb:
-        tree.setdefault("wandb", {"enabled": True, "project": monitor.project})
-
-
 def _check_filled(tree: Mapping[str, Any], prefix: str = "") -> None:
     for key, value in tree.items():
         if value == AUTO:
@@ -247,9 +240,3 @@ def _get(tree: Any, path: tuple[str, ...]) -> Any:
     for key in path:
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree
-
-
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
