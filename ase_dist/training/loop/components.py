@@ -1,4 +1,4 @@
-"""Everything that a run is built of before its first step, agreed upon by all ranks."""
+"""The components of a run before its first step: data, model and engine, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ase_dist.versions import versions_of
 
 
 class RunComponents(NamedTuple):
-    """What a run is built of, before its first step."""
+    """Data, model, engine and sizes of a run, before its first step."""
 
     config: ResolvedConfig
     tasks: tuple[Task, ...]
@@ -40,7 +40,7 @@ class RunComponents(NamedTuple):
 
     @property
     def settings(self) -> Settings:
-        """The settings as they hold, DeepSpeed's JSON included."""
+        """The run's final settings, DeepSpeed's JSON included."""
         return self.config.settings
 
     def close(self) -> None:
@@ -50,7 +50,7 @@ class RunComponents(NamedTuple):
 
 
 def build(config: ResolvedConfig, world: World) -> RunComponents:
-    """Data, model and engine. Raises UserError on all ranks where one of them cannot be had on one rank."""
+    """Build data, model and engine. Raises UserError on all ranks where one of them cannot be built on any rank."""
     settings = config.settings
     tasks = select_tasks(settings.data.name, settings.tasks)
     check_conflict_settings(settings, num_tasks=len(tasks), zero_stage=config.zero_stage)
@@ -85,7 +85,7 @@ def total_steps(settings: Settings, loader: TrainLoader) -> int:
 
 
 def frozen_digest(model: nn.Module) -> str:
-    """SHA-256 over the model's frozen tensors, by which a checkpoint knows the backbone it belongs to."""
+    """SHA-256 over the model's frozen tensors; a checkpoint stores it to identify its backbone."""
     digest = hashlib.sha256()
     for _, parameter in sorted(model.named_parameters()):
         if not parameter.requires_grad:

@@ -39,7 +39,7 @@ def check_conflict_settings(settings: Settings, *, num_tasks: int, zero_stage: i
 
 @contextmanager
 def same_random_state(device: torch.device) -> Iterator[None]:
-    """What runs inside draws from torch's generators as it likes: afterwards they are as they were before."""
+    """Restore the state of torch's generators afterwards, so that draws inside change nothing outside."""
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         yield
 

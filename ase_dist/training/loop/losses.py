@@ -1,4 +1,4 @@
-"""The loss of every task, the same number whatever the number of ranks the batch is spread over.
+"""The loss of every task, the same for any number of ranks that the batch is spread over.
 
 A rank divides the sum over its own pixels by the *mean over ranks* of the pixel counts, so the mean of the ranks'
 losses and gradients, which data parallelism takes anyway, is the loss and gradient of one process with the whole
@@ -27,7 +27,15 @@ def label_counts(labels: Mapping[str, Tensor], tasks: Sequence[Task]) -> Tensor:
     It needs the labels alone, so the loop can reduce it before the forward pass. ``task_losses`` wants its mean over
     everything whose gradients are averaged: ranks, and micro-steps where gradients accumulate.
     """
-    return torch.stack([_count(task.kind, labels[task.name]) for task in tasks]).float()
+    counts = []
+    for task in tasks:
+        label = labels[task.name]
+        if task.kind == "mask":
+            counts.append(torch.stack([(label == 1).sum(), (label == 0).sum()]))
+        else:
+            valid = _is_measured(label) if task.kind in {"normals", "depth"} else label != IGNORE
+            counts.append(torch.stack([valid.sum(), valid.new_zeros((), dtype=torch.int64)]))
+    return torch.stack(counts).float()
 
 
 def task_losses(
@@ -38,10 +46,13 @@ def task_losses(
     ``logits`` [B, C, h, w] are resized bilinearly to the labels' size (see ``ase_dist.tasks`` for the labels);
     ``counts`` [tasks, 2] is the mean over ranks of ``label_counts``. Losses as in M3ViT (and ASTMT before it).
     """
-    return {
-        task.name: _LOSSES[task.kind](_resized(logits[task.name], labels[task.name]), labels[task.name], count)
-        for task, count in zip(tasks, counts.float().unbind(), strict=True)
-    }
+    found = {}
+    for task, count_2 in zip(tasks, counts.float().unbind(), strict=True):
+        resized, label = logits[task.name].float(), labels[task.name]
+        if resized.shape[-2:] != label.shape[-2:]:
+            resized = F.interpolate(resized, size=label.shape[-2:], mode="bilinear", align_corners=False)
+        found[task.name] = _LOSSES[task.kind](resized, label, count_2)
+    return found
 
 
 def weighted_sum(losses: Mapping[str, Tensor], tasks: Sequence[Task], overrides: Mapping[str, float]) -> Tensor:
@@ -67,13 +78,6 @@ def loss_weights(tasks: Sequence[Task], overrides: Mapping[str, float]) -> dict[
 # Counts
 
 
-def _count(kind: Kind, label: Tensor) -> Tensor:
-    if kind == "mask":
-        return torch.stack([(label == 1).sum(), (label == 0).sum()])
-    valid = _is_measured(label) if kind in {"normals", "depth"} else label != IGNORE
-    return torch.stack([valid.sum(), valid.new_zeros((), dtype=torch.int64)])
-
-
 def _is_measured(label_BCHW: Tensor) -> Tensor:
     """Where a normal or a depth is known, bool [B, 1, H, W]: zero means ignored."""
     return (label_BCHW != 0).any(dim=1, keepdim=True)
@@ -86,14 +90,6 @@ def _over(total: Tensor, count: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One loss per kind: logits at the label's size in float32, the label, (count, count)
-
-
-def _resized(logits_BChw: Tensor, label: Tensor) -> Tensor:
-    logits = logits_BChw.float()
-    size = label.shape[-2:]
-    if logits.shape[-2:] == size:
-        return logits
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
 def _cross_entropy(logits_BCHW: Tensor, label_BHW: Tensor, count_2: Tensor) -> Tensor:

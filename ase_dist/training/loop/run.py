@@ -1,4 +1,4 @@
-"""A run from settings to summary: start, agree, build, resume, train, conclude."""
+"""A run from settings to summary: start, compare the ranks, build, resume, train, conclude."""
 
 from __future__ import annotations
 
@@ -56,14 +56,21 @@ def dry_run(settings: Settings, ds_config: Mapping[str, Any]) -> ExitCode:
     require_same_start(quiet, ds_config)
     components = build(resolve(quiet, ds_config, world=world.size, native_bf16=world.native_bf16), world)
     LOGGER.info("\n%s", start_tables(components))
-    _take_one_step(components)
+    batch = next(components.train_loader).to(world.device)
+    counts = mean_label_counts([batch], components.tasks, world)
+    output = components.engine(batch.images)
+    by_task, total = training_loss(output, batch, components.tasks, counts, components.settings.train.loss_weights)
+    components.engine.backward(total)
+    components.engine.step()
+    rows = [(name, float(value.detach())) for name, value in by_task.items()]
+    LOGGER.info("\n%s", Table(("task", "loss"), rows, title="one batch, forward and backward").to_text())
     components.close()
     runtime.stop()
     return ExitCode.DONE
 
 
 def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> ExitCode:
-    """``run`` in a process that has joined its world."""
+    """``run`` in a process that has joined its process group."""
     with ExitStack() as closing:
         console = set_up_logging(rank=world.rank)
         closing.callback(close_console)
@@ -111,7 +118,7 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
 
 @contextmanager
 def _failure_in_log_files() -> Iterator[None]:
-    """Log an exception that ends the run, a bug's with its traceback; on the terminal the command tells it."""
+    """Write an exception that ends the run to the log files, a bug's with its traceback; the command prints it."""
     try:
         yield
     except Exception as error:
@@ -121,7 +128,7 @@ def _failure_in_log_files() -> Iterator[None]:
 
 
 def start_record(recorder: Recorder, components: RunComponents, state: RunState) -> None:
-    """Take back the lines that will be written again, and say what the next ones are about (collective)."""
+    """Remove the lines that the resumed run will write again, and write the run's start line (collective)."""
     start = state.step if state.is_saved else -1
     recorder.truncate_after(start, evaluated=state.history.evaluated_at == start)
     moe, world = components.settings.model.moe, components.world
@@ -137,7 +144,7 @@ def start_record(recorder: Recorder, components: RunComponents, state: RunState)
 
 
 def fit_trivial_predictors(components: RunComponents) -> dict[str, ConstantPredictor]:
-    """The predictors that look at no image, fitted on the first training images, which all ranks share among them."""
+    """The predictors that ignore the image, fitted on the first training images, divided over the ranks."""
     place = {"rank": components.world.rank, "world_size": components.world.size}
     loader = first_images(components.train_loader, components.settings, limit=TRIVIAL_IMAGES, **place)
     constants = fit_constants(loader, components.tasks, device=components.world.device)
@@ -146,21 +153,10 @@ def fit_trivial_predictors(components: RunComponents) -> dict[str, ConstantPredi
 
 
 def conclude(folder: RunFolder, components: RunComponents, state: RunState, code: ExitCode) -> None:
-    """Write the summary, and draw the plots of a run that is done: whoever stopped one is waiting."""
+    """Write the summary, and draw the plots of a finished run; a stopped one ends at once, without plots."""
     folder.write_summary(summary(components, state.history, step=state.step, code=code))
     if code is ExitCode.DONE:
         from ase_dist.training.record.plots import draw_all  # matplotlib would delay the start
 
         draw_all(folder)
     LOGGER.info("the run's files are in %s", folder.path)
-
-
-def _take_one_step(components: RunComponents) -> None:
-    batch = next(components.train_loader).to(components.world.device)
-    counts = mean_label_counts([batch], components.tasks, components.world)
-    output = components.engine(batch.images)
-    by_task, total = training_loss(output, batch, components.tasks, counts, components.settings.train.loss_weights)
-    components.engine.backward(total)
-    components.engine.step()
-    rows = [(name, float(value.detach())) for name, value in by_task.items()]
-    LOGGER.info("\n%s", Table(("task", "loss"), rows, title="one batch, forward and backward").to_text())

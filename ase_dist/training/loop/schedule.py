@@ -17,7 +17,7 @@ Schedule = Literal["cosine", "poly", "constant"]
 def learning_rate_factor(
     step: int, *, total: int, warmup: int, schedule: Schedule, min_ratio: float, power: float
 ) -> float:
-    """The share of the peak rate at ``step`` of ``total``; what the decay ends at holds for every step after.
+    """The share of the peak rate at ``step`` of ``total``; its last value holds for all later steps.
 
     Warm-up is (step + 1) / warmup, so that the first step already moves and the last of the warm-up is at the peak.
     With p the share of the steps after it that are done, cosine is min_ratio + (1 - min_ratio) (1 + cos(pi p)) / 2

@@ -36,14 +36,14 @@ from ase_dist.training.state.checkpoint import SaveError
 from ase_dist.training.state.run_state import RunState
 
 LOGGER = logging.getLogger("ase_dist")
-AGREED_ERRORS = (NonFiniteError, SaveError, RankError)  # every rank raises them, none is to blame
+AGREED_ERRORS = (NonFiniteError, SaveError, RankError)  # every rank raises them, so no peer is lost
 
 
 class Trainer:
     """One run, from its first or its resumed step to its last.
 
-    ``state`` knows how to save all that a resumed run needs. ``constants`` are the trivial predictors, where an
-    evaluation is still to tell how good they are. ``train`` returns the exit code that the run ends with.
+    ``state`` saves all that a resumed run needs. ``constants`` are the trivial predictors, empty where they were
+    evaluated already. ``train`` returns the run's exit code.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Trainer:
         return ExitCode.STOPPED if self.stopping else ExitCode.DONE
 
     def _save_and_evaluate(self) -> None:
-        """What is due. Save first, so that a failing evaluation loses nothing; its results are added afterwards."""
+        """Do what is due. Save first, so a failing evaluation loses nothing; its results are saved afterwards."""
         self._maybe_save()
         is_start = self.state.step == 0 and self.settings.eval.at_start
         if (is_start or self._evaluation_is_due()) and not self.stopping:
@@ -99,7 +99,7 @@ class Trainer:
         self._maybe_save()
 
     def _suspects(self) -> str:
-        """Which other rank looks dead, for the log; one that just dies gets a moment to be seen dead."""
+        """Which other rank looks dead, for the log; waits a moment, as one that has just died still looks alive."""
         deadline = time.monotonic() + self.watchdog.patience
         seen = ("dead", "no sign of life")
         while not any(words in (found := self.watchdog.suspects()) for words in seen) and time.monotonic() < deadline:
@@ -107,7 +107,7 @@ class Trainer:
         return found
 
     def _record_silence(self, sentence: str) -> None:
-        """The watchdog's last act."""
+        """Record the end of the run; the watchdog calls it before it ends the process."""
         self.recorder.write_end(step=self.state.step, exit=ExitCode.SILENT.name.lower(), why=sentence)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class Trainer:
         return time.perf_counter() - began
 
     def _finish_step(self, step: int, micro_steps: Sequence[MicroStep]) -> None:
-        """Count the step, or report that it was skipped, or raise NonFiniteError; hear whether a rank is to stop."""
+        """Count the step, or report it as skipped, or raise NonFiniteError; note whether a rank is to stop."""
         applied = bool(self.engine.was_step_applied())
         ballot = vote(torch.tensor(applied, device=self.world.device), stop=self.stop.requested)
         values = {} if ballot.finite else self._suspicious_values(micro_steps)
@@ -180,7 +180,7 @@ class Trainer:
         self.stopping = ballot.stop
 
     def _suspicious_values(self, micro_steps: Sequence[MicroStep]) -> dict[str, Tensor]:
-        """This rank's numbers of a step not taken; the gradient's only where every rank's losses are finite."""
+        """This rank's losses of a step not taken, and the gradient as NaN only where every rank's losses are finite."""
         rows = [{**micro.losses, "aux_loss": micro.aux_loss} for micro in micro_steps]
         values = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         is_finite = bool(all_finite(values.values()))
@@ -192,7 +192,7 @@ class Trainer:
     # Log, evaluate, save
 
     def _log(self) -> None:
-        """A line of metrics; wherever a checkpoint may follow too, so that a resumed run's lines are the same ones."""
+        """Write a line of metrics; also before each checkpoint, so that a resumed run writes the same lines."""
         step = self.state.step
         self.progress.advance(step)
         due = step % self.settings.train.log_every == 0 or self._save_is_due() or self._evaluation_is_due()

@@ -85,7 +85,11 @@ class FiniteGuard:
         if ballot.finite:
             self.skips = 0
             return True
-        self.report = _report(step, gather_objects(_non_finite(values, batch)))
+        found = [f"{name} {value.detach().sum().item()}" for name, value in values.items() if not all_finite([value])]
+        ids = batch.tolist() if isinstance(batch, Tensor) else list(batch)
+        clauses = gather_objects(f"rank {rank()}: {', '.join(found)}, batch {ids}" if found else "")
+        where = "; ".join(str(clause) for clause in clauses if clause) or "in none of the values that were reported"
+        self.report = f"step {step} is not finite ({where})"
         self.skips += 1
         if self.policy == "stop":
             raise NonFiniteError(
@@ -94,15 +98,3 @@ class FiniteGuard:
         if self.skips > self.max_skips:
             raise NonFiniteError(f"{self.report}; that is more than {self.max_skips} such steps in a row")
         return False
-
-
-def _non_finite(values: Mapping[str, Tensor], batch: Sequence[object] | Tensor) -> str:
-    """This rank's clause of the report, empty where all its values are finite."""
-    found = [f"{name} {value.detach().sum().item()}" for name, value in values.items() if not all_finite([value])]
-    ids = batch.tolist() if isinstance(batch, Tensor) else list(batch)
-    return f"rank {rank()}: {', '.join(found)}, batch {ids}" if found else ""
-
-
-def _report(step: int, clauses: Sequence[object]) -> str:
-    found = [str(clause) for clause in clauses if clause]
-    return f"step {step} is not finite ({'; '.join(found) or 'in none of the values that were reported'})"

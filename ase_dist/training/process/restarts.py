@@ -19,7 +19,7 @@ from ase_dist.errors import ExitCode, UserError
 from ase_dist.training.process.signals import stopping_signals
 from ase_dist.training.record.run_folder import RunFolder
 
-FINAL_CODES = frozenset(  # another start would end alike, or nobody wants it
+FINAL_CODES = frozenset(  # another start would end the same way, or is not wanted
     {
         ExitCode.DONE,
         ExitCode.USAGE,
@@ -41,19 +41,16 @@ def supervise(arguments: Sequence[str], settings: Settings, *, restarts: int) ->
         raise UserError("--max-restarts: a launcher started several ranks; use torchrun --max-restarts N instead")
     attempt = 0
     while True:
-        child = _Child([*arguments, *_resume(settings, attempt=attempt)])
+        # a restarted run resumes from its own checkpoints, even where the first start began from another one
+        has_saved = any(RunFolder(settings.output).checkpoints.glob("step_*"))
+        resume = ["resume=auto"] if attempt and (has_saved or settings.resume == "never") else []
+        child = _Child([*arguments, *resume])
         code = child.wait()
         if code in FINAL_CODES or child.signalled or attempt == restarts:
             return code
         attempt += 1
         sys.stderr.write(f"the run ended with code {code}; start {attempt} of {restarts} more\n")
         time.sleep(PAUSE)
-
-
-def _resume(settings: Settings, *, attempt: int) -> list[str]:
-    """A restarted run goes on from what it has saved itself, whatever the first start began from."""
-    has_saved = any(RunFolder(settings.output).checkpoints.glob("step_*"))
-    return ["resume=auto"] if attempt and (has_saved or settings.resume == "never") else []
 
 
 class _Child:

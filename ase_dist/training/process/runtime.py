@@ -62,7 +62,7 @@ def start(*, timeout: float, threads: int | None) -> World:
     """Join the process group that the launcher describes, or be a world of one without any launcher; for an engine.
 
     ``timeout`` in seconds bounds every collective. Works under deepspeed, torchrun, srun, mpirun and plain python, on
-    whatever accelerator DeepSpeed finds. Raises UserError where only some of the launcher's variables are set or the
+    any accelerator that DeepSpeed finds. Raises UserError where only some of the launcher's variables are set or the
     port is taken, JoinError where another rank does not come in time.
     """
     _read_launcher()
@@ -132,7 +132,7 @@ def find_device(device: str | None, *, local_rank: int = 0) -> torch.device:
 
 
 def _read_launcher() -> None:
-    """Set RANK and its like as torchrun would, whichever launcher started this process; refuse half a launcher."""
+    """Set RANK and its like as torchrun would, for any launcher; refuse where only some of them are set."""
     remember_launchers()
     if dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it as well
@@ -242,9 +242,9 @@ def keep_freed_memory() -> None:
 def warn_of_build_locks() -> None:
     """Name the lock files in the folder where torch compiles extensions, DeepSpeed's ops among them.
 
-    With an older torch whoever needs such an extension waits, in silence and without limit, until its lock file is
-    gone, and a process that was killed while it compiled leaves the file behind. Nothing happens where torch locks the
-    file itself (2.14 does), a lock that dies with its holder.
+    With an older torch a process that needs such an extension waits silently and without limit until its lock file is
+    gone, and a process that was killed while it compiled leaves the file there. Nothing to do where torch locks the
+    file itself (2.14 does): that lock ends with its process.
     """
     from torch.utils import cpp_extension
 
@@ -269,7 +269,7 @@ def _local_size() -> int:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on at this moment."""
+    """A TCP port that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -91,7 +91,7 @@ class Watchdog:
 
     @property
     def patience(self) -> float:
-        """Seconds until a rank that has just died looks dead here, on whichever host: its last beat must grow old."""
+        """Seconds until a rank that has just died counts as dead, on any host: its last beat must be old enough."""
         return min(MISSED * self._interval + 1, self.timeout / 2)
 
     def suspects(self) -> str:
