@@ -1,4 +1,4 @@
-"""The model, its optimiser and schedule, given to ``deepspeed.initialize``."""
+"""DeepSpeed's engine: the model with its optimiser and schedule, through ``deepspeed.initialize``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_DECAY_DIMS = 1  # biases, norms and scales are not decayed
 
 
 def initialize(model: MultiTaskModel, config: ResolvedConfig, world: World, *, total_steps: int) -> Any:
-    """DeepSpeed's engine for ``model``: AdamW with groups of its own for experts, warm-up and decay per step."""
+    """DeepSpeed's engine for ``model``: AdamW with separate groups for experts, learning rate scheduled per step."""
     import deepspeed
 
     train = config.settings.train
@@ -48,9 +48,9 @@ def initialize(model: MultiTaskModel, config: ResolvedConfig, world: World, *, t
 
 
 def compile_blocks(model: nn.Module, config: ResolvedConfig) -> None:
-    """torch.compile each block (of a model without blocks the whole), in place, when it first runs; names stay.
+    """torch.compile each block in place (a model without blocks as a whole), when it first runs; names stay.
 
-    Raises UserError where parts of a block are exchanged while it runs.
+    Raises UserError with ZeRO 3 or activation checkpointing, which change the blocks while they run.
     """
     mode = config.settings.model.checkpoint_activations
     if config.zero_stage == 3 or mode != "none":
@@ -61,7 +61,7 @@ def compile_blocks(model: nn.Module, config: ResolvedConfig) -> None:
 
 
 def build_optimizer(model: nn.Module, config: ResolvedConfig, world: World) -> torch.optim.Optimizer:
-    """AdamW over what is trained; DeepSpeed's CPU version where an accelerator offloads to the host."""
+    """AdamW over the trained parameters; DeepSpeed's CPU version where the optimizer is offloaded to the host."""
     train = config.settings.train
     groups = trained_groups(model, train)
     if config.zero_stage < 3 and any(deepspeed_compat.is_routed(p) for p in model.parameters()):
@@ -76,7 +76,7 @@ def build_optimizer(model: nn.Module, config: ResolvedConfig, world: World) -> t
 
 
 def trained_groups(model: nn.Module, train: TrainSettings) -> list[dict[str, Any]]:
-    """Trained parameters with and without weight decay; those of the backbone apart where their rate is another."""
+    """Trained parameters with and without weight decay; separate groups for a backbone with its own learning rate."""
     kinds = parameter_groups(model)
     trained = [(kinds[name], p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
@@ -96,7 +96,7 @@ def trained_groups(model: nn.Module, train: TrainSettings) -> list[dict[str, Any
 
 
 def decide_dispatch(model: MultiTaskModel, *, images: int) -> None:
-    """Settle ``model.moe.dispatch=auto`` for micro-steps of ``images`` on each rank, before the first forward pass."""
+    """Decide ``model.moe.dispatch=auto`` for micro-steps of ``images`` on each rank, before the first forward pass."""
     from ase_dist.moe import ASEMoE
 
     for layer in model.modules():

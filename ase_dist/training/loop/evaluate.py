@@ -26,7 +26,7 @@ Forward = Callable[[Tensor], ModelOutput]
 
 @dataclass
 class Gallery:
-    """The first images of an evaluation with truth and prediction, for pictures; empty on all ranks but the first."""
+    """The first images of an evaluation with labels and predictions, for pictures; empty except on the first rank."""
 
     limit: int
     images: list[Tensor] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Gallery:
     predictions: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, image_3SS: Tensor, labels: Mapping[str, Tensor], predictions: Mapping[str, Tensor]) -> None:
-        """Keep one image, unless there are as many as wanted."""
+        """Keep one image, unless ``limit`` is reached."""
         if len(self.images) >= self.limit:
             return
         self.images.append(image_3SS.cpu())
@@ -44,7 +44,7 @@ class Gallery:
 
 
 class Evaluation(NamedTuple):
-    """The model's metrics, and those of the trivial predictors on the same images where they were asked for."""
+    """The model's metrics, and those of the trivial predictors on the same images if there are any."""
 
     results: Results
     trivial: Results
@@ -61,11 +61,11 @@ def evaluate(
     go_on: Callable[[], bool],
     edge_ods: EdgeOds | None = None,
 ) -> Evaluation | None:
-    """Every task's metrics over the whole set, equal on all ranks; None where ``go_on`` said no (collective).
+    """Every task's metrics over the whole set, equal on all ranks; None where ``go_on`` returned False (collective).
 
     The loader gives all ranks the same number of batches; on an empty one a rank still runs the model, on a blank
-    image, because the other ranks wait for it in the collectives of the forward pass. ``go_on`` is asked after every
-    batch and must answer the same on all ranks. ``edge_ods`` adds the boundary F-measure of edges (not the trivial
+    image, because the other ranks wait for it in the collectives of the forward pass. ``go_on`` is called after every
+    batch and must return the same on all ranks. ``edge_ods`` adds the boundary F-measure of edges (not the trivial
     predictor's), counted in other processes while the model runs.
     """
     metrics = {task.name: build_metric(task, edge_ods=edge_ods) for task in tasks}
@@ -103,9 +103,9 @@ def evaluate(
 def fit_constants(
     loader: Iterable[EvalBatch], tasks: Sequence[Task], *, device: torch.device
 ) -> dict[str, ConstantPredictor]:
-    """Predictors that look at no image (majority class, all salient, base rate, mean normal), fitted on labels.
+    """Predictors that ignore the image (majority class, all salient, base rate, mean normal), fitted on labels.
 
-    Each rank reads its share of ``loader``; the sums are those of all ranks (collective).
+    Each rank reads its share of ``loader``; the sums are taken over all ranks (collective).
     """
     constants = {task.name: ConstantPredictor(task) for task in tasks}
     for batch in loader:

@@ -1,4 +1,4 @@
-"""Non-finite numbers, and what all ranks decide after each step: did it count, and does one of them want to stop.
+"""Non-finite numbers, and what all ranks decide after each step: whether it counts, and whether a rank must stop.
 
 ``ballot = vote(finite, stop=...)`` begins the one all-reduce of a step; ``guard.take_step(ballot, ...)`` says whether
 the step counts and ``ballot.stop`` whether to save and leave. The ballot is read once a step, the only time that the
@@ -18,7 +18,7 @@ from ase_dist.errors import ExitCode, RunError, UserError
 
 
 class Vote:
-    """What all ranks decided together; the first property that is read waits for the device, the others do not."""
+    """The ranks' common decision; reading the first property waits for the device, later reads do not."""
 
     def __init__(self, counts: Tensor) -> None:
         self._counts, self._read = counts, (0.0, 0.0)
@@ -62,7 +62,7 @@ class NonFiniteError(RunError):
 
 
 class FiniteGuard:
-    """Decides what follows a non-finite step: "stop" at once, or "skip" it, at most ``max_skips`` in a row."""
+    """What a non-finite step leads to: "stop" at once, or "skip" it, at most ``max_skips`` in a row."""
 
     def __init__(self, *, policy: Literal["stop", "skip"] = "stop", max_skips: int = 10) -> None:
         if policy not in ("stop", "skip") or max_skips < 1:

@@ -1,4 +1,4 @@
-"""Ranks stop when their launcher has ended: one that was killed must not leave ranks that train on unseen.
+"""Ranks stop when their launcher has ended: a killed launcher must not leave ranks that go on training.
 
 ``remember_launchers`` is called when the process starts, ``launcher_has_ended`` in every step (by ``StopFlag``).
 """
@@ -12,7 +12,7 @@ import time
 import psutil
 
 LOGGER = logging.getLogger("ase_dist")
-INTERVAL = 1.0  # seconds between two looks
+INTERVAL = 1.0  # seconds between two checks
 # The command lines of torchrun, deepspeed, mpirun, accelerate, --max-restarts and a study.
 LAUNCHER = re.compile(
     r"torchrun|torch[./]distributed|deepspeed|mpirun|accelerate|launch/(train|study)\.py|-m ase_dist (train|study)"
@@ -20,10 +20,10 @@ LAUNCHER = re.compile(
 
 
 class _Watch:
-    """What this process knows of its launchers."""
+    """The launchers of this process, and whether one has ended."""
 
     def __init__(self) -> None:
-        self.launchers: list[psutil.Process] | None = None  # None: nobody has looked yet
+        self.launchers: list[psutil.Process] | None = None  # None: not looked up yet
         self.looked_at, self.has_ended = 0.0, False
 
 
@@ -31,9 +31,9 @@ _watch = _Watch()
 
 
 def remember_launchers() -> None:
-    """Note the parent and so on upwards, as far as they are launchers; only the first call of a process does.
+    """Record the parent processes upwards, as far as they are launchers; only a process's first call does anything.
 
-    A process that no launcher started has none: the shell from which it was started may be closed.
+    A process started from a shell has no launcher: the shell may be closed.
     """
     if _watch.launchers is not None:
         return
@@ -43,12 +43,12 @@ def remember_launchers() -> None:
             if not LAUNCHER.search(" ".join(process.cmdline())):
                 break
             _watch.launchers.append(process)
-    except psutil.Error:  # it has just ended, or may not be looked at
+    except psutil.Error:  # it has just ended, or may not be inspected
         pass
 
 
 def launcher_has_ended() -> bool:
-    """Whether one of the launchers has ended; looks at most once a second, and warns the first time."""
+    """Whether one of the launchers has ended; checks at most once a second, and warns the first time."""
     now = time.monotonic()
     if _watch.has_ended or now - _watch.looked_at < INTERVAL:
         return _watch.has_ended
@@ -62,7 +62,7 @@ def launcher_has_ended() -> bool:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs: a zombie does not, nor another process that has got its number since."""
+    """Whether ``process`` runs: not a zombie, and not another process that has got its pid since."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

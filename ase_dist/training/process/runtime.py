@@ -1,4 +1,4 @@
-"""The process a run lives in: its place in the world, device, threads, memory allocator and seeds."""
+"""The process of a run: its rank, device, threads, memory allocator and seeds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PORT_KEY = "ase_dist/port"  # of the store that this attempt's ranks meet in
 
 
 class JoinError(RunError):
-    """The ranks did not come together within the time limit; one sentence that says where and why."""
+    """The ranks did not join within the time limit; one sentence that says where and why."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(sentence, exit_code=ExitCode.SILENT)
@@ -43,7 +43,7 @@ class JoinError(RunError):
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands, and the device that it computes on."""
+    """This process among all ranks, and its device."""
 
     rank: int
     size: int
@@ -54,12 +54,12 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """Whether this is rank 0, which writes the files that exist once."""
         return self.rank == 0
 
 
 def start(*, timeout: float, threads: int | None) -> World:
-    """Join the process group that the launcher describes, or be a world of one without any launcher; for an engine.
+    """Join the process group that the launcher describes, or a group of one without a launcher; for an engine.
 
     ``timeout`` in seconds bounds every collective. Works under deepspeed, torchrun, srun, mpirun and plain python, on
     any accelerator that DeepSpeed finds. Raises UserError where only some of the launcher's variables are set or the
@@ -90,10 +90,10 @@ def start(*, timeout: float, threads: int | None) -> World:
 
 @contextlib.contextmanager
 def join(*, device: str | None, timeout: float = 1800.0) -> Iterator[World]:
-    """``start`` for a command that computes without an engine; the group is left at the end.
+    """``start`` for a command that computes without an engine; the process group is left at the end.
 
     There is a group only where a launcher made several ranks. ``device`` None: this rank's GPU where there are any,
-    else the CPU. Raises UserError for a device that is not here too.
+    else the CPU. Raises UserError as ``start``, and for a device that does not exist.
     """
     _read_launcher()
     found = find_device(device, local_rank=int(os.environ["LOCAL_RANK"]))
@@ -117,7 +117,7 @@ def join(*, device: str | None, timeout: float = 1800.0) -> Iterator[World]:
 
 
 def find_device(device: str | None, *, local_rank: int = 0) -> torch.device:
-    """The device of that name, with this rank's number where it has none; UserError where there is no such device."""
+    """The device called ``device``, with this rank's index where none is given; UserError if it does not exist."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(name)

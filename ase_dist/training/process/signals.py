@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: they set a flag, and the loop saves and leaves after the step that it is in."""
+"""Signals that ask a run to stop: they set a flag, and the loop saves and ends after the current step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from ase_dist.errors import UserError
 from ase_dist.training.process.launcher_watch import launcher_has_ended
 
-# SIGHUP: the terminal is gone. SIGUSR1 and SIGUSR2: a scheduler warns that the time is nearly up.
+# SIGHUP: the terminal was closed. SIGUSR1 and SIGUSR2: a scheduler warns that the time limit is near.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -21,11 +21,11 @@ def stopping_signals() -> list[signal.Signals]:
 
 
 class StopFlag:
-    """While entered, the signals of ``STOPPING`` only set a flag; the previous handlers come back on leaving.
+    """While entered, the signals of ``STOPPING`` only set a flag; the previous handlers are restored on leaving.
 
-    The handler does nothing else, so that a signal at any moment, a second one while saving included, disturbs nothing.
-    A SIGHUP that is ignored stays so: that is what nohup is for.
-    Raises UserError where it is entered in another thread than the main one, which alone may handle signals.
+    The handler does nothing else, so that a signal at any moment, even a second one while saving, disturbs nothing.
+    An ignored SIGHUP stays ignored, as nohup wants it.
+    Raises UserError where it is entered outside the main thread, the only one that may handle signals.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class StopFlag:
 
     @property
     def requested(self) -> bool:
-        """Whether any of the signals has come, or the launcher of this process has ended."""
+        """Whether a signal was received, or the launcher of this process has ended."""
         return bool(self.received) or launcher_has_ended()
 
     def __enter__(self) -> StopFlag:

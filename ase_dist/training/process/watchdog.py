@@ -1,4 +1,4 @@
-"""Silence: a run that makes no progress is ended, after it has said where it stands and which rank looks dead."""
+"""The watchdog: ends a run that makes no progress, after logging where it stands and which rank looks dead."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from ase_dist.training.record.logs import format_line
 from ase_dist.training.record.run_folder import RunFolder
 
 STDERR = 2
-MISSED = 3  # beats in a row without which a rank on another host, whose process cannot be looked at, counts as dead
-GRACE = 10.0  # seconds that a file system gets to take the last words
+MISSED = (
+    3  # missed beats in a row after which a rank on another host, whose process cannot be inspected, counts as dead
+)
+GRACE = 10.0  # seconds that a file system gets to write the last report
 END_GRACE = 30.0  # seconds that a process gets to end after it has lost a peer
 
 
