@@ -1,7 +1,7 @@
 """The one table of task facts: channels, loss, weight, metric and its direction, palette; and that of the data sets.
 
 Every other module looks a task up here; adding a task of a known kind is a row in this file. Labels have one form per
-kind, whatever data set they come from:
+kind, the same for every data set:
 
 | kind    | label of one image | meaning                                                      |
 |---------|--------------------|--------------------------------------------------------------|

@@ -88,7 +88,7 @@ class WorkerPool:
             yield take()
 
     def close(self) -> None:
-        """Drop the calls that wait and end the workers, whatever they are computing."""
+        """Drop the calls that wait and end the workers at once, busy ones included."""
         with self._lock:
             self._is_closed = True
             for process in self.processes:

@@ -193,7 +193,7 @@ def skip_non_finite_steps(optimizer: torch.optim.Optimizer) -> None:
     """Let ``optimizer`` skip a step whose gradients are not finite on some rank, as DeepSpeed's wrappers do.
 
     For ZeRO 0 in float32, where the engine has no wrapper and would write NaN into every parameter; it reads
-    ``overflow`` of whatever optimiser it has, counts the step as skipped and leaves the schedule where it is.
+    ``overflow`` of its optimiser, counts the step as skipped and leaves the schedule where it is.
     """
     take_step = optimizer.step
 
@@ -209,7 +209,7 @@ def skip_non_finite_steps(optimizer: torch.optim.Optimizer) -> None:
 
 
 def skip_non_finite_zero_steps(engine: Any) -> None:
-    """Let ZeRO 1 to 3 of DeepSpeed before 0.19.8 skip a step whose gradients are not finite, whatever the precision.
+    """Let ZeRO 1 to 3 of DeepSpeed before 0.19.8 skip a step whose gradients are not finite, in every precision.
 
     Those versions look for such gradients in fp16 only (stages 1 and 2 in bf16 too); newer ones see them by the norm.
     """

@@ -1,1 +1,1 @@
-"""The training loop and what stands beside it: losses, schedule, engine, checkpoints, logs, pictures, plots."""
+"""Training: the loop, the state that a resumed run needs, the process, and the record that a run leaves."""
