@@ -1,7 +1,7 @@
-"""The one tree of settings: typed, read from YAML, overridden by ``key=value`` on the command line.
+"""The tree of settings: typed, read from YAML, overridden by ``key=value`` on the command line.
 
-The owner of a value validates what needs more than its type; this module checks names, types and ranges. Reading it
-imports no torch, so that ``--help`` and ``--print-config`` are immediate.
+This module checks names, types and ranges; the module that uses a value checks the rest. It does not import torch, so
+that ``--help`` and ``--print-config`` answer at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOGGER = logging.getLogger("ase_dist")
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = "scenes"
 
-# Settings that were renamed or moved. The old dotted keys work for one version more, with a warning.
+# Settings that were renamed or moved. The old dotted keys work for one more version, with a warning.
 ALIASES = {
     "data.train_images": "data.scenes.train_images",
     "data.val_images": "data.scenes.val_images",
@@ -38,21 +38,18 @@ ALIASES = {
 }
 
 
-def _path_text(path: Path) -> str:
-    """The text that is read back as ``path``; ./~ is a folder of that name, ~ is the home folder."""
-    return f"./{path}" if str(path).startswith("~") else str(path)
-
-
 UserPath = Annotated[
     Path,
     BeforeValidator(lambda path: expand_user(path) if isinstance(path, str) else path),
-    PlainSerializer(_path_text, return_type=str, when_used="json"),
+    PlainSerializer(  # ./~ is a folder of that name, ~ is the home folder
+        lambda path: f"./{path}" if str(path).startswith("~") else str(path), return_type=str, when_used="json"
+    ),
 ]
 PathOrName = Annotated[str, AfterValidator(lambda text: expand_user(text) if text else text)]
 
 
 class Section(BaseModel):
-    """A branch of the tree: unknown keys are errors, values cannot be changed once read."""
+    """A branch of the tree: unknown keys are errors, and values cannot be changed after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
@@ -147,7 +144,7 @@ class PolySettings(Section):
 
 
 class TrainSettings(Section):
-    """The optimisation; what DeepSpeed's JSON also names may stand there as "auto"."""
+    """The optimisation. DeepSpeed's JSON may have "auto" for what is set here."""
 
     max_steps: int | None = Field(None, ge=1, description="optimiser steps; null: follows from epochs")
     epochs: float | None = Field(40, gt=0, description="used where max_steps is not given")
@@ -207,7 +204,7 @@ class MonitorSettings(Section):
 
 
 class Settings(Section):
-    """Everything that a run is made of."""
+    """All settings of a run."""
 
     output: UserPath = Field(Path("runs/scenes"), description="the folder of the run")
     resume: PathOrName = Field("auto", description="auto | never | the path of a checkpoint")
@@ -227,9 +224,9 @@ class Settings(Section):
 
 OnResume = Literal["refused", "listed", "ignored"]
 
-# What a resumed run does about a setting that is not the checkpoint's. "refused": it would change what the weights
-# mean, which of them exist, or which data are seen in which order. "listed": it is honoured from the resumed step on,
-# and the log says so. "ignored": it changes nothing that is computed. ``tasks`` is refused for another set only.
+# What a resumed run does where a setting differs from the checkpoint's. "refused": it would change the meaning of the
+# weights, which weights exist, or which data are seen in which order. "listed": it takes effect from the resumed step
+# on, and the log says so. "ignored": it does not change the computation. ``tasks`` is refused for another set only.
 ON_RESUME: dict[str, OnResume] = {
     "output": "ignored",
     "resume": "ignored",
@@ -389,13 +386,12 @@ def upgrade_tree(tree: Mapping[str, Any], *, warn: bool = False) -> dict[str, An
     upgraded = deepcopy(dict(tree))
     moved = []
     for old, new in ALIASES.items():
-        *path, name = old.split(".")
-        branch: Any = upgraded
-        for part in path:
-            branch = branch.get(part) if isinstance(branch, dict) else None
-        if isinstance(branch, dict) and name in branch:
-            value = branch.pop(name)
-            if _has(upgraded, new):
+        old_path, _, old_name = old.rpartition(".")
+        new_path, _, new_name = new.rpartition(".")
+        branch = _branch(upgraded, old_path)
+        if old_name in branch:
+            value = branch.pop(old_name)
+            if new_name in _branch(upgraded, new_path):
                 raise UserError(f"{old} is called {new} now, and both are set; keep {new}")
             _set(upgraded, new, value)
             moved.append(f"{old} is {new}")
@@ -441,12 +437,11 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[name] = value
 
 
-def _has(tree: Any, key: str) -> bool:
+def _branch(tree: Any, key: str) -> dict[str, Any]:
+    """The dictionary at a dotted key; an empty one where there is none."""
     for part in key.split("."):
-        if not isinstance(tree, dict) or part not in tree:
-            return False
-        tree = tree[part]
-    return True
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, dict) else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -470,33 +465,20 @@ def _sentence(error: ValidationError) -> str:
     problem = first_problem(error)
     if problem.kind == "extra_forbidden":
         *path, name = problem.keys
-        section = _section(path)
-        names = section.model_fields if section is not None else {}
-        return f"{problem.where}: there is no such setting{did_you_mean(name, names) or _elsewhere(name)}"
-    if problem.kind == "value_error":  # of a registry, which says all that is to be said
+        section = type_of(".".join(path))
+        hint = did_you_mean(name, section.model_fields) if _is_section(section) else ""
+        elsewhere = [key for key in setting_keys() if key.rsplit(".", 1)[-1] == name]
+        if not hint and elsewhere:
+            hint = f", did you mean {elsewhere[0]!r}?"
+        return f"{problem.where}: there is no such setting{hint}"
+    if problem.kind == "value_error":  # of a registry: a complete sentence
         return f"{problem.where}: {problem.why}"
     return f"{problem.where}: got {problem.got!r}; {problem.why}"
-
-
-def _section(path: list[str]) -> type[Section] | None:
-    section: type[Section] = Settings
-    for name in path:
-        field = section.model_fields.get(name)
-        if field is None or not _is_section(field.annotation):
-            return None
-        section = field.annotation
-    return section
 
 
 def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
     """Whether a field is a branch of the tree. (To Python 3.10 dict[str, float] is a type, too, but no class.)"""
     return isinstance(annotation, type(Section)) and issubclass(annotation, Section)
-
-
-def _elsewhere(name: str) -> str:
-    """Where in the tree a setting of this name does exist, as the tail of an error."""
-    found = [key for key in setting_keys() if key.rsplit(".", 1)[-1] == name]
-    return f", did you mean {found[0]!r}?" if found else ""
 
 
 def setting_keys(section: type[Section] = Settings, prefix: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Unpacking a tar archive from an unknown source: regular files only, inside their folder, all of them or none."""
+"""Unpacking a tar archive from an unknown source: only regular files, only into one folder, all of them or none."""
 
 from __future__ import annotations
 
@@ -39,16 +39,23 @@ def unpack(archive: Path, folder: Path) -> None:
 
     Only the bytes and the times of regular files are taken: no owner, no permission, no link. Raises UserError for
     an archive that is damaged, or that has a member which leaves the folder, is no file or folder, comes twice or is
-    too large; OSError where the folder cannot be written. Then nothing is left behind.
+    too large, and OSError where the folder cannot be written. Nothing is left on disk after an error.
     """
     making = folder.with_name(f"{folder.name}.making-{os.getpid()}")
     try:
         making.mkdir(parents=True)
         with tarfile.open(archive, mode="r:*") as members:
             for path, member in _checked(archive, members):
-                if member.isreg():
-                    _write(making / path, members, member)
-            # tarfile takes a damaged header for the end; behind the real one are zeros. This also checks gzip's sum.
+                content = members.extractfile(member) if member.isreg() else None
+                if content is None:  # a folder
+                    continue
+                target = making / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("xb") as file:
+                    shutil.copyfileobj(content, file, BLOCK)
+                time = min(max(member.mtime, 0), NEWEST)
+                os.utime(target, (time, time))
+            # tarfile takes a damaged header for the end; only zeros follow the real one. This also checks gzip's sum.
             assert members.fileobj is not None
             while block := members.fileobj.read(BLOCK):
                 if block.strip(b"\0"):
@@ -66,11 +73,11 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def _checked(archive: Path, members: tarfile.TarFile) -> Iterator[tuple[PurePosixPath, tarfile.TarInfo]]:
-    """The members of an archive that may be unpacked, and their plain paths (no ``./``); raises at the first other.
+    """The members of an archive and their plain paths (no ``./``); raises at the first that may not be unpacked.
 
-    A file comes once, and a folder is never a file too; folders may come again.
+    A path is either a file, once, or a folder, which may be listed again.
     """
-    is_folder: dict[PurePosixPath, bool] = {}  # of every path that has come
+    is_folder: dict[PurePosixPath, bool] = {}  # for every path so far
     total = 0
     for member in members:
         path = PurePosixPath(member.name)
@@ -98,13 +105,3 @@ def _checked(archive: Path, members: tarfile.TarFile) -> Iterator[tuple[PurePosi
         yield path, member
     if all(is_folder.values()):
         raise tarfile.ReadError("there is no file in it")
-
-
-def _write(path: Path, members: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-    content = members.extractfile(member)
-    assert content is not None  # regular files have one
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as file:
-        shutil.copyfileobj(content, file, BLOCK)
-    time = min(max(member.mtime, 0), NEWEST)
-    os.utime(path, (time, time))

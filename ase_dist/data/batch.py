@@ -1,4 +1,4 @@
-"""What travels from a data set to the training loop: records, samples and batches.
+"""What is passed from a data set to the training loop: records, samples and batches.
 
 B images, S the side of the square the model sees; label forms as in ``tasks.py``'s table.
 """
@@ -89,7 +89,10 @@ class EvalBatch:
     def __setstate__(self, state: dict[str, Any]) -> None:
         flat, shapes = state.pop("labels"), state.pop("shapes")
         self.__dict__.update(state)
-        self.labels = {task: _unpack(flat[task], many) if many else [] for task, many in shapes.items()}
+        self.labels = {task: [] for task in shapes}
+        for task, values in flat.items():  # tasks with no labels are not in it
+            pieces = values.split([shape.numel() for shape in shapes[task]])
+            self.labels[task] = [piece.view(shape) for piece, shape in zip(pieces, shapes[task], strict=True)]
 
 
 def collate(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
@@ -102,15 +105,10 @@ def collate(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
 
 
 def collate_eval(samples: Sequence[Sample], tasks: Sequence[str], *, size: int) -> EvalBatch:
-    """Samples with labels of their own sizes gathered to a batch, possibly an empty one."""
+    """Samples as a batch, possibly an empty one; labels keep their own sizes."""
     images = _stack([sample.image for sample in samples]) if samples else torch.zeros(0, 3, size, size)
     labels = {task: [sample.labels[task] for sample in samples] for task in tasks}
     return EvalBatch(images, labels, _indices(samples), _names(samples))
-
-
-def _unpack(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    pieces = flat.split([shape.numel() for shape in shapes])
-    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

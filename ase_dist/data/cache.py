@@ -1,7 +1,7 @@
-"""Where prepared data sets are kept, and making one once: a lock, and how far it is.
+"""Where prepared data sets are kept; the lock while one is made, and its progress.
 
-The first process that finds a data set missing makes it in a temporary folder next to its place while the others wait
-for a lock, which the system frees if the maker dies; one rename then puts it in place.
+The first process that finds a data set missing makes it in a temporary folder next to the final one and renames it.
+The others wait for a lock, which the operating system frees if that process dies.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from ase_dist.tasks import Task
 class RecordDataset(Dataset[Record]):
     """The images ``names`` of one list with the labels of ``tasks``, at their original size.
 
-    A subclass reads one (``read``) and says what it is (``title``). With ``cache_in_memory`` a record stays in memory
-    once read (in each process that reads it).
+    A subclass defines ``read`` and ``title``. With ``cache_in_memory`` a record stays in memory once it was read (in
+    each process that reads it).
     """
 
     title: str
@@ -46,7 +46,7 @@ def data_fingerprint(dataset: RecordDataset) -> str:
     """SHA-256 of what is read: kind of data set, list, tasks and every name in order; the folder's path is not in it.
 
     Ranks compare it at the start: two nodes with different copies of the data must not train together. A packed data
-    set has that of the folder it was packed from.
+    set has the fingerprint of the folder it was packed from.
     """
     facts = {
         "title": dataset.title,

@@ -38,10 +38,9 @@ class Prefetcher(Generic[BatchT]):
     """Iterates ``fetch(draws)`` over ``plan`` in order, a little ahead of the loop; each iteration starts anew.
 
     ``workers`` 0: a thread prepares the next batch while the loop uses this one. More: that many processes, spawned
-    (forking a process that holds threads or a CUDA context is not safe, and a fork server would die of a signal that
-    is sent to the whole job, and take the workers with it). Mistakes and faults of files in ``fetch`` are raised
-    again in the loop with the same sentence, bugs with their traceback. Batches are page-locked where
-    there is a CUDA device.
+    (forking a process with threads or a CUDA context is not safe, and a signal to the whole job would kill a fork
+    server and with it the workers). User and file errors in ``fetch`` are raised again in the loop with the same
+    sentence, bugs with their traceback. Batches are page-locked where there is a CUDA device.
     """
 
     def __init__(self, fetch: Callable[[Draws], BatchT], *, plan: Callable[[], Iterable[Draws]], workers: int) -> None:
@@ -63,7 +62,10 @@ class Prefetcher(Generic[BatchT]):
             iterator._shutdown_workers()  # torch 2.14 has no public way while an iteration refers to it
 
     def _from_thread(self) -> Generator[BatchT, None, None]:
-        pool = _one_thread()
+        # a new thread starts on CUDA device 0, where pinning would open another context
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        begin = None if device is None else functools.partial(torch.cuda.set_device, device)
+        pool = ThreadPoolExecutor(1, thread_name_prefix="ase-data", initializer=begin)
         try:
             waiting: Future[BatchT] | None = None
             for draws in self._plan():
@@ -109,7 +111,7 @@ class Prefetcher(Generic[BatchT]):
 
 @dataclass(frozen=True)
 class _Failure:
-    """What is told in one sentence, met in a loader process; raised there it would arrive wrapped in a traceback."""
+    """An error of one sentence in a loader process; if it were raised there, torch would wrap it in a traceback."""
 
     sentence: str
     exit_code: ExitCode
@@ -136,14 +138,6 @@ class _Plan:
         return iter(self._plan())
 
 
-def _one_thread() -> ThreadPoolExecutor:
-    """A thread on this thread's CUDA device: new ones start on device 0, where pinning would open another context."""
-    if not torch.cuda.is_available():
-        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ase-data")
-    device = (torch.cuda.current_device(),)
-    return ThreadPoolExecutor(1, thread_name_prefix="ase-data", initializer=torch.cuda.set_device, initargs=device)
-
-
 def _close_if_alive(prefetcher: weakref.ref[Prefetcher[Any]]) -> None:
     alive = prefetcher()
     if alive is not None:
@@ -155,11 +149,10 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _begin_worker(_worker: int) -> None:
+    def end_at_once() -> None:
+        """End without the interpreter's clean-up: a batch that is being sent meanwhile would abort it (torch 2.14)."""
+        if sys.exc_info()[0] is None:
+            os._exit(0)
+
     ignore_signals()
-    Finalize(None, _end_at_once, exitpriority=LAST)
-
-
-def _end_at_once() -> None:
-    """End without the interpreter's clean-up: a batch that is being sent meanwhile would abort it (torch 2.14)."""
-    if sys.exc_info()[0] is None:
-        os._exit(0)
+    Finalize(None, end_at_once, exitpriority=LAST)

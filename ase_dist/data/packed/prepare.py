@@ -1,8 +1,8 @@
 """Check a data set and pack it: one process at a time, and an interrupted one is continued by the next.
 
-Everything is written into a hidden folder next to the place of the packed data set, and one rename puts it there.
-A file packed there before, or in the packed data set that is being replaced, is taken as it is if none of the files
-that it was made from has changed.
+Everything is written into a hidden folder next to that of the packed data set, which is renamed at the end. A file
+that was packed there before, or in the packed data set that is being replaced, is kept if none of the files that it was
+made from has changed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,8 +83,22 @@ def prepare(request: Request, out: Path | None = None) -> Path:
     check_place(request.source, place)
     try:
         with locked(place):
-            if not (archive and _is_current(place, request, tasks, archive_fingerprint(request.source))):
-                _prepare(request, place, tasks, archive=archive)
+            if archive and _is_current(place, request, tasks, archive_fingerprint(request.source)):
+                return place
+            recover(place)
+            folder = request.source
+            if archive:
+                folder = place.with_name(f".{place.name}.unpacked-{archive_fingerprint(request.source)[:8]}")
+                for stale in place.parent.glob(f".{place.name}.unpacked-*"):
+                    if stale != folder:
+                        log.info("removing %s, which an interrupted process left", stale)
+                        discard(stale)
+                if not folder.is_dir():  # else unpacked by a process that was interrupted later on
+                    log.info("unpacking %s", request.source)
+                    unpack(request.source, folder)
+            _pack(request, find_root(folder, reader_of(request.data), named=request.source), place, tasks)
+            if archive:
+                discard(folder)
     except OSError as error:
         raise file_error(
             error,
@@ -119,18 +132,6 @@ def check_only(request: Request, out: Path | None = None) -> int:
     return sum(len(names) for names in lists.values())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _prepare(request: Request, place: Path, tasks: tuple[str, ...], *, archive: bool) -> None:
-    recover(place)
-    folder = _unpacked(request.source, place) if archive else request.source
-    root = find_root(folder, reader_of(request.data), named=request.source)
-    _pack(request, root, place, tasks)
-    if archive:
-        discard(folder)
-
-
 def _is_current(place: Path, request: Request, tasks: tuple[str, ...], fingerprint: str) -> bool:
     """Whether ``place`` is what would be made now; UserError where it was made from something else."""
     if not is_packed(place):
@@ -158,19 +159,6 @@ def _is_current(place: Path, request: Request, tasks: tuple[str, ...], fingerpri
     return False
 
 
-def _unpacked(archive: Path, place: Path) -> Path:
-    """The folder that ``archive`` is unpacked to, now or by a run that was interrupted later on."""
-    folder = place.with_name(f".{place.name}.unpacked-{archive_fingerprint(archive)[:8]}")
-    for stale in place.parent.glob(f".{place.name}.unpacked-*"):
-        if stale != folder:
-            log.info("removing %s, which an interrupted process left", stale)
-            discard(stale)
-    if not folder.is_dir():
-        log.info("unpacking %s", archive)
-        unpack(archive, folder)
-    return folder
-
-
 def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> None:
     making = place.with_name(f".{place.name}.packing")
     lists = read_lists(root, reader_of(request.data), subset=request.subset)
@@ -190,7 +178,25 @@ def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> 
         log.info("%d of %d files are packed already", len(jobs) - len(todo), len(jobs))
     findings = run_jobs(todo, request.workers, doing="packing", did="packed", where=f"into {place}")
     conclude(findings, root, place, kind=reader_of(request.data))
-    manifest = _manifest(request, jobs, archive_fingerprint(request.source) if archive else whole, tasks)
+    splits: dict[str, list[ShardEntry]] = {}
+    for job in jobs:
+        index = read_index(job.target)
+        entry = ShardEntry(
+            file=job.target.name,
+            bytes=index.bytes,
+            sha256=index.sha256,
+            index_sha256=sha256_of(index_path(job.target)),
+        )
+        splits.setdefault(job.split, []).append(entry)
+    manifest = PackedManifest(
+        data=request.data,
+        tasks=tasks,
+        pictures=request.pictures,
+        source=str(request.source.resolve()),
+        fingerprint=archive_fingerprint(request.source) if archive else whole,
+        software=versions_of("ase-dist", "pillow", "scikit-image"),
+        splits={split: tuple(entries) for split, entries in splits.items()},
+    )
     write_atomic(making / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     flush(making)
     put_in_place(making, place)  # runs that read the data set that was there keep their mapped files
@@ -210,25 +216,3 @@ def _is_packed_before(job: ShardJob, fingerprint: str, place: Path) -> bool:
     except OSError:  # a file system without links
         return False
     return True
-
-
-def _manifest(request: Request, jobs: Sequence[ShardJob], fingerprint: str, tasks: tuple[str, ...]) -> PackedManifest:
-    splits: dict[str, list[ShardEntry]] = {}
-    for job in jobs:
-        index = read_index(job.target)
-        entry = ShardEntry(
-            file=job.target.name,
-            bytes=index.bytes,
-            sha256=index.sha256,
-            index_sha256=sha256_of(index_path(job.target)),
-        )
-        splits.setdefault(job.split, []).append(entry)
-    return PackedManifest(
-        data=request.data,
-        tasks=tasks,
-        pictures=request.pictures,
-        source=str(request.source.resolve()),
-        fingerprint=fingerprint,
-        software=versions_of("ase-dist", "pillow", "scikit-image"),
-        splits={split: tuple(entries) for split, entries in splits.items()},
-    )

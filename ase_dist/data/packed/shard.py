@@ -1,4 +1,4 @@
-"""Packing or checking a part of a list in one process: decodes every image and label and reports all that is wrong."""
+"""Packing or checking a part of a list in one process: decodes every image and label and reports every problem."""
 
 from __future__ import annotations
 
@@ -45,9 +45,17 @@ class ShardJob:
     def fingerprint(self) -> str:
         """SHA-256 of everything that the packed file depends on, the files' contents by their sizes and times."""
         dataset = self.open()
-        stamps = [[_stamp(path) for path in needed_files(dataset, name)] for name in self.names]
-        facts = [VERSION, self.data, self.split, self.names, self.tasks, self.pictures, stamps]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        stamps: list[list[tuple[str, int, int] | None]] = []
+        for name in self.names:
+            stamps.append([])
+            for path in needed_files(dataset, name):
+                try:
+                    facts = path.stat()
+                    stamps[-1].append((path.name, facts.st_size, facts.st_mtime_ns))
+                except OSError:
+                    stamps[-1].append(None)
+        content = [VERSION, self.data, self.split, self.names, self.tasks, self.pictures, stamps]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ def pack(job: ShardJob, fingerprint: str) -> Findings:
 
 
 def check(job: ShardJob) -> Findings:
-    """The same without writing anything."""
+    """Read what ``pack`` would read, and write nothing."""
     findings = Findings(len(job.names))
     for _ in _sound_records(job.open(), findings):
         pass
@@ -117,37 +125,25 @@ def _sound_records(dataset: FolderDataset, findings: Findings) -> Iterator[Recor
 
 
 def _diagnose(dataset: FolderDataset, name: str, first: str) -> list[SourceProblem]:
-    """Everything that is wrong with one image, where reading it stops at the first."""
+    """All problems of one image, of which reading it raised only the ``first``."""
     missing = [path for path in needed_files(dataset, name) if not path.is_file()]
     problems = [SourceProblem("missing", str(path.relative_to(dataset.root))) for path in missing]
-    sentences = [
-        sentence for sentence in _sentences(dataset, name) if not any(str(path) in sentence for path in missing)
-    ]
-    if not missing and not sentences:
-        sentences = [first]
-    return problems + [SourceProblem("unusable", sentence) for sentence in dict.fromkeys(sentences)]
-
-
-def _sentences(dataset: FolderDataset, name: str) -> Iterator[str]:
-    shape = (1, 1)  # for an unreadable picture: its labels can be read all the same
+    sentences = []
+    shape = (1, 1)  # where the picture is unreadable its labels are still read
     try:
         image = read_image(dataset.find(name, dataset.image_files), labelled=bool(dataset.tasks))
         shape = (image.shape[0], image.shape[1])
     except UserError as error:
-        yield str(error)
+        sentences.append(str(error))
     for task in dataset.tasks:
         try:
             type(dataset)(dataset.root, dataset.split, (task,), names=(name,)).decode_labels(name, shape)
         except UserError as error:
-            yield str(error)
-
-
-def _stamp(path: Path) -> tuple[str, int, int] | None:
-    try:
-        facts = path.stat()
-    except OSError:
-        return None
-    return path.name, facts.st_size, facts.st_mtime_ns
+            sentences.append(str(error))
+    sentences = [sentence for sentence in sentences if not any(str(path) in sentence for path in missing)]
+    if not missing and not sentences:
+        sentences = [first]
+    return problems + [SourceProblem("unusable", sentence) for sentence in dict.fromkeys(sentences)]
 
 
 class _Writer:

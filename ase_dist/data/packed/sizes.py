@@ -1,10 +1,9 @@
-"""Labels stored at another size than their image: read all the same (resized), but worth a line."""
+"""Labels stored at another size than their image: they are resized when read, and reported."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,20 +32,15 @@ def stored_size(path: Path) -> tuple[int, int] | None:
             return picture.height, picture.width
     variables = loadmat(path)
     if "anno" in variables:
-        return _size_of_struct(variables["anno"])
+        try:
+            return _size(np.ravel(variables["anno"][0][0][1])[0][2])  # of the first object's mask
+        except (IndexError, TypeError):  # no object, or none with a mask, which only people need
+            return None
     sizes = [_size(value) for name, value in variables.items() if not name.startswith("__")]
     return next((size for size in sizes if size is not None), None)
 
 
 def _size(values: Array) -> tuple[int, int] | None:
-    """That of [H, W], [H, W, 3], [H, W, 1] or [1, H, W]."""
+    """(H, W) of an array [H, W], [H, W, 3], [H, W, 1] or [1, H, W]."""
     plain = values.squeeze()
     return (plain.shape[0], plain.shape[1]) if plain.ndim >= 2 else None
-
-
-def _size_of_struct(anno: Any) -> tuple[int, int] | None:
-    """That of the first object's mask."""
-    try:
-        return _size(np.ravel(anno[0][0][1])[0][2])
-    except (IndexError, TypeError):  # no object, or none with a mask, which only people need
-        return None

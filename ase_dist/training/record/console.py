@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: log lines and progress.
+"""What is shown while a run goes: log lines and progress.
 
 Rank 0 of a terminal gets rich's colours and a live bar; everything else (a file, a cluster's log, another rank) gets
 plain lines, and of the other ranks only warnings. Everything goes to the standard error.

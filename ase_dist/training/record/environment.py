@@ -1,4 +1,4 @@
-"""The surroundings of a run, for env.json: versions, commit, host, cores, memory and the command line."""
+"""The environment of a run, for env.json: versions, commit, host, cores, memory and the command line."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _URL_LOGIN = re.compile(r"(://)[^/@\s]+@")
 
 
 def environment() -> dict[str, Any]:
-    """What a stranger needs to repeat or explain a run: versions, host, cores, memory, the command. No variables.
+    """What is needed to repeat or explain a run: versions, host, cores, memory, the command; no environment variables.
 
-    Memory is in bytes, ``git_commit`` None outside a checkout of this package; secrets on the command line are starred.
+    Memory is in bytes, ``git_commit`` None outside a checkout of this package; *** replaces secrets in the command.
     """
     script, *others = sys.argv
     is_module = Path(script).parts[-2:] == ("ase_dist", "__main__.py")

@@ -1,7 +1,7 @@
 """The lines of a run's logs: their form, how they are written to the folder, and how they are read again.
 
-A line is ``2026-01-31 12:00:00,123 [rank 0] WARNING message``; what follows without this prefix belongs to it. Readers
-rely on the prefix alone, never on the words of a message.
+A line is ``2026-01-31 12:00:00,123 [rank 0] WARNING message``; lines without this prefix continue it.
+Readers rely on the prefix alone, never on the words of a message.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def format_line(rank: int, level: str, message: str) -> str:
 
 
 def formatter(rank: int) -> logging.Formatter:
-    """What gives a record the prefix."""
+    """The formatter that puts the prefix before a message."""
     return logging.Formatter(LOG_FORMAT.format(rank=rank))
 
 

@@ -1,6 +1,6 @@
 """metrics.jsonl: every number of a run, one JSON object a line, readable while the run writes and after it was killed.
 
-A line has ``kind`` and ``step`` and what the kind brings; the keys that ``plots`` draws are:
+A line has ``kind``, ``step`` and the keys of its kind; those that ``plots`` draws are:
 
 - ``run``: tasks (names, in the model's order), data (the data set's name), shared_experts (their ids); one at every
   start, with attempt (1 for the first), time, world and ranks [{host, pid}].
@@ -32,14 +32,14 @@ from typing import IO, Any
 from ase_dist.errors import UserError
 from ase_dist.training.record.logs import TIME_FORMAT
 
-STARTS_AND_ENDS = ("run", "end")  # the history of the attempts, of which a resumed run takes nothing back
+STARTS_AND_ENDS = ("run", "end")  # the history of the attempts, which a resumed run keeps
 ARRAY_DIGITS = 5  # significant digits of numbers in arrays; layers x tasks x N of them a line fill disks
 
 
 class Recorder:
-    """Appends lines to the file ``path`` and flushes each; does nothing at all unless ``enabled`` (rank 0).
+    """Appends lines to the file ``path`` and flushes each; does nothing unless ``enabled`` (rank 0).
 
-    Opening it drops the half line that a killed run may have left, so that the next line is not glued to it.
+    The constructor drops an incomplete last line, which a killed run may have left.
     """
 
     def __init__(self, path: Path, *, enabled: bool) -> None:
@@ -67,7 +67,7 @@ class Recorder:
     def write_end(self, *, step: int, exit: str, why: str) -> None:
         """Append the "end" line of this start; the watchdog's thread may call it while ``write`` is stuck.
 
-        A disk that is full is no reason to lose the error that ends the run, so nothing is raised.
+        An error in writing it is ignored: the error that ends the run must not be lost to a full disk.
         """
         if self._file is not None:
             end = {"kind": "end", "step": step, "exit": exit, "why": why}
@@ -77,13 +77,13 @@ class Recorder:
     def truncate_after(self, step: int, *, evaluated: bool = True) -> None:
         """Drop the lines that a run which resumes at ``step`` will write again: those of later steps.
 
-        The evaluation of ``step`` itself is among them where its checkpoint does not know of it. Starts and ends stay,
-        whatever their step: they happened.
+        The evaluation of ``step`` itself is dropped too where its checkpoint was saved before it (``evaluated`` False).
+        Starts and ends of attempts are kept, at any step.
         """
         if self._file is None:
             return
         self._file.close()
-        read_metrics(self.path)  # damage is no reason to drop lines
+        read_metrics(self.path)  # raises where a line is damaged: it must not be dropped silently
         _keep_lines(self.path, lambda r: r["kind"] in STARTS_AND_ENDS or self._is_valid(r, step, evaluated))
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -124,10 +124,10 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _keep_lines(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Take out the lines that are broken or not to be kept, in the file itself.
+    """Remove the lines that are broken or not to be kept, in place.
 
-    Whoever has it open, such as ``tail -f``, goes on reading the same file; where nothing is taken out nothing changes.
-    A crash on the way loses at most what stands after the first line that was taken out.
+    Programs that have the file open, such as ``tail -f``, go on reading the same file; it is not written where no line
+    is removed. A crash meanwhile loses at most what follows the first removed line.
     """
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line.rstrip(b"\r\n") + b"\n" for line in lines if (record := _parse(line)) is not None and keep(record)]
@@ -147,7 +147,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any, *, in_array: bool = False) -> Any:
-    """``value`` as what JSON has: mappings, lists, numbers, text, null."""
+    """``value`` in the types of JSON: mappings, lists, numbers, text, null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if hasattr(value, "tolist"):  # a tensor or a numpy array or scalar

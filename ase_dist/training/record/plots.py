@@ -1,6 +1,6 @@
 """The plots of a run, drawn from its metrics.jsonl alone: losses, metrics, expert heat maps, shared gates.
 
-What a run did not record is not drawn: no experts, no heat map. ``Records`` selects what is, as for the run's page.
+What a run did not record is not drawn: without experts there is no heat map. ``Records`` reads the numbers.
 """
 
 from __future__ import annotations

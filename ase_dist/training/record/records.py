@@ -1,7 +1,7 @@
 """The numbers of a run for its plots and its page: what is missing, null or of another form counts as not recorded.
 
-Both must come of a run that was killed, edited or written by another version, so nothing here takes the form of a
-record for granted. The keys are those that ``ase_dist.training.record.metrics`` lists.
+Both are also made for a run that was killed, edited or written by another version, so nothing here relies on the form
+of a record. ``ase_dist.training.record.metrics`` lists the keys.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Records:
         self.has_ends, self.started = "attempt" in run, str(run.get("time", ""))
         self.exit, self.why = str(end.get("exit", "")), str(end.get("why", ""))
         self.data = str(run.get("data", ""))
-        self.tasks = _names(run.get("tasks"))
+        self.tasks = list(dict.fromkeys(str(name) for name in _list(run.get("tasks"))))
         self.shared = sorted(value for value in _list(run.get("shared_experts")) if isinstance(value, int))
 
     def of_kind(self, kind: str) -> list[Mapping[str, Any]]:
@@ -91,7 +91,7 @@ class Records:
 
     @property
     def last_step(self) -> int:
-        """The last step that any number is about; -1 where there is none."""
+        """The last step with a recorded number; -1 where there is none."""
         return max((int(r["step"]) for r in self._records if r["kind"] not in STARTS_AND_ENDS), default=-1)
 
     def series(self, kind: str, *keys: str) -> Series:
@@ -168,33 +168,29 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _names(value: Any) -> list[str]:
-    return list(dict.fromkeys(str(name) for name in _list(value)))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Tasks
 
 
 class Judged:
-    """What has a better and a worse; ``higher_is_better`` is None where that is not known."""
+    """A metric with a direction; ``higher_is_better`` is None where that is not known."""
 
     higher_is_better: bool | None
 
     @property
     def arrow(self) -> str:
-        """Which way is better."""
+        """An arrow in the better direction."""
         return {True: "\u2191", False: "\u2193", None: ""}[self.higher_is_better]
 
     @property
     def direction(self) -> str:
-        """The same in words."""
+        """The better direction in words."""
         return {True: "higher is better", False: "lower is better", None: ""}[self.higher_is_better]
 
 
 @dataclass(frozen=True)
 class TaskFacts(Judged):
-    """What the page says of a task, which no table may have."""
+    """What the page says about a task, which may be in no data set's table."""
 
     name: str
     title: str

@@ -1,4 +1,4 @@
-"""What a run says of itself: the start-up tables, the numbers of a span of steps, results, the summary."""
+"""What a run reports: the start-up tables, the numbers of a span of steps, the results, the summary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ase_dist.training.state.history import History
 
 
 def start_tables(components: RunComponents) -> str:
-    """What is about to run, and how many parameters it has."""
+    """The settings, data and devices of the run that starts, and its numbers of parameters."""
     settings, world = components.settings, components.world
     train, moe = settings.train, settings.model.moe
     images = train.batch_size * train.gradient_accumulation_steps * world.size
@@ -61,13 +61,13 @@ def start_tables(components: RunComponents) -> str:
 
 
 def expert_traffic(components: RunComponents) -> dict[str, Any]:
-    """What sharing experts costs on the wire, see ``dispatch_summary``; empty at expert-parallel size 1."""
+    """The traffic of expert parallelism, see ``dispatch_summary``; empty at expert-parallel size 1."""
     settings = components.settings
     return dispatch_summary(components.engine.module, images=settings.train.batch_size)
 
 
 class MicroStep(NamedTuple):
-    """What one forward and backward pass leaves behind; no graph is kept."""
+    """The results of one forward and backward pass, detached from the graph."""
 
     losses: dict[str, Tensor]
     total: Tensor
@@ -78,10 +78,10 @@ class MicroStep(NamedTuple):
 
 
 class SpanStatistics:
-    """Adds up what happens between two lines of the log, on the device; read once, at the end of the span.
+    """Sums over the micro-steps between two lines of the log, kept on the device and read once, at the end of the span.
 
-    ``layers`` are the model's layers with experts, all alike: of each token as many experts are active as their gating
-    mode makes active. ``seconds`` is for the loop to add the time of its steps to, so that evaluations do not count.
+    ``layers`` are the model's layers with experts, all with the same number of active experts per token. The loop adds
+    the time of its steps to ``seconds``, so that evaluations do not count.
     """
 
     _sums: Tensor | None
@@ -146,7 +146,7 @@ class SpanStatistics:
 
 
 def result_table(title: str, tasks: Sequence[Task], results: Results, trivial: Results, first: Results | None) -> str:
-    """Each task's metric beside the trivial predictor's and the first evaluation's; odsF where it was computed."""
+    """Each task's metric with the trivial predictor's and the first evaluation's; odsF where it was computed."""
     rows = []
     for task in tasks:
         keys = dict.fromkeys((task.metric, headline(task, results[task.name])))
@@ -160,7 +160,7 @@ def result_table(title: str, tasks: Sequence[Task], results: Results, trivial: R
 
 
 def summary(components: RunComponents, history: History, *, step: int, code: ExitCode) -> dict[str, Any]:
-    """What summary.json holds: results beside the trivial predictors', sizes, times."""
+    """The contents of summary.json: results, also of the trivial predictors, sizes, times."""
     seconds = history.train_seconds
     return {
         "exit": code.name.lower(),

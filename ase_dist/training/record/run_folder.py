@@ -1,7 +1,7 @@
-"""The output folder of a run: the name and meaning of every file in it, and how each is written whole or not at all.
+"""The output folder of a run: the name and meaning of every file in it; each is written whole or not at all.
 
-Naming the files of a run needs no torch and makes nothing: the launcher, the report, the study and the deployment of a
-trained model all ask ``RunFolder`` where a file is.
+``RunFolder`` needs no torch and only ``create`` and the ``write_`` methods touch the disk, so that the launcher, the
+report, the study and the deployment of a trained model can ask it where a file is.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PREDICTION = re.compile(r"step_(\d+)\.png", re.ASCII)
 
 
 class RunFolder:
-    """The folder ``path`` of a run. Building one touches no file; ``create`` makes the folder.
+    """The folder ``path`` of a run. The constructor touches no file; ``create`` makes the folder.
 
     Only rank 0 calls the ``write_`` methods.
     """
@@ -78,7 +78,7 @@ class RunFolder:
 
     @property
     def train_log(self) -> Path:
-        """The log of rank 0, once more under a name that does not depend on ranks."""
+        """A second copy of the log of rank 0."""
         return self.path / "train.log"
 
     def rank_log(self, rank: int) -> Path:
@@ -86,11 +86,11 @@ class RunFolder:
         return self.path / f"rank_{rank}.log"
 
     def beat(self, rank: int) -> Path:
-        """The sign of life of a rank, see ``Watchdog``; gone once the rank has ended in good order."""
+        """The sign of life of a rank, see ``Watchdog``; removed when the rank ends normally."""
         return self.path / f"rank_{rank}.beat"
 
     def ranks(self) -> list[int]:
-        """The ranks that left a log or a sign of life, in order."""
+        """The ranks that have a log or a sign of life, in order."""
         found = [_RANK_FILE.fullmatch(path.name) for path in self.path.glob("rank_*")]
         return sorted({int(match[1]) for match in found if match})
 
@@ -135,7 +135,7 @@ class RunFolder:
         return self.path / "output.log"
 
     def looks_used(self) -> bool:
-        """Whether there is anything of a run to show: its settings, numbers, result or surroundings."""
+        """Whether a run left its settings, numbers, result or environment here."""
         return any(path.is_file() for path in (self.config, self.metrics, self.summary, self.environment))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -158,10 +158,10 @@ class RunFolder:
     def refuse_used(self, *, resume: str) -> None:
         """Raise UserError where ``resume`` is "never" and a run has already written metrics here.
 
-        Whatever ``resume`` is, files under the names of a run's that no run has written are refused too: the
-        surroundings, which a run writes first, or checkpoints tell whose they are.
+        With any ``resume``, files of the same names that no run has written are refused too: a run's own folder is
+        recognised by env.json, which a run writes first, or by its checkpoints.
 
-        To be called before anything is written, or a rank may find what rank 0 has just begun.
+        To be called before anything is written, or a rank may find what rank 0 has just written.
         """
         is_environment = contains(b'"git_commit"')
         is_run = (self.environment.is_file() and is_environment(self.environment)) or self.checkpoints.is_dir()
@@ -174,19 +174,19 @@ class RunFolder:
             )
 
     def write_config(self, text: str) -> None:
-        """Keep the whole tree of settings, as YAML."""
+        """Write the whole tree of settings, as YAML."""
         write_atomic(self.config, text)
 
     def write_ds_config(self, config: Mapping[str, Any]) -> None:
-        """Keep DeepSpeed's JSON as the engine got it, every "auto" resolved."""
+        """Write DeepSpeed's JSON as the engine got it, every "auto" resolved."""
         write_atomic(self.ds_config, _to_json(config))
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
-        """Keep the surroundings of the run."""
+        """Write versions, host and command line."""
         write_atomic(self.environment, _to_json(environment))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Keep the result of the run; the old one stays until the new one is whole."""
+        """Write the result of the run; the old one stays until the new one is whole."""
         write_atomic(self.summary, _to_json(summary))
 
     def read_summary(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What expert parallelism will put on the wire in this run: both dispatches counted, and the one that is used."""
+"""Bytes that expert parallelism sends in this run: those of both kinds of dispatch, and which one is used."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def dispatch_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def tokens_per_image(model: MultiTaskModel) -> int:
-    """Tokens of one image in one task's stream, prefix tokens included; 0 for a model that has no experts to serve."""
+    """Tokens of one image for one task, prefix tokens included; 0 for a model without experts."""
     if not isinstance(model, MultiTaskViT):
         return 0
     return int(model.stem.patch_embed.num_patches) + model.prefix

@@ -1,4 +1,4 @@
-"""The settings of a checkpoint against those of the run that resumes from it: what is refused, what is only listed."""
+"""Compares the settings of a checkpoint with those of the run that resumes from it: refused, or only listed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ase_dist.config import ON_RESUME, Settings, setting_keys, upgrade_tree
 
 
 class Differences(NamedTuple):
-    """Settings that differ: by key and as they are shown.
+    """Settings that differ, by key, each with its text.
 
     ``refused``: "seed is 0 there and 1 here"; ``listed``: "train.lr: 0.001 -> 0.0005".
     """

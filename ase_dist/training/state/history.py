@@ -1,4 +1,4 @@
-"""What a run remembers beside its weights: results, the best of them, time spent. It travels with the checkpoints."""
+"""The history of a run, which is saved with its checkpoints: results, the best of them, time spent."""
 
 from __future__ import annotations
 

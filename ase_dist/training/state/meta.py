@@ -1,4 +1,4 @@
-"""What a checkpoint says about its run besides tensors (``meta`` in its manifest), validated before it is used."""
+"""What a checkpoint holds about its run in addition to tensors: ``meta`` in its manifest, validated before use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ StoredResults = dict[str, dict[str, float | None]]  # None where a metric was no
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)  # keys that a later version adds are no error
+    model_config = ConfigDict(frozen=True)  # keys that a later version adds are ignored
 
 
 class Topology(_Part):
@@ -41,7 +41,7 @@ class StoredHistory(_Part):
 
 
 class Schedule(_Part):
-    """Where the learning rate's schedule stands."""
+    """The state of the learning rate's schedule."""
 
     last_epoch: NonNegativeInt
 

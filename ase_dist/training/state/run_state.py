@@ -1,6 +1,6 @@
-"""All that a resumed run needs: weights, moments, random states, sampler, schedule, in a portable checkpoint.
+"""Everything that a resumed run needs, in a checkpoint: weights, moments, random states, sampler, schedule.
 
-Saved at any world size, expert-parallel size and ZeRO stage, loaded at any other: tensors have global names
+A checkpoint of any world size, expert-parallel size and ZeRO stage is loaded at any other: tensors have global names
 (``models/names.py``), and ``moe/deepspeed_compat.py`` reads and writes what ZeRO has divided. On the same topology a
 resumed run goes on bit for bit. One group of tensors is in memory at a time.
 """
@@ -39,7 +39,7 @@ LOGGER = logging.getLogger("ase_dist")
 class RunState:
     """Saves and restores a run through ``store``.
 
-    ``step`` is the number of optimiser steps done, ``history`` what they brought, ``is_saved`` whether a checkpoint
+    ``step`` is the number of optimiser steps done, ``history`` their results, ``is_saved`` whether a checkpoint
     holds both.
     """
 
@@ -52,20 +52,20 @@ class RunState:
         self._saved_step = NEVER  # whose weights and random states are in the store, if not its latest history
 
     def advance(self, *, images: int) -> None:
-        """One more step is done, over ``images`` on all ranks."""
+        """Count one more step, over ``images`` on all ranks."""
         self.step += 1
         self.history.images += images
         self.is_saved = False
 
     def add_results(self, results: Results, tasks: Sequence[Task]) -> None:
-        """This step was evaluated."""
+        """Add the results of an evaluation at this step."""
         self.history.add(self.step, results, tasks)
         self.is_saved = False
 
     def save(self, engine: Any, loader: TrainLoader) -> None:
         """Write a checkpoint of this step (collective). Raises SaveError; the checkpoints before it stay.
 
-        Of a step that was evaluated after it was saved only the history is written again, into its manifest.
+        Where this step was saved before its evaluation, only the history in that checkpoint's manifest is rewritten.
         """
         if self._saved_step == self.step:
             self.store.update_meta(self.step, {"history": self.history.to_meta()})
@@ -94,7 +94,7 @@ class RunState:
         LOGGER.info("saved step %d to %s", self.step, path)
 
     def resume(self, engine: Any, loader: TrainLoader, *, total_steps: int) -> bool:
-        """Continue from what ``settings.resume`` names; whether there was a checkpoint (collective).
+        """Continue from the checkpoint that ``settings.resume`` names; False where there is none (collective).
 
         Settings that differ from the checkpoint's are refused or listed in the log (``config.ON_RESUME``). Raises
         UserError where they are refused, where the checkpoint holds other tensors than the model trains, and where it
@@ -112,7 +112,7 @@ class RunState:
         return True
 
     def _mark_best(self) -> None:
-        """Let ``best`` name what this history found best: a run that went back may have written over another's."""
+        """Let ``best`` name the best step of this history: a run resumed from an earlier step may have changed it."""
         best = self.history.best_step
         self.store.mark_best(best if self.store.holds(best) else None)
 
@@ -129,13 +129,13 @@ class RunState:
     def _group_files(
         self, engine: Any, group: str, entries: list[Entry], number: int
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """A generator of its own, so that nothing of this group is alive when the next one is read."""
+        """A separate generator, so that the tensors of this group are freed before the next one is read."""
         dense: dict[str, Tensor] = {}
         sharded: dict[str, Tensor] = {}
         for entry in entries:
             for kind in KINDS:
                 full = deepspeed_compat.read_master(engine, entry.tensor, kind).cpu()
-                # experts are written by their first replica, all else by the ranks in turn, group by group
+                # the first replica of an expert writes it; the ranks write all other groups in turn
                 is_first_replica = self.world.rank < self.settings.model.moe.ep_size
                 is_next = number % self.world.size == self.world.rank
                 if is_first_replica if entry.is_sharded else is_next:
@@ -200,7 +200,7 @@ class RunState:
 
 
 def _group_name(entry: Entry) -> str:
-    """The file that a parameter goes into: its block, or its head."""
+    """The file that a parameter is saved in: that of its block or head."""
     return ".".join(entry.path.split(".")[:2])
 
 

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint against those of a model: do they agree, and one of them in the model's task order."""
+"""Compares the tensors of a checkpoint with those of a model, and reads one in the task order of the model."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def difference(
 ) -> str:
     """A clause that says how the checkpoint's tensors differ from the model's, "" where they agree. Collective.
 
-    They are those of ``kinds``, in float32. A rank knows the names of all ranks' experts, so that it compares the whole
-    model by itself, and the ranks exchange nothing but the clause.
+    Compared are the tensors of ``kinds``, in float32. A rank knows the names of all ranks' experts and compares the
+    whole model, so that the ranks exchange only the clause.
     """
     wanted = {
         f"{kind}/{name}": ("F32", entry.part_shape)
