@@ -1,6 +1,6 @@
 """Make the small backbone that ships with the package: train it on one task over scenes, keep the backbone in fp16.
 
-Run again after an interruption it goes on from the newest checkpoint.
+After an interruption the same command continues from the newest checkpoint.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Trained models at work on images without labels: reading any picture, predicting, drawing, writing."""
+"""Trained models after training: export, programs, prediction of any picture, evaluation."""

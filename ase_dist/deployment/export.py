@@ -29,14 +29,14 @@ from ase_dist.versions import versions_of
 
 LOGGER = logging.getLogger("ase_dist")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-EXACT, ROUNDED = 1e-3, 2e-2  # by how much of itself a metric may differ: fp32 throughout, half precision somewhere
+EXACT, ROUNDED = 1e-3, 2e-2  # largest relative difference of a metric: all in fp32, half precision somewhere
 
 
 def export_run(run: str | Path, out: str | Path, *, checkpoint: str = "newest", dtype: str = "fp32") -> Path:
     """Write the model of a run's checkpoint into the new folder ``out``; returns that folder.
 
-    ``checkpoint`` is 'newest' (the last saved that is whole), 'best' or the path of one. The run's folder is only read.
-    Raises UserError where the run, the checkpoint or the backbone is not what it was, and where ``out`` exists.
+    ``checkpoint`` is 'newest' (the last undamaged one), 'best' or the path of one. The run's folder is only read.
+    Raises UserError where run, checkpoint or backbone are missing or changed, and where ``out`` exists.
     """
     run, out = Path(run), Path(out)
     if dtype not in DTYPES:
@@ -78,7 +78,7 @@ def write_export(
             raise UserError(
                 f"export: {name!r} is not finite in {DTYPES[dtype]}; use --dtype fp32, or an earlier checkpoint"
             )
-    # settings that only training, several ranks or other files give a meaning
+    # settings with a meaning only in training, on several ranks or with other files
     unused = {"pretrained": "none", "init_from": None, "checkpoint_activations": "none", "drop_path": 0.0}
     moe = settings.model.moe.model_copy(update={"ep_size": 1, "dispatch": "auto"})
     temporary = temporary_for(out)
@@ -110,10 +110,10 @@ def write_export(
 
 
 def check_export(run: str | Path, out: str | Path, *, device: str | None = None) -> list[str]:
-    """Evaluate the export on the run's validation data; one clause for each metric that is not the run's own.
+    """Evaluate the export on the run's validation data; one clause for each metric that differs from the run's own.
 
-    A thousandth of a metric may be rounding, two hundredths where run or export are in half precision. ``device``
-    None: a GPU where there is one. Raises UserError where the run has not evaluated the exported step.
+    Accepted are relative differences of 1e-3, or of 2e-2 where run or export are in half precision. ``device`` None:
+    a GPU where there is one. Raises UserError where the run has not evaluated the exported step.
     """
     settings = read_run(Path(run))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -136,7 +136,7 @@ def check_export(run: str | Path, out: str | Path, *, device: str | None = None)
 
 
 def differences(got: Results, wanted: Results, *, tolerance: float) -> list[str]:
-    """Metrics of ``got`` that are further from ``wanted`` than ``tolerance`` of it, or a tenth of that as a number."""
+    """Metrics of ``got`` off from ``wanted`` by more than ``tolerance`` relative, and a tenth of it absolute."""
     found = []
     for task, metrics in wanted.items():
         for name, value in metrics.items():

@@ -1,8 +1,8 @@
 """A trained model as one file that runs without this package: a program of torch.export (.pt2), or ONNX.
 
 The program takes ``images`` float32 [B, 3, S, S], RGB from 0 to 1, any B, and gives the raw logits [B, C, h, w] of each
-task by name. Normalisation is inside; the backbone's LoRA is merged into its weights; experts stay routed; other tasks
-than those asked for are not in the file. It also holds JSON with what a reader must know, see ``facts``.
+task by name. Normalisation is inside; the backbone's LoRA is merged into its weights; experts stay routed; only the
+requested tasks are in the file. It also holds JSON that describes inputs and outputs, see ``facts``.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ def deploy(
 ) -> dict[str, float]:
     """Write ``model.pt2`` and ``model.onnx``, as ``formats`` say, into ``folder``, for ``tasks`` (None: all).
 
-    Each is read back and compared with ``model`` on random images: returned is by how much of themselves its outputs
-    are off, NaN for ONNX where onnxruntime is not installed. Raises UserError for an unknown format or task, a missing
-    library, a file that cannot be written or would replace one that is no such program, and a program that does not
-    compute what the model does; that is not left there.
+    Each is read back and compared with ``model`` on random images; returns the relative error of its outputs by
+    format, NaN for ONNX where onnxruntime is not installed. Raises UserError for an unknown format or task, a missing
+    library, a file that cannot be written or would replace one that is no such program, and a program whose outputs
+    differ from the model's, which is not kept.
     """
     check_formats(formats)
     formats = tuple(formats)
@@ -99,7 +99,7 @@ def deploy(
 
 
 def check_formats(formats: Iterable[str]) -> None:
-    """Raise UserError for a format that is not known, or whose library is not installed."""
+    """Raise UserError for an unknown format, or one whose library is not installed."""
     for name in formats:
         if name not in FORMATS:
             raise UserError(f"--format: got {name!r}, wanted some of {list(FORMATS)}{did_you_mean(name, FORMATS)}")
@@ -109,7 +109,7 @@ def check_formats(formats: Iterable[str]) -> None:
 
 
 def trace(model: ExportedModel, *, tasks: Sequence[str] | None = None) -> ExportedProgram:
-    """The program of ``model`` for ``tasks`` (None: all): PyTorch's own operations alone, any number of images."""
+    """The program of ``model`` for ``tasks`` (None: all): only PyTorch's own operations, any number of images."""
     deployed, side = DeployedModel(model, tasks=tasks), model.image.size
     images = torch.rand(2, 3, side, side, device=next(model.parameters()).device)
     with torch.no_grad():
@@ -129,7 +129,7 @@ def operations(program: ExportedProgram) -> list[Any]:
 
 
 def facts(model: ExportedModel, program: ExportedProgram) -> str:
-    """What a reader of the file must know: input, outputs with how to decode them, classes and palettes, metrics."""
+    """The file's description as JSON: input, outputs with how to decode them, classes and palettes, metrics."""
     names = output_names(program)
     side = model.image.size
     outputs = [
@@ -162,9 +162,9 @@ def output_names(program: ExportedProgram) -> list[str]:
 
 
 def difference(model: ExportedModel, run: Run | None, *, path: Path) -> float:
-    """The largest distance of an output of ``run`` from the model's, as a share of its norm; NaN without ``run``.
+    """The largest relative error (L2 norm) of an output of ``run`` against the model's; NaN without ``run``.
 
-    Raises UserError where it is more than rounding.
+    Raises UserError above ``TOLERANCE``.
     """
     if run is None:
         return math.nan
@@ -200,7 +200,7 @@ def _load_pt2(path: Path) -> Run:
 
 
 def _save_onnx(program: ExportedProgram, path: Path, facts_json: str) -> None:
-    """One file; the batch is its only free size. The exporter reports on standard output unless told not to."""
+    """Write one file; the batch is its only free size. ``verbose=False``: the exporter prints by default."""
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
     if size > MOST_ONNX_BYTES:
         raise UserError(f"--format onnx: got {size / 1e9:.1f} GB of weights, wanted 2 at most in one file; use pt2")

@@ -43,7 +43,7 @@ class TrainedModel:
 def open_trained_model(path: str | Path, *, checkpoint: str = "newest", device: torch.device) -> TrainedModel:
     """The model in the folder of a run or of an export; ``checkpoint`` as for ``choose_checkpoint``, of a run only.
 
-    Raises UserError where ``path`` is neither, or not whole.
+    Raises UserError where ``path`` is neither, or is damaged.
     """
     path = Path(path)
     config = RunFolder(path).config
@@ -78,7 +78,7 @@ def read_run(run: Path) -> Settings:
 
 
 def choose_checkpoint(run: Path, wanted: str) -> Checkpoint:
-    """'newest', 'best' or a path. Damaged ones are passed over for 'newest' with a warning, else they are an error."""
+    """The checkpoint 'newest', 'best' or at a path. 'newest' skips damaged ones with a warning; else an error."""
     folder = RunFolder(run).checkpoints
     if wanted == "newest":
         names = [listed.name for listed in list_checkpoints(folder)] if folder.is_dir() else []
@@ -99,9 +99,9 @@ def choose_checkpoint(run: Path, wanted: str) -> Checkpoint:
 
 
 def rebuild(settings: Settings, tasks: tuple[Task, ...], checkpoint: Checkpoint) -> MultiTaskModel:
-    """The plain model with the checkpoint's weights, in the order of ``tasks``, which the checkpoint may not have.
+    """The plain model with the checkpoint's weights, in the order of ``tasks``, which may differ from the checkpoint's.
 
-    Raises UserError unless settings of the model, backbone and tensors are the checkpoint's own.
+    Raises UserError unless model settings, backbone and tensors are the checkpoint's own.
     """
     meta = read_meta(checkpoint)
     names, saved_names = [task.name for task in tasks], meta.task_names()
