@@ -232,3 +232,12 @@ def test_a_stopped_worker_takes_its_note_away(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 0
     assert peers.registered(notes) == []
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    def prepare_with_bug(*arguments, **options):
+        raise ValueError("a bug, not a missing key")
+
+    monkeypatch.setattr(ssh, "prepare", prepare_with_bug)
+    with pytest.raises(ValueError, match="a bug"):
+        container.main(["--cluster", str(tmp_path), "--state", str(tmp_path), "worker"])

@@ -11,6 +11,7 @@ from PIL import Image
 from ase_dist.commands.predict import main
 from ase_dist.deployment import predict_folder
 from ase_dist.deployment.predict_folder import find_sources
+from ase_dist.errors import ExitCode
 from ase_dist.files import sha256_of
 
 from .conftest import photo
@@ -185,6 +186,15 @@ def test_an_index_of_earlier_versions_names_its_files(export, photos, tmp_path, 
     del tree["files"]
     (out / predict_folder.INDEX).write_text(json.dumps(tree))
     assert predict(edge_only(export, photos / "b", out=out)) == 0
+
+
+def test_a_bug_while_reading_is_no_skipped_file(export, photos, tmp_path, predict, monkeypatch, capsys):
+    def read_with_bug(path):
+        raise ValueError("a bug, not an unreadable file")
+
+    monkeypatch.setattr(predict_folder, "read_rgb", read_with_bug)
+    assert predict(edge_only(export, photos / "b", out=tmp_path / "out")) == ExitCode.FAILED
+    assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("links", [1, 2, 5])
