@@ -1,4 +1,4 @@
-"""The label files of PASCAL_MT, NYUD_MT and folders of one's own decoded to compact labels (``labels.py``).
+"""Decodes the label files of PASCAL_MT, NYUD_MT and users' own folders to compact labels (``labels.py``).
 
 Every decoder takes the path of one file and ``shape``, the [H, W] of its image; a label of another size is resized to
 it (nearest; normals linear). UserError, which names the file, for one that does not hold what it should. Where the

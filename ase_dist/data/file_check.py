@@ -14,7 +14,7 @@ Patterns = tuple[str, ...]  # alternatives, the first that exists is read; {} st
 
 
 class FileCheck:
-    """Compares the files that are needed with listings of the folders: one listing a folder, not one look a file."""
+    """Compares the needed files with listings of the folders: one listing per folder, no look-up per file."""
 
     def __init__(self, root: Path, title: str, *, how: str = "tasks=[{}]") -> None:
         self.root = root

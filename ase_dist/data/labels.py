@@ -37,7 +37,7 @@ def compact_form(kind: Kind, shape: tuple[int, int]) -> tuple[tuple[int, ...], n
 
 
 def ignored_label(kind: Kind, shape: tuple[int, int]) -> Array:
-    """A compact label for an image of ``shape`` [H, W] that says nothing anywhere."""
+    """A compact label for an image of ``shape`` [H, W], ignored everywhere."""
     full, dtype = compact_form(kind, shape)
     return np.full(full, ignored_value(kind), dtype=dtype)
 

@@ -63,7 +63,7 @@ class Warp:
 
 
 def draw_warp(*, seed: int, epoch: int, index: int) -> Warp:
-    """The warp of image ``index`` in ``epoch``: the same in whichever process or thread it is drawn."""
+    """The warp of image ``index`` in ``epoch``: the same in every process and thread."""
     u = torch.rand(3, generator=generator(seed, "augment", epoch, index), dtype=torch.float64).tolist()
     scale = SCALES[0] + (SCALES[1] - SCALES[0]) * u[1]
     degrees = ANGLES_DEG[0] + (ANGLES_DEG[1] - ANGLES_DEG[0]) * u[2]
@@ -134,7 +134,7 @@ def _warp_image(image: Array, matrix: Array, offset: Array, size: int) -> Tensor
 
 
 def _nearest(shape: tuple[int, int], matrix: Array, offset: Array, size: int) -> tuple[Array, Array]:
-    """Of each output pixel, row by row, the flat position of the original pixel under it; and which are outside."""
+    """For each output pixel, row by row, the flat index of the original pixel under it; and which are outside."""
     centres = np.arange(size) + 0.5
     x = np.floor(matrix[0, 0] * centres + (matrix[0, 1] * centres + offset[0])[:, None]).astype(np.int32).reshape(-1)
     y = np.floor(matrix[1, 0] * centres + (matrix[1, 1] * centres + offset[1])[:, None]).astype(np.int32).reshape(-1)

@@ -1,4 +1,4 @@
-"""Doing the jobs of packing in this process or in several, and logging the progress."""
+"""Running the jobs of packing in this process or in several, and logging the progress."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from ase_dist.errors import UserError, file_error, first_problem
 from ase_dist.tasks import Kind, packable
 
 MANIFEST = "packed.json"
-VERSION = 2  # raised also when decode.py gives other labels: what was packed before is then packed again
+VERSION = 2  # also raised when decode.py changes: what was packed before is then packed again
 LEVEL = 9  # of compression; higher ones take longer and save little
 
 Pictures = Literal["pixels", "files"]
@@ -84,7 +84,7 @@ class ShardIndex(_Record):
 
 
 def is_packed(root: Path) -> bool:
-    """Whether ``root`` is a packed data set, or should be one."""
+    """Whether ``root`` has the manifest of a packed data set, readable or not."""
     return (root / MANIFEST).is_file()
 
 

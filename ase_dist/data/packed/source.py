@@ -1,4 +1,4 @@
-"""What a data set is packed from: an archive or a folder, its root, its lists, the files that it needs."""
+"""The source of a packed data set: an archive or a folder, its root, its lists and the files that are needed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def default_place(source: Path, data: str) -> Path:
 
 
 def check_place(source: Path, place: Path) -> None:
-    """ValueError where packing ``source`` to ``place`` would write into the source, or replace something else."""
+    """UserError where packing ``source`` to ``place`` would write into the source, or replace something else."""
     here, there = source.resolve(), place.resolve()
     if there.is_relative_to(here) or here.is_relative_to(there):
         raise UserError(
@@ -51,7 +51,7 @@ def is_archive(source: Path) -> bool:
 
 
 def archive_fingerprint(archive: Path) -> str:
-    """SHA-256 of the archive's size and time: of contents it would take minutes."""
+    """SHA-256 of the archive's size and time; hashing the contents would take minutes."""
     facts = archive.stat()
     return hashlib.sha256(json.dumps([facts.st_size, facts.st_mtime_ns]).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Whether the files of a packed data set are those that its manifest names: quickly by size, surely by hash."""
+"""Whether the files of a packed data set are those that its manifest names: by size, which is fast, or by hash."""
 
 from __future__ import annotations
 
