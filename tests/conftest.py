@@ -1,6 +1,7 @@
 """For all tests: no network, few threads, the accelerator that DeepSpeed finds, the real photographs and weights."""
 
 import os
+import signal
 from pathlib import Path
 
 # Before torch is first imported, and for every process that a test starts.
@@ -8,6 +9,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may reach the hub, also where ther
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny, and several processes share two cores
 
 import pytest
+
+# A shell ignores these two for what it starts in the background, and every process of a test would inherit that.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 REPOSITORY = Path(__file__).parents[1]
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
