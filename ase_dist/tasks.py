@@ -29,7 +29,7 @@ EDGE_POSITIVE_WEIGHT = 0.95  # of the edge pixels in the edge loss, ASTMT's; the
 
 @dataclass(frozen=True)
 class Task:
-    """What is known about one task, wherever it is used.
+    """What is known about one task.
 
     ``channels`` is the width of the head's output, ``loss_weight`` M3ViT's weight of the loss in the sum, ``metric``
     the key in the evaluation's result that stands for the task in tables and in Delta_m.

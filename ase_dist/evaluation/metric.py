@@ -53,7 +53,7 @@ class Metric(ABC):
         if not undefined:
             return None
         why = "some predictions are NaN" if self.totals.isnan().any() else "the labels hold nothing to score it by"
-        return f"{self.task.name}: {', '.join(undefined)} {'is' if len(undefined) == 1 else 'are'} NaN, for {why}"
+        return f"{self.task.name}: {', '.join(undefined)} {'is' if len(undefined) == 1 else 'are'} NaN: {why}"
 
     def finish(self) -> None:  # noqa: B027
         """Wait for what is being counted in other processes; most metrics have nothing there."""

@@ -97,7 +97,7 @@ def has_compiler() -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights and moments in float32, wherever the ZeRO stage keeps them
+# Weights and moments in float32, at every ZeRO stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 

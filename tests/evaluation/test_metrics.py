@@ -113,9 +113,7 @@ def test_nothing_salient_in_the_set_has_no_f_measure(device):
     found = metric.result()
     assert math.isnan(found["maxf"]) and math.isnan(found["maxf_threshold"])
     assert found["miou"] == 100 and found["mae"] == pytest.approx(0.1)
-    assert metric.why_undefined() == (
-        "saliency: maxf, maxf_threshold are NaN, for the labels hold nothing to score it by"
-    )
+    assert metric.why_undefined() == ("saliency: maxf, maxf_threshold are NaN: the labels hold nothing to score it by")
     label[0, 0] = 1
     metric.update(torch.full((4, 5), 0.1, device=device), label)
     assert metric.result()["maxf"] > 0 and metric.why_undefined() is None

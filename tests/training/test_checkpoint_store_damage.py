@@ -159,7 +159,7 @@ def test_latest_is_not_trusted(store, caplog, text):
     (store.folder / "latest").write_text(text, encoding="latin-1")
     (store.folder.parent / "elsewhere").mkdir()
     assert loads(store) == 20
-    assert "which is no checkpoint beside it" in caplog.text
+    assert "which is no checkpoint in this folder" in caplog.text
 
 
 def test_latest_that_names_another_is_reported(store, caplog):

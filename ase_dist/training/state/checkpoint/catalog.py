@@ -79,5 +79,5 @@ def read_pointer(folder: Path, pointer: str) -> str | None:
     text = path.read_bytes()[:200].decode(errors="replace").strip()
     if _NAME.fullmatch(text) and (folder / text).is_dir():
         return text
-    LOGGER.warning("%s holds %r, which is no checkpoint beside it; it is not followed", path, text)
+    LOGGER.warning("%s holds %r, which is no checkpoint in this folder; it is not followed", path, text)
     return None
