@@ -10,6 +10,7 @@ import torch
 from ase_dist.evaluation.boundary import evaluate_boundaries
 from ase_dist.evaluation.metrics import EdgeOds, build_metric
 from ase_dist.evaluation.ods import SCORES, BoundaryMetric
+from ase_dist.files import wait_until
 from ase_dist.tasks import IGNORE
 
 from .conftest import TASK_OF_KIND, generated_samples
@@ -99,8 +100,9 @@ def test_closing_ends_the_processes_without_their_counts():
     metric = build_metric(EDGES, edge_ods=EdgeOds(workers=2))
     for prediction, label in images(3):
         metric.update(prediction, label)
-    processes = list(metric._counter.pool.processes)
-    assert any(process.poll() is None for process in processes)
+    pool = metric._counter.pool
+    assert wait_until(lambda: any(process.poll() is None for process in pool.processes), patience=60)
+    processes = list(pool.processes)
     metric.close()
     assert all(process.poll() is not None for process in processes)
     assert not metric.totals[3:].any()
