@@ -61,9 +61,10 @@ def launcher_has_ended() -> bool:
     return _watch.has_ended
 
 
-def is_alive(process: psutil.Process) -> bool:
-    """Whether ``process`` runs: not a zombie, and not another process that has got its pid since."""
+def is_alive(process: psutil.Process | int) -> bool:
+    """Whether a process, or that of a pid, runs: not a zombie, and not another process that has got its pid since."""
     try:
+        process = psutil.Process(process) if isinstance(process, int) else process
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False

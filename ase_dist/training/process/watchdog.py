@@ -14,11 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-import psutil
-
 from ase_dist.collectives import rank, world_size
 from ase_dist.errors import ExitCode, UserError
 from ase_dist.files import write_atomic
+from ase_dist.training.process.launcher_watch import is_alive
 from ase_dist.training.record.logs import format_line
 from ase_dist.training.record.run_folder import RunFolder
 
@@ -151,17 +150,8 @@ class Watchdog:
         except (OSError, ValueError):
             return True, f"rank {other} has not started, has left, or writes its beats elsewhere"
         who, last = f"rank {other} on {state['host']}", f"the last thing it was known to begin is {state['doing']!r}"
-        if state["host"] == platform.node() and not _is_alive(state["pid"]):
+        if state["host"] == platform.node() and not is_alive(state["pid"]):
             return True, f"{who} is dead, {last}"
         if age > MISSED * self._interval:
             return True, f"{who} gave no sign of life for {age:.0f} s, {last}"
         return False, f"{who} is behind, {last}" if state["beats"] < self._last[1] else ""
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True
