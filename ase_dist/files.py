@@ -1,25 +1,29 @@
 """Files and folders that survive a crash: written whole or not at all, brought to disk, hashed; paths with ~.
 
+A file that this process did not write is opened by ``open_regular``, or read whole by ``read_bytes`` or ``read_text``.
 A file is replaced by ``write_atomic`` or ``replacing``. A folder is made under the name ``temporary_for`` gives it and
 renamed by ``put_in_place``; ``recover`` and ``sweep`` tidy up after a process that was killed.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ase_dist.errors import UserError
 
 BLOCK = 1 << 20  # bytes hashed at a time
+SMALL = 64 << 20  # bytes that a file of settings, names or notes may have
 TEMPORARY = ".tmp-"  # a folder that is being written
 ASIDE = ".old-"  # a whole folder, set aside until the one that replaces it is in place
 TRASH = ".trash-"  # a folder that is being deleted
@@ -43,6 +47,81 @@ def sha256_of(path: Path) -> str:
         while count := file.readinto(block):
             digest.update(view[:count])
     return digest.hexdigest()
+
+
+def refuse_irregular(path: str | Path) -> None:
+    """Raise UserError where ``path`` is a pipe, a device or a socket: opening it may wait, reading it may never end.
+
+    Follows links. Nothing is raised for a regular file, a folder, or where there is nothing; OSError as ``os.stat``.
+    """
+    try:
+        _refuse_kind(path, os.stat(path))  # noqa: PTH116  (a text is as good as a Path)
+    except FileNotFoundError:
+        return
+
+
+def open_regular(path: str | Path, *, max_bytes: int | None = None) -> IO[bytes]:
+    """Open a file that somebody else may have written for reading bytes; returns at once, whatever it is.
+
+    Raises UserError for a pipe, a device or a socket, and for a file of more than ``max_bytes``; OSError as ``open``,
+    IsADirectoryError for a folder.
+    """
+    refuse_irregular(path)  # before it is opened: opening a device can have effects
+    # O_NONBLOCK for a pipe that has taken the file's place meanwhile; a regular file does not know it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        _refuse_kind(path, status)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if max_bytes is not None:
+            _refuse_size(path, status.st_size, max_bytes)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: str | Path, *, max_bytes: int = SMALL) -> bytes:
+    """The bytes of a file that somebody else may have written. Raises as ``open_regular``."""
+    with open_regular(path, max_bytes=max_bytes) as file:
+        data = file.read(max_bytes + 1)  # its size may be wrong (/proc), or it may grow
+    _refuse_size(path, len(data), max_bytes)
+    return data
+
+
+def read_text(path: str | Path, *, max_bytes: int = SMALL) -> str:
+    """The UTF-8 text of a file that somebody else may have written, without a byte-order mark.
+
+    Raises as ``open_regular``, and UserError where it is not UTF-8.
+    """
+    data = read_bytes(path, max_bytes=max_bytes)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: byte {error.start} is not UTF-8 text ({error.reason}); save the file as UTF-8, or put back a "
+            "whole copy of it"
+        ) from None
+
+
+def _refuse_kind(path: str | Path, status: os.stat_result) -> None:
+    kinds = {
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    if kind := kinds.get(stat.S_IFMT(status.st_mode)):
+        raise UserError(f"{path}: got {kind}, wanted a regular file; remove it, or name another file")
+
+
+def _refuse_size(path: str | Path, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise UserError(
+            f"{path}: got a file of more than {max_bytes:,} bytes, the most that such a file may have; "
+            "is it another file, or damaged?"
+        )
 
 
 def write_atomic(path: str | Path, data: bytes | str, *, durable: bool = True) -> None:

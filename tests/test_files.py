@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from ase_dist import files
-from ase_dist.files import replacing, sha256_of, write_atomic
+from ase_dist.errors import UserError
+from ase_dist.files import open_regular, read_bytes, read_text, replacing, sha256_of, write_atomic
 
 pytestmark = pytest.mark.single_gpu
 
@@ -134,3 +136,57 @@ def test_waiting_ends_with_the_condition_or_with_patience():
     answers = iter([False, False, True])
     assert files.wait_until(lambda: next(answers), patience=5, pause=0)
     assert not files.wait_until(lambda: False, patience=0, pause=0)
+
+
+@pytest.mark.parametrize("read", [open_regular, read_bytes, read_text, files.refuse_irregular])
+@pytest.mark.parametrize("kind", ["named pipe", "device", "socket"])
+def test_what_would_wait_or_never_end_is_refused_unread(tmp_path, monkeypatch, kind, read):
+    monkeypatch.chdir(tmp_path)  # the address of a socket must be short
+    path = Path("latest")
+    with socket.socket(socket.AF_UNIX) as listener:
+        if kind == "named pipe":
+            os.mkfifo(path)
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        else:
+            listener.bind(str(path))
+        with pytest.raises(UserError, match=f"latest: got a {kind}, wanted a regular file"):
+            read(path)
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_after_the_check_is_refused(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "latest")
+    monkeypatch.setattr(files, "refuse_irregular", lambda path: None)
+    before = len(list(Path("/dev/fd").iterdir()))
+    with pytest.raises(UserError, match="a named pipe"):
+        open_regular(tmp_path / "latest")
+    assert len(list(Path("/dev/fd").iterdir())) == before
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path):
+    path = tmp_path / "note"
+    path.write_bytes(b"12345")
+    assert read_bytes(path, max_bytes=5) == b"12345"
+    with open_regular(path, max_bytes=5) as file:
+        assert file.read(2) == b"12"
+    for read in (open_regular, read_bytes, read_text):
+        with pytest.raises(UserError, match=r"note: got a file of more than 4 bytes"):
+            read(path, max_bytes=4)
+    with pytest.raises(UserError, match="more than 10 bytes"):  # its size is 0, says the kernel
+        read_bytes("/proc/self/status", max_bytes=10)
+
+
+def test_text_is_utf8_without_the_byte_order_mark(tmp_path):
+    (tmp_path / "note").write_bytes("\ufeffgr\u00fcn".encode())
+    assert read_text(tmp_path / "note") == "gr\u00fcn"
+    (tmp_path / "note").write_bytes("gr\u00fcn".encode("latin-1"))
+    with pytest.raises(UserError, match=r"note: byte 2 is not UTF-8 text"):
+        read_text(tmp_path / "note")
+
+
+def test_folders_and_missing_files_are_told_as_open_tells_them(tmp_path):
+    for path, error in ((tmp_path, IsADirectoryError), (tmp_path / "none", FileNotFoundError)):
+        with pytest.raises(error) as raised:
+            read_bytes(path)
+        assert raised.value.filename == str(path)
+    files.refuse_irregular(tmp_path / "none")
