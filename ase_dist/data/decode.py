@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from skimage.morphology import thin
 
-from ase_dist.data.files import Array, read_array, read_codes, read_variable, reject
+from ase_dist.data.files import Array, read_array, read_codes, read_matrix, read_variable, reject
 from ase_dist.data.labels import ZERO_CODE, codes_from_normals, fit_label, fit_normals, ignored_label
+from ase_dist.data.matlab import Struct, Value
 from ase_dist.tasks import IGNORE, Kind, Task
 
 PERSON = 15  # the class id of a person in PASCAL-Part
@@ -88,11 +89,15 @@ def human_parts(path: Path, shape: Shape) -> Array:
     """
     wanted = "the PASCAL-Part struct: anno(1).objects with class, class_ind, mask and parts of (part_name, mask)"
     anno = read_variable(path, "anno")
-    try:  # scipy gives structs as object arrays of records
-        persons = [thing for thing in anno[0][0][1].ravel() if int(thing[1].ravel()[0]) == PERSON]
-        parts = [(str(part[0].ravel()[0]), np.asarray(part[1])) for person in persons for part in person[3].ravel()]
-    except (IndexError, TypeError, AttributeError, ValueError) as error:
-        raise reject(path, f"a struct of another layout ({error})", wanted) from None
+    if not isinstance(anno, Struct) or not anno.elements:
+        raise reject(path, "a struct of another layout (it is none)", wanted)
+    parts: list[tuple[str, Array]] = []
+    try:
+        for thing in _elements(anno.elements[0]["objects"]):
+            if int(np.ravel(np.asarray(thing["class_ind"]))[0]) == PERSON:
+                parts += [(str(part["part_name"]), np.asarray(part["mask"])) for part in _elements(thing["parts"])]
+    except (IndexError, TypeError, KeyError, ValueError, OverflowError) as error:
+        raise reject(path, f"a struct of another layout ({type(error).__name__} at {error})", wanted) from None
     target = np.zeros(parts[0][1].shape if parts else shape, dtype=np.uint8)
     for name, part in parts:
         if name not in PART_IDS:
@@ -135,7 +140,7 @@ def mask(path: Path, shape: Shape) -> Array:
 def label_map(path: Path, shape: Shape) -> Array:
     """The 459-class ids ``LabelMap`` as int32 [H, W]."""
     wanted = "the variable LabelMap, a matrix of whole numbers from 0 to 65535"
-    ids = read_variable(path, "LabelMap")
+    ids = read_matrix(path, "LabelMap", wanted)
     if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "uif":
         raise reject(path, f"LabelMap of shape {ids.shape} and type {ids.dtype}", wanted)
     if not (ids.min() >= 0 and ids.max() <= _LARGEST_MAP_ID) or (ids != np.rint(ids)).any():  # also where one is NaN
@@ -168,7 +173,7 @@ def nyud_classes(path: Path, shape: Shape) -> Array:
     """The 40 classes of a PNG, or of a .mat's ``segmentation``, coded 0 unlabelled (ignored here), 1..40."""
     wanted = "class ids 1..40 and 0 for unlabelled pixels"
     if path.suffix == ".mat":
-        ids = _matrix(path, read_variable(path, "segmentation"), f"a matrix of {wanted}")
+        ids = _matrix(path, read_matrix(path, "segmentation", wanted), f"a matrix of {wanted}")
     else:
         ids = read_codes(path, modes=("P", "L"), wanted=f"an 8-bit palette or grey PNG of {wanted}")
     ids = _checked_ids(path, ids, largest=40, wanted=wanted)
@@ -183,7 +188,8 @@ def depth(path: Path, shape: Shape) -> Array:
     may stand for none, but not several.
     """
     wanted = f"a matrix of metres up to {DEEPEST}, with zero or NaN where there is no depth"
-    values = _matrix(path, read_variable(path, "depth") if path.suffix == ".mat" else read_array(path), wanted)
+    stored = read_matrix(path, "depth", wanted) if path.suffix == ".mat" else read_array(path)
+    values = _matrix(path, stored, wanted)
     if values.dtype.kind == "b":
         raise reject(path, "true and false", wanted)
     metres = np.where(np.isfinite(values), values, 0)
@@ -233,6 +239,15 @@ def normals(path: Path, shape: Shape) -> Array:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _elements(value: Value) -> list[dict[str, Value]]:
+    """The elements of a struct; none of an empty matrix, as which MATLAB stores an empty list."""
+    if isinstance(value, np.ndarray) and not value.size:
+        return []
+    if not isinstance(value, Struct):
+        raise TypeError("no struct")
+    return value.elements
 
 
 def _matrix(path: Path, values: Array, wanted: str) -> Array:

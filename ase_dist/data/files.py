@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import struct
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,31 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 
+from ase_dist.data import matlab
 from ase_dist.errors import UserError, file_error
 
 Array = npt.NDArray[Any]
 
-# What Pillow, scipy and numpy raise on truncated, empty or foreign files.
-_BROKEN = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    EOFError,
-    SyntaxError,
-    NotImplementedError,
-    MemoryError,
-    OverflowError,
-    AssertionError,
-    struct.error,
-    zlib.error,
-    MatReadError,
-    Image.DecompressionBombError,
-)
 _COLOUR_MODES = ("RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr", "1")
 
 
@@ -60,7 +39,7 @@ def read_image(path: Path, *, content: bytes | None = None, labelled: bool = Fal
             raise reject(path, f"Pillow's mode {picture.mode!r}", wanted)
         turned = 1
         if labelled:
-            with contextlib.suppress(*_BROKEN):  # a damaged tag is none
+            with contextlib.suppress(Exception):  # a damaged tag is none
                 turned = picture.getexif().get(ExifTags.Base.Orientation, 1)
         sides = sorted(picture.size)
         if turned in (2, 3, 4) or (turned in (5, 6, 7, 8) and sides[0] > 0.95 * sides[1]):
@@ -89,14 +68,27 @@ def read_codes(path: Path, *, modes: tuple[str, ...], wanted: str) -> Array:
         return np.asarray(picture.convert("L") if picture.mode == "1" else picture)
 
 
-def read_variable(path: Path, name: str) -> Array:
-    """The variable ``name`` of a MATLAB file of version 5, as scipy reads it; UserError if it is not there."""
+def read_variable(path: Path, name: str) -> matlab.Value:
+    """The variable ``name`` of a MATLAB file of version 5 to 7; UserError where it is not there or damaged."""
     wanted = f"a MATLAB v5 file with the variable {name!r}"
-    with _reading(path, wanted), path.open("rb") as file:
-        variables = loadmat(file, variable_names=[name])
-    if not isinstance(variables.get(name), np.ndarray):
+    value = read_variables(path, name=name, wanted=wanted).get(name)
+    if value is None:
         raise reject(path, "a MATLAB file without that variable", wanted)
-    value: Array = variables[name]
+    return value
+
+
+def read_variables(path: Path, *, name: str | None = None, wanted: str = "a MATLAB v5 file") -> dict[str, matlab.Value]:
+    """All variables of a MATLAB file by name, or ``name`` alone; UserError, of a file that has no such form."""
+    with _reading(path, wanted):
+        return matlab.read_variables(path.read_bytes(), name=name)
+
+
+def read_matrix(path: Path, name: str, wanted: str) -> Array:
+    """The numbers of the variable ``name`` of a MATLAB file; UserError where it is anything else."""
+    value = read_variable(path, name)
+    if not isinstance(value, np.ndarray):
+        what = value.what if isinstance(value, matlab.Unread) else "text" if isinstance(value, str) else "a struct"
+        raise reject(path, f"{what} in {name}", wanted)
     return value
 
 
@@ -116,14 +108,17 @@ def reject(path: Path, got: str, wanted: str, *, advice: str = "unpack the archi
 
 @contextlib.contextmanager
 def _reading(path: Path, wanted: str) -> Iterator[None]:
+    """Turns whatever a decoder raises, which may be of any type for a damaged file, into the refusal of ``path``."""
     try:
         yield
-    except UserError:
-        raise
     except FileNotFoundError:
         raise reject(path, "no such file", wanted) from None
-    except _BROKEN as error:
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise reject(path, f"an unreadable file ({error})", wanted) from None
+    except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         size = path.stat().st_size if path.is_file() else 0
-        sentence = str(reject(path, f"an unreadable file of {size} bytes ({reason})", wanted))
+        sentence = str(reject(path, f"an unreadable file of {size} bytes ({reason:.200})", wanted))
         raise file_error(error, sentence) from None

@@ -155,7 +155,7 @@ def test_label_map_keeps_sixteen_bits_and_is_resized_nearest(pascal):
         (np.array([[0.5]]), "0.5"),
         (np.array([[-1]]), "-1"),
         (np.array([[np.nan]]), "nan"),
-        (np.array([["x"]], dtype=object), "type object"),
+        (np.array([["x"]], dtype=object), "a cell array in LabelMap"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")

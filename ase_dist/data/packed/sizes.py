@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy.io import loadmat
 
-from ase_dist.data.files import Array, read_array
+from ase_dist.data.files import Array, read_array, read_variables
+from ase_dist.data.matlab import Struct
 
 
 def other_sizes(root: Path, paths: Iterable[Path], shape: tuple[int, ...]) -> Iterator[str]:
@@ -30,13 +30,13 @@ def stored_size(path: Path) -> tuple[int, int] | None:
     if path.suffix != ".mat":
         with Image.open(path) as picture:
             return picture.height, picture.width
-    variables = loadmat(path)
-    if "anno" in variables:
-        try:
-            return _size(np.ravel(variables["anno"][0][0][1])[0][2])  # of the first object's mask
-        except (IndexError, TypeError):  # no object, or none with a mask, which only people need
-            return None
-    sizes = [_size(value) for name, value in variables.items() if not name.startswith("__")]
+    variables = read_variables(path)
+    anno = variables.get("anno")
+    if isinstance(anno, Struct):
+        objects = anno.elements[0].get("objects") if anno.elements else None
+        first = objects.elements[0].get("mask") if isinstance(objects, Struct) and objects.elements else None
+        return _size(first) if isinstance(first, np.ndarray) else None  # only people need a mask
+    sizes = [_size(value) for value in variables.values() if isinstance(value, np.ndarray)]
     return next((size for size in sizes if size is not None), None)
 
 
