@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,22 @@ def world_size() -> int:
 def rank() -> int:
     """This process's rank in the default group; 0 where there is none."""
     return dist.get_rank() if is_distributed() else 0
+
+
+NCCL_MARGIN = 60.0  # seconds
+
+
+def limit_all_groups(seconds: float) -> None:
+    """Set the time limit of every group that exists, whoever made it: DeepSpeed gives its own none, so torch's hold.
+
+    NCCL aborts the process at its limit, without a word of which rank is missing; so its limit is ``NCCL_MARGIN``
+    longer, and the watchdog, which says that, comes first.
+    """
+    # torch 2.14 made this public; the old name still works there and warns
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    for group in list(dist.distributed_c10d._world.pg_map):
+        is_nccl = "nccl" in dist.get_backend(group)
+        set_timeout(timedelta(seconds=seconds + (NCCL_MARGIN if is_nccl else 0)), group)
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:

@@ -162,6 +162,12 @@ class TrainSettings(Section):
     log_every: int = Field(10, ge=1, description="steps between two lines of metrics")
     threads: int | None = Field(None, ge=1, description="CPU threads per rank; null: physical cores over local ranks")
     compile: bool = Field(False, description="torch.compile the blocks")
+    tf32: bool = Field(
+        False, description="GPUs multiply float32 in TF32, in products and convolutions: faster, 3 digits"
+    )
+    deterministic: bool = Field(
+        False, description="GPUs use only algorithms that give the same bits in every run, which takes longer"
+    )
     adam: AdamSettings = AdamSettings()
     poly: PolySettings = PolySettings()
 
@@ -291,6 +297,8 @@ ON_RESUME: dict[str, OnResume] = {
     "train.log_every": "listed",
     "train.threads": "listed",
     "train.compile": "listed",
+    "train.tf32": "listed",
+    "train.deterministic": "listed",
     "eval.every": "listed",
     "eval.at_start": "listed",
     "eval.batch_size": "listed",

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     from ase_dist.deployment.predict_folder import choose_tasks, find_sources, predict_files
     from ase_dist.deployment.predictor import load
-    from ase_dist.training.process.runtime import find_device
+    from ase_dist.training.process.device import find_device
     from ase_dist.training.record.console import StepProgress, close_console, set_up_logging
 
     console = set_up_logging(rank=0)

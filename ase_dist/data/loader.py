@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from typing import Literal
 
+import torch
+
 from ase_dist.config import Settings
 from ase_dist.data.batch import Batch, EvalBatch, collate, collate_eval
 from ase_dist.data.dataset import RecordDataset, data_fingerprint
 from ase_dist.data.packed.dataset import PackedDataset
 from ase_dist.data.packed.layout import is_packed
-from ase_dist.data.prefetch import Draws, Prefetcher
+from ase_dist.data.prefetch import CPU, Draws, Prefetcher
 from ase_dist.data.readers import reader_of
 from ase_dist.data.sampler import EvalSampler, ResumableSampler
 from ase_dist.data.transforms import Transform
@@ -119,35 +121,48 @@ def open_dataset(settings: Settings, tasks: tuple[Task, ...], *, split: Split) -
     return reader(root, split, tasks, limit=limit, cache_in_memory=data.cache_in_memory)
 
 
-def build_train_loader(settings: Settings, tasks: tuple[Task, ...], *, rank: int, world_size: int) -> TrainLoader:
-    """The training batches of one rank; ``rank`` and ``world_size`` count the ranks that share the data."""
+def build_train_loader(
+    settings: Settings, tasks: tuple[Task, ...], *, rank: int, world_size: int, device: torch.device = CPU
+) -> TrainLoader:
+    """The training batches of one rank, for its ``device`` (``Prefetcher``); ``world_size`` ranks share the data."""
     dataset = open_dataset(settings, tasks, split="train")
     sampler = ResumableSampler(
         len(dataset), batch_size=settings.train.batch_size, rank=rank, world_size=world_size, seed=settings.seed
     )
     transform = Transform(settings.data.size, tasks=tasks, augment=settings.data.augment)
     fetch = _TrainFetch(dataset, transform, seed=settings.seed)
-    return TrainLoader(dataset, sampler, Prefetcher(fetch, plan=sampler.upcoming, workers=settings.data.workers))
+    prefetcher = Prefetcher(fetch, plan=sampler.upcoming, workers=settings.data.workers, device=device)
+    return TrainLoader(dataset, sampler, prefetcher)
 
 
 def build_eval_loader(
-    settings: Settings, tasks: tuple[Task, ...], *, rank: int, world_size: int, split: Split = "val"
+    settings: Settings,
+    tasks: tuple[Task, ...],
+    *,
+    rank: int,
+    world_size: int,
+    split: Split = "val",
+    device: torch.device = CPU,
 ) -> EvalLoader:
     """The evaluation batches of one rank: each image on exactly one rank, batches of the same number on all."""
     dataset = open_dataset(settings, tasks, split=split)
-    return _eval_loader(dataset, settings, len(dataset), rank=rank, world_size=world_size)
+    return _eval_loader(dataset, settings, len(dataset), rank=rank, world_size=world_size, device=device)
 
 
 def first_images(loader: TrainLoader, settings: Settings, *, limit: int, rank: int, world_size: int) -> EvalLoader:
-    """One pass over the first ``limit`` training images as they are; what it decodes is kept for ``loader``."""
-    return _eval_loader(loader.dataset, settings, min(limit, len(loader.dataset)), rank=rank, world_size=world_size)
+    """One pass over the first ``limit`` training images, for the CPU; what it decodes is kept for ``loader``."""
+    images = min(limit, len(loader.dataset))
+    return _eval_loader(loader.dataset, settings, images, rank=rank, world_size=world_size, device=CPU)
 
 
-def _eval_loader(dataset: RecordDataset, settings: Settings, images: int, *, rank: int, world_size: int) -> EvalLoader:
+def _eval_loader(
+    dataset: RecordDataset, settings: Settings, images: int, *, rank: int, world_size: int, device: torch.device
+) -> EvalLoader:
     batch_size = settings.eval.batch_size or settings.train.batch_size
     sampler = EvalSampler(images, batch_size=batch_size, rank=rank, world_size=world_size)
     fetch = _EvalFetch(dataset, Transform(settings.data.size, tasks=dataset.tasks, augment=False))
-    return EvalLoader(dataset, sampler, Prefetcher(fetch, plan=sampler.__iter__, workers=settings.data.workers))
+    prefetcher = Prefetcher(fetch, plan=sampler.__iter__, workers=settings.data.workers, device=device)
+    return EvalLoader(dataset, sampler, prefetcher)
 
 
 class _TrainFetch:

@@ -21,6 +21,7 @@ from ase_dist.errors import ExitCode, RunError, UserError, describe, exit_code_o
 from ase_dist.workers import ignore_signals
 
 Draws = list[Draw]
+CPU = torch.device("cpu")
 LAST = -1000  # of what multiprocessing does at the end of a process
 
 
@@ -40,13 +41,22 @@ class Prefetcher(Generic[BatchT]):
     ``workers`` 0: a thread prepares the next batch while the loop uses this one. More: that many processes, spawned
     (forking a process with threads or a CUDA context is not safe, and a signal to the whole job would kill a fork
     server and with it the workers). User and file errors in ``fetch`` are raised again in the loop with the same
-    sentence, bugs with their traceback. Batches are page-locked where there is a CUDA device.
+    sentence, bugs with their traceback. Batches for a ``device`` other than the CPU are page-locked; for a CPU no
+    accelerator is touched, even where there is one.
     """
 
-    def __init__(self, fetch: Callable[[Draws], BatchT], *, plan: Callable[[], Iterable[Draws]], workers: int) -> None:
+    def __init__(
+        self,
+        fetch: Callable[[Draws], BatchT],
+        *,
+        plan: Callable[[], Iterable[Draws]],
+        workers: int,
+        device: torch.device = CPU,
+    ) -> None:
         self._fetch = fetch
         self._plan = plan
         self._workers = workers
+        self._device, self._pins = device, device.type != "cpu"
         self._loader: DataLoader[Any] | None = None
         self._at_exit = functools.partial(_close_if_alive, weakref.ref(self))
 
@@ -62,9 +72,8 @@ class Prefetcher(Generic[BatchT]):
             iterator._shutdown_workers()  # torch 2.14 has no public way while an iteration refers to it
 
     def _from_thread(self) -> Generator[BatchT, None, None]:
-        # a new thread starts on CUDA device 0, where pinning would open another context
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        begin = None if device is None else functools.partial(torch.cuda.set_device, device)
+        # a new thread starts on device 0, where pinning would open another context
+        begin = functools.partial(torch.accelerator.set_device_index, self._device) if self._pins else None
         pool = ThreadPoolExecutor(1, thread_name_prefix="ase-data", initializer=begin)
         try:
             waiting: Future[BatchT] | None = None
@@ -80,7 +89,7 @@ class Prefetcher(Generic[BatchT]):
 
     def _fetch_pinned(self, draws: Draws) -> BatchT:
         batch = self._fetch(draws)
-        return batch.pin_memory() if torch.cuda.is_available() else batch
+        return batch.pin_memory() if self._pins else batch
 
     def _from_processes(self) -> Generator[BatchT, None, None]:
         fresh = self._loader is None
@@ -91,7 +100,7 @@ class Prefetcher(Generic[BatchT]):
                 sampler=_Plan(self._plan),
                 num_workers=self._workers,
                 collate_fn=_unchanged,
-                pin_memory=torch.cuda.is_available(),
+                pin_memory=self._pins,
                 multiprocessing_context="spawn",
                 worker_init_fn=_begin_worker,
                 persistent_workers=True,

@@ -83,7 +83,8 @@ def evaluate_model(request: EvaluationRequest, world: World, *, console: Console
     ):  # compare invented values first: a score missing in the reference is an error before the work
         keys = {task.name: {task.metric, "ods_f"} if ods and task.kind == "edges" else {task.metric} for task in tasks}
         compare(tasks, {name: dict.fromkeys(found, 1.0) for name, found in keys.items()}, reference)
-    loader = build_eval_loader(settings, tasks, rank=world.rank, world_size=world.size, split=request.split)
+    place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "device": world.device}
+    loader = build_eval_loader(settings, tasks, split=request.split, **place)
     try:
         results = _evaluate_with_progress(trained, loader, tasks, world, ods, console)
     finally:

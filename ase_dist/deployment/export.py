@@ -24,6 +24,7 @@ from ase_dist.models.export_file import CARD, WEIGHTS, Card, ImageFacts
 from ase_dist.models.names import named_tensors
 from ase_dist.tasks import Task, select_tasks
 from ase_dist.training.loop.evaluate import Gallery, Results, evaluate
+from ase_dist.training.process.device import find_device
 from ase_dist.training.state.meta import read_meta
 from ase_dist.versions import versions_of
 
@@ -116,14 +117,14 @@ def check_export(run: str | Path, out: str | Path, *, device: str | None = None)
     a GPU where there is one. Raises UserError where the run has not evaluated the exported step.
     """
     settings = read_run(Path(run))
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = find_device(device)
     model = load(out, device=where)
     if not model.metrics:
         raise UserError(
             f"--check: the run was not evaluated at step {model.card.step}, so there is nothing to compare with; "
             "export the checkpoint of an evaluated step"
         )
-    loader = build_eval_loader(settings, model.tasks, rank=0, world_size=1)
+    loader = build_eval_loader(settings, model.tasks, rank=0, world_size=1, device=where)
     try:
         evaluation = evaluate(
             model, loader, model.tasks, device=where, gallery=Gallery(limit=0), constants={}, go_on=lambda: True

@@ -161,9 +161,13 @@ def write_master(engine: Any, parameter: Tensor, kind: str, value: Tensor, *, st
             return
         target = fragment.master.data
         if kind != "weight":
-            state = _basic(engine).state[fragment.master]
-            is_torch = isinstance(_basic(engine), torch.optim.AdamW)
-            state["step"] = torch.tensor(float(step)) if is_torch else step  # DeepSpeed's own counts in an int
+            basic = _basic(engine)
+            state = basic.state[fragment.master]
+            if isinstance(basic, torch.optim.AdamW):  # a fused one counts where the parameter is
+                where = fragment.master.device if basic.defaults["fused"] else None
+                state["step"] = torch.full((), float(step), device=where)
+            else:  # DeepSpeed's own counts in an int
+                state["step"] = step
             if kind not in state:
                 state[kind] = torch.zeros_like(fragment.master.data)
             target = state[kind]

@@ -230,6 +230,20 @@ class Failing:
         raise ZeroDivisionError("a bug")
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_pages_are_locked_for_an_accelerator_alone(settings, monkeypatch, device):
+    """A run on the CPU of a host with GPUs must not touch them: each process would open a context on GPU 0."""
+    chosen, pinned = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: pinned.append(batch) or batch)
+    loader = build_train_loader(settings(), ALL, rank=0, world_size=1, device=torch.device(device))
+    next(loader)
+    loader.close()
+    assert chosen == ([] if device == "cpu" else [torch.device("cuda", 1)])
+    assert bool(pinned) is (device != "cpu")
+
+
 def test_without_augmentation_epochs_are_alike(settings):
     loader = train(settings(batch=1, augment=False, limit_train=1, cache_in_memory=True))
     first, second = take(loader, 2)

@@ -4,16 +4,19 @@ import inspect
 import json
 import math
 import os
+import platform
 import re
 import signal
 import threading
 import time
+from unittest import mock
 
 import pytest
 import torch
 
 from ase_dist.collectives import barrier
 from ase_dist.errors import ExitCode
+from ase_dist.training.process import watchdog as watchdog_module
 from ase_dist.training.process.finite import FiniteGuard, NonFiniteError, all_finite, vote
 from ase_dist.training.process.signals import STOPPING, StopFlag
 from ase_dist.training.process.watchdog import Watchdog
@@ -263,6 +266,37 @@ def peer_dies(rank, folder):
         time.sleep(60)
 
 
+def peer_dies_early(rank, folder):
+    """As under NCCL, where a collective with a dead rank raises nothing: long before the limit of a minute."""
+    watchdog = Watchdog(folder, timeout=60.0)
+    watchdog._interval = 0.2
+    with mock.patch.object(watchdog_module, "PEER_GRACE", 1.5), watchdog:
+        watchdog.beat("forward of step 4")
+        time.sleep(2.0)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        for _ in range(20):  # who goes on is left alone
+            watchdog.beat("saving step 4")
+            time.sleep(0.2)
+        watchdog.beat("all-to-all of step 5")
+        time.sleep(40)
+
+
+def peer_leaves(rank, folder):
+    """A rank that has done its work goes, and a file of an earlier attempt names a process that is dead."""
+    earlier = {"beats": 1, "doing": "", "host": platform.node(), "pid": 2**22}
+    (folder / "rank_2.beat").write_text(json.dumps(earlier))
+    with (
+        mock.patch.object(watchdog_module, "PEER_GRACE", 0.5),
+        mock.patch.object(watchdog_module, "world_size", lambda: 3),
+    ):
+        watchdog = Watchdog(folder, timeout=60.0)
+        watchdog._interval = 0.2
+        with watchdog:
+            watchdog.beat("the end")
+            time.sleep(1.0 if rank else 4.0)
+
+
 def peer_is_behind(rank, folder):
     with Watchdog(folder, timeout=8.0) as watchdog:
         for step in range(4 if rank == 0 else 2):
@@ -281,6 +315,8 @@ WORKERS = {
     sleeps_past_the_limit: 1,
     holds_the_lock: 1,
     peer_dies: 2,
+    peer_dies_early: 2,
+    peer_leaves: 2,
     peer_is_behind: 2,
 }
 
@@ -339,6 +375,24 @@ def test_a_dead_peer_is_named(worlds):
     assert codes == [ExitCode.SILENT, -signal.SIGKILL]
     log = (folder / "rank_0.log").read_text()
     assert re.search(r"rank 1 on \S+ is dead, the last thing it was known to begin is 'forward of step 4'", log)
+
+
+@pytest.mark.multi_gpu
+def test_a_peer_that_died_on_this_host_ends_the_rank_that_waits_for_it(worlds):
+    codes, _, folder = worlds[peer_dies_early]
+    assert codes == [ExitCode.SILENT, -signal.SIGKILL]
+    log = (folder / "rank_0.log").read_text()
+    assert re.search(
+        r"has made no progress for [1-9] s \(a rank that it may be waiting for is dead\), the last thing it began was "
+        r"'all-to-all of step 5'; rank 1 on \S+ is dead",
+        log,
+    )
+    assert "in peer_dies_early" in log, "the stack of the main thread"
+
+
+@pytest.mark.multi_gpu
+def test_a_peer_that_has_left_and_one_of_an_earlier_attempt_end_nobody(worlds):
+    assert worlds[peer_leaves][0] == [0, 0]
 
 
 @pytest.mark.multi_gpu

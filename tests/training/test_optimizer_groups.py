@@ -1,13 +1,17 @@
 """Who is decayed and who learns at which rate, and that runs with two rates end and resume under every ZeRO stage."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 from ase_dist.config import load_settings
 from ase_dist.models import build_model, parameter_groups
+from ase_dist.moe.deepspeed_compat import write_master
 from ase_dist.tasks import select_tasks
+from ase_dist.training.loop import engine
 from ase_dist.training.loop.engine import trained_groups
 from tests.training.conftest import start_world
 from tests.training.tiny_runs import TINY, checkpoint, distance, same_bits, tiny_run, trained
@@ -50,20 +54,33 @@ def test_nothing_trained_is_refused():
         trained_groups(torch.nn.Linear(2, 2).requires_grad_(False), load_settings().train)
 
 
+def test_a_fused_optimizer_counts_its_steps_where_the_parameter_is():
+    """What a resumed run hands it must be there too: torch refuses a counter on another device."""
+    weight = torch.nn.Parameter(torch.ones(3, device="meta"))
+    for fused, where in ((True, "meta"), (None, "cpu")):
+        optimizer = torch.optim.AdamW([weight])
+        optimizer.defaults["fused"] = fused
+        write_master(SimpleNamespace(optimizer=optimizer), weight, "exp_avg", torch.ones(3, device="meta"), step=5)
+        assert optimizer.state[weight]["step"].device.type == where
+
+
 def two_rates(rank, folder):
+    """The third run as on a GPU, with torch's fused AdamW, whose step counter is a tensor beside the parameter."""
     scenes, codes = Path((folder / "scenes").read_text()), []
-    for config in ("z0", "z2"):
-        codes.append(tiny_run(scenes, folder / config, *FULL, config=config))
-        half = folder / config / "checkpoints" / "step_3"
-        codes.append(tiny_run(scenes, folder / f"{config}_resumed", *FULL, f"resume={half}", config=config))
+    for name, config, fused in (("z0", "z0", ()), ("z2", "z2", ()), ("fused", "z1", ("cpu",))):
+        with mock.patch.object(engine, "FUSED", fused):
+            codes.append(tiny_run(scenes, folder / name, *FULL, config=config))
+            half = folder / name / "checkpoints" / "step_3"
+            codes.append(tiny_run(scenes, folder / f"{name}_resumed", *FULL, f"resume={half}", config=config))
     return codes
 
 
 def test_runs_with_two_rates_resume_bit_for_bit(scenes, tmp_path):
     (tmp_path / "scenes").write_text(str(scenes))
     codes, results = start_world(two_rates, tmp_path, seconds=120)()
-    assert codes == [0] and results == [[0, 0, 0, 0]]
-    for config in ("z0", "z2"):
-        whole, resumed = checkpoint(tmp_path / config, 6), checkpoint(tmp_path / f"{config}_resumed", 6)
+    assert codes == [0] and results == [[0, 0, 0, 0, 0, 0]]
+    for name in ("z0", "z2", "fused"):
+        whole, resumed = checkpoint(tmp_path / name, 6), checkpoint(tmp_path / f"{name}_resumed", 6)
         assert same_bits(whole, resumed) == []
+    assert max(distance(trained(tmp_path / "z0", 6), trained(tmp_path / "fused", 6)).values()) < 1e-5
     assert max(distance(trained(tmp_path / "z0", 6), trained(tmp_path / "z2", 6)).values()) < 1e-5

@@ -8,14 +8,13 @@ import sys
 import time
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch.utils import cpp_extension
 
 from ase_dist.commands import train as command
 from ase_dist.errors import ExitCode, UserError
 from ase_dist.training.process import runtime
-from ase_dist.training.process.runtime import find_device, join
+from ase_dist.training.process.runtime import join
 from tests.conftest import LAUNCHER
 from tests.training.conftest import start_world
 
@@ -120,24 +119,6 @@ def unlaunched(rank, folder):
 @pytest.mark.single_gpu
 def test_alone_there_is_no_group(tmp_path):
     assert start_world(unlaunched, tmp_path)().results == [[0, 1, 1, "cpu", True, False]]
-
-
-@pytest.mark.single_gpu
-def test_a_ranks_own_gpu_is_taken_where_none_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert find_device(None, local_rank=2) == find_device("cuda", local_rank=2) == torch.device("cuda", 2)
-    assert find_device("cuda:3", local_rank=2) == torch.device("cuda", 3)
-    assert find_device("cpu", local_rank=2) == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert find_device(None) == torch.device("cpu")
-
-
-@pytest.mark.single_gpu
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "cuda:x"])
-def test_devices_that_are_not_here_are_told(name):
-    with pytest.raises(ValueError, match=r"--device: "):
-        find_device(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def build(config: ResolvedConfig, world: World) -> RunComponents:
     tasks = select_tasks(settings.data.name, settings.tasks)
     check_conflict_settings(settings, num_tasks=len(tasks), zero_stage=config.zero_stage)
     runtime.seed_everything(settings.seed, rank=world.rank)
-    place: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
+    place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "device": world.device}
     train_loader = raise_together(lambda: build_train_loader(settings, tasks, **place))
     eval_loader = raise_together(lambda: build_eval_loader(settings, tasks, **place))
     require_same_on_ranks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ase_dist import collectives
 from ase_dist.config import TrainSettings
 from ase_dist.errors import UserError, first_problem
 from ase_dist.models import MultiTaskModel, parameter_groups
@@ -18,6 +20,7 @@ from ase_dist.training.loop.schedule import schedule_lambda
 from ase_dist.training.process.runtime import World
 from ase_dist.training.record.traffic import tokens_per_image
 
+FUSED = ("cuda", "xpu")  # devices with torch's fused AdamW that training runs on
 NO_DECAY_DIMS = 1  # biases, norms and scales are not decayed
 
 
@@ -35,11 +38,17 @@ def initialize(model: MultiTaskModel, config: ResolvedConfig, world: World, *, t
     deepspeed_compat.import_muon()
     try:
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config.deepspeed, dist_init_required=False
+            args=SimpleNamespace(device_rank=world.device.index or 0),  # else it takes the GPU of index LOCAL_RANK
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=config.deepspeed,
+            dist_init_required=False,
         )
     except ValidationError as error:
         problem = first_problem(error)
         raise UserError(f"DeepSpeed JSON: {problem.where}: got {problem.got!r}; {problem.why}") from None
+    collectives.limit_all_groups(config.settings.guard.timeout)  # DeepSpeed's new ones too
     decide_dispatch(model, images=train.batch_size)
     deepspeed_compat.undo_trial_step(engine)
     deepspeed_compat.use_true_gradient_norm(engine)
@@ -72,7 +81,8 @@ def build_optimizer(model: nn.Module, config: ResolvedConfig, world: World) -> t
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    return torch.optim.AdamW(groups, **options)
+    fused = world.device.type in FUSED and not offload  # one kernel for all parameters; the step counter is on the GPU
+    return torch.optim.AdamW(groups, fused=fused or None, **options)
 
 
 def trained_groups(model: nn.Module, train: TrainSettings) -> list[dict[str, Any]]:

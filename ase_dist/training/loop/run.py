@@ -42,15 +42,22 @@ def run(settings: Settings, ds_config: Mapping[str, Any]) -> ExitCode:
 
     Raises UserError with one sentence for what the user can mend, SaveError and NonFiniteError as their owners do.
     """
-    world = runtime.start(timeout=settings.guard.timeout, threads=settings.train.threads)
+    world = _start(settings)
     code = train(settings, ds_config, world)
     runtime.stop()
     return code
 
 
+def _start(settings: Settings) -> World:
+    train = settings.train
+    return runtime.start(
+        timeout=settings.guard.timeout, threads=train.threads, tf32=train.tf32, deterministic=train.deterministic
+    )
+
+
 def dry_run(settings: Settings, ds_config: Mapping[str, Any]) -> ExitCode:
     """Build everything, take one step on one batch, log the tables; nothing is written."""
-    world = runtime.start(timeout=settings.guard.timeout, threads=settings.train.threads)
+    world = _start(settings)
     set_up_logging(rank=world.rank)
     quiet = settings.model_copy(update={"monitor": MonitorSettings(tensorboard=False)})
     require_same_start(quiet, ds_config)

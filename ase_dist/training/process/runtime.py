@@ -1,4 +1,4 @@
-"""The process of a run: its rank, device, threads, memory allocator and seeds."""
+"""The process of a run: its rank among the others, threads, memory allocator and seeds."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from ase_dist.cores import share_of_cores
 from ase_dist.errors import ExitCode, RunError, UserError
 from ase_dist.moe import deepspeed_compat
 from ase_dist.seeding import derive_seed
+from ase_dist.training.process.device import device_index, find_device, has_native_bf16, set_arithmetic
 from ase_dist.training.process.launcher_watch import remember_launchers
 
 LOGGER = logging.getLogger("ase_dist")
@@ -58,12 +60,13 @@ class World:
         return self.rank == 0
 
 
-def start(*, timeout: float, threads: int | None) -> World:
+def start(*, timeout: float, threads: int | None, tf32: bool = False, deterministic: bool = False) -> World:
     """Join the process group that the launcher describes, or a group of one without a launcher; for an engine.
 
     ``timeout`` in seconds bounds every collective. Works under deepspeed, torchrun, srun, mpirun and plain python, on
-    any accelerator that DeepSpeed finds. Raises UserError where only some of the launcher's variables are set or the
-    port is taken, JoinError where another rank does not come in time.
+    any accelerator that DeepSpeed finds; ``tf32`` and ``deterministic`` as ``set_arithmetic``. Raises UserError where
+    only some of the launcher's variables are set, the port is taken, or there are more ranks than accelerators,
+    JoinError where another rank does not come in time.
     """
     _read_launcher()
     import deepspeed
@@ -73,19 +76,22 @@ def start(*, timeout: float, threads: int | None) -> World:
     local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank == 0:
         warn_of_build_locks()
+    torch.set_num_threads(threads or share_of_cores(_local_size()))
     is_cpu = accelerator.device_name() == "cpu"
+    set_arithmetic(tf32=tf32 and not is_cpu, deterministic=deterministic)
     if is_cpu:
         deepspeed_compat.skip_cpu_communication_build()
-        _compute_on_cpu(threads)
+        keep_freed_memory()
+        device = torch.device("cpu")
     else:
-        accelerator.set_device(local_rank)
-    backend, limit = accelerator.communication_backend_name(), timedelta(seconds=timeout)
-    with _told_in_a_sentence(timeout):
-        if _is_under_torchrun():
-            _join_under_torchrun(backend, limit=limit)
-        deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False)
-    device = torch.device("cpu") if is_cpu else torch.device(accelerator.device_name(), local_rank)
-    return _world(device, native_bf16=not is_cpu and bool(accelerator.is_bf16_supported()))
+        index = device_index(visible=accelerator.device_count(), local_rank=local_rank, local_size=_local_size())
+        device = torch.device(accelerator.device_name(), index)
+        accelerator.set_device(index)
+    backend = accelerator.communication_backend_name()
+    _join_group(backend, device=device, timeout=timeout)
+    # only wraps the group that exists now
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout), verbose=False)
+    return _world(device, native_bf16=has_native_bf16(accelerator))
 
 
 @contextlib.contextmanager
@@ -96,39 +102,21 @@ def join(*, device: str | None, timeout: float = 1800.0) -> Iterator[World]:
     else the CPU. Raises UserError as ``start``, and for a device that does not exist.
     """
     _read_launcher()
-    found = find_device(device, local_rank=int(os.environ["LOCAL_RANK"]))
+    found = find_device(device, local_rank=int(os.environ["LOCAL_RANK"]), local_size=_local_size())
+    torch.set_num_threads(share_of_cores(_local_size()))
+    set_arithmetic(tf32=False, deterministic=False)
     if found.type == "cuda":
         torch.cuda.set_device(found)
     else:
-        _compute_on_cpu(None)
+        keep_freed_memory()
     is_new = not dist.is_initialized() and int(os.environ["WORLD_SIZE"]) > 1
     if is_new:
-        backend, limit = "nccl" if found.type == "cuda" else "gloo", timedelta(seconds=timeout)
-        with _told_in_a_sentence(timeout):
-            if _is_under_torchrun():
-                _join_under_torchrun(backend, limit=limit)
-            else:
-                dist.init_process_group(backend, timeout=limit)
+        _join_group("nccl" if found.type == "cuda" else "gloo", device=found, timeout=timeout)
     try:
         yield _world(found, native_bf16=False)
     finally:
         if is_new:
             stop()
-
-
-def find_device(device: str | None, *, local_rank: int = 0) -> torch.device:
-    """The device called ``device``, with this rank's index where none is given; UserError if it does not exist."""
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device: got {name!r}, wanted cpu, cuda or one GPU such as cuda:1") from None
-    if found.type == "cuda" and found.index is None:
-        found = torch.device("cuda", local_rank)
-    count = torch.cuda.device_count() if found.type == "cuda" else 1
-    if found.type not in ("cpu", "cuda") or (found.index or 0) >= count:
-        raise UserError(f"--device: there is no {found} here, there are {torch.cuda.device_count()} GPUs and the cpu")
-    return found
 
 
 def _read_launcher() -> None:
@@ -156,9 +144,22 @@ def _world(device: torch.device, *, native_bf16: bool) -> World:
     return World(collectives.rank(), collectives.world_size(), local_rank, _local_size(), device, native_bf16)
 
 
-def _compute_on_cpu(threads: int | None) -> None:
-    keep_freed_memory()
-    torch.set_num_threads(threads or share_of_cores(_local_size()))
+def _join_group(backend: str, *, device: torch.device, timeout: float) -> None:
+    """Make the default group unless there is one. A group of several GPUs is bound to them, which starts NCCL at once.
+
+    DeepSpeed would bind it to the GPU of index LOCAL_RANK (0.19.8), which does not exist where each rank sees one.
+    """
+    if dist.is_initialized():
+        return
+    limit = timedelta(seconds=timeout)
+    is_bound = device.type == "cuda" and int(os.environ["WORLD_SIZE"]) > 1
+    options: dict[str, Any] = {"timeout": limit, "device_id": device if is_bound else None}
+    with _told_in_a_sentence(timeout):
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            _join_under_torchrun(backend, limit=limit, options=options)
+        else:
+            dist.init_process_group(backend, **options)
+    collectives.limit_all_groups(timeout)
 
 
 @contextlib.contextmanager
@@ -171,6 +172,11 @@ def _told_in_a_sentence(timeout: float) -> Iterator[None]:
         yield
     except RuntimeError as error:  # torch's DistError where a rank is missing, gloo's own where it went again
         rank, size, address, port = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        if "Duplicate GPU" in str(error):  # NCCL's, where two ranks of a host have the same one
+            raise UserError(
+                f"rank {rank}: {platform.node()} has more ranks than GPUs, and NCCL wants one for each; start fewer "
+                "ranks there, or let the scheduler give each rank its own GPU, as srun --gpus-per-task=1 does"
+            ) from None
         if "EADDRINUSE" in str(error):
             raise UserError(
                 f"rank {rank}: port {port}, at which the ranks are to meet, is in use on {platform.node()} by another "
@@ -183,11 +189,7 @@ def _told_in_a_sentence(timeout: float) -> Iterator[None]:
         ) from None
 
 
-def _is_under_torchrun() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized()
-
-
-def _join_under_torchrun(backend: str, *, limit: timedelta) -> None:
+def _join_under_torchrun(backend: str, *, limit: timedelta, options: dict[str, Any]) -> None:
     """Make the group through a store of this attempt alone: torchrun has one store for all of its restarts.
 
     In that one torch 2.14 finds the addresses of the ranks that were killed, and no restart ever comes together. So
@@ -208,7 +210,7 @@ def _join_under_torchrun(backend: str, *, limit: timedelta) -> None:
             if time.monotonic() > deadline:
                 raise
     own.set_timeout(limit)
-    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, **options)
     if rank == 0:
         shared.delete_key(PORT_KEY)
 

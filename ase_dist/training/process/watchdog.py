@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import platform
 import select
@@ -27,6 +28,7 @@ MISSED = (
 )
 GRACE = 10.0  # seconds that a file system gets to write the last report
 END_GRACE = 30.0  # seconds that a process gets to end after it has lost a peer
+PEER_GRACE = 30.0  # seconds without a beat after a peer has died: with gloo the loop has raised an error by then
 
 
 class Watchdog:
@@ -35,7 +37,9 @@ class Watchdog:
     1. While entered, ``rank_N.beat`` in ``folder`` is kept up to date; the other ranks read it to name who is missing.
     2. When the time is up, one sentence and the stacks of all threads go to ``rank_N.log``, the sentence also to the
        standard error, and the process ends with ``ExitCode.SILENT``. Nothing is saved: the state may be half a step.
-    3. A main thread that holds Python's lock stops the other threads too; then faulthandler's own timer, after up to
+    3. The same happens ``PEER_GRACE`` seconds after another rank's process on this host has died, unless the main
+       thread goes on: with NCCL the others would wait for the dead one until the time is up.
+    4. A main thread that holds Python's lock stops the other threads too; then faulthandler's own timer, after up to
        twice the time, dumps the stacks and ends the process with code 1.
 
     ``timeout`` must be longer than the longest time between two beats: beat while evaluating, compiling and saving too.
@@ -50,6 +54,8 @@ class Watchdog:
         self._interval = min(timeout / 8, 5.0)
         self._last = (time.monotonic(), 0, "starting")  # replaced as a whole: two threads use it
         self._leaving, self._force_exit_on_close = threading.Event(), False
+        self._neighbours: dict[int, int] = {}  # pids of the ranks that were seen alive on this host
+        self._elsewhere = {rank()}  # ranks on other hosts, and this one
         # Two threads: a file system that hangs stops the one that writes, not the one that watches.
         loops = {"watchdog": self._watch, "heartbeat": self._pulse}
         self._threads = [threading.Thread(target=loop, name=name, daemon=True) for name, loop in loops.items()]
@@ -102,11 +108,33 @@ class Watchdog:
         return "; ".join(clauses) or "no other rank looks dead or behind"
 
     def _watch(self) -> None:
+        lost = math.inf  # when a dead peer was seen first
         while not self._leaving.wait(self._interval):
             self._put_off_last_resort()
-            since, _, doing = self._last
+            since, _, _ = self._last
             if time.monotonic() - since > self.timeout:
-                self._end(time.monotonic() - since, doing)
+                self._end(f"limit {self.timeout:g} s")
+            lost = min(lost, time.monotonic()) if self._has_dead_neighbour() else math.inf
+            if time.monotonic() - max(since, lost) > PEER_GRACE:
+                self._end("a rank that it may be waiting for is dead")
+
+    def _has_dead_neighbour(self) -> bool:
+        """Whether a rank that was seen alive on this host has died; one that left has removed its beat file."""
+        for other in set(range(world_size())) - self._elsewhere:
+            pid = self._neighbours.get(other)
+            if pid is not None and is_alive(pid):
+                continue
+            try:
+                state = json.loads(self.run_folder.beat(other).read_text())
+            except (OSError, ValueError):  # it has not started, or has left
+                continue
+            if state["pid"] == pid:
+                return True
+            if state["host"] != platform.node():
+                self._elsewhere.add(other)
+            elif is_alive(state["pid"]):  # else the file of an earlier attempt
+                self._neighbours[other] = state["pid"]
+        return False
 
     def _put_off_last_resort(self) -> None:
         """Set faulthandler's timer anew: it needs no lock of Python's, and goes off when this is no longer called."""
@@ -116,12 +144,13 @@ class Watchdog:
         while not self._leaving.wait(self._interval):
             self._show_life()
 
-    def _end(self, silent: float, doing: str) -> None:
+    def _end(self, why: str) -> None:
         last_resort = threading.Timer(GRACE, os._exit, [ExitCode.SILENT])  # where writing the report hangs as well
         last_resort.daemon = True
         last_resort.start()
+        since, _, doing = self._last
         sentence = (
-            f"rank {rank()} on {platform.node()} has made no progress for {silent:.0f} s (limit {self.timeout:g} s), "
+            f"rank {rank()} on {platform.node()} has made no progress for {time.monotonic() - since:.0f} s ({why}), "
             f"the last thing it began was {doing!r}; {self.suspects()}; stacks are in {self._log.name}"
         )
         # Not through logging: the main thread may be stuck with its lock.
