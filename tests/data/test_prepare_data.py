@@ -29,6 +29,7 @@ def test_an_archive_is_packed_like_its_folder(six, pack, tmp_path, counted, capl
     assert bins == {name: content for name, content in contents(reference).items() if name.endswith(".bin")}
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"PASCAL_MT", "reference", "packed"}
     counted.clear()
+    caplog.clear()  # another test may have turned the log on
     with caplog.at_level(logging.INFO):
         pack(tgz)
     assert not counted and "unpacking" not in caplog.text
