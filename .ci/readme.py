@@ -38,6 +38,7 @@ QUICK = (
     (r"study\.py table1", f"--only stl_resnet18,ase_16_3_1_4 {STUDY}"),
     (r"study\.py naive_vs_ase", f"--only ase_16_3_1_4_pair 'model.backbone_args={{depth: 1}}' {STUDY}"),
     (r"study\.py topk", f"--only ase_k3 {SMALL_VIT} {STUDY}"),
+    (r"benchmarks/roofline", "--tokens 6 --depth 1 --size 64 --step-shapes tiny"),
     (r"benchmarks/layer", "--images 1 --few-images 1 --tokens 6 --repeats 1 --threads 1"),
     (r"benchmarks/train_step", "--depth 1 --size 64 --head linear --repeats 1 --threads 1"),
     (r"benchmarks/scaling", "--points 2 --images 1 --repeats 1"),

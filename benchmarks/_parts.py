@@ -8,12 +8,13 @@ else is the experts', or that of the LoRA which a model has instead.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.router import TaskRouter
@@ -24,77 +25,100 @@ ACTIVATIONS = ("gelu", "gelu_backward")
 NAMED = {"patch_embed": "patch embedding", "attn": "attention", "norm1": "attention", "norm2": "base FFN"}
 
 
-class Parts(TorchDispatchMode):
-    """``seconds`` by part of what runs inside; ``enter`` names the part of what has no module.
+class PartTracker:
+    """Which part of a model is at work: ``current`` of the operator that runs, forward or backward.
 
     1. hooks name the part while a module's forward runs, and then lay claim to the graph nodes that it made
-    2. every operator's time goes to the part that is running, or in a backward pass to the owner of the node
+    2. an operator belongs to the part that is running, or in a backward pass to the owner of the node; in one that a
+       node starts itself (an activation's derivative), to the owner of that node
+
+    ``part_of`` gives a module's part from its name and itself, or None for one that belongs to what surrounds it.
+    ``outside`` is the part of what runs in no module, ``unowned`` of a backward operator whose node none made.
     """
+
+    def __init__(self, model: nn.Module, part_of: Callable[[str, nn.Module], str | None]) -> None:
+        self.outside, self.unowned = "other", "other"
+        self._stack: list[str] = []
+        self._owner: dict[Any, str] = {}
+        self._hooks: list[Any] = []
+        self._pass, self._last = -1, ""
+        for name, module in model.named_modules():
+            part = part_of(name, module)
+            if part is not None:
+                self._hooks.append(module.register_forward_pre_hook(lambda m, i, part=part: self._stack.append(part)))
+                self._hooks.append(module.register_forward_hook(lambda m, i, out: self._leave(out)))
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def current(self) -> str:
+        """The part that the operator works for which is dispatched at this moment."""
+        node, backward_pass = torch._C._current_autograd_node(), torch._C._current_graph_task_id()
+        if backward_pass == -1:
+            self._pass = -1
+        elif self._pass == -1:
+            self._pass = backward_pass
+        if node is None:
+            return self._stack[-1] if self._stack else self.outside
+        if backward_pass == self._pass:
+            self._last = self._owner.get(node, self.unowned)
+        return self._last
+
+    def _leave(self, output: Any) -> None:
+        part = self._stack.pop()
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        pending = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+        while pending:
+            node = pending.pop()
+            if node is not None and node not in self._owner:
+                self._owner[node] = part
+                pending.extend(following for following, _ in node.next_functions)
+
+
+class Parts(TorchDispatchMode):
+    """``seconds`` by part of what runs inside; ``enter`` names the part of what has no module."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._stack = ["other"]
-        self._owner: dict[Any, str] = {}
-        self._hooks: list[Any] = []
         self._widths: tuple[int, ...] | None = None
+        for name, module in model.named_modules():
+            if _part_of(name, module) == "FFN":
+                self._widths = _widths(module)
+        self._tracker = PartTracker(model, _part_of)
         self._since = time.perf_counter()
-        self._attach(model)
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for hook in self._hooks:
-            hook.remove()
+        self._tracker.close()
 
     def enter(self, part: str) -> None:
         """What is outside of all modules from now on; "data" is timed by the clock, for it is not operators alone."""
         now = time.perf_counter()
-        if self._stack[0] == "data":
+        if self._tracker.outside == "data":
             self.seconds["data"] += now - self._since
         self._since = now
-        self._stack[0] = part
+        self._tracker.outside = part
+        self._tracker.unowned = "loss" if part == "backward" else "other"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         began = time.perf_counter()
         out = func(*args, **(kwargs or {}))
         seconds = time.perf_counter() - began
-        part = self._part()
+        part = self._tracker.current()
         if part == "FFN":
             part = "base FFN" if self._is_base(func, args) else "experts"
         if part != "data":
             self.seconds[part if part in self.seconds else "other"] += seconds
         return out
 
-    def _part(self) -> str:
-        node = torch._C._current_autograd_node()
-        if node is None:
-            return self._stack[-1]
-        return self._owner.get(node, "loss" if self._stack[0] == "backward" else "other")
-
     def _is_base(self, func: Any, args: Any) -> bool:
         """The activation, or a product with the base's weight."""
         if func._overloadpacket.__name__ in ACTIVATIONS:
             return True
         return any(tuple(sorted(tensor.shape[-2:])) == self._widths for tensor in args if isinstance(tensor, Tensor))
-
-    def _attach(self, model: nn.Module) -> None:
-        for name, module in model.named_modules():
-            part = _part_of(name, module)
-            if part == "FFN":
-                self._widths = _widths(module)
-            if part:
-                self._hooks.append(module.register_forward_pre_hook(lambda m, i, part=part: self._stack.append(part)))
-                self._hooks.append(module.register_forward_hook(lambda m, i, out: self._leave(out)))
-
-    def _leave(self, output: Any) -> None:
-        part = self._stack.pop()
-        outputs = output if isinstance(output, tuple) else (output,)
-        pending = [tensor.grad_fn for tensor in outputs if isinstance(tensor, Tensor) and tensor.grad_fn is not None]
-        while pending:
-            node = pending.pop()
-            if node is not None and node not in self._owner:
-                self._owner[node] = part
-                pending.extend(following for following, _ in node.next_functions)
 
 
 def _part_of(name: str, module: nn.Module) -> str | None:

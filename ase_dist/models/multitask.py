@@ -16,6 +16,7 @@ from ase_dist.models.backbone import Backbone
 from ase_dist.models.blocks import BlockOutput, TaskBlock
 from ase_dist.models.heads import TaskHead
 from ase_dist.moe import MoEFFN
+from ase_dist.ops.modes import autocast_dtype
 
 
 class ModelOutput(NamedTuple):
@@ -110,8 +111,7 @@ class MultiTaskViT(nn.Module):
 
     def _features(self, images_BCHW: Tensor, streams: list[int]) -> tuple[Tensor, list[BlockOutput]]:
         """The final patch tokens [t, B, patches, D], and the outputs of the layers with experts."""
-        device = images_BCHW.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        autocast = autocast_dtype(images_BCHW.device.type)
         images_BCHW = images_BCHW.to(next(self.stem.parameters()).dtype)  # DeepSpeed's bf16 casts weights alone
         tokens_BPD = self.stem.forward_features(images_BCHW)
         x_tBPD = self._streams(tokens_BPD, streams)

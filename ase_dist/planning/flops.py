@@ -89,12 +89,21 @@ def _onednn_flops(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> float:
     return 2.0 * x.numel() * weight.shape[0]
 
 
-_FORMULAS = {  # torch (2.14) has none for these
-    **flop_registry,
+_FORMULAS = {  # for which torch (2.14) has none
     "mkldnn::_linear_pointwise": _onednn_flops,
     torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
     torch.ops.aten._grouped_mm: shape_wrapper(_grouped_mm_flops),
 }
+
+
+def operator_flops(func: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> float:
+    """FLOPs of one operator that was dispatched; 0 for one without a formula.
+
+    An operator of an extension declares its own by ``torch.utils.flop_counter.register_flop_formula``.
+    """
+    packet = func._overloadpacket
+    formula = _FORMULAS.get(packet) or _FORMULAS.get(func._schema.name) or flop_registry.get(packet)
+    return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
 
 
 class FlopCounter(TorchDispatchMode):
@@ -106,7 +115,5 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = _FORMULAS.get(func._overloadpacket) or _FORMULAS.get(func._schema.name)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        self.total += operator_flops(func, args, kwargs or {}, out)
         return out
