@@ -21,7 +21,9 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# What a terminal, a launcher or a scheduler sends to all processes of a job. SIGHUP: the terminal was closed. SIGUSR1
+# and SIGUSR2: the time limit is near.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 AHEAD = 2  # calls in flight for each worker: one that it computes, and one that waits for it
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # The parent's sys.path first: "-c" alone would look for modules in the current folder before anywhere else.
@@ -39,9 +41,8 @@ class WorkerPool:
     2. What a call returns or raises is in its future; WorkerDiedError where the worker was killed meanwhile.
     3. ``close`` drops what waits and kills the workers. They also end by themselves as soon as this process does.
 
-    Workers ignore SIGINT, SIGTERM and SIGUSR1, which a launcher or a scheduler sends to all processes of a job: this
-    process answers them and ends its workers. Functions, arguments and results are pickled; functions must be
-    importable by name, and not from ``__main__``.
+    Workers ignore the signals of ``STOPPING``: this process answers them and ends its workers. Functions, arguments and
+    results are pickled; functions must be importable by name, and not from ``__main__``.
     """
 
     def __init__(self, workers: int) -> None:
@@ -153,8 +154,8 @@ def run_calls(
 
 
 def ignore_signals() -> None:
-    """What a launcher or a scheduler sends to all processes of a job is the parent's to answer, not a worker's."""
-    for number in IGNORED:
+    """The signals of ``STOPPING`` are the parent's to answer, not a worker's."""
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -73,7 +73,7 @@ def _measure(arguments: argparse.Namespace, world: Any, folder: Path) -> dict[st
     ])  # fmt: skip
     config = resolve(settings, {"zero_optimization": {"stage": arguments.zero}}, world=world.size,
                      native_bf16=world.native_bf16)  # fmt: skip
-    parts = build(config, world)
+    parts = build(config, world, beat=lambda doing: None)
     store = CheckpointStore(folder / "run" / "checkpoints", keep=2)
     state = RunState(parts.settings, world, store, zero_stage=arguments.zero, backbone=parts.backbone)
     step_seconds, save_seconds = [], []

@@ -1,7 +1,7 @@
 """Starts the missing runs of a study, several at once on several devices, each in its own process.
 
 An interrupted study is continued by the same command: finished runs are skipped, the others resume from their newest
-checkpoint. SIGINT and SIGTERM go on to the runs, which save and end.
+checkpoint. A signal that ends the study goes on to the runs as SIGTERM; they save and end.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ase_dist.cores import share_of_cores
 from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
 from ase_dist.study.jobs import StudyJob
+from ase_dist.training.process.signals import stopping_signals
 from ase_dist.training.record.console import clock
 from ase_dist.training.record.metrics import read_metrics
 
 LOGGER = logging.getLogger("ase_dist")
 POLL = 0.5  # seconds between two checks of the processes
 REPORT = 30.0  # seconds between two progress reports
-FORWARDED = (signal.SIGINT, signal.SIGTERM)
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -112,7 +112,7 @@ class Runner:
             for running in self.running:
                 running.process.send_signal(signal.SIGTERM)
 
-        previous = {number: signal.signal(number, forward) for number in FORWARDED}
+        previous = {number: signal.signal(number, forward) for number in stopping_signals()}
         try:
             yield
         finally:

@@ -93,7 +93,7 @@ def load_and_save(scenes, source, target, *overrides, config="z0"):
     settings = tiny_settings(scenes, target, f"resume={source}", *overrides)
     world = runtime.start(timeout=60, threads=1)
     resolved = resolve(settings, ds_config(config), world=world.size, native_bf16=False)
-    parts = build(resolved, world)
+    parts = build(resolved, world, beat=lambda doing: None)
     store = CheckpointStore(target / "checkpoints", keep=1)
     state = RunState(resolved.settings, world, store, zero_stage=resolved.zero_stage, backbone=parts.backbone)
     with LiveBytes() as loading:

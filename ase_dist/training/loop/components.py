@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -49,13 +49,17 @@ class RunComponents(NamedTuple):
         self.eval_loader.close()
 
 
-def build(config: ResolvedConfig, world: World) -> RunComponents:
-    """Build data, model and engine. Raises UserError on all ranks where one of them cannot be built on any rank."""
+def build(config: ResolvedConfig, world: World, *, beat: Callable[[str], None]) -> RunComponents:
+    """Build data, model and engine; ``beat`` is told what begins, as ``Watchdog.beat``.
+
+    Raises UserError on all ranks where one of them cannot be built on any rank.
+    """
     settings = config.settings
     tasks = select_tasks(settings.data.name, settings.tasks)
     check_conflict_settings(settings, num_tasks=len(tasks), zero_stage=config.zero_stage)
     runtime.seed_everything(settings.seed, rank=world.rank)
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "device": world.device}
+    beat("opening the data")
     train_loader = raise_together(lambda: build_train_loader(settings, tasks, **place))
     eval_loader = raise_together(lambda: build_eval_loader(settings, tasks, **place))
     require_same_on_ranks(
@@ -64,12 +68,14 @@ def build(config: ResolvedConfig, world: World) -> RunComponents:
             "validation data": data_fingerprint(eval_loader.dataset),
         }
     )
+    beat("building the model")
     model = raise_together(
         lambda: build_model(settings, tasks, expert_layer="plain" if config.zero_stage == 3 else "deepspeed")
     )
     parameters = parameter_table(model)
     backbone = {"name": settings.model.backbone, "sha256": frozen_digest(model)}
     steps = total_steps(settings, train_loader)
+    beat("building the engine")
     engine = engines.initialize(model, config, world, total_steps=steps)
     return RunComponents(config, tasks, world, train_loader, eval_loader, engine, parameters, backbone, steps)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,7 +23,9 @@ from ase_dist.training.loop.components import RunComponents, build, require_same
 from ase_dist.training.loop.evaluate import fit_constants
 from ase_dist.training.loop.trainer import Trainer, mean_label_counts, training_loss
 from ase_dist.training.process import runtime
+from ase_dist.training.process.folder_lock import FolderLock
 from ase_dist.training.process.runtime import World
+from ase_dist.training.process.watchdog import Watchdog
 from ase_dist.training.record.console import FILES_ONLY, StepProgress, close_console, set_up_logging
 from ase_dist.training.record.environment import environment
 from ase_dist.training.record.logs import close_logs, open_logs
@@ -40,38 +42,53 @@ TRIVIAL_IMAGES = 128  # training images that the trivial predictors are fitted o
 def run(settings: Settings, ds_config: Mapping[str, Any]) -> ExitCode:
     """Train as ``settings`` and DeepSpeed's JSON say, resume where there is a checkpoint; returns the exit code.
 
-    Raises UserError with one sentence for what the user can mend, SaveError and NonFiniteError as their owners do.
+    Raises UserError with one sentence for what the user can mend, such as a folder in which another process trains;
+    SaveError and NonFiniteError as their owners do.
     """
-    world = _start(settings)
-    code = train(settings, ds_config, world)
-    runtime.stop()
+    folder = RunFolder(settings.output)
+    with FolderLock(folder.lock, doing="training", other="output=FOLDER") as lock:
+
+        def claim() -> None:
+            folder.create()
+            lock.take()
+
+        world = _start(settings, claim=claim)
+        code = train(settings, ds_config, world)
+        runtime.stop()
     return code
 
 
-def _start(settings: Settings) -> World:
+def _start(settings: Settings, *, claim: Callable[[], None]) -> World:
     train = settings.train
     return runtime.start(
-        timeout=settings.guard.timeout, threads=train.threads, tf32=train.tf32, deterministic=train.deterministic
+        timeout=settings.guard.timeout,
+        threads=train.threads,
+        tf32=train.tf32,
+        deterministic=train.deterministic,
+        claim=claim,
     )
 
 
 def dry_run(settings: Settings, ds_config: Mapping[str, Any]) -> ExitCode:
     """Build everything, take one step on one batch, log the tables; nothing is written."""
-    world = _start(settings)
+    world = _start(settings, claim=lambda: None)
     set_up_logging(rank=world.rank)
     quiet = settings.model_copy(update={"monitor": MonitorSettings(tensorboard=False)})
-    require_same_start(quiet, ds_config)
-    components = build(resolve(quiet, ds_config, world=world.size, native_bf16=world.native_bf16), world)
-    LOGGER.info("\n%s", start_tables(components))
-    batch = next(components.train_loader).to(world.device)
-    counts = mean_label_counts([batch], components.tasks, world)
-    output = components.engine(batch.images)
-    by_task, total = training_loss(output, batch, components.tasks, counts, components.settings.train.loss_weights)
-    components.engine.backward(total)
-    components.engine.step()
-    rows = [(name, float(value.detach())) for name, value in by_task.items()]
-    LOGGER.info("\n%s", Table(("task", "loss"), rows, title="one batch, forward and backward").to_text())
-    components.close()
+    with Watchdog(None, timeout=settings.guard.timeout) as watchdog:
+        require_same_start(quiet, ds_config)
+        config = resolve(quiet, ds_config, world=world.size, native_bf16=world.native_bf16)
+        components = build(config, world, beat=watchdog.beat)
+        LOGGER.info("\n%s", start_tables(components))
+        watchdog.beat("one step")
+        batch = next(components.train_loader).to(world.device)
+        counts = mean_label_counts([batch], components.tasks, world)
+        output = components.engine(batch.images)
+        by_task, total = training_loss(output, batch, components.tasks, counts, components.settings.train.loss_weights)
+        components.engine.backward(total)
+        components.engine.step()
+        rows = [(name, float(value.detach())) for name, value in by_task.items()]
+        LOGGER.info("\n%s", Table(("task", "loss"), rows, title="one batch, forward and backward").to_text())
+        components.close()
     runtime.stop()
     return ExitCode.DONE
 
@@ -81,18 +98,20 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
     with ExitStack() as closing:
         console = set_up_logging(rank=world.rank)
         closing.callback(close_console)
+        folder = RunFolder(settings.output)
+        watchdog = closing.enter_context(Watchdog(folder.path, timeout=settings.guard.timeout))
         require_same_start(settings, ds_config)
         config = resolve(settings, ds_config, world=world.size, native_bf16=world.native_bf16)
-        folder = RunFolder(config.settings.output)
         raise_together(folder.create)
         raise_together(lambda: folder.refuse_used(resume=settings.resume) if world.is_first else None)
         open_logs(folder, rank=world.rank)
         closing.callback(close_logs)
         closing.enter_context(_failure_in_log_files())
-        components = build(config, world)
+        components = build(config, world, beat=watchdog.beat)
         closing.callback(components.close)
         store = CheckpointStore(folder.checkpoints, keep=config.settings.checkpoint.keep)
         state = RunState(config.settings, world, store, zero_stage=config.zero_stage, backbone=components.backbone)
+        watchdog.beat("looking for a checkpoint")
         state.resume(components.engine, components.train_loader, total_steps=components.total_steps)
         if world.is_first:
             machine = {"device": str(world.device), "torch_threads": torch.get_num_threads()}
@@ -102,6 +121,9 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
         recorder = Recorder(folder.metrics, enabled=world.is_first)
         closing.callback(recorder.close)
         start_record(recorder, components, state)
+        watchdog.on_silence = lambda sentence: recorder.write_end(
+            step=state.step, exit=ExitCode.SILENT.name.lower(), why=sentence
+        )
 
         trainer = Trainer(
             components,
@@ -109,11 +131,13 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
             folder=folder,
             recorder=recorder,
             progress=StepProgress("train", total=components.total_steps, start=state.step, console=console),
-            constants={} if state.history.trivial else fit_trivial_predictors(components),
+            watchdog=watchdog,
+            constants={} if state.history.trivial else fit_trivial_predictors(components, beat=watchdog.beat),
         )
         LOGGER.info("\n%s", start_tables(components))
         try:
             code = trainer.train()
+            watchdog.beat("the summary")
             if world.is_first:
                 conclude(folder, components, state, code)
         except Exception as error:
@@ -150,9 +174,10 @@ def start_record(recorder: Recorder, components: RunComponents, state: RunState)
     recorder.write_start(step=state.step, values=about)
 
 
-def fit_trivial_predictors(components: RunComponents) -> dict[str, ConstantPredictor]:
+def fit_trivial_predictors(components: RunComponents, *, beat: Callable[[str], None]) -> dict[str, ConstantPredictor]:
     """The predictors that ignore the image, fitted on the first training images, divided over the ranks."""
     place = {"rank": components.world.rank, "world_size": components.world.size}
+    beat("fitting the trivial predictors")
     loader = first_images(components.train_loader, components.settings, limit=TRIVIAL_IMAGES, **place)
     constants = fit_constants(loader, components.tasks, device=components.world.device)
     loader.close()

@@ -54,6 +54,7 @@ class Trainer:
         folder: RunFolder,
         recorder: Recorder,
         progress: StepProgress,
+        watchdog: Watchdog,
         constants: Mapping[str, ConstantPredictor],
     ) -> None:
         settings, tasks, world, engine = components.settings, components.tasks, components.world, components.engine
@@ -63,7 +64,7 @@ class Trainer:
         self.constants, self.total_steps = constants, components.total_steps
         self.guard = FiniteGuard(policy=settings.guard.non_finite, max_skips=settings.guard.max_skips)
         self.stop = StopFlag()
-        self.watchdog = Watchdog(folder.path, timeout=settings.guard.timeout, on_silence=self._record_silence)
+        self.watchdog = watchdog
         layers = [module for module in engine.module.modules() if isinstance(module, MoEFFN)]
         self.span = SpanStatistics(tasks, world, layers=layers)
         self.stopping = False  # agreed upon by all ranks
@@ -71,7 +72,7 @@ class Trainer:
 
     def train(self) -> ExitCode:
         """Run until the last step or until a rank is asked to stop."""
-        with self.stop, self.watchdog, self.progress:
+        with self.stop, self.progress:
             try:
                 self._warm_shared_logits(self.state.step)  # as the last step left them, for an evaluation at the start
                 self._save_and_evaluate()
@@ -105,10 +106,6 @@ class Trainer:
         while not any(words in (found := self.watchdog.suspects()) for words in seen) and time.monotonic() < deadline:
             time.sleep(0.2)
         return found
-
-    def _record_silence(self, sentence: str) -> None:
-        """Record the end of the run; the watchdog calls it before it ends the process."""
-        self.recorder.write_end(step=self.state.step, exit=ExitCode.SILENT.name.lower(), why=sentence)
 
     # -----------------------------------------------------------------------------------------------------------------
     # One step

@@ -10,7 +10,7 @@ import platform
 import random
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,13 +22,14 @@ import torch.distributed as dist
 from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
 from ase_dist import collectives
+from ase_dist.agreement import raise_together
 from ase_dist.cluster.environment import interface_variables, task_variables
 from ase_dist.cores import share_of_cores
 from ase_dist.errors import ExitCode, RunError, UserError
 from ase_dist.moe import deepspeed_compat
 from ase_dist.seeding import derive_seed
 from ase_dist.training.process.device import device_index, find_device, has_native_bf16, set_arithmetic
-from ase_dist.training.process.launcher_watch import remember_launchers
+from ase_dist.training.process.launcher_watch import watch_launchers
 
 LOGGER = logging.getLogger("ase_dist")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -60,15 +61,27 @@ class World:
         return self.rank == 0
 
 
-def start(*, timeout: float, threads: int | None, tf32: bool = False, deterministic: bool = False) -> World:
+def start(
+    *,
+    timeout: float,
+    threads: int | None,
+    tf32: bool = False,
+    deterministic: bool = False,
+    claim: Callable[[], None] = lambda: None,
+) -> World:
     """Join the process group that the launcher describes, or a group of one without a launcher; for an engine.
 
-    ``timeout`` in seconds bounds every collective. Works under deepspeed, torchrun, srun, mpirun and plain python, on
-    any accelerator that DeepSpeed finds; ``tf32`` and ``deterministic`` as ``set_arithmetic``. Raises UserError where
-    only some of the launcher's variables are set, the port is taken, or there are more ranks than accelerators,
-    JoinError where another rank does not come in time.
+    ``claim`` is called on rank 0 before it joins, so that no rank goes on where it raises: the others wait for rank 0
+    until their launcher or the limit ends them. ``timeout`` in seconds bounds every collective. Works under deepspeed,
+    torchrun, srun, mpirun and plain python, on any accelerator that DeepSpeed finds; ``tf32`` and ``deterministic`` as
+    ``set_arithmetic``. Raises UserError where only some of the launcher's variables are set, the port is taken, or
+    there are more ranks than accelerators, JoinError where another rank does not come in time.
     """
     _read_launcher()
+    if dist.is_initialized():
+        raise_together(lambda: claim() if collectives.rank() == 0 else None)
+    elif os.environ["RANK"] == "0":
+        claim()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -121,7 +134,7 @@ def join(*, device: str | None, timeout: float = 1800.0) -> Iterator[World]:
 
 def _read_launcher() -> None:
     """Set RANK and its like as torchrun would, for any launcher; refuse where only some of them are set."""
-    remember_launchers()
+    watch_launchers()
     if dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it as well
         return

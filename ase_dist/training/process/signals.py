@@ -9,10 +9,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ase_dist.errors import UserError
-from ase_dist.training.process.launcher_watch import launcher_has_ended
-
-# SIGHUP: the terminal was closed. SIGUSR1 and SIGUSR2: a scheduler warns that the time limit is near.
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+from ase_dist.workers import STOPPING
 
 
 def stopping_signals() -> list[signal.Signals]:
@@ -35,8 +32,8 @@ class StopFlag:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal was received, or the launcher of this process has ended."""
-        return bool(self.received) or launcher_has_ended()
+        """Whether a signal was received."""
+        return bool(self.received)
 
     def __enter__(self) -> StopFlag:
         if threading.current_thread() is not threading.main_thread():

@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import IO, NamedTuple
 
 from ase_dist.collectives import rank, world_size
 from ase_dist.errors import ExitCode, UserError
-from ase_dist.files import write_atomic
+from ase_dist.files import read_text, refuse_irregular, write_atomic
 from ase_dist.training.process.launcher_watch import is_alive
 from ase_dist.training.record.logs import format_line
 from ase_dist.training.record.run_folder import RunFolder
@@ -29,6 +30,15 @@ MISSED = (
 GRACE = 10.0  # seconds that a file system gets to write the last report
 END_GRACE = 30.0  # seconds that a process gets to end after it has lost a peer
 PEER_GRACE = 30.0  # seconds without a beat after a peer has died: with gloo the loop has raised an error by then
+
+
+class _Beat(NamedTuple):
+    """What a rank writes into its beat file."""
+
+    beats: int
+    doing: str
+    host: str
+    pid: int
 
 
 class Watchdog:
@@ -43,14 +53,16 @@ class Watchdog:
        twice the time, dumps the stacks and ends the process with code 1.
 
     ``timeout`` must be longer than the longest time between two beats: beat while evaluating, compiling and saving too.
-    ``on_silence`` is given the sentence before the process ends, in the watchdog's thread.
-    Raises UserError where it is not positive, OSError where the log cannot be opened.
+    ``on_silence``, which may be set later, is given the sentence before the process ends, in the watchdog's thread.
+    ``folder`` None, for work that writes none, and a folder that cannot be written to: all goes to the standard error.
+    Raises UserError where ``timeout`` is not positive.
     """
 
-    def __init__(self, folder: Path, *, timeout: float, on_silence: Callable[[str], None] | None = None) -> None:
+    def __init__(self, folder: Path | None, *, timeout: float, on_silence: Callable[[str], None] | None = None) -> None:
         if timeout <= 0:
             raise UserError(f"guard.timeout: got {timeout}, wanted more than 0 seconds")
-        self.run_folder, self.timeout, self._on_silence = RunFolder(folder), timeout, on_silence
+        self.run_folder = None if folder is None else RunFolder(folder)
+        self.timeout, self.on_silence = timeout, on_silence
         self._interval = min(timeout / 8, 5.0)
         self._last = (time.monotonic(), 0, "starting")  # replaced as a whole: two threads use it
         self._leaving, self._force_exit_on_close = threading.Event(), False
@@ -61,8 +73,7 @@ class Watchdog:
         self._threads = [threading.Thread(target=loop, name=name, daemon=True) for name, loop in loops.items()]
 
     def __enter__(self) -> Watchdog:
-        self.run_folder.path.mkdir(parents=True, exist_ok=True)
-        self._log = self.run_folder.rank_log(rank()).open("ab", buffering=0)
+        self._log = self._open_log()
         self.beat("starting")
         self._show_life()
         self._put_off_last_resort()
@@ -76,7 +87,9 @@ class Watchdog:
         self._leaving.set()
         for thread in self._threads:
             thread.join(timeout=GRACE)
-        self.run_folder.beat(rank()).unlink(missing_ok=True)
+        if self.run_folder is not None:
+            with contextlib.suppress(OSError):
+                self.run_folder.beat(rank()).unlink(missing_ok=True)
         if self._force_exit_on_close:
             # No thread of Python's: it may be in C++ that the process does not come to its end.
             faulthandler.dump_traceback_later(min(END_GRACE, self.timeout), exit=True, file=self._log)
@@ -103,9 +116,20 @@ class Watchdog:
 
     def suspects(self) -> str:
         """The other ranks that look dead, else those behind this one, with what they did last: for an error's text."""
+        if self.run_folder is None:
+            return "without a run folder nothing is known of other ranks"
         found = [self._suspicion(other) for other in range(world_size()) if other != rank()]
         clauses = [clause for is_dead, clause in found if is_dead] or [clause for _, clause in found if clause]
         return "; ".join(clauses) or "no other rank looks dead or behind"
+
+    def _open_log(self) -> IO[bytes]:
+        if self.run_folder is not None:
+            path = self.run_folder.rank_log(rank())
+            with contextlib.suppress(OSError):  # what cannot be written to is told by who needs it
+                path.parent.mkdir(parents=True, exist_ok=True)
+                refuse_irregular(path)
+                return path.open("ab", buffering=0)
+        return os.fdopen(STDERR, "wb", buffering=0, closefd=False)
 
     def _watch(self) -> None:
         lost = math.inf  # when a dead peer was seen first
@@ -120,20 +144,19 @@ class Watchdog:
 
     def _has_dead_neighbour(self) -> bool:
         """Whether a rank that was seen alive on this host has died; one that left has removed its beat file."""
-        for other in set(range(world_size())) - self._elsewhere:
+        for other in set(range(world_size())) - self._elsewhere if self.run_folder is not None else ():
             pid = self._neighbours.get(other)
             if pid is not None and is_alive(pid):
                 continue
-            try:
-                state = json.loads(self.run_folder.beat(other).read_text())
-            except (OSError, ValueError):  # it has not started, or has left
+            beat = self._read_beat(other)
+            if beat is None:  # it has not started, or has left
                 continue
-            if state["pid"] == pid:
+            if beat.pid == pid:
                 return True
-            if state["host"] != platform.node():
+            if beat.host != platform.node():
                 self._elsewhere.add(other)
-            elif is_alive(state["pid"]):  # else the file of an earlier attempt
-                self._neighbours[other] = state["pid"]
+            elif is_alive(beat.pid):  # else the file of an earlier attempt
+                self._neighbours[other] = beat.pid
         return False
 
     def _put_off_last_resort(self) -> None:
@@ -149,38 +172,59 @@ class Watchdog:
         last_resort.daemon = True
         last_resort.start()
         since, _, doing = self._last
+        stacks = "above" if self._log.fileno() == STDERR else f"in {self._log.name}"
         sentence = (
             f"rank {rank()} on {platform.node()} has made no progress for {time.monotonic() - since:.0f} s ({why}), "
-            f"the last thing it began was {doing!r}; {self.suspects()}; stacks are in {self._log.name}"
+            f"the last thing it began was {doing!r}; {self.suspects()}; stacks are {stacks}"
         )
-        # Not through logging: the main thread may be stuck with its lock.
-        self._log.write(format_line(rank(), "CRITICAL", sentence).encode())
-        faulthandler.dump_traceback(file=self._log, all_threads=True)
-        os.fsync(self._log.fileno())
+        with contextlib.suppress(OSError):  # the disk may be full
+            # Not through logging: the main thread may be stuck with its lock.
+            self._log.write(format_line(rank(), "CRITICAL", sentence).encode())
+            faulthandler.dump_traceback(file=self._log, all_threads=True)
+            os.fsync(self._log.fileno())
         self._show_life(ended="silent")
         if select.select([], [STDERR], [], 1.0)[1]:  # not into a full pipe: that would block
             os.write(STDERR, f"{sentence}\n".encode())
-        if self._on_silence is not None:
-            self._on_silence(sentence)
+        if self.on_silence is not None:
+            self.on_silence(sentence)
         os._exit(ExitCode.SILENT)
 
     def _show_life(self, **more: str) -> None:
+        if self.run_folder is None:
+            return
         _, beats, doing = self._last
-        state = {"beats": beats, "doing": doing, "host": platform.node(), "pid": os.getpid(), **more}
+        beat = _Beat(beats, doing, platform.node(), os.getpid())
         with contextlib.suppress(OSError):  # a full disk is reported by the next save
-            write_atomic(self.run_folder.beat(rank()), json.dumps(state), durable=False)
+            write_atomic(self.run_folder.beat(rank()), json.dumps(beat._asdict() | more), durable=False)
+
+    def _read_beat(self, other: int) -> _Beat | None:
+        """The last sign of life of a rank; None where there is none."""
+        if self.run_folder is None:
+            return None
+        try:
+            state = json.loads(read_text(self.run_folder.beat(other)))
+            return _Beat(int(state["beats"]), str(state["doing"]), str(state["host"]), int(state["pid"]))
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return None
 
     def _suspicion(self, other: int) -> tuple[bool, str]:
         """Whether another rank looks dead, and a clause about it; an empty one where it is as far as this one."""
-        try:
-            state = json.loads(self.run_folder.beat(other).read_text())
-            # Both times are the file server's: the clocks of two nodes may differ.
-            age = self.run_folder.beat(rank()).stat().st_mtime - self.run_folder.beat(other).stat().st_mtime
-        except (OSError, ValueError):
+        beat = self._read_beat(other)
+        if beat is None or self.run_folder is None:
             return True, f"rank {other} has not started, has left, or writes its beats elsewhere"
-        who, last = f"rank {other} on {state['host']}", f"the last thing it was known to begin is {state['doing']!r}"
-        if state["host"] == platform.node() and not is_alive(state["pid"]):
+        who, last = f"rank {other} on {beat.host}", f"the last thing it was known to begin is {beat.doing!r}"
+        if beat.host == platform.node() and not is_alive(beat.pid):
             return True, f"{who} is dead, {last}"
-        if age > MISSED * self._interval:
-            return True, f"{who} gave no sign of life for {age:.0f} s, {last}"
-        return False, f"{who} is behind, {last}" if state["beats"] < self._last[1] else ""
+        # Both times are the file server's: the clocks of two nodes may differ.
+        own, theirs = (_changed_at(self.run_folder.beat(each)) for each in (rank(), other))
+        if own - theirs > MISSED * self._interval:
+            return True, f"{who} gave no sign of life for {own - theirs:.0f} s, {last}"
+        return False, f"{who} is behind, {last}" if beat.beats < self._last[1] else ""
+
+
+def _changed_at(path: Path) -> float:
+    """Time of the file's last change in seconds; 0 where it has just been removed."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -33,6 +33,7 @@ MEANINGS = {
     "csv": "the scalars as CSV",
     "report.html": "the run as a page",
     "output.log": "what the run wrote to its terminal, where a study started it",
+    "run.lock": "who is training here now; gone when the run has ended",
 }
 _RANK_FILE = re.compile(r"rank_(\d{1,7})\.(log|beat)", re.ASCII)
 _RANK_MEANINGS = {"log": "the log of that rank", "beat": "the last sign of life of that rank"}
@@ -93,6 +94,11 @@ class RunFolder:
         """The ranks that have a log or a sign of life, in order."""
         found = [_RANK_FILE.fullmatch(path.name) for path in self.path.glob("rank_*")]
         return sorted({int(match[1]) for match in found if match})
+
+    @property
+    def lock(self) -> Path:
+        """The lock file of the process that is training here, see ``FolderLock``."""
+        return self.path / "run.lock"
 
     @property
     def checkpoints(self) -> Path:
