@@ -144,7 +144,7 @@ class Watchdog:
 
     def _has_dead_neighbour(self) -> bool:
         """Whether a rank that was seen alive on this host has died; one that left has removed its beat file."""
-        for other in set(range(world_size())) - self._elsewhere if self.run_folder is not None else ():
+        for other in set(range(world_size())) - self._elsewhere:
             pid = self._neighbours.get(other)
             if pid is not None and is_alive(pid):
                 continue
