@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ase_dist import typed_yaml
 from ase_dist.baselines import apply_baseline
 from ase_dist.errors import UserError, did_you_mean, first_problem
-from ase_dist.files import expand_user
+from ase_dist.files import expand_user, read_text
 from ase_dist.registries import GATINGS, HEADS
 from ase_dist.tasks import select_tasks
 
@@ -373,10 +373,11 @@ def find_config(config: str | Path) -> Path:
 
 def read_tree(path: Path) -> dict[str, Any]:
     """The plain tree of settings in a YAML file, under today's keys, not yet validated; UserError with one sentence."""
+    text = read_text(path, max_bytes=typed_yaml.MOST_BYTES)
     try:
-        tree = typed_yaml.from_yaml(path.read_text(encoding="utf-8"), type_of)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not plain YAML: {' '.join(str(error).split())}") from None
+        tree = typed_yaml.from_yaml(text, type_of)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not plain YAML: {' '.join(str(error).split()):.300}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if tree is None:

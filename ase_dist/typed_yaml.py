@@ -27,6 +27,10 @@ _PREFIXED = re.compile(r"[-+]?0(?:x[0-9a-f_]+|o[0-7_]+|b[01_]+)", re.ASCII | re.
 _EXPONENT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+")  # YAML 1.1 wants a point and a sign
 _NULL = ("null", "none", "~")
 _EXACT = 2.0**53  # up to here a float holds every whole number
+_TOO_LARGE = 2**64  # no setting, and nothing that a seed or a size goes to, takes a larger whole number
+MOST_BYTES = 1 << 18  # of a YAML file; a config with every setting has 5 kB
+MOST_VALUES = 20_000  # in a tree; aliases let a few lines stand for billions
+DEEPEST = 32  # mappings and lists in each other
 
 
 class _Loader(yaml.SafeLoader):
@@ -50,8 +54,11 @@ def from_yaml(text: str, type_of: TypeOf, *, key: str = "") -> Any:
     """The value of a YAML document; its parts have the types of their dotted keys, the whole that of ``key``.
 
     Raises yaml.YAMLError where ``text`` is not YAML, and UserError by key for tags other than plain YAML's, for a key
-    that stands twice in one mapping, and for an untyped number whose notation other readers take for another number.
+    that stands twice in one mapping, for an untyped number whose notation other readers take for another number, for
+    more values than settings have (aliases count as what they stand for), and for text that no file can hold.
     """
+    if len(text) > MOST_BYTES:
+        raise UserError(f"{key or 'settings'}: got {len(text):,} characters of YAML, wanted at most {MOST_BYTES:,}")
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -60,6 +67,10 @@ def from_yaml(text: str, type_of: TypeOf, *, key: str = "") -> Any:
         return None if node is None else _Reader(loader, type_of).value(node, type_of(key), key)
     except RecursionError:
         raise UserError(f"{key or 'settings'}: nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # \U00110000 and other characters that there are not
+        if isinstance(error, UserError):
+            raise
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
     finally:
         loader.dispose()  # type: ignore[no-untyped-call]
 
@@ -89,17 +100,30 @@ class _Reader:
     def __init__(self, loader: _Loader, type_of: TypeOf) -> None:
         self.loader, self.type_of = loader, type_of
         self.open: list[yaml.Node] = []  # the mappings and sequences around the node
-        self.read: dict[tuple[int, Any], Any] = {}  # a node is read once: by aliases a few can stand for billions
+        self.read: dict[tuple[int, Any], tuple[Any, int]] = {}  # a node is read once: an alias is no second one
+        self.pairs: dict[int, dict[str, yaml.Node]] = {}  # of the mappings, merged ones included
+        self.count = 0  # of the values so far, those that aliases stand for included
 
     def value(self, node: yaml.Node, wanted: Any, key: str) -> Any:
         known = (id(node), key if isinstance(node, yaml.MappingNode) and wanted is not Any else str(wanted))
         if known not in self.read:
             if node in self.open:
                 raise UserError(f"{key}: the value is a part of itself")
+            if len(self.open) > DEEPEST:
+                raise UserError(f"{key or 'settings'}: nested more than {DEEPEST} deep")
+            before = self.count
             self.open.append(node)
-            self.read[known] = self._value(node, wanted, key)
+            found = self._value(node, wanted, key)
             self.open.pop()
-        return self.read[known]
+            self.read[known] = found, self.count - before + 1
+            self.count += 1
+        else:
+            self.count += self.read[known][1]
+        if self.count > MOST_VALUES:
+            raise UserError(
+                f"{key or 'settings'}: more than {MOST_VALUES:,} values, those that aliases (*) stand for included"
+            )
+        return self.read[known][0]
 
     def _value(self, node: yaml.Node, wanted: Any, key: str) -> Any:
         kinds = alternatives(wanted)
@@ -115,27 +139,52 @@ class _Reader:
             raise UserError(f"{key}: not plain YAML: the tag {node.tag!r}")
         if node.tag == f"{_TAG}null":
             return None
+        try:
+            node.value.encode(errors="surrogateescape")  # which stand for bytes in names of files
+        except UnicodeEncodeError:
+            raise UserError(f"{key}: got {node.value!a:.80}, which has half a surrogate pair; leave it out") from None
         if _take_text(kinds):
             return str(node.value)
         return _untyped(node.value, node.tag, key) if Any in kinds else _number(node.value, kinds)
 
     def _mapping(self, node: yaml.MappingNode, wanted: Any, key: str) -> dict[str, Any]:
+        found = {}
+        for name, value in self._pairs(node, key).items():
+            inner = f"{key}.{name}" if key else name
+            found[name] = self.value(value, Any if wanted is Any else self.type_of(inner), inner)
+        return found
+
+    def _pairs(self, node: yaml.Node, key: str, *, depth: int = 0) -> dict[str, yaml.Node]:
+        """The entries of a mapping, those that it merges (<<) first, so that its own win; of two merged the first wins.
+
+        Own code, because PyYAML's lists every merged entry again: a few lines of merges can stand for billions.
+        """
+        if not isinstance(node, yaml.MappingNode) or depth > DEEPEST:
+            raise UserError(f"{key or 'settings'}: got {'no mapping' if depth <= DEEPEST else 'a circle'} after <<")
+        if id(node) in self.pairs:
+            return self.pairs[id(node)]
+        own: dict[str, yaml.Node] = {}
+        merged: dict[str, yaml.Node] = {}
         lines: dict[str, int] = {}
-        for name, _ in node.value:
+        for name, value in node.value:
             if not isinstance(name, yaml.ScalarNode):
                 raise UserError(f"{key or 'settings'}: got a list or a mapping as a key, wanted a name")
-            if name.value in lines and name.tag != f"{_TAG}merge":
-                where = f"{key}.{name.value}" if key else name.value
+            if name.tag == f"{_TAG}merge":
+                for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    merged = {**self._pairs(one, key, depth=depth + 1), **merged}
+                continue
+            text = str(name.value)
+            where = f"{key}.{text}" if key else text
+            if text in own:
                 raise UserError(
-                    f"{where}: stands twice, in lines {lines[name.value]} and {name.start_mark.line + 1}; keep one"
+                    f"{where}: stands twice, in lines {lines[text]} and {name.start_mark.line + 1}; keep one"
                 )
-            lines[name.value] = name.start_mark.line + 1
-        self.loader.flatten_mapping(node)  # type: ignore[no-untyped-call]
-        found = {}
-        for name, value in node.value:
-            inner = f"{key}.{name.value}" if key else str(name.value)
-            found[str(name.value)] = self.value(value, Any if wanted is Any else self.type_of(inner), inner)
-        return found
+            if not text.isprintable():
+                raise UserError(f"{key or 'settings'}: got the key {text!a:.80}, wanted a name")
+            lines[text] = name.start_mark.line + 1
+            own[text] = value
+        self.pairs[id(node)] = {**merged, **own}
+        return self.pairs[id(node)]
 
 
 def _tag(text: str) -> str:
@@ -169,6 +218,8 @@ def _number(text: str, kinds: list[Any]) -> Any:
         number = float(text if text.isascii() else "") if base is None else int(text.replace("_", ""), base)
     except ValueError:  # no number, or one of thousands of digits
         return text
+    if abs(number) >= _TOO_LARGE and isinstance(number, int):
+        return text
     if float in kinds or not (math.isfinite(number) and float(number).is_integer()):
         return number
     return int(number) if isinstance(number, int) or abs(number) <= _EXACT else text
@@ -187,6 +238,9 @@ def _untyped(text: str, tag: str, key: str) -> Any:
         raise UserError(f"{key}: got {text}, which YAML does not read in base 10; write a decimal number, or quote it")
     number = re.sub(r"\.(inf|nan)", r"\1", text.lower()).replace("_", "")
     try:
-        return float(number) if kind == "float" else int(number, 0)
+        found = float(number) if kind == "float" else int(number, 0)
     except ValueError:
-        raise UserError(f"{key}: got {text!r}, wanted a number") from None
+        raise UserError(f"{key}: got {text!r:.80}, wanted a number") from None
+    if isinstance(found, int) and abs(found) >= _TOO_LARGE:
+        raise UserError(f"{key}: got a number of {len(text)} digits, wanted one of at most 64 bits")
+    return found

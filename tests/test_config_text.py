@@ -267,6 +267,13 @@ def test_aliases_and_merges_of_yaml_are_read_and_a_few_lines_do_not_grow(tmp_pat
         *(f"{new}: &{new} [{', '.join(10 * [f'*{old}'])}]" for old, new in zip("abcdefghi", "bcdefghij", strict=True)),
     ]
     path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="more than 20,000 values"):
+        load_settings(path)
+    merges = [
+        f"{new}: &{new} {{<<: [{', '.join(10 * [f'*{old}'])}]}}"
+        for old, new in zip("abcdefghi", "bcdefghij", strict=True)
+    ]
+    path.write_text("\n".join(["a: &a {x: 1}", *merges]))
     with pytest.raises(ValueError, match="a: there is no such setting"):
         load_settings(path)
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from ase_dist import files
 from ase_dist.errors import UserError
-from ase_dist.files import write_atomic
 
 MOST_SLOTS = 64  # per machine: more is a typing error
 _HOST = re.compile(r"(?:[A-Za-z_][A-Za-z0-9_-]*@)?[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
@@ -43,9 +43,9 @@ def read_hostfile(path: str | Path) -> tuple[Node, ...]:
 def read_text(path: str | Path) -> str:
     """A hostfile's text; UserError where it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
+        return files.read_text(path)
+    except (OSError, UserError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"hostfile: cannot read {str(path)!r} ({reason}); wanted lines such as 'n1 slots=8'") from None
 
 
@@ -71,7 +71,7 @@ def parse_hostfile(text: str, *, name: str = "hostfile") -> tuple[tuple[Node, ..
 
 def write_hostfile(path: str | Path, nodes: Iterable[Node]) -> None:
     """Write a hostfile atomically."""
-    write_atomic(path, "".join(f"{node.host} slots={node.slots}\n" for node in nodes))
+    files.write_atomic(path, "".join(f"{node.host} slots={node.slots}\n" for node in nodes))
 
 
 def _parse_line(words: list[str], *, taken: dict[str, Node]) -> Node:

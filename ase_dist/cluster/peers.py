@@ -12,6 +12,7 @@ from pathlib import Path
 from ase_dist.cluster.hostfile import Node
 from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
+from ase_dist.json_files import read_object
 
 LOGGER = logging.getLogger("ase_dist")
 PAUSE = 1.0  # seconds between two checks
@@ -59,8 +60,8 @@ def registered(folder: Path) -> list[Node]:
     found = []
     for path in sorted(folder.glob("[!.]*")):
         try:
-            found.append(Node(**json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError):
+            found.append(Node(**read_object(path)))
+        except (OSError, UserError, TypeError):
             LOGGER.warning("%s is not the file of a node and is ignored", path)
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.evaluation.ods import MAX_DIST, THRESHOLDS
 from ase_dist.evaluation.tables import FORMAT, Report, to_json, to_latex, to_markdown
 from ase_dist.files import sha256_of, write_atomic
+from ase_dist.json_files import read_object
 from ase_dist.overwriting import refuse_foreign
 from ase_dist.tasks import DATA_SETS, Task, select_tasks
 from ase_dist.training.loop.evaluate import Gallery, Results, evaluate
@@ -99,10 +99,11 @@ def refuse_foreign_report(out: Path) -> None:
     files are then accepted by name.
     """
     try:
-        tree = json.loads((out / JSON_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # missing, or not JSON
-        tree = None
-    written = tree.get("files", {}) if isinstance(tree, dict) and tree.get("format") == FORMAT else None
+        tree = read_object(out / JSON_FILE)
+    except (OSError, UserError):  # missing, or not JSON
+        tree = {}
+    files = tree.get("files", {})
+    written = files if tree.get("format") == FORMAT and isinstance(files, dict) else None
 
     def is_own(path: Path) -> bool:
         if written is None:

@@ -28,6 +28,7 @@ from ase_dist.deployment.images import Pixels, find_images, read_rgb
 from ase_dist.deployment.predictor import Prediction, Predictor
 from ase_dist.errors import UserError, did_you_mean
 from ase_dist.files import replacing, sha256_of, write_atomic
+from ase_dist.json_files import parse_json, read_object
 from ase_dist.overwriting import refuse_foreign
 from ase_dist.pictures.sheet import sheet, task_picture
 from ase_dist.tasks import Task
@@ -164,7 +165,7 @@ class WrittenFiles:
         self._named: set[str] = set()
         self._has_index = False
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # no index, or not one of ours
-            index = json.loads((out / INDEX).read_text(encoding="utf-8"))
+            index = read_object(out / INDEX)
             self._has_index = index["format"] == FORMAT
             if self._has_index and "files" in index:
                 self._hashes = {name: [sha256] for name, sha256 in index["files"].items()}
@@ -173,7 +174,7 @@ class WrittenFiles:
                 self._named = {f"{image['name']}{end}" for image in index["images"] for end in _endings(tasks)}
         with suppress(OSError, ValueError):  # no journal, or its last line is incomplete
             for line in (out / JOURNAL).read_text(encoding="utf-8").splitlines():
-                name, sha256 = json.loads(line)
+                name, sha256 = parse_json(line)
                 self._hashes.setdefault(name, []).append(sha256)
 
     def is_own(self, path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from ase_dist.errors import UserError
 from ase_dist.evaluation.comparison import Reference, paper_reference
 from ase_dist.evaluation.tables import FORMAT
+from ase_dist.json_files import read_object
 from ase_dist.models.export_file import CARD
 from ase_dist.training.record.run_folder import RunFolder
 
@@ -63,9 +63,6 @@ def _reference(name: str, data: str, scores: Any, path: Path) -> Reference:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read_object(path)
+    except (OSError, UserError) as error:
         raise UserError(f"--reference: cannot read {path} ({' '.join(str(error).split())})") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"--reference: {path} holds a {type(tree).__name__}, wanted {{task: {{score: value}}}}")
-    return tree

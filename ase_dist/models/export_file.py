@@ -20,6 +20,7 @@ from torch import Tensor
 from ase_dist.config import ModelSettings
 from ase_dist.errors import UserError, first_problem
 from ase_dist.files import sha256_of
+from ase_dist.json_files import read_object
 from ase_dist.tasks import Task
 
 CARD, WEIGHTS = "export.json", "model.safetensors"
@@ -92,11 +93,8 @@ def open_export(path: str | PathLike[str]) -> Export:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no export, there is no {name} in it; make one with launch/export.py RUN OUT")
     card_file = folder / CARD
-    try:
-        tree = json.loads(card_file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{card_file}: not JSON ({error}); export or copy it again") from None
-    version = tree.get("version") if isinstance(tree, dict) else None
+    tree = read_object(card_file)
+    version = tree.get("version")
     if isinstance(version, int) and version > VERSION:
         raise UserError(
             f"{card_file}: got format version {version}, this ase_dist reads up to {VERSION}; install a newer"

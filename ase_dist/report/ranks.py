@@ -5,11 +5,12 @@ Of a log only the prefix of its lines is read, see ``ase_dist.training.record.lo
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ase_dist.errors import UserError
+from ase_dist.json_files import read_object
 from ase_dist.training.record.logs import parse_line
 from ase_dist.training.record.records import Records
 from ase_dist.training.record.run_folder import RunFolder
@@ -87,10 +88,9 @@ def _read_rank(run: RunFolder, records: Records, rank: int, now: float) -> RankR
         _read_lines(report, lines[1:] if report.is_cut else lines)
     if beat.is_file() and rank < (records.worlds or [rank + 1])[-1]:  # else it is of an earlier start with more ranks
         try:
-            state = json.loads(beat.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            state = read_object(beat)
+        except (OSError, UserError):
             state = {}
-        state = state if isinstance(state, dict) else {}
         report.host, report.doing = str(state.get("host", "")), str(state.get("doing", ""))
         is_fresh = now - beat.stat().st_mtime < FRESH
         report.ended = "silent" if state.get("ended") == "silent" else "running" if is_fresh else "killed"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ase_dist.errors import UserError
+from ase_dist.files import read_text
+from ase_dist.json_files import read_object
 from ase_dist.training.record.metrics import read_metrics
 
 T = TypeVar("T")
@@ -20,17 +20,21 @@ class Reader:
         self.problems: list[str] = []
 
     def json(self, path: Path) -> dict[str, Any]:
-        """The object in a JSON file; {} where there is none."""
-        return self.parsed(path, _object) or {}
+        """The object in a JSON file; {} where there is none, or where it cannot be read."""
+        return self._tried(path, lambda: read_object(path, allow_nan=True)) or {}
 
     def parsed(self, path: Path, parse: Callable[[str], T]) -> T | None:
         """A file's text, parsed by ``parse``; None where there is no such file or it cannot be parsed."""
-        if not path.exists():
-            return None
+        return self._tried(path, lambda: parse(read_text(path)))
+
+    def _tried(self, path: Path, read: Callable[[], T]) -> T | None:
         try:
-            return parse(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            self.problems.append(f"{path.name} cannot be read: {' '.join(str(error).split())[:300]}.")
+            return read()
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).replace(f"{path}: ", "").split()).rstrip(".")
+            self.problems.append(f"{path.name} cannot be read: {reason:.300}.")
             return None
 
     def metrics(self, path: Path) -> list[dict[str, Any]]:
@@ -40,10 +44,3 @@ class Reader:
         except (OSError, ValueError) as error:
             self.problems.append(f"{' '.join(str(error).split())}; the page shows no number of it.")
             return []
-
-
-def _object(text: str) -> dict[str, Any]:
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise UserError("it holds no object")
-    return found

@@ -9,9 +9,10 @@ from typing import Any, cast
 
 import yaml
 
-from ase_dist.config import Section, Settings, flat, setting_keys, upgrade_tree
+from ase_dist.config import Section, Settings, flat, setting_keys, type_of, upgrade_tree
 from ase_dist.errors import UserError
 from ase_dist.training.record.records import reach
+from ase_dist.typed_yaml import from_yaml
 
 GENERAL = "general"
 
@@ -48,9 +49,11 @@ class SettingsSection:
 def read_settings(config: str) -> dict[str, Any]:
     """The plain tree in the text of a config.yaml, under today's names; UserError with one sentence if it is none."""
     try:
-        tree = yaml.safe_load(config)
+        tree = from_yaml(config, type_of)
+    except UserError as error:
+        raise UserError(f"config.yaml: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"config.yaml is not plain YAML ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"config.yaml is not plain YAML ({' '.join(str(error).split()):.200})") from None
     if not isinstance(tree, dict):
         raise UserError("config.yaml holds no settings")
     return upgrade_tree({str(key): value for key, value in tree.items()})

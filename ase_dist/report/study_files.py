@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ase_dist.errors import UserError, first_problem
+from ase_dist.json_files import parse_json
 
 Values = list[float | None]  # one per complete seed
 Model = TypeVar("Model", bound=BaseModel)
@@ -83,7 +83,7 @@ class Results(_Tolerant):
 
 def parse(text: str, model: type[Model]) -> Model:
     """A file's text as ``model``. Raises UserError with one sentence: where, and what is wrong there."""
-    tree = json.loads(text)
+    tree = parse_json(text, allow_nan=True)
     try:
         return model.model_validate(tree)
     except ValidationError as error:

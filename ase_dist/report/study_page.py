@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ase_dist.evaluation.seeds import mean_and_spread
+from ase_dist.json_files import parse_json
 from ase_dist.report import curves
 from ase_dist.report.charts import Chart, Line
 from ase_dist.report.images import BUDGET, Album, Candidate, make_album
@@ -112,7 +112,7 @@ def _shown_runs(folder: Path, variant: VariantResult) -> list[str]:
     for run in variant.runs:
         try:
             with RunFolder(folder / run).metrics.open("rb") as file:  # its first line names the tasks
-                tasks = set(Records([json.loads(file.readline(1_000_000))]).tasks) or {run}
+                tasks = set(Records([parse_json(file.readline(1_000_000), allow_nan=True)]).tasks) or {run}
         except (OSError, ValueError, TypeError, KeyError):
             tasks = {run}
         if not tasks <= covered and (not shown or len(tasks) < len(variant.metrics)):

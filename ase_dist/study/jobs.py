@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,7 +68,7 @@ class StudyJob:
                 )
         try:
             summary = self.run.read_summary()
-        except (OSError, json.JSONDecodeError):
+        except (OSError, UserError):
             return False
         return bool(summary.get("exit") == "done" and summary.get("step") == summary.get("total_steps"))
 

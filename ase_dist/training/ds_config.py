@@ -8,7 +8,6 @@ to the settings, and fp16 "auto" is off.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from copy import deepcopy
 from difflib import get_close_matches
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ase_dist.config import Settings, TrainSettings, override_settings
 from ase_dist.errors import UserError, did_you_mean
+from ase_dist.json_files import read_object
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"  # a link to the checkout's folder, files in an installed package
 AUTO = "auto"
@@ -92,15 +92,12 @@ def read_ds_config(path: str | Path | None) -> dict[str, Any]:
     names = shipped_ds_configs()
     is_shipped = str(path) in names and not Path(path).is_file()
     try:
-        tree = json.loads((FOLDER / f"{path}.json" if is_shipped else Path(path)).read_text(encoding="utf-8"))
+        return read_object(FOLDER / f"{path}.json" if is_shipped else path)
     except OSError as error:
         known = f"{did_you_mean(str(path), names)} (shipped: {', '.join(names)})"
         raise UserError(f"--deepspeed_config: cannot read {str(path)!r} ({error.strerror}){known}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--deepspeed_config: {path} is not JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"--deepspeed_config: {path} holds a {type(tree).__name__}, wanted an object")
-    return tree
+    except UserError as error:
+        raise UserError(f"--deepspeed_config: {error}") from None
 
 
 def resolve(settings: Settings, ds_config: Mapping[str, Any], *, world: int, native_bf16: bool) -> ResolvedConfig:

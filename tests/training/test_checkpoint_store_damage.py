@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ase_dist import errors
-from ase_dist.training.state.checkpoint import SaveError, open_checkpoint
+from ase_dist.training.state.checkpoint import SaveError, manifest, open_checkpoint
 from ase_dist.training.state.checkpoint.manifest import read_manifest
 from tests.training.conftest import flip_byte, loads, save, truncate
 
@@ -174,15 +174,16 @@ def test_latest_that_names_another_is_reported(store, caplog):
 
 
 def fails_for_a_moment(monkeypatch, method, name, code):
-    """Let this method of pathlib raise for the file ``name`` of step_20."""
-    real = getattr(Path, method)
+    """Let this method of pathlib, or function that reads the manifest, raise for the file ``name`` of step_20."""
+    owner = manifest if method == "read_bytes" else Path
+    real = getattr(owner, method)
 
     def failing(path, *arguments, **options):
         if path.parent.name == "step_20" and path.name == name:
             raise OSError(code, os.strerror(code))
         return real(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, method, failing)
+    monkeypatch.setattr(owner, method, failing)
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])

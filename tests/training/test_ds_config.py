@@ -192,8 +192,9 @@ def test_contradictions_are_refused_in_one_sentence(tree, overrides, words):
     ("text", "words"),
     [
         (None, "cannot read"),
-        ("", "is not JSON"),
-        ("{'a': 1}", "is not JSON"),
+        ("", "ds.json: the file is empty"),
+        ("{'a': 1}", "ds.json: not JSON"),
+        ('{"a": 1, "a": 2}', "ds.json: the key 'a' stands twice"),
         ("[1]", "holds a list, wanted an object"),
     ],
 )

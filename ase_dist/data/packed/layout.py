@@ -23,6 +23,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ase_dist.data.files import Array
 from ase_dist.data.labels import compact_form
 from ase_dist.errors import UserError, file_error, first_problem
+from ase_dist.files import read_bytes
 from ase_dist.tasks import Kind, packable
 
 MANIFEST = "packed.json"
@@ -128,7 +129,7 @@ def unpack_label(frame: memoryview, kind: Kind, shape: tuple[int, int]) -> Array
 
 def _read(form: type[RecordT], path: Path, *, sha256: str | None = None) -> RecordT:
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
         if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
             raise UserError("it is not what its manifest says")
         return form.model_validate_json(content)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ase_dist.errors import UserError
+from ase_dist.json_files import parse_json
 from ase_dist.training.record.logs import TIME_FORMAT
 
 STARTS_AND_ENDS = ("run", "end")  # the history of the attempts, which a resumed run keeps
@@ -117,8 +118,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """The record on a line, or None where it is broken."""
     try:
-        record = json.loads(line)
-    except ValueError:  # not JSON, or not UTF-8
+        record = parse_json(line, allow_nan=True)
+    except UserError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record else None
 

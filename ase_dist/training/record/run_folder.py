@@ -16,6 +16,7 @@ from typing import Any
 
 from ase_dist.errors import UserError, file_error
 from ase_dist.files import write_atomic
+from ase_dist.json_files import read_object
 from ase_dist.overwriting import contains, refuse_foreign
 
 MEANINGS = {
@@ -196,9 +197,8 @@ class RunFolder:
         write_atomic(self.summary, _to_json(summary))
 
     def read_summary(self) -> dict[str, Any]:
-        """The result of the run. Raises OSError where there is none, ValueError where it is not JSON."""
-        found: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
-        return found
+        """The result of the run. Raises OSError where there is none, UserError where it is not JSON."""
+        return read_object(self.summary, allow_nan=True)
 
 
 def meaning(name: str) -> str:

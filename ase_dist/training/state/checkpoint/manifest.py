@@ -10,7 +10,6 @@ was resumed from an earlier step. The manifest's own hash is that of its canonic
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ase_dist.errors import ExitCode, RunError, UserError, describe, exit_code_of, first_problem
+from ase_dist.files import read_bytes
+from ase_dist.json_files import json_digest, parse_json
 
 MANIFEST = "manifest.json"
 SUFFIX = ".safetensors"
@@ -104,7 +105,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except FileNotFoundError:
         raise UserError(f"{MANIFEST}: missing") from None
     except OSError as error:
@@ -113,9 +114,9 @@ def read_manifest(folder: Path) -> Manifest:
             raise RunError(sentence, exit_code=ExitCode.IO_ERROR) from error
         raise UserError(f"{MANIFEST}: cannot be read ({error.strerror})") from None
     try:
-        tree = json.loads(data)
-    except (ValueError, RecursionError):  # not JSON, or not UTF-8
-        raise UserError(f"{MANIFEST}: not JSON ({len(data)} bytes)") from None
+        tree = parse_json(data)
+    except UserError as error:
+        raise UserError(f"{MANIFEST}: {error} ({len(data)} bytes)") from None
     if not isinstance(tree, dict):
         raise UserError(f"{MANIFEST}: holds no JSON object")
     version = tree.get("format_version")
@@ -135,8 +136,3 @@ def read_manifest(folder: Path) -> Manifest:
 def _clause(error: ValidationError) -> str:
     problem = first_problem(error)
     return f"{problem.where}: {problem.why} (got {problem.got!r:.80})"
-
-
-def json_digest(value: JsonValue | Mapping[str, Any]) -> str:
-    """SHA-256 of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -27,6 +27,7 @@ from ase_dist.files import (
     wait_until,
     write_atomic,
 )
+from ase_dist.json_files import json_digest
 from ase_dist.training.state.checkpoint.catalog import (
     BEST,
     LATEST,
@@ -35,7 +36,7 @@ from ase_dist.training.state.checkpoint.catalog import (
     list_checkpoints,
     read_pointer,
 )
-from ase_dist.training.state.checkpoint.manifest import MANIFEST, json_digest, make_manifest, read_manifest
+from ase_dist.training.state.checkpoint.manifest import MANIFEST, make_manifest, read_manifest
 from ase_dist.training.state.checkpoint.reader import Checkpoint, open_checkpoint
 from ase_dist.training.state.checkpoint.shards import Shard, Written, all_arrived, merge, write_shards
 from ase_dist.training.state.checkpoint.verify import verify
