@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
@@ -16,3 +17,12 @@ def derive_seed(seed: int, *names: str | int) -> int:
 def generator(seed: int, *names: str | int) -> torch.Generator:
     """A CPU generator for one tensor, seeded by ``derive_seed``."""
     return torch.Generator().manual_seed(derive_seed(seed, *names))
+
+
+def drawn_seed() -> int:
+    """A seed from torch's generator, as ``nn.Linear`` draws its weights: repeated after ``torch.manual_seed``.
+
+    Real also where tensors are not, on the meta device and under fake tensors.
+    """
+    with _disable_current_modes():  # type: ignore[no-untyped-call]
+        return int(torch.empty((), dtype=torch.int64, device="cpu").random_())

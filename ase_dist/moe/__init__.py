@@ -2,10 +2,12 @@
 
 ``ASEMoE`` extends ``deepspeed.moe.layer.MoE``; ``MoEFFN`` is the same layer as a plain module without DeepSpeed.
 ``TaskFFN`` puts either where a model of another library expects its FFN, ``FFN`` gives that library's the names wanted.
+``adapter_state`` and ``save_adapters`` take what was trained out of any model, without the model.
 """
 
 from typing import TYPE_CHECKING
 
+from ase_dist.moe.adapters import adapter_state, load_adapter_state, load_adapters, save_adapters
 from ase_dist.moe.layer import MoEFFN, MoEOutput
 from ase_dist.moe.state import global_state, load_global_state
 from ase_dist.moe.task_ffn import FFN, TaskFFN, router_loss, set_tasks
@@ -20,10 +22,14 @@ __all__ = [
     "MoEFFN",
     "MoEOutput",
     "TaskFFN",
+    "adapter_state",
     "global_state",
+    "load_adapter_state",
+    "load_adapters",
     "load_global_state",
     "optimizer_groups",
     "router_loss",
+    "save_adapters",
     "set_tasks",
 ]
 

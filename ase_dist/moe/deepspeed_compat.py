@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from types import MethodType
@@ -118,6 +118,24 @@ class Fragment(NamedTuple):
 def full_shape(parameter: Tensor) -> torch.Size:
     """The shape of the parameter, also where ZeRO-3 has left only a part of it here."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def is_in_engine(parameter: Tensor) -> bool:
+    """Whether a DeepSpeed optimiser at ZeRO 1 to 3 has the parameter, so that what is copied into it is lost."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_dp_group")
+
+
+@contextmanager
+def whole(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within it ``parameters`` that ZeRO 3 has divided are whole, to be read (collective over their ranks)."""
+    divided = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not divided:
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(divided, modifier_rank=None):
+        yield
 
 
 def read_master(engine: Any, parameter: Tensor, kind: str) -> Tensor:

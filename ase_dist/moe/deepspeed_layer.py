@@ -53,7 +53,7 @@ class ASEMoE(MoEFFN, MoE):  # type: ignore[misc]
         experts: str = "lora",
         hidden: int | None = None,
         aux_losses: Mapping[str, float] | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if dispatch not in DISPATCHES:
             near = did_you_mean(dispatch, DISPATCHES)

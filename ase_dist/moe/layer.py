@@ -22,7 +22,7 @@ from ase_dist.moe.losses import check_aux_losses, weighted_router_loss
 from ase_dist.moe.router import TaskRouter, router_statistics
 from ase_dist.moe.sharding import Shard
 from ase_dist.ops.lowrank import Activation, CopyFirst, check_activation
-from ase_dist.seeding import derive_seed
+from ase_dist.seeding import derive_seed, drawn_seed
 
 PLACES = ("fc1", "fc2", "bypass")
 TaskIndex = int | Sequence[int] | None
@@ -52,8 +52,8 @@ class MoEFFN(nn.Module):
     4. the router losses, over the tokens of all ranks where ``sync_statistics`` is set
 
     ``base`` is any module with ``fc1``, ``act`` and ``fc2``; it is frozen and kept. ``num_experts`` counts the shared
-    ones; ``alpha`` scales LoRA experts by alpha / rank (None: by 1); ``hidden`` is an ffn expert's width. Raises
-    UserError for settings that contradict each other or the base.
+    ones; ``alpha`` scales LoRA experts by alpha / rank (None: by 1); ``hidden`` is an ffn expert's width. ``seed`` None
+    is drawn from torch's generator. Raises UserError for settings that contradict each other or the base.
     """
 
     def __init__(
@@ -71,10 +71,11 @@ class MoEFFN(nn.Module):
         adapt: Sequence[str] = ("fc1", "fc2"),
         gating: str = "ase",
         aux_losses: Mapping[str, float] | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         shard: Shard | None = None,
         sync_statistics: bool = False,
     ) -> None:
+        seed = drawn_seed() if seed is None else seed
         nn.Module.__init__(self)  # not super(): that of a subclass with DeepSpeed's MoE would build DeepSpeed's experts
         self.k = check_gating(gating, num_experts=num_experts, k=k, num_shared=num_shared)
         check_base(base)

@@ -32,6 +32,18 @@ def load_global_state(layer: MoEFFN, state: Mapping[str, Tensor]) -> None:
 
     Raises UserError if names or shapes differ; then nothing has been copied.
     """
+    check_global_state(layer, state)
+    shared = {} if layer.shared is None else layer.shared.tensors()
+    with torch.no_grad():
+        layer.router.weight.copy_(state["router"])
+        for name, own in layer.routed.tensors().items():
+            own[: layer.shard.real].copy_(layer.shard.own(state[name][: layer.shard.routed]))
+            if shared:
+                shared[name].copy_(state[name][layer.shard.routed :])
+
+
+def check_global_state(layer: MoEFFN, state: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless ``state`` has the names and shapes of ``layer``'s global state."""
     stacked = {name: (layer.num_experts, *own.shape[1:]) for name, own in layer.routed.tensors().items()}
     wanted = {"router": tuple(layer.router.weight.shape), **stacked}
     got = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -42,10 +54,3 @@ def load_global_state(layer: MoEFFN, state: Mapping[str, Tensor]) -> None:
             f"global state: {len(names)} tensors differ; {first!r}: got {got.get(first, 'none')}, "
             f"wanted {wanted.get(first, 'none')}"
         )
-    shared = {} if layer.shared is None else layer.shared.tensors()
-    with torch.no_grad():
-        layer.router.weight.copy_(state["router"])
-        for name, own in layer.routed.tensors().items():
-            own[: layer.shard.real].copy_(layer.shard.own(state[name][: layer.shard.routed]))
-            if shared:
-                shared[name].copy_(state[name][layer.shard.routed :])

@@ -8,6 +8,7 @@ loss = criterion(model(batch)) + router_loss(model)
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,9 +36,10 @@ class FFN(nn.Module):
 class TaskFFN(nn.Module):
     """A ``MoEFFN`` or ``ASEMoE`` where a model expects its FFN: one tensor in, one tensor out.
 
-    ``tasks`` are those whose tokens come, all of the layer's unless ``set_tasks`` says otherwise: the first axis of the
-    input is cut into as many equal parts. A model has no way to pass on what the layer computes besides its output, so
-    ``last`` keeps it until the next forward pass; copies and pickles leave it out.
+    ``tasks`` are those whose tokens come, as ``set_tasks`` says: the first axis of the input is cut into as many equal
+    parts. Before, only a layer of one task and a first axis of one entry for each task are taken. A model has no way to
+    pass on what the layer computes besides its output, so ``last`` keeps it until the next forward pass; copies and
+    pickles leave it out.
     """
 
     def __init__(self, layer: MoEFFN) -> None:
@@ -61,8 +63,19 @@ class TaskFFN(nn.Module):
         self._tasks = numbers
 
     def forward(self, x: Tensor) -> Tensor:
-        """[tasks * B, ..., D] to the same; UserError where the parts cannot be equal."""
+        """[tasks * B, ..., D] to the same; UserError where tasks were never set or the parts cannot be equal."""
         tasks = self.tasks
+        if self._tasks is None and len(tasks) > 1:
+            if x.shape[0] != len(tasks):
+                raise UserError(
+                    f"x: got a batch of {x.shape[0]} before set_tasks, and the layer has {len(tasks)} tasks; say whose "
+                    "the equal parts of a batch are with set_tasks(model, [...])"
+                )
+            warnings.warn(
+                f"TaskFFN: got a batch of {len(tasks)} before set_tasks, taken as one entry for each task; say so with "
+                f"set_tasks(model, {list(tasks)}), or whose the parts of a batch are",
+                stacklevel=2,
+            )
         if x.shape[0] % len(tasks):
             raise UserError(
                 f"x: got a batch of {x.shape[0]} for the tasks {list(tasks)}, wanted equally many for each; "

@@ -230,11 +230,26 @@ def test_the_base_is_frozen_and_the_rest_is_trained():
 
 
 def test_initialisation_does_not_depend_on_the_number_of_experts_before():
-    small = global_state(MoEFFN(FFN(), num_experts=4, k=2, num_shared=0, num_tasks=2))
-    large = global_state(MoEFFN(FFN(), num_experts=9, k=2, num_shared=0, num_tasks=2))
+    small = global_state(MoEFFN(FFN(), num_experts=4, k=2, num_shared=0, num_tasks=2, seed=3))
+    large = global_state(MoEFFN(FFN(), num_experts=9, k=2, num_shared=0, num_tasks=2, seed=3))
     assert torch.equal(small["fc1.A"], large["fc1.A"][:4])
     assert not torch.equal(large["fc1.A"][0], large["fc1.A"][1])
     assert not large["fc1.B"].any()
+
+
+@pytest.mark.parametrize("kind", [MoEFFN, ASEMoE])
+def test_layers_without_a_seed_are_different_and_repeat_with_torch_s(kind):
+    def two():
+        torch.manual_seed(7)
+        bases = FFN(), FFN()
+        return [global_state(kind(base, num_experts=4, k=2, num_tasks=2)) for base in bases]
+
+    (one, other), again = two(), two()
+    for name in ("router", "fc1.A"):
+        assert not torch.equal(one[name], other[name])
+        assert torch.equal(one[name], again[0][name]) and torch.equal(other[name], again[1][name])
+    with torch.device("meta"):
+        assert kind(FFN(), num_experts=4, k=2, num_tasks=2).router.weight.is_meta
 
 
 def test_global_state_round_trip_and_refusal():

@@ -43,7 +43,6 @@ def test_router_losses_are_those_of_the_last_pass_summed():
     model = nn.Sequential(TaskFFN(layer()), TaskFFN(layer()))
     with pytest.raises(ValueError, match="computed nothing yet"):
         router_loss(model)
-    model(tokens(9))
     set_tasks(model, [0, 1])
     x = tokens(8)
     first = model[0].layer(x.unflatten(0, (2, -1)), task=[0, 1])
@@ -57,7 +56,23 @@ def test_router_losses_are_those_of_the_last_pass_summed():
 
 def test_a_batch_that_cannot_be_cut_and_a_model_without_the_layer_are_refused():
     model = TaskFFN(layer())
+    set_tasks(model, [0, 1, 2])
     with pytest.raises(ValueError, match=r"batch of 4 for the tasks \[0, 1, 2\].*set_tasks"):
         model(tokens(4))
     with pytest.raises(ValueError, match="Linear without a TaskFFN"):
         set_tasks(nn.Linear(2, 2), [0])
+
+
+def test_a_forgotten_set_tasks_is_an_error_where_the_batch_happens_to_divide(one_sentence):
+    model = TaskFFN(layer())
+    for batch in (6, 4, 1):
+        with pytest.raises(ValueError, match="before set_tasks") as raised:
+            model(tokens(batch))
+        one_sentence(raised, f"batch of {batch}", "3 tasks", "set_tasks(model")
+    with pytest.warns(UserWarning, match="one entry for each task"):
+        output = model(tokens(3))
+    set_tasks(model, [0, 1, 2])
+    torch.testing.assert_close(model(tokens(3)), output)
+    model(tokens(6))
+    single = TaskFFN(MoEFFN(conftest.FFN(), num_experts=3, k=1, num_tasks=1))
+    single(tokens(6))
