@@ -67,8 +67,10 @@ def gather_objects(value: object) -> list[object]:
 
 
 def any_rank(flag: bool, device: torch.device | str) -> bool:
-    """Whether ``flag`` is set on any rank."""
-    return bool(all_reduce_sum(torch.tensor([float(flag)], device=device)).item() > 0)
+    """Whether ``flag`` is set on any rank; of several ranks each waits for its device."""
+    if world_size() == 1:
+        return flag
+    return bool(all_reduce_sum(torch.full((), float(flag), device=device)).item() > 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         "--deepspeed_config",
         type=path_or_name,
         metavar="FILE",
-        help=f"DeepSpeed's JSON or one of: {', '.join(shipped_ds_configs())}; without: ZeRO 0",
+        help=f"DeepSpeed's JSON or one of: {', '.join(shipped_ds_configs())}; without: ZeRO 0, in bf16 1",
     )
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     p.add_argument("--print-config", action="store_true", help="print the settings that would be used, and exit")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ase_dist.collectives import any_rank
+from ase_dist.collectives import all_reduce_sum
 
 
 def group_name(ep_size: int) -> str:
@@ -211,25 +211,6 @@ def undo_trial_step(engine: Any) -> None:
                 _basic(engine).state.pop(master, None)
 
 
-def skip_non_finite_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Let ``optimizer`` skip a step whose gradients are not finite on some rank, as DeepSpeed's wrappers do.
-
-    For ZeRO 0 in float32, where the engine has no wrapper and would write NaN into every parameter; it reads
-    ``overflow`` of its optimiser, counts the step as skipped and leaves the schedule where it is.
-    """
-    take_step = optimizer.step
-
-    def step(self: torch.optim.Optimizer, closure: None = None) -> None:
-        trained = [p for group in self.param_groups for p in group["params"]]
-        gradients = [p.grad for p in trained if p.grad is not None]  # none where clipping has dropped bad ones
-        is_finite = bool(gradients) and bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
-        self.overflow = any_rank(not is_finite, trained[0].device)  # type: ignore[attr-defined]
-        if not self.overflow:  # type: ignore[attr-defined]
-            take_step(closure)
-
-    optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
-
-
 def skip_non_finite_zero_steps(engine: Any) -> None:
     """Let ZeRO 1 to 3 of DeepSpeed before 0.19.8 skip a step whose gradients are not finite, in every precision.
 
@@ -334,28 +315,112 @@ def _set_model_weight(parameter: Tensor, value: Tensor) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The gradient norm at ZeRO 0
+# One wait for the device in a step: the gradient norm, which decides whether the step is taken
 
 
 def use_true_gradient_norm(engine: Any) -> None:
-    """Make clipping at ZeRO 0 in fp32 see the norm of all experts: DeepSpeed's own is the mean of the ranks' norms.
+    """Let ZeRO 0 clip by the norm of all experts, and skip a step that is not finite on some rank; one wait a step.
 
-    The other stages and precisions compute the true one. A norm that is not finite drops the step's gradients, so that
-    the optimiser leaves every weight as it is. ``engine.get_global_grad_norm()`` gives the norm afterwards.
+    DeepSpeed's own norm there (0.19.8) is the mean of the ranks' norms in fp32, where NaN would go into every
+    parameter, and in bf16 that of everything but the experts, after a wait for every trained tensor. The other stages
+    compute the true one and skip. The engine reads ``overflow`` of its optimiser, counts such a step as skipped and
+    leaves the schedule where it is. ``engine.get_global_grad_norm()`` gives the norm afterwards.
     """
-    if not (engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled()):
-        engine.clip_fp32_gradients = partial(_clip_gradients, engine)
-
-
-def _clip_gradients(engine: Any) -> None:
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    norm = global_gradient_norm(engine.module)
-    engine._global_grad_norm = norm.item()
-    if not torch.isfinite(norm):
-        engine.module.zero_grad(set_to_none=True)
+    optimizer = engine.optimizer
+    is_bf16 = engine.bfloat16_enabled()
+    if engine.zero_optimization() or engine.fp16_enabled() or (is_bf16 and not hasattr(optimizer, "fp32_groups")):
         return
-    factor = (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, factor)
+    step = _step_in_bf16 if is_bf16 else partial(_step_in_fp32, take_step=optimizer.step)
+    engine.clip_fp32_gradients = lambda: None  # done in the step
+
+    def decide_and_step(self: Any, closure: None = None) -> None:
+        norm = global_gradient_norm(engine.module)
+        bad = all_reduce_sum((~norm.isfinite()).float())
+        self._global_grad_norm, ranks = torch.stack([norm, bad]).tolist()
+        engine._global_grad_norm = self._global_grad_norm
+        self.overflow = ranks > 0
+        if self.overflow:
+            self.zero_grad(set_to_none=True)
+            return
+        factor = None
+        if engine.gradient_clipping() > 0:
+            factor = (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
+        step(self, factor)
+
+    optimizer.step = MethodType(decide_and_step, optimizer)
+
+
+def _step_in_fp32(optimizer: torch.optim.Optimizer, factor: Tensor | None, *, take_step: Callable[[], Any]) -> None:
+    if factor is not None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+    take_step()
+
+
+def _step_in_bf16(wrapper: Any, factor: Tensor | None) -> None:
+    """The step of DeepSpeed's ``FP16_UnfusedOptimizer``, whose float32 copies torch's optimiser updates."""
+    masters = [master for group in wrapper.fp32_groups for master in group]
+    models = [model for group in wrapper.fp16_groups for model in group]
+    for master, model in zip(masters, models, strict=True):
+        master.grad = torch.zeros_like(master) if model.grad is None else model.grad.to(master.dtype)
+    if factor is not None:
+        torch._foreach_mul_([master.grad for master in masters], factor)
+    wrapper.optimizer.step()
+    for master in masters:
+        master.grad = None
+    torch._foreach_copy_([model.data for model in models], [master.data for master in masters])
+
+
+def wait_once_in_a_step(engine: Any) -> None:
+    """Let ZeRO 1 to 3 wait for the device once in a step, for the norm (deepspeed 0.19.8; others are left as they are).
+
+    As shipped they copy a constant to the device for each group of parameters, judge the norm again for each group that
+    they clip, and in bf16 look into every gradient first, though NaN and infinity show in the norm.
+    """
+    zero = engine.optimizer
+    module = sys.modules[type(zero).__module__]
+    if not engine.zero_optimization() or not hasattr(module, "is_invalid_grad_norm"):
+        return
+    if not isinstance(module.is_invalid_grad_norm, _JudgedOnce):
+        module.is_invalid_grad_norm = _JudgedOnce(module.is_invalid_grad_norm)  # type: ignore[attr-defined]
+    if engine.zero_optimization_stage() == 3:
+        zero._get_norm_groups = partial(_norms_of_partitions, zero, zero._get_norm_groups)
+        return
+    module.mask_nan_or_inf_with_val_inplace = _mark_invalid_norm  # type: ignore[attr-defined]
+    if not zero.cpu_offload:  # there the norms are the host's
+        zero.check_overflow = lambda **_: None
+
+
+class _JudgedOnce:
+    """DeepSpeed's ``is_invalid_grad_norm``, which waits for the device, once for each norm."""
+
+    def __init__(self, judge: Callable[[Any], bool]) -> None:
+        self._judge, self._norm, self._is_invalid = judge, None, False
+
+    def __call__(self, norm: Any) -> bool:
+        if norm is not self._norm:
+            self._norm, self._is_invalid = norm, self._judge(norm)
+        return self._is_invalid
+
+
+def _mark_invalid_norm(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
+    """DeepSpeed's ``mask_nan_or_inf_with_val_inplace`` without a tensor from the host."""
+    norm.masked_fill_(~norm.isfinite(), val)
+
+
+def _norms_of_partitions(zero: Any, as_shipped: Callable[[], list[Any]]) -> list[Any]:
+    """ZeRO-3's norm of each group of parameters, -1 where it is not finite, as ``get_grad_norm_direct`` gives it."""
+    if zero.offload_optimizer:  # computed on the host
+        return as_shipped()
+    norms = []
+    for number, parameters in enumerate(zero.fp16_groups):
+        norms_2 = torch._foreach_norm(list(zero.averaged_gradients[number]), 2, dtype=torch.float32)
+        total = torch.stack(norms_2).square().sum()
+        dist.all_reduce(total, group=_partition_group(parameters[0]))
+        norm = total.sqrt()
+        _mark_invalid_norm(norm)
+        norms.append(norm)
+    return norms
 
 
 def global_gradient_norm(model: nn.Module) -> Tensor:
@@ -373,5 +438,5 @@ def global_gradient_norm(model: nn.Module) -> Tensor:
 def _sum_of_squares(parameters: Sequence[nn.Parameter]) -> Tensor:
     if not parameters:
         return torch.zeros(())
-    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
-    return torch.stack([norm.float() for norm in norms]).square().sum()
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None], 2, dtype=torch.float32)
+    return torch.stack(norms).square().sum()

@@ -126,8 +126,11 @@ def check_gating(gating: str, *, num_experts: int, k: int, num_shared: int) -> i
 
 
 def _masked(logits_TN: Tensor, active_TN: Tensor) -> Tensor:
-    """Minus infinity where inactive; unlike ``masked_fill`` it keeps no mask of its own for the backward pass."""
-    return torch.where(active_TN, logits_TN, -torch.inf)
+    """Minus infinity where inactive; unlike ``masked_fill`` it keeps no mask of its own for the backward pass.
+
+    The number is made on the device: ``where`` would wait for the device to copy one of the host there.
+    """
+    return torch.where(active_TN, logits_TN, logits_TN.new_full((), -torch.inf))
 
 
 def top_routed(logits_TN: Tensor, *, k: int, num_shared: int) -> Tensor:

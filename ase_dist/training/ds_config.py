@@ -22,6 +22,7 @@ FOLDER = Path(__file__).parents[1] / "ds_configs"  # a link to the checkout's fo
 AUTO = "auto"
 ZERO_STAGES = (0, 1, 2, 3)
 DEFAULT_STAGE = 0
+BF16_STAGE = 1  # stage 0 in bf16 waits for the device for every trained tensor (0.19.8); 1 divides float32 copies too
 
 # settings of train.* and their keys in the JSON
 SHARED_KEYS: dict[str, tuple[str, ...]] = {
@@ -83,7 +84,7 @@ def shipped_ds_configs() -> list[str]:
 
 
 def read_ds_config(path: str | Path | None) -> dict[str, Any]:
-    """The JSON of a file, or of a shipped one by its name, as a dictionary; empty (ZeRO 0) without a path.
+    """The JSON of a file, or of a shipped one by its name, as a dictionary; empty without a path (ZeRO 0, in bf16 1).
 
     Raises UserError for a missing or malformed file.
     """
@@ -138,6 +139,8 @@ def resolve(settings: Settings, ds_config: Mapping[str, Any], *, world: int, nat
     if monitor.wandb:
         tree.setdefault("wandb", {"enabled": True, "project": monitor.project})
     tree.setdefault("steps_per_print", 2**31)  # the training loop logs instead
+    # DeepSpeed's default waits for the device twice in a micro-step, for a number that nothing prints
+    tree.setdefault("timers", {"throughput": {"enabled": False}})
     _check_filled(tree)
     return ResolvedConfig(settings, tree)
 
@@ -205,7 +208,7 @@ def _shared_value(name: str, path: tuple[str, ...], train: TrainSettings, tree: 
 
 def _fill_zero(tree: dict[str, Any], settings: Settings) -> None:
     zero = tree.setdefault("zero_optimization", {})
-    stage = zero.setdefault("stage", DEFAULT_STAGE)
+    stage = zero.setdefault("stage", BF16_STAGE if settings.train.bf16 else DEFAULT_STAGE)
     if stage not in ZERO_STAGES:
         raise UserError(f"DeepSpeed JSON: zero_optimization.stage: got {stage!r}, wanted one of {ZERO_STAGES}")
     moe = settings.model.moe

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from ase_dist.config import load_settings
@@ -104,8 +105,22 @@ def test_bf16_follows_the_accelerator_unless_it_is_said(native):
     assert settle({}, "train.bf16=false", native_bf16=native).deepspeed["bf16"]["enabled"] is False
 
 
-def test_without_a_json_it_is_zero_0():
+def test_without_a_json_it_is_zero_0_and_in_bf16_zero_1():
+    """DeepSpeed's stage 0 in bf16 waits for the device for every trained tensor; who asks for it gets it."""
     assert settle(read_ds_config(None)).zero_stage == 0
+    assert settle(read_ds_config(None), native_bf16=True).zero_stage == 1
+    assert settle({"bf16": {"enabled": True}}).zero_stage == 1
+    assert settle({"zero_optimization": {"overlap_comm": True}}, "train.bf16=true").zero_stage == 1
+    assert settle({"zero_optimization": {"stage": 0}}, "train.bf16=true").zero_stage == 0
+
+
+def test_the_throughput_timer_waits_for_the_device_where_it_is_asked_for():
+    def timer(tree):
+        config = DeepSpeedConfig({"train_batch_size": 1, **{k: v for k, v in tree.items() if k == "timers"}})
+        return config.timers_config.enabled
+
+    assert not timer(settle({}).deepspeed)
+    assert timer(settle({"timers": {"throughput": {"enabled": True}}}).deepspeed)
 
 
 def test_what_stands_in_the_json_alone_becomes_the_setting():

@@ -129,7 +129,9 @@ def test_all_finite(bad):
 
 def take(guard, *losses, step=5):
     values = dict(zip(["semseg", "normals"], map(torch.tensor, losses), strict=True))
-    return guard.take_step(vote(all_finite(values.values()), stop=False), step=step, values=values, batch=[11, 12])
+    return guard.take_step(
+        vote(all_finite(values.values()), stop=False).finite, step=step, values=values, batch=[11, 12]
+    )
 
 
 @pytest.mark.single_gpu
@@ -160,7 +162,7 @@ def test_a_finite_step_looks_at_no_value():
             raise AssertionError("looked at")
 
     guard = FiniteGuard()
-    assert guard.take_step(vote(torch.tensor(True), stop=False), step=1, values=Unreadable(), batch=Unreadable())
+    assert guard.take_step(True, step=1, values=Unreadable(), batch=Unreadable())
 
 
 @pytest.mark.single_gpu
@@ -204,7 +206,7 @@ def votes(rank, folder):
     values = {"depth": torch.tensor(1.0 if rank == 0 else NAN)}
     try:
         FiniteGuard().take_step(
-            vote(all_finite(values.values()), stop=False), step=3, values=values, batch=torch.tensor([rank, 7])
+            vote(all_finite(values.values()), stop=False).finite, step=3, values=values, batch=torch.tensor([rank, 7])
         )
     except NonFiniteError as error:
         return [ballots, str(error)]

@@ -32,8 +32,6 @@ def initialize(model: MultiTaskModel, config: ResolvedConfig, world: World, *, t
     if train.compile:
         compile_blocks(model, config)
     optimizer = build_optimizer(model, config, world)
-    if config.zero_stage == 0 and not train.bf16:
-        deepspeed_compat.skip_non_finite_steps(optimizer)
     scheduler = LambdaLR(optimizer, schedule_lambda(train, total=total_steps))
     deepspeed_compat.import_muon()
     try:
@@ -53,6 +51,7 @@ def initialize(model: MultiTaskModel, config: ResolvedConfig, world: World, *, t
     deepspeed_compat.undo_trial_step(engine)
     deepspeed_compat.use_true_gradient_norm(engine)
     deepspeed_compat.skip_non_finite_zero_steps(engine)
+    deepspeed_compat.wait_once_in_a_step(engine)
     return engine
 
 

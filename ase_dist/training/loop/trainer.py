@@ -24,7 +24,7 @@ from ase_dist.training.loop import losses
 from ase_dist.training.loop.components import RunComponents
 from ase_dist.training.loop.conflict import gradient_conflict, same_random_state
 from ase_dist.training.loop.evaluate import Gallery, evaluate
-from ase_dist.training.process.finite import FiniteGuard, NonFiniteError, all_finite, vote
+from ase_dist.training.process.finite import FiniteGuard, NonFiniteError, Vote, all_finite, vote
 from ase_dist.training.process.runtime import World
 from ase_dist.training.process.signals import StopFlag
 from ase_dist.training.process.watchdog import Watchdog
@@ -68,6 +68,7 @@ class Trainer:
         layers = [module for module in engine.module.modules() if isinstance(module, MoEFFN)]
         self.span = SpanStatistics(tasks, world, layers=layers)
         self.stopping = False  # agreed upon by all ranks
+        self._applied = True  # whether the optimiser has taken the last step
         self._routers = [layer.router for layer in layers]
 
     def train(self) -> ExitCode:
@@ -119,6 +120,7 @@ class Trainer:
         batches = [next(self.train_loader).to(self.world.device) for _ in range(accumulation)]
         self.watchdog.beat(f"label counts of step {step}")  # they wait for all ranks, so a rank without data is behind
         counts = mean_label_counts(batches, self.tasks, self.world)
+        ballot = vote(torch.full((), self._applied, device=self.world.device), stop=self.stop.requested)
         self._warm_shared_logits(step)
         conflict_seconds = self._maybe_measure_conflict(step, batches[0], counts)
 
@@ -134,7 +136,7 @@ class Trainer:
             numbers = (total.detach(), output.aux_loss.detach(), output.expert_counts, output.mean_gates)
             micro_steps.append(MicroStep(by_task, *numbers, batch.names))
 
-        self._finish_step(step, micro_steps)
+        self._finish_step(step, micro_steps, ballot)
         self.state.advance(images=sum(len(batch.images) for batch in batches) * self.world.size)
         seconds = time.perf_counter() - began - conflict_seconds
         self.span.seconds += seconds
@@ -163,13 +165,18 @@ class Trainer:
         self.recorder.write("conflict", step=step, values=gradient_conflict(by_task, self.engine.module))
         return time.perf_counter() - began
 
-    def _finish_step(self, step: int, micro_steps: Sequence[MicroStep]) -> None:
-        """Count the step, or report it as skipped, or raise NonFiniteError; note whether a rank is to stop."""
-        applied = bool(self.engine.was_step_applied())
-        ballot = vote(torch.tensor(applied, device=self.world.device), stop=self.stop.requested)
-        values = {} if ballot.finite else self._suspicious_values(micro_steps)
+    def _finish_step(self, step: int, micro_steps: Sequence[MicroStep], ballot: Vote) -> None:
+        """Count the step, or report it as skipped, or raise NonFiniteError; note whether a rank is to stop.
+
+        Every ZeRO stage decides by a norm that all ranks have added up, so they decide alike; the vote of the next step
+        checks it.
+        """
+        if ballot.finite != self._applied:
+            raise RuntimeError(f"the ranks disagree whether the optimiser has taken step {step - 1}")
+        self._applied = bool(self.engine.was_step_applied())
+        values = {} if self._applied else self._suspicious_values(micro_steps)
         names = [name for micro in micro_steps for name in micro.names]
-        if self.guard.take_step(ballot, step=step, values=values, batch=names):
+        if self.guard.take_step(self._applied, step=step, values=values, batch=names):
             for micro in micro_steps:
                 self.span.add(micro)
         else:
@@ -296,4 +303,7 @@ def nan_if_nonfinite(total: Tensor) -> Tensor:
     A NaN in a label can leave the gradient finite (the sign of NaN is 0), and asking before the backward pass would
     make the device wait for the host in every step.
     """
-    return total * torch.where(total.detach().isfinite(), 1.0, math.nan)
+    finite = total.detach().isfinite()
+    return total * torch.ones_like(total).masked_fill(
+        ~finite, math.nan
+    )  # ``where`` would copy its numbers from the host

@@ -1,8 +1,8 @@
-"""Non-finite numbers, and what all ranks decide after each step: whether it counts, and whether a rank must stop.
+"""Non-finite numbers, and what all ranks decide in each step: whether it counts, and whether a rank must stop.
 
-``ballot = vote(finite, stop=...)`` begins the one all-reduce of a step; ``guard.take_step(ballot, ...)`` says whether
-the step counts and ``ballot.stop`` whether to save and leave. The ballot is read once a step, the only time that the
-host waits for the device.
+``ballot = vote(finite, stop=...)`` begins an all-reduce before the forward pass; read after the step, ``ballot.stop``
+says whether to save and leave without waiting for what the device has been given since. ``guard.take_step`` says
+whether the step counts.
 """
 
 from __future__ import annotations
@@ -18,11 +18,21 @@ from ase_dist.errors import ExitCode, RunError, UserError
 
 
 class Vote:
-    """The ranks' common decision; reading the first property waits for the device, later reads do not."""
+    """The ranks' common decision; reading the first property waits until it has reached the host, later reads do not.
+
+    The copy to the host begins with the vote, so that a late read does not wait for work that was queued after it.
+    """
 
     def __init__(self, counts: Tensor) -> None:
         self._counts, self._read = counts, (0.0, 0.0)
         self._is_read = False
+        self._arrival: torch.Event | None = None
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None and counts.device.type == accelerator.type:
+            self._counts = torch.empty_like(counts, device="cpu", pin_memory=True)
+            self._counts.copy_(counts, non_blocking=True)
+            self._arrival = torch.Event(counts.device)
+            self._arrival.record()
 
     @property
     def finite(self) -> bool:
@@ -36,6 +46,8 @@ class Vote:
 
     def _values(self) -> tuple[float, float]:
         if not self._is_read:
+            if self._arrival is not None:
+                self._arrival.synchronize()
             not_finite, stopping = self._counts.tolist()
             self._read, self._is_read = (not_finite, stopping), True
         return self._read
@@ -74,15 +86,15 @@ class FiniteGuard:
         self.report = ""  # of the last non-finite step
 
     def take_step(
-        self, ballot: Vote, *, step: int, values: Mapping[str, Tensor], batch: Sequence[object] | Tensor
+        self, finite: bool, *, step: int, values: Mapping[str, Tensor], batch: Sequence[object] | Tensor
     ) -> bool:
-        """True: the optimiser may step. False: skip this one, ``report`` says why. The same on every rank.
+        """True: the step counts. False: it was skipped, ``report`` says why. ``finite`` must be the same on every rank.
 
         ``values`` are this rank's numbers by name (each task's loss, the gradient norm), ``batch`` the ids of its
-        images; they are looked at only where the ballot is not finite, and then gathered over the ranks (collective).
+        images; they are looked at only where the step is not finite, and then gathered over the ranks (collective).
         Raises NonFiniteError, with step, rank, names and ids, where the policy or the number of skips ends the run.
         """
-        if ballot.finite:
+        if finite:
             self.skips = 0
             return True
         found = [f"{name} {value.detach().sum().item()}" for name, value in values.items() if not all_finite([value])]
