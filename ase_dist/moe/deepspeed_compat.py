@@ -38,6 +38,11 @@ def is_routed(parameter: nn.Parameter) -> bool:
     return not getattr(parameter, "allreduce", True)
 
 
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 holds this parameter in parts and gathers it for each use."""
+    return hasattr(parameter, "ds_id")
+
+
 def expert_parallel_group(ep_size: int, *, data_before_expert: bool = False) -> dist.ProcessGroup:
     """DeepSpeed's expert-parallel group that this rank belongs to, made on first demand (collective)."""
     from deepspeed.utils import groups
@@ -275,7 +280,7 @@ def _basic(engine: Any) -> torch.optim.Optimizer:
 
 def _fragment(optimizer: Any, parameter: Tensor) -> Fragment | None:
     """Where this rank keeps its part of ``parameter``; None where it has none."""
-    if hasattr(parameter, "ds_id"):  # ZeRO-3
+    if is_partitioned(parameter):
         group, start, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
         offset = numel * dist.get_rank(optimizer.dp_process_group)
         real = max(0, min(numel, full_shape(parameter).numel() - offset))  # the last part is padded
@@ -299,13 +304,13 @@ def _fragment(optimizer: Any, parameter: Tensor) -> Fragment | None:
 
 def _partition_group(parameter: Tensor) -> dist.ProcessGroup | None:
     """The ranks among which ZeRO has divided the parameter; None where each has all of it."""
-    if hasattr(parameter, "ds_id"):
+    if is_partitioned(parameter):
         return parameter.ds_process_group  # type: ignore[attr-defined]
     return getattr(parameter, "_dp_group", None)
 
 
 def _set_model_weight(parameter: Tensor, value: Tensor) -> None:
-    if not hasattr(parameter, "ds_id"):
+    if not is_partitioned(parameter):
         parameter.copy_(value)
         return
     group, own = _partition_group(parameter), parameter.ds_tensor  # type: ignore[attr-defined]

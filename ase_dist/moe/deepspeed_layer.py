@@ -14,8 +14,9 @@ from ase_dist import collectives
 from ase_dist.errors import UserError, did_you_mean
 from ase_dist.moe import deepspeed_compat
 from ase_dist.moe.engine_names import from_engine_names, to_engine_names
-from ase_dist.moe.experts import FeedForward
+from ase_dist.moe.experts import FeedForward, LoRAExperts
 from ase_dist.moe.layer import MoEFFN, MoEOutput, TaskIndex
+from ase_dist.moe.router import RoutingSums
 from ase_dist.moe.sharding import Shard
 from ase_dist.moe.state import global_state, load_global_state
 
@@ -96,8 +97,14 @@ class ASEMoE(MoEFFN, MoE):  # type: ignore[misc]
         self.register_load_state_dict_post_hook(_tag_after_load)  # type: ignore[no-untyped-call]
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, used_token: Tensor | None = None, *, task: TaskIndex = None, with_stats: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor] | MoEOutput:
+        self,
+        x: Tensor,
+        used_token: Tensor | None = None,
+        *,
+        task: TaskIndex = None,
+        with_stats: bool = False,
+        unfinished: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor] | MoEOutput | tuple[Tensor, RoutingSums]:
         """(output, aux_loss, expert_counts), or all of ``MoEOutput`` by name with ``with_stats``.
 
         ``used_token`` of DeepSpeed's interface is refused: no token is ever dropped here.
@@ -108,10 +115,12 @@ class ASEMoE(MoEFFN, MoE):  # type: ignore[misc]
         if undecided:
             own = torch.tensor([x.numel() // x.shape[-1]], device=x.device)
             self.decide_dispatch(collectives.all_gather_rows(own, group=self.group).sum().item() / self.ep_size)
-        result = super().forward(x, task=task)
+        if isinstance(self.routed, LoRAExperts) and self.base is not None:
+            self.routed.keeps_stacks = not any(map(deepspeed_compat.is_partitioned, self.base.parameters()))
+        result = super().forward(x, task=task, unfinished=unfinished)
         if undecided and not self.training:
             self.dispatch = None  # the batch of an evaluation does not decide for the training
-        return result if with_stats else result[:3]
+        return result[:3] if isinstance(result, MoEOutput) and not with_stats else result
 
     def with_statistics(self, x: Tensor, *, task: TaskIndex = None) -> MoEOutput:
         """See ``MoEFFN.with_statistics``."""

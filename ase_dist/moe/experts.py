@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ase_dist.moe.dispatch.exchange import ReturnRows, SendRows, TokenExchange, exchanged_linear
+from ase_dist.ops import modes
+from ase_dist.ops.activations import Activation
 from ase_dist.ops.grouped import grouped_linear
 from ase_dist.ops.lowrank import (
-    Activation,
     AdaptedLinear,
     add_lowrank,
     gated_ffn,
@@ -30,6 +31,7 @@ from ase_dist.ops.lowrank import (
     lowrank_linear,
 )
 from ase_dist.ops.modes import is_exporting
+from ase_dist.ops.stacked import Linear, WeightStack, may_stack, stacked_ffn
 from ase_dist.seeding import generator
 
 Shape = tuple[int, int]  # (input width, output width) of an adapted linear
@@ -38,12 +40,16 @@ FeedForward = Any  # an nn.Module with fc1, act and fc2
 
 
 class RoutedTokens(NamedTuple):
-    """The tokens of all tasks and what the routers decided for them; ``k`` routed experts are active for each."""
+    """The tokens of all tasks and what the routers decided for them; ``k`` routed experts are active for each.
+
+    ``fc1_ranks_TR`` are the rank activations of fc1's pairs where the routers' product has computed them, too.
+    """
 
     x_TD: Tensor
     gates_TN: Tensor
     active_TN: Tensor
     k: int
+    fc1_ranks_TR: Tensor | None = None
 
 
 class LoRAExperts(nn.Module):
@@ -55,6 +61,8 @@ class LoRAExperts(nn.Module):
     def __init__(self, ids: Sequence[int], places: Mapping[str, Shape], *, rank: int, seed: int) -> None:
         super().__init__()
         self.places = tuple(places)
+        self.keeps_stacks = True  # False where the base's weights are gathered for each use, as by ZeRO-3
+        self._stacks = WeightStack(), WeightStack()
         self.values_per_token = sum(dim_in + dim_out for dim_in, dim_out in places.values())  # sent and returned
         for place, (dim_in, dim_out) in places.items():
             a_mrD = torch.empty(len(ids), rank, dim_in)
@@ -68,11 +76,50 @@ class LoRAExperts(nn.Module):
         """``{place}.A`` and ``{place}.B`` of these experts, the parameters themselves."""
         return {f"{p}.{m}": getattr(self, f"{p}_{m}") for p in self.places for m in ("A", "B")}
 
+    def stacks_products(self, x_TD: Tensor, base: FeedForward) -> bool:
+        """Whether ``compute`` takes the form of ``ase_dist.ops.stacked``."""
+        return (
+            modes.stacks_products(x_TD)
+            and is_frozen_linear(base.fc1, x_TD)
+            and is_frozen_linear(base.fc2, x_TD)
+            and all(p.dtype == x_TD.dtype for p in (base.fc1.weight, base.fc2.weight, *self.parameters()))
+        )
+
+    def stacks_router(self, x_tTD: Tensor, base: FeedForward) -> bool:
+        """Whether ``compute`` wants the rank activations of fc1's pairs from the routers' product."""
+        return "fc1" in self.places and self.stacks_products(x_tTD, base)
+
+    def forget_stacks(self) -> None:
+        """Copy the base's weights again at the next call."""
+        for stack in self._stacks:
+            stack.forget()
+
     def compute(
         self, tokens: RoutedTokens, base: FeedForward, act: Activation, *, routed: Tensors, shared: Tensors | None
     ) -> Tensor:
         """The output [T, D] where the tensors of all ``routed`` and ``shared`` experts are on this rank."""
-        pairs, x_TD, gates_TN = _concatenated_pairs(routed, shared, self.places), tokens.x_TD, tokens.gates_TN
+        x_TD, gates_TN = tokens.x_TD, tokens.gates_TN
+        if self.stacks_products(x_TD, base):
+            weights = (base.fc1.weight, base.fc2.weight)
+            keep = self.keeps_stacks and not torch.compiler.is_compiling() and all(map(may_stack, weights))
+            low_rank = {name: (tensor, None if shared is None else shared[name]) for name, tensor in routed.items()}
+            y_TD = stacked_ffn(
+                x_TD,
+                Linear(base.fc1.weight, base.fc1.bias),
+                Linear(base.fc2.weight, base.fc2.bias),
+                u1_TR=tokens.fc1_ranks_TR,
+                b1=low_rank.get("fc1.B"),
+                a2=low_rank.get("fc2.A"),
+                b2=low_rank.get("fc2.B"),
+                gates_TN=gates_TN,
+                activation=act,
+                stacks=self._stacks if keep else None,
+            )
+            if "bypass" not in self.places:
+                return y_TD
+            pairs = _concatenated_pairs(routed, shared, ("bypass",))
+            return add_lowrank(y_TD, x_TD, *pairs["bypass"], gates=gates_TN)
+        pairs = _concatenated_pairs(routed, shared, self.places)
         if is_frozen_linear(base.fc1, x_TD) and is_frozen_linear(base.fc2, x_TD):
             fc1, fc2 = (
                 AdaptedLinear(fc.weight, fc.bias, *pairs.get(name, (None, None)))
@@ -145,8 +192,11 @@ def _concatenated_pairs(
     routed: Tensors, shared: Tensors | None, places: Iterable[str]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The pairs of all experts, routed first, side by side: per place A [N r, D] and B [O, N r]."""
-    stacked = routed if shared is None else {name: torch.cat([t, shared[name]]) for name, t in routed.items()}
-    return {p: (stacked[f"{p}.A"].flatten(0, 1), stacked[f"{p}.B"].transpose(0, 1).flatten(1)) for p in places}
+
+    def all_of(name: str) -> Tensor:
+        return routed[name] if shared is None else torch.cat([routed[name], shared[name]])
+
+    return {p: (all_of(f"{p}.A").flatten(0, 1), all_of(f"{p}.B").transpose(0, 1).flatten(1)) for p in places}
 
 
 class FFNExperts(nn.Module):

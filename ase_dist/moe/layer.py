@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from ase_dist import collectives
 from ase_dist.errors import UserError, did_you_mean
 from ase_dist.moe.dispatch import Choice, LayerShape, gather_experts, plan_exchange
-from ase_dist.moe.experts import FeedForward, FFNExperts, LoRAExperts, RoutedTokens
+from ase_dist.moe.experts import FeedForward, FFNExperts, LoRAExperts, RoutedTokens, Tensors
 from ase_dist.moe.gating import Gates, check_gating
 from ase_dist.moe.losses import check_aux_losses, weighted_router_loss
-from ase_dist.moe.router import TaskRouter, router_statistics
+from ase_dist.moe.router import RoutingSums, TaskRouter, mean_statistics, routing_sums
 from ase_dist.moe.sharding import Shard
-from ase_dist.ops.lowrank import Activation, CopyFirst, check_activation
+from ase_dist.ops.activations import Activation, CopyFirst, check_activation
 from ase_dist.seeding import derive_seed, drawn_seed
 
 PLACES = ("fc1", "fc2", "bypass")
@@ -40,6 +40,13 @@ class MoEOutput(NamedTuple):
     aux_loss: Tensor
     expert_counts: Tensor
     mean_gates: Tensor
+
+
+class _Experts(NamedTuple):
+    """The tensors of all routed and of the shared experts, by name."""
+
+    routed: Tensors
+    shared: Tensors | None
 
 
 class MoEFFN(nn.Module):
@@ -129,20 +136,44 @@ class MoEFFN(nn.Module):
         weight: Tensor = base.fc1.weight
         self.to(weight.device, weight.dtype if weight.is_floating_point() else None)
 
-    def forward(self, x: Tensor, *, task: TaskIndex = None) -> MoEOutput:
-        """Apply the layer to x [tasks, ..., D]; with ``task`` an index to [..., D], with a list to [len, ..., D]."""
+    def forward(
+        self, x: Tensor, *, task: TaskIndex = None, unfinished: bool = False
+    ) -> MoEOutput | tuple[Tensor, RoutingSums]:
+        """Apply the layer to x [tasks, ..., D]; with ``task`` an index to [..., D], with a list to [len, ..., D].
+
+        ``unfinished`` leaves step 4 to the caller (``with_sums``).
+        """
         x_tTD, tasks = self._streams(x, task)
-        logits_tTN, routing = self.router(x_tTD, tasks)
-        gates_tTN = routing.gates if self.scale == 1.0 else routing.gates * self.scale
-        tokens = RoutedTokens(x_tTD.flatten(0, 1), gates_tTN.flatten(0, 1), routing.active.flatten(0, 1), self.k)
-        y_TD = self._apply_experts(tokens)
-        stats = router_statistics(logits_tTN, routing, over_ranks=self.sync_statistics and self.training)
-        aux_loss = weighted_router_loss(stats, self.aux_losses)
-        counts_tN = routing.active.sum(dim=1)
-        mean_tN = routing.gates.detach().sum(dim=1) / max(x_tTD.shape[1], 1)
+        own, ranks_TR = self._experts_here(), None
+        if own is not None and isinstance(self.routed, LoRAExperts) and self.routed.stacks_router(x_tTD, self.base):
+            a = (own.routed["fc1.A"], None if own.shared is None else own.shared["fc1.A"])
+            logits_tTN, routing, x_tTD, ranks_TR = self.router(x_tTD, tasks, a)
+        else:
+            logits_tTN, routing = self.router(x_tTD, tasks)
+        gates_TN = routing.gates.flatten(0, 1) if self.scale == 1.0 else routing.gates.flatten(0, 1) * self.scale
+        tokens = RoutedTokens(x_tTD.flatten(0, 1), gates_TN, routing.active.flatten(0, 1), self.k, ranks_TR)
+        output = self._apply_experts(tokens, own).view_as(x)
+        sums = routing_sums(logits_tTN, routing, squared_lse=bool(self.aux_losses.get("z")))
+        if unfinished:
+            return output, sums
+        aux_loss, counts_tN, mean_tN = self.finish(sums)
         if _is_index(task):
             counts_tN, mean_tN = counts_tN[0], mean_tN[0]
-        return MoEOutput(y_TD.view_as(x), aux_loss, counts_tN, mean_tN)
+        return MoEOutput(output, aux_loss, counts_tN, mean_tN)
+
+    def with_sums(self, x: Tensor, *, task: TaskIndex = None) -> tuple[Tensor, RoutingSums]:
+        """Call the layer, hooks included: the output, and the sums from which ``finish`` makes the rest."""
+        result: tuple[Tensor, RoutingSums] = self(x, task=task, unfinished=True)
+        return result
+
+    def finish(self, sums: RoutingSums) -> tuple[Tensor, Tensor, Tensor]:
+        """Step 4: the sum of the weighted losses, the counts and the mean gates [t, N].
+
+        Also of several layers with the settings of this one, from their sums stacked, [L, t, M]: counts and mean gates
+        are then [L, t, N], and one collective serves all.
+        """
+        stats, counts, mean_gates = mean_statistics(sums, over_ranks=self.sync_statistics and self.training)
+        return weighted_router_loss(stats, self.aux_losses), counts, mean_gates
 
     def with_statistics(self, x: Tensor, *, task: TaskIndex = None) -> MoEOutput:
         """Call the layer, hooks included; everything by name, also where ``forward`` returns less (``ASEMoE``)."""
@@ -154,6 +185,13 @@ class MoEFFN(nn.Module):
         x_tTD, tasks = self._streams(x, task)
         routing: Gates = self.router(x_tTD, tasks)[1]
         return routing.gates.view(*x.shape[:-1], self.num_experts)
+
+    def train(self, mode: bool = True) -> MoEFFN:
+        """As of any module; the base's weights are then read anew (``ase_dist.ops.stacked.WeightStack``)."""
+        if isinstance(self.routed, LoRAExperts):
+            self.routed.forget_stacks()
+        super().train(mode)
+        return self
 
     def keep_tasks(self, tasks: Sequence[int]) -> None:
         """Drop the routers of all other tasks, for good; those of ``tasks``, no longer trained, count from 0."""
@@ -201,23 +239,29 @@ class MoEFFN(nn.Module):
             raise UserError(f"task: got {task}, wanted indices from 0 to {self.num_tasks - 1}")
         return x.reshape(len(tasks), -1, self.dim), tasks
 
-    def _apply_experts(self, tokens: RoutedTokens) -> Tensor:
-        """[T, D]: the experts' compute where tokens and experts meet. See ``ase_dist.moe.dispatch``."""
-        act: Activation = self.act if self.base is None else self.base.act  # type: ignore[assignment]
-        act = CopyFirst(act) if self._copy_before_act else act
-        routed = self.routed.tensors()
+    def _experts_here(self) -> _Experts | None:
+        """The tensors of all experts, gathered from other ranks where those have some; None where tokens travel."""
         shared = None if self.shared is None else self.shared.tensors()
         if self.shard.count == 1:
-            return self.routed.compute(tokens, self.base, act, routed=routed, shared=shared)
+            return _Experts(self.routed.tensors(), shared)
         if self.group is None:
             raise UserError(
                 f"ep_size: {self.shard.count} ranks share the experts; call deepspeed.initialize on the model first"
             )
         if self.dispatch == "all_to_all":
-            exchange = plan_exchange(tokens.gates_TN, tokens.active_TN, self.shard, self.group)
-            return self.routed.compute_exchanged(tokens, self.base, act, shared=shared, exchange=exchange)
-        routed = gather_experts(self.routed, num_routed=self.shard.routed, group=self.group)
-        return self.routed.compute(tokens, self.base, act, routed=routed, shared=shared)
+            return None
+        return _Experts(gather_experts(self.routed, num_routed=self.shard.routed, group=self.group), shared)
+
+    def _apply_experts(self, tokens: RoutedTokens, experts: _Experts | None) -> Tensor:
+        """[T, D]: the experts' compute where tokens and experts meet. See ``ase_dist.moe.dispatch``."""
+        act: Activation = self.act if self.base is None else self.base.act  # type: ignore[assignment]
+        act = CopyFirst(act) if self._copy_before_act else act
+        if experts is not None:
+            return self.routed.compute(tokens, self.base, act, routed=experts.routed, shared=experts.shared)
+        assert self.group is not None
+        shared = None if self.shared is None else self.shared.tensors()
+        exchange = plan_exchange(tokens.gates_TN, tokens.active_TN, self.shard, self.group)
+        return self.routed.compute_exchanged(tokens, self.base, act, shared=shared, exchange=exchange)
 
 
 def _is_index(task: object) -> bool:

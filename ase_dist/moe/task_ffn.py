@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ase_dist.errors import UserError
 from ase_dist.moe.layer import MoEFFN, MoEOutput
-from ase_dist.ops.lowrank import Activation
+from ase_dist.ops.activations import Activation
 
 
 class FFN(nn.Module):

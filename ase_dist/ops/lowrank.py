@@ -15,19 +15,15 @@ three more tensors [T, H]. The frozen W is read in the backward pass for the inp
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ase_dist.errors import UserError
 from ase_dist.ops import products
+from ase_dist.ops.activations import Activation, recompute_activation
 from ase_dist.ops.modes import differentiable_gradients, may_use_custom_autograd, wants_second_order
-
-Activation = Callable[[Tensor], Tensor]
 
 
 class AdaptedLinear(NamedTuple):
@@ -114,60 +110,6 @@ def is_frozen_linear(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     return is_plain_linear(module) and _is_frozen(module.weight, module.bias) and may_use_custom_autograd(x)
 
 
-def check_activation(activation: Activation, *, width: int) -> bool:
-    """Whether the activation works in place, so that it needs ``CopyFirst``: the backward pass runs it again.
-
-    It is tried on a few rows of ``width`` numbers, in training mode. Raises UserError where two runs on the same input
-    differ (dropout, random slopes), or where a row depends on the others (batch norm): the second run takes chunks of
-    rows.
-    """
-    parameter = next(activation.parameters(), None) if isinstance(activation, nn.Module) else None
-    if parameter is not None and parameter.device.type == "meta":
-        return False
-    trial = copy.deepcopy(activation).train() if isinstance(activation, nn.Module) else activation
-    like = torch.empty(0, device="cpu") if parameter is None else parameter.detach()
-    generator = torch.Generator().manual_seed(0)
-    x_TH = torch.randn(64, width, generator=generator, device="cpu").to(like)
-    forked = [] if like.device.type == "cpu" else [like.device]
-    with torch.no_grad(), torch.random.fork_rng(forked, device_type=like.device.type):
-        given = x_TH.clone()
-        first = trial(given).clone()
-        is_in_place = not torch.equal(given, x_TH)
-        second, rows = trial(x_TH.clone()), trial(x_TH[:5].clone())
-    name = getattr(activation, "__name__", type(activation).__name__)
-    if not torch.equal(first.nan_to_num(), second.nan_to_num()):
-        raise UserError(
-            f"act: {name} gives something else when it runs again on the same input, as it does in the backward pass; "
-            "take the dropout or the randomness out of it, or put it behind the FFN"
-        )
-    if first.shape != x_TH.shape or not torch.allclose(rows, first[:5], rtol=1e-4, atol=1e-5, equal_nan=True):
-        raise UserError(f"act: {name} is not elementwise; wanted one that computes a token from that token alone")
-    return is_in_place
-
-
-class CopyFirst:
-    """An in-place activation on a copy of its input: the input is kept for the backward pass."""
-
-    def __init__(self, activation: Activation) -> None:
-        self.activation = activation
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """act(x), x unchanged."""
-        return self.activation(x.clone())
-
-
-def recompute_activation(x: Tensor, activation: Activation | None, *, differentiate: bool) -> tuple[Tensor, Activation]:
-    """act(x) computed again, and the function that pulls a gradient back through it; None is the identity."""
-    if activation is None:
-        return x, lambda grad: grad
-    if not differentiate:
-        return activation(x), lambda grad: grad
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        output = activation(leaf)
-    return output.detach(), lambda grad: torch.autograd.grad(output, leaf, grad)[0]
-
-
 def _is_frozen(weight_OD: Tensor, bias_O: Tensor | None) -> bool:
     return not weight_OD.requires_grad and (bias_O is None or not bias_O.requires_grad)
 
@@ -188,7 +130,7 @@ class _LowRankLinear(torch.autograd.Function):
         gates_TN: Tensor | None,
         activation: Activation | None,
     ) -> Tensor:
-        h_TD = x_TD if activation is None else activation(x_TD)
+        h_TD = products.dense(x_TD if activation is None else activation(x_TD))
         u_TR = products.linear(h_TD, a_RD)
         y_TO = products.linear(h_TD, weight_OD, bias_O)
         products.add_linear(y_TO, gated(u_TR, gates_TN), b_OR)
@@ -210,6 +152,7 @@ class _LowRankLinear(torch.autograd.Function):
             grad_x, *grads = differentiable_gradients(plain, (x_TD, a_RD, b_OR, gates_TN), needed, grad_TO)
             return grad_x, None, None, *grads, None
 
+        grad_TO = products.dense(grad_TO)
         grad_x = grad_a = grad_b = grad_gates = None
         grad_v_TR = products.linear(grad_TO, b_OR.T)
         grad_u_TR = gated(grad_v_TR, gates_TN)
@@ -236,7 +179,7 @@ class _GatedFFN(torch.autograd.Function):
         fc1, fc2, activation = AdaptedLinear(*rest[:4]), AdaptedLinear(*rest[4:8]), rest[8]
         y_TO, kept = [], []
         for rows in products.row_chunks(x_TD, width=fc1.weight_OD.shape[0]):
-            h_TH, u1_TR = _apply_adapted(x_TD[rows], fc1, gates_TN[rows])
+            h_TH, u1_TR = _apply_adapted(products.dense(x_TD[rows]), fc1, gates_TN[rows])
             y, u2_TR = _apply_adapted(activation(h_TH), fc2, gates_TN[rows])
             y_TO.append(y)
             kept += [h_TH, u1_TR, u2_TR]
@@ -264,10 +207,10 @@ class _GatedFFN(torch.autograd.Function):
         grad_gates_TN = torch.zeros_like(gates_TN)
         for i, rows in enumerate(products.row_chunks(x_TD, width=fc1.weight_OD.shape[0])):
             h_TH, u1_TR, u2_TR = kept[3 * i : 3 * i + 3]
-            gates, grad_gates = gates_TN[rows], grad_gates_TN[rows]
+            gates, grad_gates, grad = gates_TN[rows], grad_gates_TN[rows], products.dense(grad_TO[rows])
             act_TH, pull_back = recompute_activation(h_TH, ctx.activation, differentiate=True)
-            grad_u = pair2.add(grad_TO[rows], act_TH, u2_TR, gates, grad_gates)
-            grad_h = pull_back(_input_gradient(grad_TO[rows], fc2, grad_u))
+            grad_u = pair2.add(grad, act_TH, u2_TR, gates, grad_gates)
+            grad_h = pull_back(_input_gradient(grad, fc2, grad_u))
             grad_u = pair1.add(grad_h, x_TD[rows], u1_TR, gates, grad_gates)
             if ctx.needs_input_grad[0]:
                 grad_x_TD.append(_input_gradient(grad_h, fc1, grad_u))

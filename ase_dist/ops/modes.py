@@ -32,12 +32,33 @@ def is_exporting() -> bool:
     return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
 
 
-def may_use_custom_autograd(x: Tensor) -> bool:
-    """Whether products with x may have hand-written autograd: neither under autocast nor in ``torch.export``.
+def is_transforming() -> bool:
+    """Whether ``torch.func`` (``grad``, ``vmap``, ``jvp``), forward-mode autograd or ``torch.jit.trace`` is at work.
 
-    What is exported runs elsewhere and must hold plain operations only, with no chunk that depends on this batch.
+    They differentiate, batch or record plain operations and know nothing of hand-written autograd.
     """
-    return autocast_dtype(x.device.type) is None and not is_exporting()
+    if torch.compiler.is_compiling():
+        return False
+    is_forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return is_forward_mode or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+
+
+def may_use_custom_autograd(x: Tensor) -> bool:
+    """Whether products with x may have hand-written autograd.
+
+    Not under autocast, nor in ``torch.export``, whose programs run elsewhere and must hold plain operations only, with
+    no chunk that depends on this batch, nor where something transforms what runs (``is_transforming``).
+    """
+    return autocast_dtype(x.device.type) is None and not is_exporting() and not is_transforming()
+
+
+def stacks_products(x: Tensor) -> bool:
+    """Whether the base and low-rank products with x are computed as one (``ase_dist.ops.stacked``).
+
+    On accelerators, where a pass over a wide tensor and the number of kernels are dear; the meta device stands for
+    one. A CPU gains nothing by it and computes in chunks instead (``ase_dist.ops.lowrank``).
+    """
+    return x.device.type != "cpu"
 
 
 def wants_second_order() -> bool:
@@ -49,7 +70,10 @@ def wants_second_order() -> bool:
 
 
 def differentiable_gradients(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad: Tensor | tuple[Tensor, ...],
 ) -> list[Tensor | None]:
     """The gradients of ``function(*inputs)`` for ``grad``, with a graph of their own; None where not ``needed``.
 
@@ -59,7 +83,10 @@ def differentiable_gradients(
     """
     with torch.enable_grad():
         views = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-        output = function(*views)
+        result = function(*views)
+        outputs, grads = ((result,), (grad,)) if isinstance(result, Tensor) else (result, tuple(grad))
+        ends = [(output, each) for output, each in zip(outputs, grads, strict=True) if output.requires_grad]
         wanted = [view for view, need in zip(views, needed, strict=True) if need and view is not None]
-        found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
+        options = {"create_graph": True, "allow_unused": True}
+        found = iter(torch.autograd.grad([o for o, _ in ends], wanted, [each for _, each in ends], **options))
     return [next(found) if need and view is not None else None for view, need in zip(views, needed, strict=True)]

@@ -6,6 +6,7 @@ from torch import nn
 
 from ase_dist.moe import ASEMoE, MoEFFN, global_state, load_global_state
 from ase_dist.moe.losses import ROUTER_LOSSES
+from ase_dist.ops import modes
 from tests.moe.conftest import FFN, randomise, reference_layer
 
 pytestmark = pytest.mark.single_gpu
@@ -68,9 +69,11 @@ def reference_gradients(layer, x, base, **options):
     return output.detach(), {name: _or_zero(grad, leaf) for name, leaf, grad in named}
 
 
+@pytest.mark.parametrize("form", ["cpu", "accelerator"])
 @pytest.mark.parametrize("adapt", ADAPTS, ids="+".join)
 @pytest.mark.parametrize(("gating", "N", "k", "S", "r"), MODES)
-def test_equals_the_per_token_reference(gating, N, k, S, r, adapt):
+def test_equals_the_per_token_reference(gating, N, k, S, r, adapt, form, monkeypatch):
+    monkeypatch.setattr(modes, "stacks_products", lambda x: form == "accelerator")
     layer = make(gating, N, k, S, r, adapt=adapt, alpha=2.0)
     output, grads = layer_gradients(layer, tokens())
     wanted, wanted_grads = reference_gradients(layer, tokens(), FFN().double(), gating=gating, k=k, num_shared=S,

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from ase_dist.moe import FFN, ASEMoE, MoEFFN, TaskFFN, deepspeed_compat, global_state, router_loss, set_tasks
+from ase_dist.ops import modes
 from tests.moe import conftest
 
 pytestmark = pytest.mark.single_gpu
@@ -48,9 +49,10 @@ def plain_copy(layer, monkeypatch):
 
 
 @pytest.mark.parametrize("adapt", [("fc1", "fc2"), ("fc1",), ("fc2", "bypass")], ids="+".join)
-@pytest.mark.parametrize("linear", ["plain", "fallback"])
+@pytest.mark.parametrize("linear", ["plain", "fallback", "stacked"])
 def test_second_derivatives_of_lora_experts_are_those_of_plain_autograd(adapt, linear, monkeypatch):
     layer = make(adapt=adapt)
+    monkeypatch.setattr(modes, "stacks_products", lambda x: linear == "stacked")
     if linear == "fallback":  # one linear that is called, one with hand-written autograd
         layer.base.fc1.register_forward_hook(lambda *_: None)
     got = penalty_gradients(layer, tokens())
@@ -86,7 +88,9 @@ def test_the_weights_of_gradnorm_get_the_right_gradient(experts, monkeypatch):
     assert got.abs().min() > 0
 
 
-def test_second_derivatives_are_those_of_finite_differences():
+@pytest.mark.parametrize("form", ["cpu", "accelerator"])
+def test_second_derivatives_are_those_of_finite_differences(form, monkeypatch):
+    monkeypatch.setattr(modes, "stacks_products", lambda x: form == "accelerator")
     layer = make()
     x = tokens()[:, :1].requires_grad_()
     assert torch.autograd.gradgradcheck(lambda x: layer(x).output, (x,), atol=1e-6)

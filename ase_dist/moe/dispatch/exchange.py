@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from ase_dist import collectives
 from ase_dist.collectives import Pending
 from ase_dist.moe.sharding import Shard
-from ase_dist.ops.lowrank import Activation, gate_gradient, gated, recompute_activation
+from ase_dist.ops.activations import Activation, recompute_activation
+from ase_dist.ops.lowrank import gate_gradient, gated
 from ase_dist.ops.modes import wants_second_order
 
 
