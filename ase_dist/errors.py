@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ase_dist.printable import printable
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
@@ -116,12 +118,12 @@ def has_traceback(error: BaseException) -> bool:
 def describe(error: BaseException) -> str:
     """An exception as the tail of a sentence: our own sentences as they are, others in one line, not too long."""
     if isinstance(error, (UserError, RunError)):
-        return str(error)
+        return printable(str(error))
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     else:
         text = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
-    return text if len(text) <= LONGEST_SENTENCE else f"{text[:LONGEST_SENTENCE]}..."
+    return printable(text if len(text) <= LONGEST_SENTENCE else f"{text[:LONGEST_SENTENCE]}...")
 
 
 def file_error(error: Exception, sentence: str) -> UserError | RunError:

@@ -1,5 +1,6 @@
-"""Tables as Markdown, LaTeX (booktabs), CSV and plain text: the one place that writes them. Imports nothing of this
-package.
+"""Tables as Markdown, LaTeX (booktabs), CSV and plain text: the one place that writes them.
+
+Control characters in cells, such as those in the name of a file, are replaced (see ``ase_dist.printable``).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from ase_dist.printable import MARK, printable
 
 MISSING = "-"  # how a cell without a value is shown
 UP, DOWN = " (up)", " (down)"
@@ -111,7 +114,7 @@ class Table:
     def to_csv(self) -> str:
         """Headings and rows as CSV; numbers at full precision, None as nothing."""
         buffer = io.StringIO()
-        rows = [[cell.value if isinstance(cell, Measured) else cell for cell in row] for row in self.rows]
+        rows = [[_csv_value(cell) for cell in row] for row in self.rows]
         csv.writer(buffer, lineterminator="\n").writerows([self._headings(), *rows])
         return buffer.getvalue()
 
@@ -125,13 +128,13 @@ class Table:
             for row in (self._headings(), *rows)
         )
         rule = "-" * len(heads)
-        return "\n".join(line.rstrip() for line in [self.title, rule, heads, rule, *body, rule])
+        return "\n".join(line.rstrip() for line in [printable(self.title), rule, heads, rule, *body, rule])
 
     def _columns(self) -> list[Column]:
         return [Column(column) if isinstance(column, str) else column for column in self.columns]
 
     def _headings(self) -> list[str]:
-        return [column.heading for column in self._columns()]
+        return [printable(column.heading) for column in self._columns()]
 
     def _texts(self) -> list[list[str]]:
         return [[_text(cell) for cell in row] for row in self.rows]
@@ -151,8 +154,8 @@ class Table:
 
 
 def latex_text(text: str) -> str:
-    """``text`` with TeX's special characters escaped; Delta_m and arrows as mathematics."""
-    text = _escaped(text)
+    """``text`` with TeX's special characters escaped, control characters removed; Delta_m, arrows as mathematics."""
+    text = _escaped(printable(text).replace(MARK, ""))
     for plain, mathematics in LATEX_MATH.items():
         text = text.replace(_escaped(plain), mathematics)
     return text
@@ -166,10 +169,16 @@ def _text(cell: Cell) -> str:
     if cell is None:
         return MISSING
     if isinstance(cell, Measured):
-        return cell.text
+        return printable(cell.text)
     if isinstance(cell, (str, bool)):
-        return str(cell)
+        return printable(str(cell))
     return f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}"
+
+
+def _csv_value(cell: Cell) -> str | float | None:
+    if isinstance(cell, Measured):
+        return cell.value
+    return printable(cell, lines=True) if isinstance(cell, str) else cell
 
 
 def _is_number(cell: Cell, text: str) -> bool:

@@ -7,13 +7,24 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from ase_dist.errors import ExitCode, UserError, describe, exit_code_of, has_traceback
 from ase_dist.files import expand_user
+from ase_dist.printable import printable, say
 
 SCRIPTS = Path("launch")  # of a checkout; without one there is python -m ase_dist
 MODULE_FILE = "__main__.py"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one printable line, also where an argument is not."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and end with 2."""
+        super().error(printable(message))
 
 
 def command_parser(name: str, *, description: str | None, epilog: str = "") -> argparse.ArgumentParser:
@@ -22,7 +33,7 @@ def command_parser(name: str, *, description: str | None, epilog: str = "") -> a
     The examples in ``epilog`` are written for a checkout and are rewritten for ``python -m ase_dist``.
     """
     as_module = Path(sys.argv[0]).name == MODULE_FILE
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"python -m ase_dist {name}" if as_module else script_of(name).name,
         description=description,
         epilog=without_checkout(epilog) if as_module else epilog,
@@ -50,7 +61,7 @@ class RenamedOption(argparse.Action):
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
     ) -> None:
         """Store the value and say what the option is called now."""
-        sys.stderr.write(f"warning: {option} is called {self.const} now; the old name will go\n")
+        say(f"warning: {option} is called {self.const} now; the old name will go")
         setattr(namespace, self.dest, values)
 
 
@@ -75,17 +86,22 @@ def run_command(work: Callable[[], int], *, interrupted: str = "interrupted") ->
     User errors and run errors print one sentence, bugs a traceback (see ``ase_dist.errors``), Ctrl-C ``interrupted``.
     """
     try:
-        return work()
+        code = work()
     except KeyboardInterrupt as error:
-        return refuse(interrupted, code=exit_code_of(error))
+        code = refuse(interrupted, code=exit_code_of(error))
     except Exception as error:
+        code = exit_code_of(error)
         if not has_traceback(error):
-            return refuse(describe(error), code=exit_code_of(error))
-        traceback.print_exception(error)
-        return exit_code_of(error)
+            refuse(describe(error), code=code)
+        else:
+            with suppress(OSError):
+                sys.stderr.write(printable("".join(traceback.format_exception(error)), lines=True))
+    with suppress(OSError):
+        sys.stderr.flush()
+    return code
 
 
 def refuse(sentence: str, *, code: ExitCode = ExitCode.USAGE) -> ExitCode:
     """Say in one sentence why a command ends, and give its exit code."""
-    sys.stderr.write(f"error: {sentence}\n")
+    say(f"error: {sentence}")
     return code

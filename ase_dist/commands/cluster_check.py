@@ -11,6 +11,7 @@ from ase_dist.cluster.check import ClusterJob, check_cluster
 from ase_dist.cluster.environment import FILE
 from ase_dist.commands.cli import command_parser, path, refuse, run_command
 from ase_dist.errors import ExitCode
+from ase_dist.printable import show
 
 EPILOG = """The address of the first node is all that goes to the standard output:
   job="launch/train.py --deepspeed_config ds_configs/z2.json output=runs/cluster"
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             refuse(problem)
         if result.problems:
             return ExitCode.USAGE
-        sys.stdout.write(f"{result.master}\n")
+        show(f"{result.master}\n")
         return 0
 
     return run_command(check)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from ase_dist.commands.cli import command_parser, path, path_or_name, run_command
+from ase_dist.printable import show
 
 EPILOG = """examples:
   python launch/evaluate.py runs/scenes --edge-ods
@@ -87,7 +87,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             report = evaluate_model(request, world, console=set_up_logging(rank=world.rank))
             if world.is_first:
                 write_report(report, out)
-                sys.stdout.write(to_markdown(report))
+                show(to_markdown(report))
     finally:
         close_console()
     return 0

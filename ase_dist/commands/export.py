@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from ase_dist.commands.cli import command_parser, path, path_or_name, refuse, run_command
 from ase_dist.errors import ExitCode, UserError
+from ase_dist.printable import log_messages
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, 1 where the check finds other metrics, 2 for what cannot be exported."""
     arguments = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_messages()
     return run_command(lambda: _export(arguments))
 
 

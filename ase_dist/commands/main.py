@@ -10,6 +10,7 @@ from types import ModuleType
 import ase_dist
 from ase_dist.commands.cli import run_command
 from ase_dist.errors import UserError, did_you_mean
+from ase_dist.printable import show
 
 COMMANDS = (
     "train",
@@ -34,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     launched = [word for word in words[:1] if word.startswith(LOCAL_RANK)]
     words = words[len(launched) :]
     if not words or words[0] in HELP:
-        sys.stdout.write(listing())
+        show(listing())
         return 0
     if words[0] == VERSION:
-        sys.stdout.write(f"{ase_dist.__version__}\n")
+        show(f"{ase_dist.__version__}\n")
         return 0
 
     def run_named() -> int:

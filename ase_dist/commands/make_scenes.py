@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ase_dist.commands.cli import command_parser, path, run_command
+from ase_dist.printable import log_messages
 
 EPILOG = """examples:
   python launch/make_scenes.py
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, or 2 after one sentence about what is wrong."""
     arguments = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_messages()
 
     def make() -> int:
         from ase_dist.scenes.make import ensure_scenes

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 
 from ase_dist.commands.cli import command_parser, path, path_or_name, run_command
 from ase_dist.config import DEFAULT_CONFIG, load_settings, shipped_configs
 from ase_dist.errors import UserError
+from ase_dist.printable import show
 
 EPILOG = """examples:
   python launch/plan.py --config pascal_ase_16_3_1_4 --world 64 --ep 1,8 --zero 0,2
@@ -80,7 +80,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         settings, world=world, ep_sizes=ep_sizes, stages=stages, bandwidth=bandwidth, flops=flops
     )
     tokens = settings.train.batch_size * sizes.tokens_per_image
-    sys.stdout.write(plan_report.report(sizes, plans, tokens=tokens, bandwidth=bandwidth, flops=flops) + "\n")
+    show(plan_report.report(sizes, plans, tokens=tokens, bandwidth=bandwidth, flops=flops) + "\n")
     if arguments.plot is not None:
         write_atomic(arguments.plot, plan_report.draw_crossover(sizes, ep_sizes=ep_sizes, tokens=tokens))
     if arguments.json is not None:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 
 from ase_dist.commands.cli import command_parser, path, run_command
+from ase_dist.printable import log_messages
 from ase_dist.tasks import packable
 
 EPILOG = """examples:
@@ -44,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, or 2 after one sentence about what is wrong."""
     arguments = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_messages()
 
     def check_and_pack() -> int:
         from ase_dist.data.packed.layout import is_packed

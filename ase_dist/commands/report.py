@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from ase_dist.commands.cli import command_parser, path, run_command
+from ase_dist.printable import log_messages
 
 EPILOG = """examples:
   python launch/report.py runs/scenes
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, or 2 after one sentence about what is wrong."""
     arguments = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    log_messages(sys.stdout)
 
     def make_report() -> int:
         from ase_dist.report.page import write_report

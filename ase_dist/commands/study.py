@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 
 from ase_dist.commands.cli import command_parser, path, run_command
+from ase_dist.printable import log_messages
 from ase_dist.study.presets import PRESETS
 from ase_dist.study.variants import STUDIES
 
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     arguments = parser().parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    log_messages(sys.stdout)
 
     def study() -> int:
         from ase_dist.study.run import run_study

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ase_dist.baselines import baselines
 from ase_dist.commands.cli import RenamedOption, command_parser, path_or_name, run_command
 from ase_dist.config import DEFAULT_CONFIG, load_settings, setting_keys, shipped_configs, to_yaml
+from ase_dist.printable import show
 from ase_dist.training.ds_config import read_ds_config, shipped_ds_configs
 
 EPILOG = """examples:
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     settings = load_settings(arguments.config, arguments.settings, baseline=arguments.baseline)
     if arguments.print_config or arguments.print_keys:
-        sys.stdout.write("\n".join(setting_keys()) + "\n" if arguments.print_keys else to_yaml(settings))
+        show("\n".join(setting_keys()) + "\n" if arguments.print_keys else to_yaml(settings))
         return 0
     if arguments.max_restarts:
         from ase_dist.training.process.restarts import supervise

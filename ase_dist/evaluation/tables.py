@@ -10,6 +10,7 @@ from typing import Any
 from ase_dist.evaluation.comparison import Comparison
 from ase_dist.evaluation.scores import CLASS_PREFIX, Results, format_score, headline, score_of
 from ase_dist.files import json_safe
+from ase_dist.printable import printable
 from ase_dist.tables import Column, Table
 from ase_dist.tasks import Task
 
@@ -64,7 +65,7 @@ def to_markdown(report: Report) -> str:
     """
     shown = {True: "yes", False: "no"}
     facts = "\n".join(
-        f"- {name.replace('_', ' ')}: {shown[value] if isinstance(value, bool) else value}"
+        f"- {name.replace('_', ' ')}: {shown[value] if isinstance(value, bool) else printable(str(value))}"
         for name, value in report.facts.items()
         if value is not None
     )
@@ -78,7 +79,7 @@ def to_markdown(report: Report) -> str:
         header += ("reference", "gain, %")
         for row, gain in zip(rows, report.comparison.gains, strict=True):
             row += [format_score(gain.reference, score_of(gain.task, gain.key).unit), f"{gain.percent:+.2f}"]
-    parts = [f"# {report.title}", facts, Table(header, rows).to_markdown()]
+    parts = [f"# {printable(report.title)}", facts, Table(header, rows).to_markdown()]
     if report.comparison is not None:
         parts.append(_delta_m_sentence(report.comparison))
     parts += ["## All scores", _scores_table(report).to_markdown()]

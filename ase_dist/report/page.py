@@ -17,9 +17,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import ase_dist
-from ase_dist.errors import UserError
+from ase_dist.errors import UserError, file_error
 from ase_dist.files import write_atomic
 from ase_dist.overwriting import contains, refuse_foreign
+from ase_dist.printable import printable
 from ase_dist.report import text
 from ase_dist.report.run_page import run_content
 from ase_dist.report.study_page import is_study, study_content
@@ -35,8 +36,8 @@ POLICY = (
 def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write the page of a run's or a study's ``folder`` to ``out`` (``folder``/report.html where None); the file.
 
-    Raises UserError with one sentence where ``folder`` is neither, and where ``out`` is a file that is no such page or
-    cannot be written.
+    Raises UserError with one sentence where ``folder`` is neither, and where ``out`` is a file that is no such page,
+    and what ``errors.file_error`` makes of it where ``out`` cannot be written.
     """
     folder = Path(folder)
     out = RunFolder(folder).report if out is None else Path(out)
@@ -52,8 +53,8 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     try:
         write_atomic(out, render(template, content))
     except OSError as error:
-        raise UserError(
-            f"--out: cannot write {str(out)!r} ({error.strerror or error}); name a file that can be written"
+        raise file_error(
+            error, f"--out: cannot write {str(out)!r} ({error.strerror or error}); name a file that can be written"
         ) from None
     return out
 
@@ -92,7 +93,7 @@ def _templates() -> Environment:
 
 def _finalize(value: Any) -> Any:
     """Each value as the page shows it; Markup stays Markup."""
-    return type(value)(text.printable(value)) if isinstance(value, str) else value
+    return type(value)(printable(value, lines=True)) if isinstance(value, str) else value
 
 
 def _inline(path: Path) -> Markup:

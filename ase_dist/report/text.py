@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 
 DASH = "\u2013"
 MINUS = "\u2212"
 UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 COUNTS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-# characters that are not shown: control characters other than tab and newline, marks that reverse the direction of
-# writing, and surrogates, which UTF-8 cannot encode
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: str) -> str:
-    """Text from a log, a record or a file name, with a replacement mark for each character that is not shown."""
-    return _UNPRINTABLE.sub("\ufffd", text)
 
 
 def significant(value: float | None, digits: int = 4) -> str:

@@ -95,4 +95,5 @@ def _write_results(
     for source in [] if heat_map is None else sorted(heat_map.run.plots.glob("expert*.png")):
         (out / "plots").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, out / "plots" / source.name)
-    LOGGER.info("%s\nthe files are in %s", text, out)
+    LOGGER.info("\n%s", text)
+    LOGGER.info("the files are in %s", out)

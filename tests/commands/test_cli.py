@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,26 @@ def test_what_may_work_in_a_moment_has_a_code_of_its_own(error, capsys):
 def test_a_command_that_ends_well_says_nothing(capsys):
     assert run_command(lambda: ExitCode.SKIPPED) == 3
     assert capsys.readouterr().err == ""
+
+
+COMMAND = [sys.executable, "-m", "ase_dist"]
+
+
+def test_a_full_disk_behind_the_standard_output_is_one_sentence():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*COMMAND, "train", "--print-config"], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == ExitCode.NOT_SAVED
+    assert done.stderr == b"error: No space left on device: the standard output\n"
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_full_disk_behind_the_streams_changes_no_other_code(stream):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*COMMAND, "train", "--print-config", "seed=x"], **{stream: full}, check=False)
+    assert done.returncode == ExitCode.USAGE
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    shell = f"set -o pipefail; {' '.join(COMMAND)} train --print-keys | true"
+    done = subprocess.run(["bash", "-c", shell], stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")

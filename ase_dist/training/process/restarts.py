@@ -16,6 +16,7 @@ from types import FrameType
 
 from ase_dist.config import Settings
 from ase_dist.errors import ExitCode, UserError
+from ase_dist.printable import say
 from ase_dist.training.process.signals import stopping_signals
 from ase_dist.training.record.run_folder import RunFolder
 
@@ -49,7 +50,7 @@ def supervise(arguments: Sequence[str], settings: Settings, *, restarts: int) ->
         if code in FINAL_CODES or child.signalled or attempt == restarts:
             return code
         attempt += 1
-        sys.stderr.write(f"the run ended with code {code}; start {attempt} of {restarts} more\n")
+        say(f"the run ended with code {code}; start {attempt} of {restarts} more")
         time.sleep(PAUSE)
 
 

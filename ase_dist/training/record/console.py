@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from ase_dist.training.record.logs import LOGGER, formatter
+from ase_dist.printable import PrintableFormatter
+from ase_dist.training.record.logs import LOGGER, PrefixFormatter
 
 FILES_ONLY = "is_for_log_files"  # attribute of records that the terminal gets in another way
 _HANDLER = "ase_dist console"
@@ -33,10 +34,11 @@ def set_up_logging(*, rank: int, terminal: bool | None = None) -> Console | None
     is_rich = rank == 0 and (console.is_terminal if terminal is None else terminal)
     if is_rich:
         handler: logging.Handler = RichHandler(console=console, show_path=False, markup=False, log_time_format="[%X]")
+        handler.setFormatter(PrintableFormatter())
         handler.addFilter(lambda record: not getattr(record, "is_progress", False))  # the bar shows it
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(formatter(rank))
+        handler.setFormatter(PrefixFormatter(rank))
     handler.name = _HANDLER
     handler.addFilter(lambda record: not getattr(record, FILES_ONLY, False))
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
