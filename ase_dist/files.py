@@ -148,8 +148,10 @@ def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
         if durable:
             fsync(temporary)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # a full disk's error names no file
         raise
     if durable:
         fsync(path.parent)  # a rename is on disk only when its folder is

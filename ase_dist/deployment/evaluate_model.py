@@ -17,7 +17,7 @@ from ase_dist.cores import share_of_cores
 from ase_dist.data.loader import EvalLoader, build_eval_loader
 from ase_dist.deployment.reference import read_reference
 from ase_dist.deployment.trained_model import TrainedModel, open_trained_model
-from ase_dist.errors import UserError, did_you_mean
+from ase_dist.errors import UserError, did_you_mean, file_error
 from ase_dist.evaluation.comparison import Reference, compare
 from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.evaluation.ods import MAX_DIST, THRESHOLDS
@@ -114,7 +114,10 @@ def refuse_foreign_report(out: Path) -> None:
 
 
 def write_report(report: Report, out: str | Path) -> None:
-    """Write metrics.md, metrics.json and metrics.tex into ``out``, each whole or not at all; UserError if it fails."""
+    """Write metrics.md, metrics.json and metrics.tex into ``out``, each whole or not at all.
+
+    Raises what ``errors.file_error`` makes of an error of the file system.
+    """
     out = Path(out)
     refuse_foreign_report(out)
     texts = {name: write(report) for name, write in TEXT_FILES.items()}
@@ -124,7 +127,9 @@ def write_report(report: Report, out: str | Path) -> None:
         for name, text in texts.items():
             write_atomic(out / name, text)
     except OSError as error:
-        raise UserError(f"--out: cannot write to {str(out)!r} ({error.strerror or error}); name another") from None
+        raise file_error(
+            error, f"--out: cannot write to {str(out)!r} ({error.strerror or error}); name another"
+        ) from None
 
 
 def data_settings(trained: TrainedModel, request: EvaluationRequest) -> Settings:

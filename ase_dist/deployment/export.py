@@ -17,7 +17,7 @@ from ase_dist.config import Settings
 from ase_dist.data.loader import build_eval_loader
 from ase_dist.deployment.exported import load
 from ase_dist.deployment.trained_model import choose_checkpoint, read_run, rebuild
-from ase_dist.errors import UserError, did_you_mean
+from ase_dist.errors import UserError, describe, did_you_mean, file_error
 from ase_dist.files import discard, fsync, make_empty, put_in_place, sha256_of, temporary_for, write_atomic
 from ase_dist.models import MultiTaskModel
 from ase_dist.models.export_file import CARD, WEIGHTS, Card, ImageFacts
@@ -101,7 +101,9 @@ def write_export(
         write_atomic(temporary / CARD, card.to_json())
         put_in_place(temporary, out)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"export: cannot write {str(out)!r} ({error}); name a folder that can be written to") from None
+        raise file_error(
+            error, f"export: cannot write {str(out)!r} ({describe(error)}); name a folder that can be written to"
+        ) from None
     finally:
         discard(temporary)
 

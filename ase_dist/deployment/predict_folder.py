@@ -26,7 +26,7 @@ import numpy as np
 from ase_dist.cores import usable_cores
 from ase_dist.deployment.images import Pixels, find_images, read_rgb
 from ase_dist.deployment.predictor import Prediction, Predictor
-from ase_dist.errors import UserError, did_you_mean
+from ase_dist.errors import UserError, did_you_mean, file_error
 from ase_dist.files import replacing, sha256_of, write_atomic
 from ase_dist.json_files import parse_json, read_object
 from ase_dist.overwriting import refuse_foreign
@@ -116,8 +116,8 @@ def predict_files(
     """Predict ``sources`` into ``out``; a file that cannot be read is logged, skipped and listed in the outcome.
 
     While the model computes, the next batch is read and earlier predictions are written. ``advance`` is told how many
-    files are done. Raises UserError before any work where a file would be replaced that predict did not write, and
-    where ``out`` cannot be written to.
+    files are done. Raises UserError before any work where a file would be replaced that predict did not write, and what
+    ``errors.file_error`` makes of it where ``out`` cannot be written to.
     """
     outcome, names = Outcome(), [task.name for task in tasks]
     batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
@@ -146,7 +146,9 @@ def predict_files(
             _finish(writing, leave=0)
         files.conclude(_index(model, tasks, outcome))
     except OSError as error:
-        raise UserError(f"--out: cannot write to {str(out)!r} ({error.strerror or error}); name another") from None
+        raise file_error(
+            error, f"--out: cannot write to {str(out)!r} ({error.strerror or error}); name another"
+        ) from None
     return outcome
 
 

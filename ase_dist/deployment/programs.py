@@ -8,6 +8,7 @@ requested tasks are in the file. It also holds JSON that describes inputs and ou
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ase_dist.deployment.exported import ExportedModel
-from ase_dist.errors import UserError, did_you_mean
+from ase_dist.errors import UserError, did_you_mean, file_error
 from ase_dist.files import replacing
 from ase_dist.models.lora import merge_lora
 from ase_dist.models.multitask import checked_tasks
@@ -89,7 +90,7 @@ def deploy(
                 FORMATS[name](program, temporary, facts(model, program))
                 errors[name] = difference(model, RUNNERS[name](temporary), path=path)
         except OSError as error:
-            raise UserError(f"export: cannot write {str(path)!r} ({error.strerror or error})") from None
+            raise file_error(error, f"export: cannot write {str(path)!r} ({error.strerror or error})") from None
         is_checked = math.isfinite(errors[name])
         checked = (
             f"off by {errors[name]:.1e} of the model's outputs" if is_checked else "not checked, install onnxruntime"
@@ -189,8 +190,9 @@ def difference(model: ExportedModel, run: Run | None, *, path: Path) -> float:
 
 
 def _save_pt2(program: ExportedProgram, path: Path, facts_json: str) -> None:
-    with path.open("wb") as file:
-        torch.export.save(program, file, extra_files={FACTS: facts_json})
+    whole = io.BytesIO()  # torch's writer (2.14) ends the process where a disk is full
+    torch.export.save(program, whole, extra_files={FACTS: facts_json})
+    path.write_bytes(whole.getbuffer())
 
 
 def _load_pt2(path: Path) -> Run:

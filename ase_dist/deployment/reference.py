@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ase_dist.errors import UserError
+from ase_dist.errors import UserError, describe, file_error
 from ase_dist.evaluation.comparison import Reference, paper_reference
 from ase_dist.evaluation.tables import FORMAT
 from ase_dist.json_files import read_object
@@ -65,4 +65,4 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return read_object(path)
     except (OSError, UserError) as error:
-        raise UserError(f"--reference: cannot read {path} ({' '.join(str(error).split())})") from None
+        raise file_error(error, f"--reference: cannot read {path} ({describe(error)})") from None

@@ -15,6 +15,7 @@ from ase_dist.report.results import gains, other_metrics, result_rows
 from ase_dist.report.settings import read_settings, settings_sections
 from ase_dist.report.text import DASH, many, plural, significant, size
 from ase_dist.training.record.console import clock
+from ase_dist.training.record.environment import harmless_environment
 from ase_dist.training.record.records import Records, branch, number, reach, task_facts
 from ase_dist.training.record.run_folder import RunFolder
 
@@ -24,7 +25,7 @@ MOST_RANKS = 64  # rows of the table of ranks
 def run_content(run: RunFolder) -> dict[str, Any]:
     """What the template ``run.html`` shows."""
     name, reader = run.path.name, Reader()
-    summary, environment = reader.json(run.summary), reader.json(run.environment)
+    summary, environment = reader.json(run.summary), harmless_environment(reader.json(run.environment))
     settings = reader.parsed(run.config, read_settings) or {}
     records = _records(reader.metrics(run.metrics), summary)
     ranks = read_ranks(run, records)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ase_dist.config import Settings, TrainSettings, override_settings
-from ase_dist.errors import UserError, did_you_mean
+from ase_dist.errors import UserError, did_you_mean, file_error
 from ase_dist.json_files import read_object
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"  # a link to the checkout's folder, files in an installed package
@@ -96,7 +96,7 @@ def read_ds_config(path: str | Path | None) -> dict[str, Any]:
         return read_object(FOLDER / f"{path}.json" if is_shipped else path)
     except OSError as error:
         known = f"{did_you_mean(str(path), names)} (shipped: {', '.join(names)})"
-        raise UserError(f"--deepspeed_config: cannot read {str(path)!r} ({error.strerror}){known}") from None
+        raise file_error(error, f"--deepspeed_config: cannot read {str(path)!r} ({error.strerror}){known}") from None
     except UserError as error:
         raise UserError(f"--deepspeed_config: {error}") from None
 

@@ -18,7 +18,7 @@ from ase_dist.data.loader import first_images
 from ase_dist.errors import ExitCode, RunError, UserError, describe, exit_code_of, has_traceback
 from ase_dist.evaluation.constant import ConstantPredictor
 from ase_dist.tables import Table
-from ase_dist.training.ds_config import resolve
+from ase_dist.training.ds_config import ResolvedConfig, resolve
 from ase_dist.training.loop.components import RunComponents, build, require_same_start
 from ase_dist.training.loop.evaluate import fit_constants
 from ase_dist.training.loop.trainer import Trainer, mean_label_counts, training_loss
@@ -27,7 +27,7 @@ from ase_dist.training.process.folder_lock import FolderLock
 from ase_dist.training.process.runtime import World
 from ase_dist.training.process.watchdog import Watchdog
 from ase_dist.training.record.console import FILES_ONLY, StepProgress, close_console, set_up_logging
-from ase_dist.training.record.environment import environment
+from ase_dist.training.record.environment import environment, harmless_ds_config
 from ase_dist.training.record.logs import close_logs, open_logs
 from ase_dist.training.record.metrics import Recorder
 from ase_dist.training.record.reports import start_tables, summary
@@ -104,8 +104,8 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
         config = resolve(settings, ds_config, world=world.size, native_bf16=world.native_bf16)
         raise_together(folder.create)
         raise_together(lambda: folder.refuse_used(resume=settings.resume) if world.is_first else None)
-        open_logs(folder, rank=world.rank)
         closing.callback(close_logs)
+        raise_together(lambda: open_logs(folder, rank=world.rank))
         closing.enter_context(_failure_in_log_files())
         components = build(config, world, beat=watchdog.beat)
         closing.callback(components.close)
@@ -113,12 +113,8 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
         state = RunState(config.settings, world, store, zero_stage=config.zero_stage, backbone=components.backbone)
         watchdog.beat("looking for a checkpoint")
         state.resume(components.engine, components.train_loader, total_steps=components.total_steps)
-        if world.is_first:
-            machine = {"device": str(world.device), "torch_threads": torch.get_num_threads()}
-            folder.write_environment({**environment(), "world_size": world.size, **machine})
-            folder.write_config(to_yaml(config.settings))
-            folder.write_ds_config(config.deepspeed)
-        recorder = Recorder(folder.metrics, enabled=world.is_first)
+        raise_together(lambda: record_settings(folder, config, world) if world.is_first else None)
+        recorder = raise_together(lambda: Recorder(folder.metrics, enabled=world.is_first))
         closing.callback(recorder.close)
         start_record(recorder, components, state)
         watchdog.on_silence = lambda sentence: recorder.write_end(
@@ -138,8 +134,8 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
         try:
             code = trainer.train()
             watchdog.beat("the summary")
-            if world.is_first:
-                conclude(folder, components, state, code)
+            raise_together(recorder.sync)
+            raise_together(lambda: conclude(folder, components, state, code) if world.is_first else None)
         except Exception as error:
             recorder.write_end(step=state.step, exit=exit_code_of(error).name.lower(), why=describe(error))
             raise
@@ -158,10 +154,17 @@ def _failure_in_log_files() -> Iterator[None]:
         raise
 
 
+def record_settings(folder: RunFolder, config: ResolvedConfig, world: World) -> None:
+    """Write what the run was started with."""
+    machine = {"device": str(world.device), "torch_threads": torch.get_num_threads()}
+    folder.write_environment({**environment(), "world_size": world.size, **machine})
+    folder.write_config(to_yaml(config.settings))
+    folder.write_ds_config(harmless_ds_config(config.deepspeed))
+
+
 def start_record(recorder: Recorder, components: RunComponents, state: RunState) -> None:
     """Remove the lines that the resumed run will write again, and write the run's start line (collective)."""
     start = state.step if state.is_saved else -1
-    recorder.truncate_after(start, evaluated=state.history.evaluated_at == start)
     moe, world = components.settings.model.moe, components.world
     processes = collectives.gather_objects({"host": platform.node(), "pid": os.getpid()})
     about = {
@@ -171,7 +174,12 @@ def start_record(recorder: Recorder, components: RunComponents, state: RunState)
         "world": world.size,
         "ranks": processes,
     }
-    recorder.write_start(step=state.step, values=about)
+
+    def write() -> None:
+        recorder.truncate_after(start, evaluated=state.history.evaluated_at == start)
+        recorder.write_start(step=state.step, values=about)
+
+    raise_together(write)
 
 
 def fit_trivial_predictors(components: RunComponents, *, beat: Callable[[str], None]) -> dict[str, ConstantPredictor]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ase_dist import collectives
-from ase_dist.agreement import RankError
+from ase_dist.agreement import RankError, raise_together
 from ase_dist.cores import share_of_cores
 from ase_dist.data.batch import Batch
 from ase_dist.errors import ExitCode
@@ -28,8 +29,11 @@ from ase_dist.training.process.finite import FiniteGuard, NonFiniteError, Vote, 
 from ase_dist.training.process.runtime import World
 from ase_dist.training.process.signals import StopFlag
 from ase_dist.training.process.watchdog import Watchdog
+from ase_dist.training.record.appending import RecordError, recording
 from ase_dist.training.record.console import StepProgress
+from ase_dist.training.record.logs import log_failure
 from ase_dist.training.record.metrics import Recorder
+from ase_dist.training.record.monitor import Scalars, writer_errors_told_once
 from ase_dist.training.record.reports import MicroStep, SpanStatistics, result_table
 from ase_dist.training.record.run_folder import RunFolder
 from ase_dist.training.state.checkpoint import SaveError
@@ -44,6 +48,9 @@ class Trainer:
 
     ``state`` saves all that a resumed run needs. ``constants`` are the trivial predictors, empty where they were
     evaluated already. ``train`` returns the run's exit code.
+
+    Where records (numbers, pictures, logs) cannot be written on a rank, as on a full disk, all ranks save and end after
+    the step, with RankError.
     """
 
     def __init__(
@@ -66,14 +73,16 @@ class Trainer:
         self.stop = StopFlag()
         self.watchdog = watchdog
         layers = [module for module in engine.module.modules() if isinstance(module, MoEFFN)]
+        self.scalars = Scalars(engine.monitor, folder=folder.path)
         self.span = SpanStatistics(tasks, world, layers=layers)
         self.stopping = False  # agreed upon by all ranks
         self._applied = True  # whether the optimiser has taken the last step
+        self._record_error: RecordError | None = None  # the first of this rank
         self._routers = [layer.router for layer in layers]
 
     def train(self) -> ExitCode:
         """Run until the last step or until a rank is asked to stop."""
-        with self.stop, self.progress:
+        with self.stop, self.progress, writer_errors_told_once():
             try:
                 self._warm_shared_logits(self.state.step)  # as the last step left them, for an evaluation at the start
                 self._save_and_evaluate()
@@ -81,6 +90,7 @@ class Trainer:
                     self._step()
                     self._log()
                     self._save_and_evaluate()
+                raise_together(self._refuse_to_go_on_unrecorded)
             except Exception as error:
                 if self.world.size > 1 and not isinstance(error, AGREED_ERRORS):
                     if isinstance(error, RuntimeError):  # as torch's are where a peer is lost
@@ -99,6 +109,28 @@ class Trainer:
         if (is_start or self._evaluation_is_due()) and not self.stopping:
             self._evaluate()
         self._maybe_save()
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Note an error of writing records, which stops all ranks at the end of the step (see ``_must_stop``)."""
+        try:
+            yield
+        except RecordError as error:
+            self._record_error = self._record_error or error
+
+    def _must_stop(self) -> bool:
+        """Whether this rank was asked to stop, or cannot write its records."""
+        self._record_error = self._record_error or self.scalars.failure or log_failure()
+        return self.stop.requested or self._record_error is not None
+
+    def _refuse_to_go_on_unrecorded(self) -> None:
+        self._must_stop()
+        error = self._record_error
+        if error is not None:
+            raise RecordError(
+                f"{error}; step {self.state.step} is saved: with room on the disk the same command goes on from there",
+                exit_code=error.exit_code,
+            )
 
     def _suspects(self) -> str:
         """Which other rank looks dead, for the log; waits a moment, as one that has just died still looks alive."""
@@ -120,7 +152,7 @@ class Trainer:
         batches = [next(self.train_loader).to(self.world.device) for _ in range(accumulation)]
         self.watchdog.beat(f"label counts of step {step}")  # they wait for all ranks, so a rank without data is behind
         counts = mean_label_counts(batches, self.tasks, self.world)
-        ballot = vote(torch.full((), self._applied, device=self.world.device), stop=self.stop.requested)
+        ballot = vote(torch.full((), self._applied, device=self.world.device), stop=self._must_stop())
         self._warm_shared_logits(step)
         conflict_seconds = self._maybe_measure_conflict(step, batches[0], counts)
 
@@ -162,7 +194,9 @@ class Trainer:
         with same_random_state(self.world.device):  # the step that follows is the same with and without this one
             output: ModelOutput = self.engine.module(batch.images)
         by_task = losses.task_losses(output.predictions, batch.labels, self.tasks, counts)
-        self.recorder.write("conflict", step=step, values=gradient_conflict(by_task, self.engine.module))
+        conflict = gradient_conflict(by_task, self.engine.module)
+        with self._recording():
+            self.recorder.write("conflict", step=step, values=conflict)
         return time.perf_counter() - began
 
     def _finish_step(self, step: int, micro_steps: Sequence[MicroStep], ballot: Vote) -> None:
@@ -204,12 +238,14 @@ class Trainer:
             return
         values = self.span.take()
         values |= {"epoch": self.train_loader.epoch, "lr": self.engine.get_lr()[0]}
-        self.recorder.write("train", step=step, values=values)
+        with self._recording():
+            self.recorder.write("train", step=step, values=values)
         shown = {"loss": values["loss"], **values["losses"], "images/s": values["images_per_second"]}
         self.progress.report(step, {**shown, "GB": values["memory_bytes"] / 1e9})
         events = [("train/loss", values["loss"], step), ("train/lr", values["lr"], step)]
         events += [(f"train/{name}", value, step) for name, value in values["losses"].items()]
-        self._monitor([*events, ("train/images_per_second", values["images_per_second"], step)])
+        events.append(("train/images_per_second", values["images_per_second"], step))
+        self.scalars.write(events)
 
     def _evaluation_is_due(self) -> bool:
         every, step = self.settings.eval.every, self.state.step
@@ -231,7 +267,7 @@ class Trainer:
             def go_on() -> bool:
                 self.watchdog.beat(f"evaluation at step {step}")
                 advance()
-                self.stopping = collectives.any_rank(self.stop.requested, self.world.device)
+                self.stopping = collectives.any_rank(self._must_stop(), self.world.device)
                 return not self.stopping
 
             evaluation = evaluate(
@@ -255,15 +291,18 @@ class Trainer:
         step, history = self.state.step, self.state.history
         results = history.latest
         assert results is not None
-        self.recorder.write("eval", step=step, values={"metrics": results, "trivial": history.trivial})
+        with self._recording():
+            self.recorder.write("eval", step=step, values={"metrics": results, "trivial": history.trivial})
         title = f"step {step} of {self.total_steps}"
         LOGGER.info("\n%s", result_table(title, self.tasks, results, history.trivial, history.first))
-        self._monitor([(f"eval/{t.name}/{t.metric}", results[t.name][t.metric], step) for t in self.tasks])
+        events = [(f"eval/{t.name}/{t.metric}", results[t.name][t.metric], step) for t in self.tasks]
+        self.scalars.write(events)
         if gallery.images:
             from ase_dist.pictures.grid import prediction_grid, save_png  # matplotlib would delay the start
 
             grid = prediction_grid(torch.stack(gallery.images), gallery.labels, gallery.predictions, self.tasks)
-            save_png(grid, self.folder.prediction(step))
+            with self._recording(), recording(self.folder.prediction(step)):
+                save_png(grid, self.folder.prediction(step))
 
     def _maybe_save(self) -> None:
         if self._save_is_due() and not self.state.is_saved:
@@ -276,11 +315,6 @@ class Trainer:
         is_best = self.state.history.best_step == step
         periodic = step == self.total_steps or is_best or bool(every and step % every == 0)
         return self.stopping or (step > 0 and periodic)
-
-    def _monitor(self, events: list[tuple[str, float, int]]) -> None:
-        """Scalars to TensorBoard, CSV or W&B, as DeepSpeed's JSON says; it writes on rank 0 only."""
-        if self.engine.monitor.enabled:
-            self.engine.monitor.write_events(events)
 
 
 def mean_label_counts(batches: Sequence[Batch], tasks: Sequence[Task], world: World) -> Tensor:

@@ -7,26 +7,39 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from ase_dist.config import ALIASES, setting_keys
 from ase_dist.versions import PACKAGES, version_of
 
-_SECRET_VALUE = re.compile(r"(?i)^(.*?(?:key|token|password|passwd|secret)[^=]*=).*$")
-_SECRET_FLAG = re.compile(r"(?i)^--?[\w.-]*(?:key|token|password|passwd|secret)[\w.-]*$")
-_URL_LOGIN = re.compile(r"(://)[^/@\s]+@")
+KEYS = (  # of env.json: those of ``environment``, and what a run adds
+    *("started", "python", "packages", "git_commit", "hostname", "platform", "cores_physical", "cores_logical"),
+    *("memory_bytes", "command", "world_size", "device", "torch_threads"),
+)
+HIDDEN = "***"
+# The options of train that take the name of a config or a path; all others take none, or are the launcher's.
+OPTIONS = ("--config", "--baseline", "--deepspeed_config")
+SCRIPT = ("launch", "train.py")
+# A number, a name, a list of them, a path: no second =, nothing of a URL (: @ ? &), no mapping, no control character.
+_HARMLESS_VALUE = re.compile(r"[\w ./,+~\[\]#'-]*")
+MONITORS = {  # DeepSpeed's, with what is known to be no secret in their sections
+    "tensorboard": ("enabled", "output_path", "job_name"),
+    "csv_monitor": ("enabled", "output_path", "job_name"),
+    "wandb": ("enabled", "group", "team", "project"),
+    "comet": ("enabled", "samples_log_interval", "project", "workspace", "experiment_name", "online", "mode"),
+}
 
 
 def environment() -> dict[str, Any]:
     """What is needed to repeat or explain a run: versions, host, cores, memory, the command; no environment variables.
 
-    Memory is in bytes, ``git_commit`` None outside a checkout of this package; *** replaces secrets in the command.
+    Memory is in bytes, ``git_commit`` None outside a checkout of this package. Of the command line there is what
+    ``harmless_command`` knows.
     """
-    script, *others = sys.argv
-    is_module = Path(script).parts[-2:] == ("ase_dist", "__main__.py")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
@@ -37,18 +50,56 @@ def environment() -> dict[str, Any]:
         "cores_physical": psutil.cpu_count(logical=False),
         "cores_logical": psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "command": hide_secrets(["-m", "ase_dist", *others] if is_module else [script, *others]),
+        "command": harmless_command(sys.argv),
     }
 
 
-def hide_secrets(arguments: Sequence[str]) -> list[str]:
-    """The command line with stars for what follows a name such as key, token or password, and for logins in URLs."""
-    shown: list[str] = []
-    for i, argument in enumerate(arguments):
-        is_value = i > 0 and _SECRET_FLAG.match(arguments[i - 1]) is not None
-        text = "***" if is_value else _SECRET_VALUE.sub(r"\1***", argument)
-        shown.append(_URL_LOGIN.sub(r"\1***@", text))
-    return shown
+def harmless_command(arguments: Sequence[str]) -> list[str]:
+    """The words of a command line that are known to be harmless: this package's own command, options and settings.
+
+    Anything else is left out, as the whole command is if it is not this package's; a value that may hold more than a
+    name, a number or a path is ``HIDDEN``. Words that are harmless stay as they are, so that the result of an earlier
+    call is not changed.
+    """
+    script, *others = arguments or [""]
+    if [script, *others[:2]] == ["-m", "ase_dist", "train"]:
+        command, words = ["-m", "ase_dist", "train"], others[2:]
+    elif Path(script).parts[-2:] == ("ase_dist", "__main__.py") and others[:1] == ["train"]:
+        command, words = ["-m", "ase_dist", "train"], others[1:]
+    elif Path(script).parts[-2:] == SCRIPT:
+        command, words = ["/".join(SCRIPT)], others
+    else:
+        return []
+    keys, option = (*setting_keys(), *ALIASES), ""
+    for word in words:
+        name, separator, value = word.partition("=")
+        shown = value if _HARMLESS_VALUE.fullmatch(value) else HIDDEN
+        if option:
+            command += [option, word if _HARMLESS_VALUE.fullmatch(word) else HIDDEN]
+            option = ""
+        elif word in OPTIONS:
+            option = word
+        elif separator and (name in keys or name in OPTIONS):
+            command.append(f"{name}={shown}")
+    return command
+
+
+def harmless_environment(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``environment`` writes, of an env.json that another version may have written."""
+    kept = {key: value for key, value in found.items() if key in KEYS}
+    if isinstance(kept.get("command"), list):
+        kept["command"] = harmless_command([str(word) for word in kept["command"]])
+    return kept
+
+
+def harmless_ds_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's JSON without what a monitor is given to log in with, such as Comet's api_key."""
+    return {
+        section: {key: item for key, item in value.items() if key in MONITORS[section]}
+        if section in MONITORS and isinstance(value, Mapping)
+        else value
+        for section, value in config.items()
+    }
 
 
 def _git_commit(folder: Path) -> str | None:

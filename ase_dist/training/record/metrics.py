@@ -19,18 +19,19 @@ Times are local ones of the first rank's host, as in the logs: 2026-01-31 12:00:
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ase_dist.errors import UserError
 from ase_dist.json_files import parse_json
+from ase_dist.training.record.appending import LineFile, RecordError, recording
 from ase_dist.training.record.logs import TIME_FORMAT
 
 STARTS_AND_ENDS = ("run", "end")  # the history of the attempts, which a resumed run keeps
@@ -38,26 +39,25 @@ ARRAY_DIGITS = 5  # significant digits of numbers in arrays; layers x tasks x N 
 
 
 class Recorder:
-    """Appends lines to the file ``path`` and flushes each; does nothing unless ``enabled`` (rank 0).
+    """Appends lines to the file ``path``, each at once; does nothing unless ``enabled`` (rank 0).
 
-    The constructor drops an incomplete last line, which a killed run may have left.
+    The constructor drops an incomplete last line, which a killed run may have left. All methods that write raise
+    RecordError where the file cannot be written; no line is then half written.
     """
 
     def __init__(self, path: Path, *, enabled: bool) -> None:
         self.path = path
-        self._file: IO[str] | None = None
+        self._file: LineFile | None = None
         if enabled:
             if self.path.is_file():
                 read_metrics(self.path)
                 _keep_lines(self.path, lambda record: True)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = LineFile(self.path)
 
     def write(self, kind: str, *, step: int, values: Mapping[str, Any]) -> None:
         """Append one line. Tensors and arrays of any device and type become lists; it waits for the device."""
-        if self._file is None:
-            return
-        self._file.write(_line({"kind": kind, "step": step, **values}))
-        self._file.flush()
+        if self._file is not None:
+            self._file.append(_line({"kind": kind, "step": step, **values}))
 
     def write_start(self, *, step: int, values: Mapping[str, Any]) -> None:
         """Append the "run" line of this start: ``values``, the time and the number of the attempt."""
@@ -72,8 +72,8 @@ class Recorder:
         """
         if self._file is not None:
             end = {"kind": "end", "step": step, "exit": exit, "why": why}
-            with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:
-                file.write(_line({**end, "time": time.strftime(TIME_FORMAT)}))
+            with suppress(RecordError), LineFile(self.path) as file:
+                file.append(_line({**end, "time": time.strftime(TIME_FORMAT)}))
 
     def truncate_after(self, step: int, *, evaluated: bool = True) -> None:
         """Drop the lines that a run which resumes at ``step`` will write again: those of later steps.
@@ -86,18 +86,22 @@ class Recorder:
         self._file.close()
         read_metrics(self.path)  # raises where a line is damaged: it must not be dropped silently
         _keep_lines(self.path, lambda r: r["kind"] in STARTS_AND_ENDS or self._is_valid(r, step, evaluated))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = LineFile(self.path)
 
     @staticmethod
     def _is_valid(record: Mapping[str, Any], step: int, evaluated: bool) -> bool:
         return bool(record["step"] < step or (record["step"] == step and (evaluated or record["kind"] != "eval")))
 
-    def close(self) -> None:
-        """Bring the last line to disk and close the file; writing after it does nothing."""
+    def sync(self) -> None:
+        """Bring all lines to disk."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            self._file.sync()
+
+    def close(self) -> None:
+        """Bring all lines to disk if that is possible, and close the file; writing after it does nothing."""
+        if self._file is not None:
+            with self._file, suppress(RecordError):  # it must not hide the error that ends the run
+                self._file.sync()
             self._file = None
 
 
@@ -135,7 +139,7 @@ def _keep_lines(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(lines, kept, strict=False)))
     if same == len(lines):
         return
-    with path.open("r+b") as file:
+    with recording(path), path.open("r+b") as file:
         file.truncate(sum(map(len, lines[:same])))
         file.seek(0, os.SEEK_END)
         file.writelines(kept[same:])

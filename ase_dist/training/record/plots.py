@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ase_dist.files import write_atomic
+from ase_dist.training.record.appending import recording
 from ase_dist.training.record.metrics import read_metrics
 from ase_dist.training.record.records import Records, task_facts
 from ase_dist.training.record.run_folder import RunFolder
@@ -47,7 +48,7 @@ STYLE = {
 def draw_all(run_folder: RunFolder) -> list[Path]:
     """Draw what the run's metrics have the numbers for into its folder of plots; the files, in that order.
 
-    Raises UserError where the metrics are damaged, see ``read_metrics``.
+    Raises UserError where the metrics are damaged, see ``read_metrics``, RecordError where a plot cannot be written.
     """
     records = Records(read_metrics(run_folder.metrics))
     figures: dict[str, Figure | None] = {}
@@ -61,7 +62,8 @@ def draw_all(run_folder: RunFolder) -> list[Path]:
         for path, figure in drawn.items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png", dpi=DPI)
-            write_atomic(path, buffer.getvalue())
+            with recording(path):
+                write_atomic(path, buffer.getvalue())
     return list(drawn)
 
 

@@ -18,6 +18,7 @@ from ase_dist.errors import UserError, file_error
 from ase_dist.files import write_atomic
 from ase_dist.json_files import read_object
 from ase_dist.overwriting import contains, refuse_foreign
+from ase_dist.training.record.appending import recording
 
 MEANINGS = {
     "config.yaml": "the merged settings; --config reads it again",
@@ -44,7 +45,8 @@ _PREDICTION = re.compile(r"step_(\d+)\.png", re.ASCII)
 class RunFolder:
     """The folder ``path`` of a run. The constructor touches no file; ``create`` makes the folder.
 
-    Only rank 0 calls the ``write_`` methods.
+    Only rank 0 calls the ``write_`` methods. They raise RecordError where the file cannot be written; the old one, if
+    there is one, is then as it was.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -182,19 +184,19 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         """Write the whole tree of settings, as YAML."""
-        write_atomic(self.config, text)
+        _write(self.config, text)
 
     def write_ds_config(self, config: Mapping[str, Any]) -> None:
         """Write DeepSpeed's JSON as the engine got it, every "auto" resolved."""
-        write_atomic(self.ds_config, _to_json(config))
+        _write(self.ds_config, _to_json(config))
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Write versions, host and command line."""
-        write_atomic(self.environment, _to_json(environment))
+        _write(self.environment, _to_json(environment))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the result of the run; the old one stays until the new one is whole."""
-        write_atomic(self.summary, _to_json(summary))
+        _write(self.summary, _to_json(summary))
 
     def read_summary(self) -> dict[str, Any]:
         """The result of the run. Raises OSError where there is none, UserError where it is not JSON."""
@@ -205,6 +207,11 @@ def meaning(name: str) -> str:
     """What a file or folder of this name in a run's folder is for; empty where no run makes it."""
     match = _RANK_FILE.fullmatch(name)
     return _RANK_MEANINGS[match[2]] if match else MEANINGS.get(name, "")
+
+
+def _write(path: Path, text: str) -> None:
+    with recording(path):
+        write_atomic(path, text)
 
 
 def _to_json(value: Mapping[str, Any]) -> str:
