@@ -24,16 +24,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ase_dist.cluster.environment import shared_variables, write_deepspeed_env
+from ase_dist.cluster.environment import SHELL_SAFE, refused_exports, shared_variables, write_deepspeed_env
 from ase_dist.cluster.facts import NO_FOLDER, NodeFacts, Question
 from ase_dist.cluster.hostfile import Node, parse_hostfile, read_text
 from ase_dist.config import Settings, load_settings
+from ase_dist.printable import say
 from ase_dist.tasks import DATA_SETS
 
 MAX_THREADS = 32  # nodes that are asked at the same time
 UNREACHABLE = 255  # ssh's own exit code
 TIMED_OUT = 124  # the exit code of coreutils' timeout
-_NO_SHELL_CODE = re.compile(r"[\w@%+=:,./{}\[\] -]*", re.ASCII)
+_NO_SHELL_CODE = re.compile(r"[\w@+=:,./{}\[\] -]*", re.ASCII)  # no %, as pdsh replaces %n, %h and %u
 _TRAINING = re.compile(r"\S*train\.py|(-m|--module) ase_dist train")  # how the command of a training begins
 
 
@@ -56,7 +57,10 @@ def check_cluster(
         return CheckResult(nodes[0].address if nodes else "", problems)
     shell = over_ssh(port=port)
     known, problems = ask_nodes(nodes, shell, folder=Path.cwd(), data=job.data)
-    problems += job.shell_characters() + differences(known, data=job.data)
+    problems += job.shell_characters() + refused_exports(os.environ) + differences(known, data=job.data)
+    for what, path in (("the current folder", Path.cwd()), ("Python", Path(sys.executable))):
+        if not SHELL_SAFE.fullmatch(str(path)):
+            problems.append(f"{what} is {str(path)!r}, which a shell on every node would not read as one path; move it")
     if job.output and len(nodes) > 1 and not problems:
         problems = unshared(nodes, shell, output=Path(job.output).absolute())
     if problems:
@@ -64,7 +68,7 @@ def check_cluster(
     for node, facts in known.items():
         devices = f"{facts.devices} devices" if facts.devices else "no accelerator"
         route = f", {facts.address} on {facts.interface}" if facts.interface else ""
-        sys.stderr.write(f"{node.host}: slots={node.slots}, {devices}, {facts.cores} cores{route}\n")
+        say(f"{node.host}: slots={node.slots}, {devices}, {facts.cores} cores{route}")
     write_deepspeed_env(env, shared_variables(nodes, list(known.values()), os.environ, timeout=job.timeout))
     return CheckResult(known[nodes[0]].address or nodes[0].address, [])
 

@@ -25,17 +25,18 @@ from typing import NoReturn
 import psutil
 
 from ase_dist.cluster import check, peers, ssh
-from ase_dist.cluster.environment import FILE
+from ase_dist.cluster.environment import FILE, PASSWORDS
 from ase_dist.cluster.facts import devices
 from ase_dist.cluster.hostfile import Node, read_hostfile, write_hostfile
-from ase_dist.errors import UserError
+from ase_dist.errors import RunError, UserError, describe, exit_code_of
 from ase_dist.files import expand_user
+from ase_dist.printable import log_messages, say
 
 CLUSTER = Path("/cluster")
 NODES = "nodes"  # folder of the shared volume with a file for each registered worker
 ROLES = ("worker", "launch", "wait", "--help", "-h")
 WAIT = 600.0  # seconds
-USAGE, NOT_FOUND = 2, 127
+NOT_FOUND = 127
 RANK = "LOCAL_RANK"  # the variable that deepspeed and torchrun set for ranks and not for themselves
 LOGGER = logging.getLogger("ase_dist")
 
@@ -69,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command of a container; its exit code, or 2 after one sentence where a peer or a key is missing."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_messages()
     if argv and argv[0] not in ROLES and not argv[0].startswith("--"):
         _replace_process(argv)
     arguments = parser().parse_args(argv)
@@ -85,9 +86,9 @@ def main(argv: Sequence[str]) -> int:
             _replace_process(command)
         else:
             _launch(arguments, command)
-    except (UserError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return USAGE
+    except (UserError, RunError, OSError) as error:
+        say(f"error: {describe(error)}")
+        return exit_code_of(error)
 
 
 def _launch(arguments: argparse.Namespace, command: Sequence[str]) -> NoReturn:
@@ -104,6 +105,8 @@ def _launch(arguments: argparse.Namespace, command: Sequence[str]) -> NoReturn:
         peers.wait_until(lambda: peers.unreachable_hosts(hosts), timeout=arguments.wait)
     hostfile = arguments.state / "hosts"
     write_hostfile(hostfile, nodes)
+    for name in [name for name in os.environ if name.startswith(PASSWORDS)]:
+        del os.environ[name]
     checked = check.check_cluster(hostfile, check.ClusterJob.from_words(command), env=Path.home() / FILE)
     if checked.problems:
         raise UserError("; ".join(checked.problems))
@@ -117,7 +120,7 @@ def _replace_process(words: Sequence[str]) -> NoReturn:
     try:
         os.execvp(words[0], list(words))
     except OSError as error:
-        sys.stderr.write(f"error: cannot run {words[0]!r} ({error.strerror})\n")
+        say(f"error: cannot run {words[0]!r} ({error.strerror})")
         raise SystemExit(NOT_FOUND) from None
 
 

@@ -17,6 +17,12 @@ from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
 
 FILE = ".deepspeed_env"
+# How the names begin of variables that DeepSpeed's launcher (0.19.8) exports on all nodes, NCCL only from GPU hosts: it
+# writes their values as they are into the command line of a shell there.
+EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
+PASSWORDS = "MLFLOW"  # among the variables that begin so
+# What neither a shell reads as code nor pdsh replaces, as it does %n, %h and %u.
+SHELL_SAFE = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 DEFAULT_PORT = "29500"
 # variables that go from the launching machine to all nodes as the user set them
 FORWARDED = re.compile(
@@ -48,12 +54,29 @@ def shared_variables(
     return found | {name: value for name, value in environment.items() if FORWARDED.fullmatch(name)}
 
 
+def refused_exports(environment: Mapping[str, str]) -> list[str]:
+    """A sentence for each variable that DeepSpeed's launcher would export as shell code, or though it may be secret.
+
+    The values are not shown.
+    """
+    problems = []
+    for name, value in environment.items():
+        if name.startswith(PASSWORDS):
+            problems.append(f"{name} is set, and DeepSpeed would write it into a command line on every node; unset it")
+        elif name.startswith(EXPORTED) and not SHELL_SAFE.fullmatch(name + value):
+            problems.append(
+                f"{name} holds characters that a shell on every node would read as code; unset it, or set it on every "
+                "node itself"
+            )
+    return problems
+
+
 def write_deepspeed_env(path: str | Path, variables: Mapping[str, str]) -> None:
     """Write ``NAME=value`` lines atomically; UserError for a value that a shell would read as code."""
     for name, value in variables.items():
-        if not re.fullmatch(r"[\w@%+=:,./-]+", value, re.ASCII):
+        if not SHELL_SAFE.fullmatch(value):
             raise UserError(
-                f"{name}: got {value!r}, wanted letters, digits and @%+=:,./- only, since DeepSpeed's launcher passes "
+                f"{name}: got {value!r}, wanted letters, digits and @+=:,./- only, since DeepSpeed's launcher passes "
                 "it through a shell; unset it, or set it on every node itself"
             )
     write_atomic(path, "".join(f"{name}={value}\n" for name, value in sorted(variables.items())))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ase_dist import files
-from ase_dist.errors import UserError
+from ase_dist.errors import UserError, file_error
 
 MOST_SLOTS = 64  # per machine: more is a typing error
 _HOST = re.compile(r"(?:[A-Za-z_][A-Za-z0-9_-]*@)?[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
@@ -46,7 +46,8 @@ def read_text(path: str | Path) -> str:
         return files.read_text(path)
     except (OSError, UserError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"hostfile: cannot read {str(path)!r} ({reason}); wanted lines such as 'n1 slots=8'") from None
+        sentence = f"hostfile: cannot read {str(path)!r} ({reason}); wanted lines such as 'n1 slots=8'"
+        raise file_error(error, sentence) from None
 
 
 def parse_hostfile(text: str, *, name: str = "hostfile") -> tuple[tuple[Node, ...], list[str]]:

@@ -14,7 +14,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from ase_dist.errors import UserError
+from ase_dist.errors import file_error
 from ase_dist.files import write_atomic
 
 PORT = 2222  # an ordinary user may not listen below 1024; docker/ssh_config has it too
@@ -43,7 +43,7 @@ SetEnv PATH={path}
 def prepare(keys: Path, state: Path, *, port: int = PORT) -> Path:
     """Write the state folder from the cluster's key, making the key if there is none; the path of sshd_config.
 
-    Raises UserError where the key can be neither read nor made.
+    Raises what ``errors.file_error`` makes of it where the key can be neither read nor made.
     """
     try:
         private = find_key(keys) or make_key(keys)
@@ -53,9 +53,10 @@ def prepare(keys: Path, state: Path, *, port: int = PORT) -> Path:
         public = _run("ssh-keygen", "-y", "-f", str(state / "key")).strip()
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "strerror", None) or str(getattr(error, "stderr", "") or error).strip()
-        raise UserError(
+        raise file_error(
+            error,
             f"ssh: no usable key in {str(keys)!r} ({reason}); mount a folder there that all containers share and that "
-            f"{getpass.getuser()} may write to, or one with a key pair in it"
+            f"{getpass.getuser()} may write to, or one with a key pair in it",
         ) from None
     write_atomic(state / "authorized_keys", f"{public}\n")
     write_atomic(state / "known_hosts", f"* {public}\n")

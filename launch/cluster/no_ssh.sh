@@ -11,5 +11,10 @@ shift 2
 
 job=(launch/train.py --deepspeed_config ds_configs/z2.json "$@")
 master=$(python launch/cluster/check.py "${hostfile}" --no-ssh -- "${job[@]}")
+mapfile -t slots < <(sed -nE 's/^[^#]*[[:space:]]slots=([0-9]+).*/\1/p' "${hostfile}")
+if [[ ! ${node_rank} =~ ^(0|[1-9][0-9]{0,5})$ ]] || ((node_rank >= ${#slots[@]})); then
+  echo "error: NODE_RANK: got ${node_rank@Q}, wanted a number from 0 to $((${#slots[@]} - 1)), a line of ${hostfile}" >&2
+  exit 2
+fi
 exec deepspeed --hostfile "${hostfile}" --no_ssh --node_rank "${node_rank}" --master_addr "${master}" \
   --master_port "${MASTER_PORT:-29500}" "${job[@]}"

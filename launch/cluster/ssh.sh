@@ -8,6 +8,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 hostfile=${1:?usage: ssh.sh HOSTFILE [OPTION | KEY=VALUE]...}
 shift
 
+for name in $(compgen -e MLFLOW); do # DeepSpeed writes their values, a password too, into a command line on every node
+  unset "${name}"
+done
 job=(launch/train.py --deepspeed_config ds_configs/z2.json "$@")
 export DS_ENV_FILE=${DS_ENV_FILE:-.deepspeed_env}
 master=$(python launch/cluster/check.py "${hostfile}" --env "${DS_ENV_FILE}" -- "${job[@]}")

@@ -13,6 +13,10 @@ job=(launch/train.py --deepspeed_config ds_configs/z2.json "$@")
 master=$(python launch/cluster/check.py "${hostfile}" --no-ssh -- "${job[@]}")
 mapfile -t hosts < <(sed -nE 's/^[[:space:]]*(.*@)?([^#[:space:]]+)[[:space:]]+slots=.*/\2/p' "${hostfile}")
 mapfile -t slots < <(sed -nE 's/^[^#]*[[:space:]]slots=([0-9]+).*/\1/p' "${hostfile}")
+if [[ ! ${node_rank} =~ ^(0|[1-9][0-9]{0,5})$ ]] || ((node_rank >= ${#slots[@]})); then
+  echo "error: NODE_RANK: got ${node_rank@Q}, wanted a number from 0 to $((${#slots[@]} - 1)), a line of ${hostfile}" >&2
+  exit 2
+fi
 exec torchrun --nnodes "${#slots[@]}" --nproc_per_node "${slots[${node_rank}]}" --max-restarts "${MAX_RESTARTS:-3}" \
   --rdzv_backend c10d --rdzv_endpoint "${master}:${MASTER_PORT:-29500}" --rdzv_id "${JOB_ID:-ase-dist}" \
   --rdzv_conf "is_host=$((node_rank == 0))" --local_addr "${hosts[${node_rank}]}" "${job[@]}"

@@ -9,6 +9,7 @@ import pytest
 
 from ase_dist.cluster import check
 from ase_dist.cluster.check import ClusterJob, CommandResult, ask_nodes, differences, unshared
+from ase_dist.cluster.environment import EXPORTED, refused_exports
 from ase_dist.cluster.facts import NO_FOLDER, NodeFacts, Question, digest_code, digest_folder, gather
 from ase_dist.cluster.hostfile import Node
 from ase_dist.commands import cluster_check
@@ -187,6 +188,7 @@ def test_a_job_names_its_folders():
         ("output=a;b", True),
         ("output=a&b", True),
         ("output='x'", True),
+        ("output=runs/%n", True),  # pdsh writes the node's number there
     ],
 )
 def test_words_that_a_remote_shell_would_change_are_told(word, is_told):
@@ -231,6 +233,34 @@ def test_a_cluster_that_is_not_ready(monkeypatch, hostfile, capsys):
     assert said.count("error: ") == said.count("\n") == 2
     assert "n2 is the same machine as n1" in said and "'output=a;b' would be read by a shell" in said
     assert not (hostfile.parent / "variables").exists()
+
+
+def test_paths_that_a_remote_shell_would_not_read_as_one_are_refused(monkeypatch, hostfile, tmp_path, capsys):
+    """DeepSpeed has pdsh run ``cd FOLDER; PYTHON -u -m ...`` without quotation marks."""
+    for name in ("a b", "a;touch x", "a$(id)", "a%n"):
+        odd = tmp_path / name
+        odd.mkdir()
+        monkeypatch.chdir(odd)
+        nodes = {"n1": FACTS, "n2": replace(FACTS, machine="m2")}
+        assert checked(monkeypatch, hostfile, lambda host, line, nodes=nodes: answering(nodes[host])(host, line)) == 2
+        assert f"the current folder is {str(odd)!r}" in capsys.readouterr().err
+
+
+def test_variables_that_deepspeed_would_export_as_code_are_refused(monkeypatch, hostfile, capsys):
+    monkeypatch.setenv("PYTHONPATH", "/x; touch /tmp/y")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+    assert checked(monkeypatch, hostfile, answering(FACTS)) == 2
+    said = capsys.readouterr().err
+    assert "PYTHONPATH holds characters" in said and "MLFLOW_TRACKING_PASSWORD is set" in said
+    assert "hunter2" not in said and "touch" not in said
+
+
+def test_the_variables_are_those_of_deepspeed():
+    from deepspeed.launcher.runner import EXPORT_ENVS
+
+    assert set(EXPORT_ENVS) <= set(EXPORTED)
+    safe = {"PYTHONPATH": "/a/b:/c", "UCX_TLS": "rc,sm", "HOME": "a b", "LS_COLORS": "*.x=1;2"}
+    assert refused_exports(safe) == []
 
 
 def test_the_hostfile_alone(hostfile, capsys):

@@ -113,6 +113,26 @@ def test_pods_run_as_the_images_user_on_the_shared_volume():
         assert spec["containers"][0]["volumeMounts"][0] == {"name": "shared", "mountPath": "/shared"}
 
 
+def test_pods_may_do_no_more_than_they_need():
+    for name, document in documents():
+        for template in pods(document):
+            spec = template["spec"]
+            assert spec["securityContext"]["runAsNonRoot"] is True
+            assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+            for container_spec in spec["containers"]:
+                allowed = container_spec["securityContext"]
+                assert allowed["allowPrivilegeEscalation"] is False and allowed["capabilities"] == {"drop": ["ALL"]}
+                if name == "job.yaml":  # no sshd, which insists on a home folder of its own
+                    assert allowed["readOnlyRootFilesystem"] is True
+                    writable = {mount["mountPath"] for mount in container_spec["volumeMounts"]}
+                    assert writable == {"/shared", "/dev/shm", "/tmp", "/var/lib/ase"}
+    home = re.search(r"--home-dir (\S+)", (DOCKER / "Dockerfile").read_text())[1]
+    assert home == "/var/lib/ase"
+    nodes = yaml.safe_load(COMPOSE.read_text())["services"]
+    assert all(node["cap_drop"] == ["ALL"] and "no-new-privileges:true" in node["security_opt"]
+               for node in nodes.values())  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The same command everywhere
 

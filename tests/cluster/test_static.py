@@ -42,6 +42,19 @@ def test_scripts_are_sound(script):
     assert script.stat().st_mode & 0o111 or script.suffix == ".sbatch", "not executable"
 
 
+@pytest.mark.parametrize("number", ["2", "-1", "x", "08", "1.0", "0; id", "99999999999999999999"])
+@pytest.mark.parametrize("script", ["torchrun.sh", "no_ssh.sh"])
+def test_a_wrong_node_number_is_one_sentence(script, number, tmp_path):
+    """The check of the hostfile goes before, and answers at once here."""
+    (tmp_path / "python").write_text("#!/bin/sh\necho n1\n")
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "hosts").write_text("# two\nn1 slots=1\nme@n2 slots=2  # big\n")
+    done = subprocess.run([CLUSTER / script, tmp_path / "hosts", number], capture_output=True, text=True, check=False,
+                          env={"PATH": f"{tmp_path}:/usr/bin:/bin"})  # fmt: skip
+    sentence = f"error: NODE_RANK: got '{number}', wanted a number from 0 to 1, a line of {tmp_path}/hosts\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
+
+
 def test_the_dockerfile_is_sound():
     code, said = check(tool("hadolint"), "--config", ROOT / ".hadolint.yaml", DOCKER / "Dockerfile")
     assert code == 0, said
