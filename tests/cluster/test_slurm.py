@@ -90,7 +90,7 @@ def test_every_rank_is_started_with_the_meeting_point(slurm):
     code, said, asked = run(slurm, "output=/shared/runs/x", "a b", CODE="0")
     ran, meeting = (slurm[0] / "ran").read_text().splitlines()
     assert code == 0 and asked == "" and "start 1 on n1 n2" in said
-    assert ran == ("--kill-on-bad-exit=1 --cpus-per-task=8 python launch/train.py "
+    assert ran == ("--kill-on-bad-exit=0 --wait=60 --cpus-per-task=8 python launch/train.py "
                    "--deepspeed_config ds_configs/z2.json train.threads=8 output=/shared/runs/x a b")  # fmt: skip
     assert meeting == "n1 24711 8"
 
