@@ -1,20 +1,22 @@
 """Kill a run of two ranks again and again at random moments; it must end as if nothing had happened.
 
-    python tests/soak.py [--kills 30] [--by-command 6] [--seed 0] [--folder F]
+    pytest -m nightly tests/test_soak.py        with ASE_SOAK_KILLS (30) and ASE_SOAK_SEED (0)
 
-Every kill is a SIGKILL to one rank, drawn at random, at a moment drawn at random: some time after the start, some time
-after a step, or while a checkpoint is being written. Most ranks are processes forked from one that has the imports
-done; the last ``--by-command`` kills hit ranks of ``torchrun --max-restarts N launch/train.py``, which goes on by
-itself. At last a run on two "nodes" loses one of them and goes on with the other. Exit code 0 only if
+Every kill is a SIGKILL at a moment drawn at random: some time after the start, some time after a step, or while a
+checkpoint is being written.
 
-- every start went on from the newest checkpoint that was whole, and no step was lost but those since;
-- the other rank ended by itself each time;
-- weights, moments, random states and every line of metrics are bit for bit those of an undisturbed run.
+- Most hit one rank of a pair, forked from a process that has the imports done. The other must end by itself.
+- A fifth hit the launcher, torchrun or deepspeed, and leave its ranks orphaned: they must save and end, while the next
+  start, which comes at once, must not train beside them.
+- A fifth hit one rank of ``torchrun --max-restarts N launch/train.py``, which goes on by itself.
+
+At last a run on two "nodes" loses one of them and goes on with the other. Every start has to go on from the newest
+checkpoint that was whole, no step may be lost but those since, and in the end weights, moments, random states and every
+line of metrics are bit for bit those of an undisturbed run.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -23,7 +25,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,32 +32,23 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core each: what is computed must not depend on it
-
+from ase_dist.training.process.launcher_watch import is_alive
 from ase_dist.training.process.runtime import free_port
 from ase_dist.training.record.metrics import read_metrics
 from ase_dist.training.state.checkpoint.catalog import list_checkpoints
 from ase_dist.training.state.checkpoint.verify import verify
 from tests.training.conftest import start_world
-from tests.training.tiny_runs import (
-    ROOT,
-    SCENE_SIZE,
-    TINY,
-    TRAIN_IMAGES,
-    VAL_IMAGES,
-    checkpoint,
-    metric_lines,
-    same_bits,
-    tiny_run,
-)
+from tests.training.tiny_runs import ROOT, TINY, checkpoint, metric_lines, same_bits, tiny_run
 
 EVERY = 3  # steps between checkpoints
+LAUNCHER = -1  # in place of the number of a rank
 STEPS_PER_KILL = 6  # so that the run lasts longer than its troubles
 LIMIT = 300  # seconds that anything may take
+ORPHANS_END = 60  # seconds within which ranks without a launcher have saved and ended, on a busy machine
 SHARDED = ("model.moe.ep_size=2", "model.moe.dispatch=gather", "model.drop_path=0.2", "train.batch_size=2")
 CONFIG = "z2"
 console = Console(highlight=False, soft_wrap=True)
@@ -90,6 +82,7 @@ class Soak:
     draw: random.Random
     kills: list[Kill] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    refused: int = 0  # starts while ranks of an earlier one lived
 
     @property
     def output(self) -> Path:
@@ -97,7 +90,7 @@ class Soak:
         return self.folder / "disturbed"
 
     def options(self) -> list[str]:
-        """Its settings beside those of every tiny run."""
+        """Its settings in addition to those of every tiny run."""
         return [*SHARDED, f"train.max_steps={self.steps}", f"checkpoint.every={EVERY}", "eval.every=0",
                 "eval.pictures=0", "guard.timeout=60"]  # fmt: skip
 
@@ -149,7 +142,8 @@ class Soak:
             self.problems.append(f"kill {len(self.kills) + 1}: {kill.lost} steps lost, wanted at most {EVERY}")
         self.kills.append(kill)
         inside = ", inside a save" if kill.inside else ""
-        console.print(f"kill {len(self.kills):3}  {kill.way:9} rank {kill.rank}  drawn: {kill.moment:5}  "
+        whom = f"rank {kill.rank}" if kill.rank != LAUNCHER else "launcher"
+        console.print(f"kill {len(self.kills):3}  {kill.way:16} {whom:8}  drawn: {kill.moment:5}  "
                       f"at step {kill.step:3}, goes on at {kill.resumes_at:3}{inside}")  # fmt: skip
 
     def check_resumed(self, wanted: int, before: int) -> None:
@@ -194,7 +188,7 @@ def undisturbed(soak: Soak) -> float:
     _wait((output / "checkpoints" / f"step_{EVERY}").is_dir, world.processes[0].is_alive)
     seconds = time.monotonic() - began
     if world().codes != [0, 0]:
-        raise SystemExit(f"the undisturbed run failed: see {soak.folder / 'world_undisturbed'}")
+        pytest.fail(f"the undisturbed run failed: see {soak.folder / 'world_undisturbed'}")
     return seconds
 
 
@@ -227,9 +221,51 @@ def command(*launcher: str) -> list[str]:
             str(ROOT / "ds_configs" / f"{CONFIG}.json"), *TINY]  # fmt: skip
 
 
+def deepspeed_command() -> list[str]:
+    """launch/train.py under deepspeed, on a port of its own."""
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    return [*launcher, *command()[1:]]
+
+
+def kill_launchers(soak: Soak, kills: int) -> None:
+    """Kill the launcher alone; its ranks must save and end, and the next start, at once, may not train with them."""
+    settings = [*soak.options(), f"data.root={soak.scenes}", f"output={soak.output}"]
+
+    def start_launcher(number: int) -> subprocess.Popen[bytes]:
+        words = deepspeed_command() if number % 2 else command("--standalone", "--nproc_per_node", "2")
+        with (soak.folder / f"launcher_{number}").open("a") as said:
+            return subprocess.Popen([*words, *settings], stdout=said, stderr=said)
+
+    wanted, before = soak.newest_whole(), len(soak.resumed_at())
+    launcher = start_launcher(0)
+    for number in range(kills):
+        kill = Kill("torchrun" if number % 2 == 0 else "deepspeed", LAUNCHER, soak.draw.choice(["step", "save"]))
+        deadline = time.monotonic() + LIMIT
+        while len(soak.resumed_at()) == before and time.monotonic() < deadline:
+            if launcher.poll() is not None:  # it came before the orphans were gone
+                soak.refused += 1
+                launcher = start_launcher(number)
+            time.sleep(0.01)
+        soak.check_resumed(wanted, before)
+        soak.wait_for_moment(kill.moment, goes_on=lambda process=launcher: process.poll() is None, start_seconds=0)
+        orphans = [process.pid for process in psutil.Process(launcher.pid).children(recursive=True)]
+        before = len(soak.resumed_at())
+        launcher.kill()
+        launcher.wait()
+        began = time.monotonic()
+        if number + 1 < kills:
+            launcher = start_launcher(number + 1)
+        _wait(lambda pids=orphans: not any(map(is_alive, pids)), lambda: True)
+        kill.survivor_seconds = time.monotonic() - began
+        wanted = soak.newest_whole()
+        if kill.survivor_seconds > ORPHANS_END:
+            soak.problems.append(f"the orphaned ranks of {kill.way} lived for {kill.survivor_seconds:.0f} s")
+        soak.note(kill)
+
+
 def kill_under_torchrun(soak: Soak, kills: int) -> None:
     """One start of the command; it has to survive all of them and to reach the last step."""
-    launcher = ("--nproc_per_node", "2", "--max-restarts", str(kills))
+    launcher = ("--standalone", "--nproc_per_node", "2", "--max-restarts", str(kills))
     arguments = [*command(*launcher), *soak.options(), f"data.root={soak.scenes}", f"output={soak.output}"]
     with (soak.folder / "torchrun").open("w") as said:
         process = subprocess.Popen(arguments, stdout=said, stderr=said)
@@ -297,8 +333,9 @@ def report(soak: Soak, rows: dict[str, str]) -> None:
     """The summary."""
     kills = soak.kills
     table = Table("what", "figure", title="soak")
-    by = {f"{way}, rank {rank}": sum(k.way == way and k.rank == rank for k in kills)
-          for way in ("forked", "torchrun") for rank in (0, 1)}  # fmt: skip
+    by = {f"{way}, {f'rank {rank}' if rank != LAUNCHER else 'launcher'}":
+          sum(k.way == way and k.rank == rank for k in kills)
+          for way, rank in sorted({(k.way, k.rank) for k in kills})}  # fmt: skip
     shown = {
         "kills": f"{len(kills)} ({', '.join(f'{count} {name}' for name, count in by.items() if count)})",
         "drawn for start / step / save": " / ".join(
@@ -307,6 +344,7 @@ def report(soak: Soak, rows: dict[str, str]) -> None:
         "left a half-written checkpoint": str(sum(k.inside for k in kills)),
         "steps lost, most / sum": f"{max(k.lost for k in kills)} / {sum(k.lost for k in kills)} of {soak.steps}",
         "the other rank's end, most seconds": f"{max(k.survivor_seconds for k in kills):.1f}",
+        "starts refused while ranks lived": str(soak.refused),
         **rows,
         "problems": "none" if not soak.problems else str(len(soak.problems)),
     }
@@ -317,36 +355,26 @@ def report(soak: Soak, rows: dict[str, str]) -> None:
         console.print(f"PROBLEM {problem}")
 
 
-def main() -> int:
-    """Exit code 0 where nothing went wrong."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--kills", type=int, default=30)
-    p.add_argument("--by-command", type=int, default=6, metavar="N", help="how many of them under torchrun")
-    p.add_argument("--seed", type=int, default=0, help="of what is drawn; the moments themselves depend on the machine")
-    p.add_argument("--folder", type=Path, help="keep everything here; default: a temporary folder")
-    arguments = p.parse_args()
-    from ase_dist.scenes.make import ensure_scenes
-
-    began, forked = time.monotonic(), max(0, arguments.kills - arguments.by_command)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = (arguments.folder or Path(temporary)).resolve()
-        ensure_scenes(folder / "scenes", train=TRAIN_IMAGES, val=VAL_IMAGES, size=SCENE_SIZE, seed=0)
-        steps = EVERY * (STEPS_PER_KILL * (arguments.kills + 2) // EVERY)
-        soak = Soak(folder / "scenes", folder, steps, random.Random(arguments.seed))
-        start_seconds = 1.3 * undisturbed(soak)
-        console.print(f"undisturbed: {steps} steps, {time.monotonic() - began:.0f} s")
-        for number in range(forked):
-            kill_forked(soak, number, start_seconds=start_seconds)
-        kill_under_torchrun(soak, arguments.kills - forked)
-        if len(soak.kills) < arguments.kills:
-            soak.problems.append(f"the run was over after {len(soak.kills)} kills, wanted {arguments.kills}")
-        if not any(kill.inside for kill in soak.kills):
-            soak.problems.append("no kill hit inside a save: try another seed, or more kills")
-        rows = {"last checkpoint": compare(soak), "a node lost": lose_a_node(soak)}
-        rows["minutes"] = f"{(time.monotonic() - began) / 60:.1f}"
-        report(soak, rows)
-    return 1 if soak.problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+@pytest.mark.nightly
+@pytest.mark.multi_gpu
+@pytest.mark.timeout(3600)
+def test_a_run_that_is_killed_again_and_again_ends_bit_equal(scenes, tmp_path):
+    kills = int(os.environ.get("ASE_SOAK_KILLS", "30"))
+    began, seldom = time.monotonic(), kills // 5
+    steps = EVERY * (STEPS_PER_KILL * (kills + 2) // EVERY)
+    soak = Soak(scenes, tmp_path, steps, random.Random(int(os.environ.get("ASE_SOAK_SEED", "0"))))
+    start_seconds = 1.3 * undisturbed(soak)
+    console.print(f"undisturbed: {steps} steps, {time.monotonic() - began:.0f} s")
+    for number in range(kills - 2 * seldom):
+        kill_forked(soak, number, start_seconds=start_seconds)
+    if seldom:
+        kill_launchers(soak, seldom)
+    kill_under_torchrun(soak, seldom)
+    if len(soak.kills) < kills:
+        soak.problems.append(f"the run was over after {len(soak.kills)} kills, wanted {kills}")
+    if not any(kill.inside for kill in soak.kills):
+        soak.problems.append("no kill hit inside a save: try another seed, or more kills")
+    rows = {"last checkpoint": compare(soak), "a node lost": lose_a_node(soak)}
+    rows["minutes"] = f"{(time.monotonic() - began) / 60:.1f}"
+    report(soak, rows)
+    assert soak.problems == []
