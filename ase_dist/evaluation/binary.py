@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from ase_dist.evaluation.metric import NOTHING, Metric, ratio
+from ase_dist.evaluation.metric import NOTHING, Metric, count_values, ratio
 from ase_dist.tasks import EDGE_POSITIVE_WEIGHT, Task
 
-JACCARD_THRESHOLDS = tuple(k / 20 for k in range(4, 19))  # .20, .25, ... .90
+TWENTIETHS = range(4, 19)
+JACCARD_THRESHOLDS = tuple(k / 20 for k in TWENTIETHS)  # .20, .25, ... .90
 LEVELS = 256  # thresholds of the F-measure: k / 255
 BETA_SQUARED = 0.3
 SMALLEST = 1e-7  # probabilities are kept this far from 0 and 1 in logarithms: float32 cannot go nearer to 1
@@ -34,15 +35,17 @@ class MaskMetric(Metric):
 
     def _count(self, prediction: Tensor, label: Tensor) -> Tensor:
         true, valid = label == 1, label <= 1
-        thresholds = torch.tensor(JACCARD_THRESHOLDS, device=prediction.device).view(-1, 1, 1)
+        steps = torch.arange(TWENTIETHS.start, TWENTIETHS.stop, dtype=torch.float64, device=prediction.device)
+        thresholds = (steps / 20).float().view(-1, 1, 1)  # made on the device: a copy of the host's would wait for it
         found = (prediction > thresholds) & valid
         union = (found | true).sum(dim=(1, 2))
-        jaccard = torch.where(union == 0, 1.0, (found & true).sum(dim=(1, 2)).double() / union.clamp(min=1))
+        jaccard = (found & true).sum(dim=(1, 2)).double() / union.clamp(min=1)
+        jaccard = jaccard.masked_fill(union == 0, 1.0)
         error = ((prediction.double() - true.double()).abs() * valid).sum() / valid.sum().clamp(min=1)
         seen = valid.any().double()
         level = (prediction * (LEVELS - 1)).round().long().clamp(0, LEVELS - 1)
-        group = torch.where(true, 0, torch.where(valid, 1, 2))
-        levels = torch.bincount((group * LEVELS + level).flatten(), minlength=3 * LEVELS)[: 2 * LEVELS]
+        group = 2 - valid.long() - true.long()  # 0 true, 1 false, 2 ignored
+        levels = count_values(group * LEVELS + level, 3 * LEVELS)[: 2 * LEVELS]
         return torch.cat((seen.view(1), (error * seen).view(1), jaccard * seen, levels.double()))
 
     def result(self) -> dict[str, float]:

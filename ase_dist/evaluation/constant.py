@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ase_dist.errors import UserError
 from ase_dist.evaluation.decode import unit_vectors
+from ase_dist.evaluation.metric import count_values
 from ase_dist.tasks import EDGE_POSITIVE_WEIGHT, IGNORE, Task
 
 
@@ -33,8 +34,8 @@ class ConstantPredictor:
     def update(self, label: Tensor) -> None:
         """Add the label of one image, in the form that ``tasks`` gives for its kind."""
         if self.task.kind == "classes":  # pixels of each class
-            slot = torch.where(label == IGNORE, self.task.channels, label.long()).flatten()
-            counts = torch.bincount(slot, minlength=self.task.channels + 1)[: self.task.channels].double()
+            slot = label.long().masked_fill(label == IGNORE, self.task.channels)
+            counts = count_values(slot, self.task.channels + 1)[: self.task.channels].double()
         elif self.task.kind == "normals":  # the sum of each component
             counts = unit_vectors(label, dim=0).sum(dim=(1, 2), dtype=torch.float64)
         elif self.task.kind == "depth":  # valid pixels, metres

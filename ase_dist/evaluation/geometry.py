@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ase_dist.evaluation.metric import NOTHING, Metric, ratio
+from ase_dist.evaluation.metric import NOTHING, Metric, count_values, ratio
 from ase_dist.tasks import Task
 
 ANGLES = (11.25, 22.5, 30.0)
@@ -36,11 +36,11 @@ class NormalsMetric(Metric):
         cosine = (predicted * true).sum(dim=0)
         sine = torch.linalg.cross(predicted, true, dim=0).square().sum(dim=0).sqrt()  # vector_norm is slow along dim 0
         no_direction = (predicted == 0).all(dim=0)
-        angle = torch.where(no_direction, 90.0, torch.rad2deg(torch.atan2(sine, cosine)))
+        angle = torch.rad2deg(torch.atan2(sine, cosine)).masked_fill(no_direction, 90.0)
         inside = [((angle < limit) & valid).sum() for limit in ANGLES]
         bins = (angle.nan_to_num(180.0) / BIN_DEGREES).long().clamp(max=BINS - 1)
-        histogram = torch.bincount(torch.where(valid, bins, BINS).flatten(), minlength=BINS + 1)[:BINS]
-        angle = torch.where(valid, angle, 0)
+        histogram = count_values(bins.masked_fill(~valid, BINS), BINS + 1)[:BINS]
+        angle = angle.masked_fill(~valid, 0)
         return torch.cat((torch.stack((valid.sum(), angle.sum(), angle.square().sum(), *inside)), histogram))
 
     def result(self) -> dict[str, float]:
@@ -76,8 +76,7 @@ class DepthMetric(Metric):
 
     def _count(self, prediction: Tensor, label: Tensor) -> Tensor:
         valid = label > 0
-        true = torch.where(valid, label, 1).double()
-        predicted = torch.where(valid, prediction, 1).double()
+        true, predicted = (depth.masked_fill(~valid, 1).double() for depth in (label, prediction))
         error, scale = (predicted - true).abs(), (predicted.clamp(min=NEAREST) / true).log10().abs()
         near = [((scale < k * math.log10(DELTA)) & valid).sum() for k in (1, 2, 3)]
         return torch.stack((valid.sum(), error.square().sum(), (error / true).sum(), scale.sum(), *near)).double()

@@ -17,7 +17,8 @@ NOTHING = float("nan")  # the value of every score for which no pixel was counte
 class Metric(ABC):
     """The scores of one task, accumulated image by image.
 
-    1. ``update`` adds one image to ``totals``, on the device of the prediction and without waiting for it.
+    1. ``update`` adds one image to ``totals``, on the device of the prediction and without waiting for it: numbers go
+       there as arguments of a kernel (``masked_fill``), not as tensors of the host (``torch.where``).
     2. ``totals`` (float64, 1-D) is additive: the sum of two ranks' totals is that of all their images. Pixels are
        counted in whole numbers, exact up to 2**53. One image with an undefined prediction makes all totals NaN.
     3. ``finish`` waits for what is still being counted elsewhere; only then are ``totals`` whole.
@@ -44,8 +45,8 @@ class Metric(ABC):
         prediction = prediction.masked_fill(~self._is_labelled(label), 0)
         part = self._count(prediction, label)
         undefined = prediction.isnan() if prediction.is_floating_point() else prediction == IGNORE
-        part = torch.where(undefined.any(), NOTHING, part)
-        self.totals = self.totals.to(part.device) + part
+        part = part.masked_fill(undefined.any(), NOTHING)
+        self.totals = self.totals.to(part.device, non_blocking=True) + part
 
     def why_undefined(self) -> str | None:
         """A sentence about the scores that are NaN, or None where there is none: for the log of an evaluation."""
@@ -72,6 +73,12 @@ class Metric(ABC):
     @abstractmethod
     def result(self) -> dict[str, float]:
         """The scores by name; the class says what each means."""
+
+
+def count_values(values: Tensor, size: int) -> Tensor:
+    """How often each of 0 to ``size`` - 1 occurs, int64 [size]; ``torch.bincount`` would wait for the device."""
+    flat = values.flatten()
+    return torch.zeros(size, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> float:

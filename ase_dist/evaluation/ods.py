@@ -49,12 +49,16 @@ class BoundaryMetric(EdgesMetric):
         self._pushed = 0
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        """As every metric's; the boundaries are counted meanwhile, ``finish`` waits for them."""
+        """As every metric's; the boundaries are counted meanwhile, ``finish`` waits for them.
+
+        Counting is the host's work, so this one waits for the device, once.
+        """
         super().update(prediction, label)
-        visible = torch.where(label.to(prediction.device) <= 1, prediction, 0).cpu().numpy()
+        visible = prediction.masked_fill(label.to(prediction.device) > 1, 0)
+        visible, edges = torch.stack((visible, (label == 1).to(visible))).cpu().numpy()
         if np.isnan(visible).any():  # the totals are NaN from here on
             return
-        self._add(self._counter.push((self._pushed, visible, [(label == 1).cpu().numpy()])))
+        self._add(self._counter.push((self._pushed, visible, [edges.astype(bool)])))
         self._pushed += 1
 
     def finish(self) -> None:

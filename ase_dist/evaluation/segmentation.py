@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ase_dist.errors import UserError
-from ase_dist.evaluation.metric import NOTHING, Metric, ratio
+from ase_dist.evaluation.metric import NOTHING, Metric, count_values, ratio
 from ase_dist.tasks import IGNORE, Task
 
 IDS = 256  # that a uint8 can hold
@@ -21,25 +21,28 @@ class ClassesMetric(Metric):
     - ``iou/<class name>``: the IoU of each class that has one, percent.
 
     Pixels labelled 255 are not counted; so an image whose label is 255 throughout (Parts without a person) is skipped.
+    ``totals`` end with the pixels of each id out of range, which ``result`` refuses.
     """
 
     def __init__(self, task: Task) -> None:
-        super().__init__(task, size=task.channels**2)
+        super().__init__(task, size=task.channels**2 + IGNORE - task.channels)
 
     def _count(self, prediction: Tensor, label: Tensor) -> Tensor:
         classes = self.task.channels
-        pairs = torch.bincount((label.long() * IDS + prediction.long()).flatten(), minlength=IDS**2).view(IDS, IDS)
-        confusion, valid = pairs[:classes, :classes], pairs[:IGNORE, :IGNORE]
-        if confusion.sum() != valid.sum():
-            highest = int(valid.nonzero().max())
+        pairs = count_values(label.long() * IDS + prediction.long(), IDS**2).view(IDS, IDS)[:IGNORE, :IGNORE]
+        strangers = pairs[classes:].sum(1) + pairs[:, classes:].sum(0)
+        return torch.cat((pairs[:classes, :classes].flatten(), strangers)).double()
+
+    def result(self) -> dict[str, float]:
+        """``miou``, ``accuracy`` and ``iou/<class name>``, all in percent; UserError for a class id out of range."""
+        classes = self.task.channels
+        pairs, strangers = self.totals.cpu().split([classes**2, IGNORE - classes])
+        if (strangers > 0).any():
+            highest = classes + int((strangers > 0).nonzero().max())
             raise UserError(
                 f"{self.task.name}: got class ids up to {highest}, wanted 0..{classes - 1} or {IGNORE} (ignored)"
             )
-        return confusion.flatten().double()
-
-    def result(self) -> dict[str, float]:
-        """``miou``, ``accuracy`` and ``iou/<class name>``, all in percent."""
-        confusion = self.totals.cpu().view(self.task.channels, -1)
+        confusion = pairs.view(classes, -1)
         hits = confusion.diagonal()
         union = confusion.sum(0) + confusion.sum(1) - hits
         names = self.task.class_names or tuple(str(i) for i in range(self.task.channels))

@@ -1,19 +1,28 @@
-"""How often the host waits for the device in a training step: for the gradient norm and for the vote."""
+"""How often the host waits for the device: in a training step for norm and vote, in an evaluation at its end."""
 
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+from ase_dist.data.batch import EvalBatch
+from ase_dist.evaluation.constant import ConstantPredictor
+from ase_dist.evaluation.decode import decode
+from ase_dist.evaluation.metrics import build_metric
+from ase_dist.tasks import NYUD_TASKS, PASCAL_TASKS
 from ase_dist.training.loop import engine
+from ase_dist.training.loop import evaluate as evaluation
 from ase_dist.training.loop.trainer import Trainer
 from tests.training.conftest import start_world
 from tests.training.tiny_runs import tiny_run
 from tests.waits import HostWaits
 
 pytestmark = pytest.mark.single_gpu
+EVERY_KIND = [PASCAL_TASKS[name] for name in ("semseg", "saliency", "edge", "normals")] + [NYUD_TASKS["depth"]]
 # ZeRO-3 last: DeepSpeed replaces torch's linear by its own for the rest of the process
 CASES = {
     "z0": ("z0", "train.bf16=false"),
@@ -83,3 +92,76 @@ def waits(scenes, tmp_path_factory):
 def test_a_step_waits_twice(waits, case):
     assert sum(waits[case].values()) == 2, waits[case]
     assert any("finite.py" in line for line in waits[case]), "the vote"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation, on the FakeTensors of a GPU: what wants a value fails, and a copy to or from the host shows
+
+
+def fake_images(*sizes):
+    """A batch of images with labels of their own sizes in page-locked memory, and a model's logits on the GPU."""
+    labels = {}
+    for task in EVERY_KIND:
+        channels = {"normals": (3,), "depth": (1,)}.get(task.kind, ())
+        kind = torch.float32 if channels else torch.uint8
+        labels[task.name] = [torch.empty(*channels, *size, dtype=kind) for size in sizes]
+    logits = {task.name: torch.empty(len(sizes), task.channels, 8, 8, device="cuda") for task in EVERY_KIND}
+    indices = torch.empty(len(sizes), dtype=torch.int64)
+    return EvalBatch(torch.empty(len(sizes), 3, 16, 16), labels, indices, ["a"] * len(sizes)), logits
+
+
+def constant_on_the_host(constant, height, width):
+    channels = {"normals": (3,), "depth": (1,)}.get(constant.task.kind, ())
+    return torch.empty(*channels, height, width, dtype=torch.float32 if channels else torch.uint8)
+
+
+def test_an_evaluation_waits_for_nothing_until_its_end():
+    constants = {task.name: ConstantPredictor(task) for task in EVERY_KIND}
+    with FakeTensorMode(), mock.patch.object(ConstantPredictor, "predict", constant_on_the_host):
+        batch, logits = fake_images((20, 30), (12, 10))
+        waits, seen = HostWaits(), []
+
+        def finished(metrics, device):
+            seen.append({name: metric.totals.device.type for name, metric in metrics.items()})
+            waits.__exit__(None, None, None)
+            raise StopIteration
+
+        def forward(images):
+            if not seen:  # the constants are on the GPU now
+                seen.append(waits.__enter__())
+            return SimpleNamespace(predictions=logits)
+
+        with mock.patch.object(evaluation, "_merged", finished), pytest.raises(StopIteration):
+            evaluation.evaluate(
+                forward,
+                [batch, batch],
+                EVERY_KIND,
+                device=torch.device("cuda"),
+                gallery=evaluation.Gallery(limit=0),
+                constants=constants,
+                go_on=lambda: True,
+            )
+    assert not waits.lines, waits.lines
+    assert set(seen[-1].values()) == {"cuda"}
+
+
+@pytest.mark.parametrize("task", EVERY_KIND, ids=lambda task: task.kind)
+def test_a_metric_waits_for_nothing(task):
+    with FakeTensorMode():
+        batch, logits = fake_images((20, 30))
+        label = batch.labels[task.name][0].to("cuda")
+        metric = build_metric(task)
+        with HostWaits() as waits:
+            for _ in range(2):
+                metric.update(decode(task, logits[task.name], size=(20, 30))[0], label)
+    assert not waits.lines, waits.lines
+
+
+def test_a_copy_from_the_host_shows_on_fake_tensors():
+    with FakeTensorMode():
+        x = torch.empty(3, device="cuda")
+        with HostWaits() as waits:
+            torch.where(x > 0, x, 1.0)
+            x.cpu()
+            torch.empty(3).to("cuda")
+        assert waits.total == 3, waits.lines

@@ -26,7 +26,10 @@ Forward = Callable[[Tensor], ModelOutput]
 
 @dataclass
 class Gallery:
-    """The first images of an evaluation with labels and predictions, for pictures; empty except on the first rank."""
+    """The first images of an evaluation with labels and predictions, for pictures; empty except on the first rank.
+
+    They stay on the device until ``collect`` at the evaluation's end.
+    """
 
     limit: int
     images: list[Tensor] = field(default_factory=list)
@@ -37,10 +40,16 @@ class Gallery:
         """Keep one image, unless ``limit`` is reached."""
         if len(self.images) >= self.limit:
             return
-        self.images.append(image_3SS.cpu())
+        self.images.append(image_3SS)
         for name, label in labels.items():
-            self.labels.setdefault(name, []).append(label.cpu())
-            self.predictions.setdefault(name, []).append(predictions[name].cpu())
+            self.labels.setdefault(name, []).append(label)
+            self.predictions.setdefault(name, []).append(predictions[name])
+
+    def collect(self) -> None:
+        """Bring everything to the host."""
+        self.images = [image.cpu() for image in self.images]
+        for many in (self.labels, self.predictions):
+            many.update({name: [tensor.cpu() for tensor in tensors] for name, tensors in many.items()})
 
 
 class Evaluation(NamedTuple):
@@ -66,10 +75,12 @@ def evaluate(
     The loader gives all ranks the same number of batches; on an empty one a rank still runs the model, on a blank
     image, because the other ranks wait for it in the collectives of the forward pass. ``go_on`` is called after every
     batch and must return the same on all ranks. ``edge_ods`` adds the boundary F-measure of edges (not the trivial
-    predictor's), counted in other processes while the model runs.
+    predictor's), counted in other processes while the model runs. The host waits for the device at the end, and for
+    ``go_on`` and ``edge_ods``.
     """
     metrics = {task.name: build_metric(task, edge_ods=edge_ods) for task in tasks}
     trivial = {task.name: build_metric(task) for task in tasks if task.name in constants}
+    values = {name: constants[name].predict(1, 1).to(device) for name in trivial}
     with ExitStack() as closing, torch.no_grad():
         for metric in metrics.values():
             closing.callback(metric.close)
@@ -85,14 +96,13 @@ def evaluate(
                 for task in tasks:
                     metrics[task.name].update(predictions[task.name], labels[task.name])
                 for name, metric in trivial.items():
-                    label = labels[name]
-                    constant = constants[name].predict(*label.shape[-2:]).to(label.device)
-                    metric.update(constant, label)
+                    metric.update(values[name].expand_as(labels[name]), labels[name])
                 gallery.add(moved.images[i], labels, predictions)
             if not go_on():
                 return None
         for metric in metrics.values():
             metric.finish()
+    gallery.collect()
     evaluation = Evaluation(_merged(metrics, device), _merged(trivial, device))
     for metric in metrics.values():
         if collectives.rank() == 0 and (why := metric.why_undefined()) is not None:
