@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         type=path_or_name,
         default="newest",
         metavar="WHICH",
-        help="of a run: newest (default), best or a path",
+        help="of a run: newest (default), best, step_N or a path",
     )
     p.add_argument(
         "--data",
@@ -43,9 +43,14 @@ def parser() -> argparse.ArgumentParser:
         "--reference",
         type=path_or_name,
         metavar="RESULTS",
-        help="for Delta_m: paper (its single-task ResNet-18), a run or export with saved metrics, or a JSON file",
+        help="for Delta_m: paper (single-task ResNet-18), a run, RUN@best, an export, an evaluation's folder or JSON",
     )
-    p.add_argument("--out", type=path, metavar="DIR", help="where to write (default: RUN_OR_EXPORT/evaluation)")
+    p.add_argument(
+        "--out",
+        type=path,
+        metavar="DIR",
+        help="where to write (default: RUN_OR_EXPORT/evaluation, a folder in it for another checkpoint or other data)",
+    )
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return p
@@ -62,6 +67,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         EvaluationRequest,
         evaluate_model,
         refuse_foreign_report,
+        report_folder,
         write_report,
     )
     from ase_dist.evaluation.tables import to_markdown
@@ -79,14 +85,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         arguments.edge_ods,
         arguments.nms,
         arguments.reference,
+        arguments.out,
     )
-    out = arguments.out or RunFolder(arguments.model).evaluation
+    run = RunFolder(arguments.model)
     try:
-        refuse_foreign_report(out)
+        refuse_foreign_report(arguments.out or run.evaluation)
         with join(device=arguments.device) as world:
             report = evaluate_model(request, world, console=set_up_logging(rank=world.rank))
             if world.is_first:
-                write_report(report, out)
+                write_report(report, arguments.out or report_folder(run, report))
                 show(to_markdown(report))
     finally:
         close_console()

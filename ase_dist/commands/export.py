@@ -20,7 +20,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("run", type=path, help="the output folder of a run; or an export, to make programs of it")
     p.add_argument("out", type=path, help="the folder to make")
     p.add_argument(
-        "--checkpoint", type=path_or_name, default="newest", metavar="WHICH", help="newest (default), best or a path"
+        "--checkpoint",
+        type=path_or_name,
+        default="newest",
+        metavar="WHICH",
+        help="newest (default), best, step_N or a path",
     )
     p.add_argument("--dtype", default="fp32", help="fp32 (default), fp16 or bf16: how weights are stored")
     p.add_argument("--format", metavar="A,B", help="also write programs: pt2 (torch.export), onnx (ase-dist[onnx])")

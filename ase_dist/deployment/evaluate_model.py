@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,10 +29,12 @@ from ase_dist.tasks import DATA_SETS, Task, select_tasks
 from ase_dist.training.loop.evaluate import Gallery, Results, evaluate
 from ase_dist.training.process.runtime import World
 from ase_dist.training.record.console import StepProgress
+from ase_dist.training.record.run_folder import RunFolder
 
 LOGGER = logging.getLogger("ase_dist")
 ALLOWED = ("data", "eval", "tasks")  # settings that an evaluation may change
 JSON_FILE = "metrics.json"
+IDENTITY = ("step", "data", "folder", "split", "input_size")  # what makes one evaluation another
 TEXT_FILES: dict[str, Callable[[Report], str]] = {"metrics.md": to_markdown, "metrics.tex": to_latex}
 
 
@@ -41,7 +43,7 @@ class EvaluationRequest:
     """What to evaluate, on what, and how; the options of ``launch/evaluate.py``.
 
     ``data`` is the name of a data set or a folder in the layout of one; ``overrides`` are key=value for data, eval
-    and tasks; ``reference`` as ``read_reference`` takes it.
+    and tasks; ``reference`` as ``read_reference`` takes it; ``out`` is the folder for the report where one was named.
     """
 
     path: str | Path
@@ -53,12 +55,14 @@ class EvaluationRequest:
     edge_ods: bool = False
     nms: bool = False
     reference: str | None = None
+    out: Path | None = None
 
 
 def evaluate_model(request: EvaluationRequest, world: World, *, console: Console | None = None) -> Report:
     """The report of an evaluation, equal on all ranks (collective).
 
-    Raises UserError with one sentence where model, data, tasks or reference are missing or do not fit.
+    Raises UserError with one sentence where model, data, tasks or reference are missing or do not fit, and where
+    ``request.out`` holds the report of another checkpoint or of other data.
     """
     reference = None if request.reference is None else read_reference(request.reference)
     trained = open_trained_model(request.path, checkpoint=request.checkpoint, device=world.device)
@@ -85,11 +89,36 @@ def evaluate_model(request: EvaluationRequest, world: World, *, console: Console
         compare(tasks, {name: dict.fromkeys(found, 1.0) for name, found in keys.items()}, reference)
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "device": world.device}
     loader = build_eval_loader(settings, tasks, split=request.split, **place)
+    facts = _facts(trained, settings, request, images=len(loader.dataset), ods=ods)
     try:
+        if request.out is not None and (other := _other_report(request.out, facts)):
+            raise UserError(f"--out: {str(request.out)!r} holds the evaluation {other!r}; name another folder")
         results = _evaluate_with_progress(trained, loader, tasks, world, ods, console)
     finally:
         loader.close()
-    return _report(trained, settings, tasks, results, request, images=len(loader.dataset), ods=ods, reference=reference)
+    return _report(trained, facts, tasks, results, reference=reference)
+
+
+def report_folder(run: RunFolder, report: Report) -> Path:
+    """Where a report belongs that no folder was named for: ``evaluation``.
+
+    A folder in there, named by step, data and split, where ``evaluation`` holds that of another checkpoint or of other
+    data, so that no evaluation replaces another one.
+    """
+    if _other_report(run.evaluation, report.facts) is None:
+        return run.evaluation
+    data = report.facts["folder"] or report.facts["data"]
+    return run.evaluation / f"step_{report.facts['step']}_{data}_{report.facts['split']}_{report.facts['input_size']}"
+
+
+def _other_report(folder: Path, facts: Mapping[str, object]) -> str | None:
+    """The title of the report in ``folder`` where it is of another checkpoint or of other data than ``facts`` are."""
+    try:
+        tree = read_object(folder / JSON_FILE)
+    except (OSError, UserError):  # missing, or not JSON
+        return None
+    is_other = tree.get("format") == FORMAT and any(tree.get(key) != facts[key] for key in IDENTITY)
+    return str(tree.get("title")) if is_other else None
 
 
 def refuse_foreign_report(out: Path) -> None:
@@ -188,28 +217,17 @@ def _evaluate_with_progress(
     return evaluation.results
 
 
-def _report(
-    trained: TrainedModel,
-    settings: Settings,
-    tasks: tuple[Task, ...],
-    results: Results,
-    request: EvaluationRequest,
-    *,
-    images: int,
-    ods: EdgeOds | None,
-    reference: Reference | None,
-) -> Report:
-    """The report, in which nothing depends on the number of ranks.
-
-    Without a comparison, and with a warning, where a score is undefined: the rest of the report is still useful.
-    """
+def _facts(
+    trained: TrainedModel, settings: Settings, request: EvaluationRequest, *, images: int, ods: EdgeOds | None
+) -> dict[str, str | int | None]:
+    """What was evaluated on what; nothing depends on the number of ranks."""
     data = settings.data
     folder = data.root.name if data.root is not None and data.name != "scenes" else None
-    edges = comparison = None
+    edges = None
     if ods is not None:
         first = "non-maxima suppressed, " if ods.nms else ""
         edges = f"{first}{THRESHOLDS} thresholds, thinned, matched within {MAX_DIST} of the diagonal as published"
-    facts: dict[str, str | int | None] = {
+    return {
         "model": str(trained.path),
         "kind": trained.kind,
         "step": trained.step,
@@ -220,7 +238,19 @@ def _report(
         "input_size": data.size,
         "edges": edges,
     }
-    title = f"{trained.path.resolve().name}, step {trained.step}, on {folder or data.name} ({request.split})"
+
+
+def _report(
+    trained: TrainedModel,
+    facts: Mapping[str, str | int | None],
+    tasks: tuple[Task, ...],
+    results: Results,
+    *,
+    reference: Reference | None,
+) -> Report:
+    """Without a comparison, and with a warning, where a score is undefined: the rest is still useful."""
+    place, comparison = facts["folder"] or facts["data"], None
+    title = f"{trained.path.resolve().name}, step {trained.step}, on {place} ({facts['split']})"
     try:
         comparison = None if reference is None else compare(tasks, results, reference)
     except UserError as error:

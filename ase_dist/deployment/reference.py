@@ -6,12 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ase_dist.deployment.trained_model import choose_checkpoint, read_run
 from ase_dist.errors import UserError, describe, file_error
 from ase_dist.evaluation.comparison import Reference, paper_reference
 from ase_dist.evaluation.tables import FORMAT
 from ase_dist.json_files import read_object
 from ase_dist.models.export_file import CARD
 from ase_dist.training.record.run_folder import RunFolder
+from ase_dist.training.state.meta import read_meta
 
 PAPER = "paper"
 EVALUATION_FILE = "metrics.json"  # of the folder that an evaluation writes
@@ -20,23 +22,29 @@ EVALUATION_FILE = "metrics.json"  # of the folder that an evaluation writes
 def read_reference(name: str) -> Reference:
     """'paper' is its single-task baseline; of a run or export the last evaluation in its folder, else its own metrics.
 
-    A file is the JSON of an evaluation, or plain {task: {score: value}}. Raises UserError where there are no scores.
+    ``RUN@best`` (``@newest``, ``@step_90``) is the evaluation while training that the checkpoint holds. A folder may be
+    that of an evaluation; a file is the JSON of one, or plain {task: {score: value}}. Raises UserError where there are
+    no scores.
     """
     if name == PAPER:
         return paper_reference()
-    path = Path(name)
-    if path.is_file():
-        return _from_file(path, name)
-    run = RunFolder(path)
-    if (run.evaluation / EVALUATION_FILE).is_file():
-        return _from_file(run.evaluation / EVALUATION_FILE, name)
+    path, run = Path(name), RunFolder(name)
+    for file in (path, path / EVALUATION_FILE, run.evaluation / EVALUATION_FILE):
+        if file.is_file():
+            return _from_file(file, name)
+    folder, at, checkpoint = name.rpartition("@")
+    if at and not path.exists() and RunFolder(folder).config.is_file():
+        return _from_checkpoint(folder, checkpoint, name)
     if (path / CARD).is_file():
         card = _read(path / CARD)
         return _reference(name, card.get("data", ""), card.get("metrics"), path / CARD)
     if run.config.is_file():
         summary = _read(run.summary)
         return _reference(name, summary.get("data", ""), summary.get("metrics"), run.summary)
-    raise UserError(f"--reference: got {name!r}, wanted {PAPER!r}, the folder of a run or an export, or a JSON file")
+    raise UserError(
+        f"--reference: got {name!r}, wanted {PAPER!r}, the folder of a run, an export or an "
+        "evaluation, RUN@best, or a JSON file"
+    )
 
 
 def _from_file(path: Path, name: str) -> Reference:
@@ -44,6 +52,17 @@ def _from_file(path: Path, name: str) -> Reference:
     if tree.get("format") == FORMAT:
         return _reference(str(tree.get("title", name)), str(tree.get("data", "")), tree.get("results"), path)
     return _reference(name, "", tree, path)
+
+
+def _from_checkpoint(run: str, checkpoint: str, name: str) -> Reference:
+    """What the run found when it evaluated at the step of the checkpoint."""
+    with choose_checkpoint(Path(run), checkpoint) as found:
+        history, step = read_meta(found).history, found.step
+    if history.latest is None or history.evaluated_at != step:
+        raise UserError(
+            f"--reference: {name} was not evaluated while training; evaluate it and give the folder of that"
+        )
+    return _reference(name, read_run(Path(run)).data.name, history.latest, found.path)
 
 
 def _reference(name: str, data: str, scores: Any, path: Path) -> Reference:

@@ -78,16 +78,22 @@ def read_run(run: Path) -> Settings:
 
 
 def choose_checkpoint(run: Path, wanted: str) -> Checkpoint:
-    """The checkpoint 'newest', 'best' or at a path. 'newest' skips damaged ones with a warning; else an error."""
+    """The checkpoint 'newest', 'best', 'step_N' of the run, or that at a path.
+
+    'newest' skips damaged ones with a warning. Raises UserError where there is none of that name or it is damaged.
+    """
     folder = RunFolder(run).checkpoints
+    listed = list_checkpoints(folder) if folder.is_dir() else []
+    names = [checkpoint.name for checkpoint in listed]
     if wanted == "newest":
-        names = [listed.name for listed in list_checkpoints(folder)] if folder.is_dir() else []
         paths = [folder / name for name in names]
     elif wanted == "best":
-        best = read_pointer(folder, BEST)
+        best = read_pointer(folder, BEST) if names else None
         paths = [] if best is None else [folder / best]
+    elif wanted in names:
+        paths = [folder / wanted]
     else:
-        paths = [Path(wanted)]
+        paths = [Path(wanted)] if Path(wanted).is_dir() else []
     for path in paths:
         manifest, problems = verify(path)
         if manifest is not None:
@@ -95,7 +101,11 @@ def choose_checkpoint(run: Path, wanted: str) -> Checkpoint:
         LOGGER.warning("checkpoint %s is damaged and is passed over: %s", path, "; ".join(problems))
     if paths:
         raise UserError(f"{str(paths[-1])!r} is not a whole checkpoint ({problems[0]}); name another")
-    raise UserError(f"{str(folder)!r} holds no checkpoint that is {wanted}; name one with --checkpoint PATH")
+    there = ", ".join(checkpoint.name for checkpoint in sorted(listed, key=lambda c: c.step)) or "none at all"
+    raise UserError(
+        f"--checkpoint: got {wanted!r}, no such checkpoint; {str(folder)!r} holds {there}; give one of these, newest, "
+        "best or a path"
+    )
 
 
 def rebuild(settings: Settings, tasks: tuple[Task, ...], checkpoint: Checkpoint) -> MultiTaskModel:

@@ -150,7 +150,12 @@ def test_a_data_folder_may_have_any_name(name, tmp_path):
 
 MISTAKES = {
     "nothing": (["nowhere"], r"'nowhere' is neither a run nor an export"),
-    "checkpoint": (["RUN", "--checkpoint", "nowhere"], r"'nowhere' is not a whole checkpoint"),
+    "checkpoint": (["RUN", "--checkpoint", "nowhere"], r"'nowhere', no such checkpoint; .* holds step_1, step_2"),
+    "no such step": (
+        ["RUN", "--checkpoint", "step_90"],
+        r"'step_90', no such checkpoint; .* holds step_1, step_2",
+    ),
+    "no such reference": (["RUN", "--reference", "RUN@step_9"], r"'step_9', no such checkpoint"),
     "checkpoint of an export": (["EXPORT", "--checkpoint", "best"], r"--checkpoint: .* is an export"),
     "task": (["RUN", "--tasks", "depth"], r"tasks: scenes has no task 'depth'"),
     "task of the data": (["RUN", "--data", "nyud", "--tasks", "depth"], r"the model has no 'depth', wanted some of"),
@@ -205,3 +210,36 @@ def test_references_come_from_wherever_scores_are_kept(folder, tmp_path):
     assert (newer.name, newer.data, newer.scores["edge"]["bce"]) == ("t", "d", 1.0)
     (tmp_path / "plain.json").write_text('{"edge": {"bce": 2}}')
     assert read_reference(str(tmp_path / "plain.json")).scores == {"edge": {"bce": 2.0}}
+
+
+@pytest.mark.single_gpu
+def test_an_evaluation_replaces_none_of_another_checkpoint_or_of_other_data(folder, evaluate, no_pool, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    common = [str(run), "--device", "cpu", "--tasks", "normals"]
+    for arguments in ([], ["--checkpoint", "step_1"], ["--split", "train", "--checkpoint", "2"], ["data.limit_val=1"]):
+        code = evaluate([*common, *arguments])
+        assert code == (2 if "2" in arguments else 0)
+    assert evaluate([*common, "--split", "train"]) == 0
+    assert evaluate([*common, "--checkpoint", "step_1", "--out", str(run / "evaluation")]) == 2
+    reports = {str(path.parent.relative_to(run)): found(path.parent) for path in run.glob("evaluation/**/metrics.json")}
+    assert {name: (tree["step"], tree["split"]) for name, tree in reports.items()} == {
+        "evaluation": (2, "val"),
+        "evaluation/step_1_scenes_val_32": (1, "val"),
+        "evaluation/step_2_scenes_train_32": (2, "train"),
+    }
+    assert reports["evaluation"]["images"] == 1  # of the same checkpoint and data the last one counts
+
+
+@pytest.mark.single_gpu
+def test_a_reference_is_a_checkpoint_of_a_run_or_an_evaluations_folder(folder, tmp_path, evaluate, no_pool):
+    run = folder / "run"
+    found_while_training = metric_lines(run, "eval")[2]["metrics"]
+    two = read_reference(f"{run}@best").scores
+    assert two == read_reference(f"{run}@newest").scores == read_reference(f"{run}@step_2").scores
+    assert two["normals"]["mean"] == pytest.approx(found_while_training["normals"]["mean"])
+    with pytest.raises(ValueError, match="step_1 was not evaluated while training"):
+        read_reference(f"{run}@step_1")
+    out = tmp_path / "mine"
+    assert evaluate([str(run), "--device", "cpu", "--tasks", "normals", "--out", str(out)]) == 0
+    assert read_reference(str(out)).scores["normals"]["mean"] == pytest.approx(two["normals"]["mean"], rel=1e-6)

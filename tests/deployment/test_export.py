@@ -146,9 +146,21 @@ def test_metrics_that_differ_are_exit_code_1(runs, copy, tmp_path, command, caps
 
 MISTAKES = {
     "no run": (lambda run: (run / "config.yaml").unlink(), {}, r"is no run.*config\.yaml"),
-    "no checkpoints": (lambda run: shutil.rmtree(run / "checkpoints"), {}, r"holds no checkpoint that is newest"),
-    "no best": (lambda run: (run / "checkpoints" / "best").unlink(), {"checkpoint": "best"}, r"that is best"),
-    "not one": (lambda run: None, {"checkpoint": "nowhere"}, r"'nowhere' is not a whole checkpoint"),
+    "no checkpoints": (
+        lambda run: shutil.rmtree(run / "checkpoints"),
+        {},
+        r"'newest', no such checkpoint; .* none at all",
+    ),
+    "no best": (
+        lambda run: (run / "checkpoints" / "best").unlink(),
+        {"checkpoint": "best"},
+        r"got 'best', no such checkpoint",
+    ),
+    "not one": (
+        lambda run: None,
+        {"checkpoint": "nowhere"},
+        r"got 'nowhere', no such checkpoint; .* holds step_3, step_6",
+    ),
     "type": (lambda run: None, {"dtype": "fp8"}, r"--dtype: got 'fp8'"),
     "other model": (
         lambda run: edit(run, "  k: 2", "  k: 1", "num_experts: 5", "num_experts: 4"),
