@@ -94,7 +94,9 @@ class PUPLinearHead(TaskHead):
     def forward(self, tokens_BPD: Tensor) -> Tensor:
         """Logits [B, C, h, w] of the larger path."""
         small, large = sorted((self.linear(tokens_BPD), self.pup(tokens_BPD)), key=lambda logits: logits.shape[-1])
-        return large + F.interpolate(small, size=large.shape[-2:], mode="bilinear", align_corners=False)
+        # in float32, in which its backward pass then adds up; for bf16 that is up to 64 additions a cell
+        enlarged = F.interpolate(small.float(), size=large.shape[-2:], mode="bilinear", align_corners=False)
+        return large + enlarged.to(large.dtype)
 
 
 class HeadFactory(Protocol):

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from ase_dist.models.heads import LinearHead, PUPHead
+from ase_dist.ops.doubled_conv import Doubled, double
 from ase_dist.registries import HEADS
 
 pytestmark = pytest.mark.single_gpu
@@ -63,6 +65,43 @@ def test_memory_format_changes_neither_values_nor_gradients(monkeypatch):
         head(tokens()).square().mean().backward()
     for a, b in zip(last.parameters(), first.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 3), (5, 8)])
+def test_the_gradient_of_doubling_without_atomics(size, memory_format):
+    x = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    weight = torch.randn(2, 3, 2 * size[0], 2 * size[1], dtype=torch.float64)
+    (expected,) = torch.autograd.grad((double(x) * weight).sum(), x)  # torch's own on a CPU
+    (found,) = torch.autograd.grad((Doubled.apply(x) * weight).sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+    assert torch.autograd.gradgradcheck(Doubled.apply, x)
+
+
+def test_the_gradient_of_doubling_in_bf16_is_rounded_once():
+    weight = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(2, 3, 8, 8).double().requires_grad_()
+    (exact,) = torch.autograd.grad((double(x) * weight.double()).sum(), x)
+    half = x.detach().bfloat16().requires_grad_()
+    (found,) = torch.autograd.grad(Doubled.apply(half), half, weight)
+    assert found.dtype == torch.bfloat16
+    assert ((found.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()
+
+
+def test_on_an_accelerator_nothing_is_doubled_with_atomics():
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 8, 8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        assert double(x).grad_fn.name() == "DoubledBackward"
+        assert double(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_doubling_is_the_same_in_every_run(device, dtype):
+    x = torch.randn(2, 64, 28, 28, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.randn(2, 64, 56, 56, device=device, dtype=dtype)
+    found = [torch.autograd.grad(Doubled.apply(x), x, weight)[0] for _ in range(5)]
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @pytest.mark.parametrize("name", list(HEADS))

@@ -93,8 +93,9 @@ def _over(total: Tensor, count: Tensor) -> Tensor:
 
 
 def _cross_entropy(logits_BCHW: Tensor, label_BHW: Tensor, count_2: Tensor) -> Tensor:
-    total = F.cross_entropy(logits_BCHW, label_BHW.long(), ignore_index=IGNORE, reduction="sum")
-    return _over(total, count_2[0])
+    # summed here: torch's own sum over a map adds with atomics on CUDA, in another order in every run
+    pixels_BHW = F.cross_entropy(logits_BCHW, label_BHW.long(), ignore_index=IGNORE, reduction="none")
+    return _over(pixels_BHW.sum(), count_2[0])
 
 
 def _balanced_bce(logits_B1HW: Tensor, label_BHW: Tensor, count_2: Tensor) -> Tensor:
