@@ -7,49 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 from ase_dist.config import Settings
 from ase_dist.errors import UserError
-from ase_dist.models import parameter_groups
-from ase_dist.moe import MoEFFN
-from ase_dist.moe.dispatch import LayerShape
-from ase_dist.moe.sharding import Shard
-from ase_dist.planning.activations import measure_activations
-from ase_dist.planning.flops import bare_model, count_flops
+from ase_dist.planning.communication import Collective, crossover, dispatch_bytes, reduction_bytes, step_collectives
+from ase_dist.planning.sizes import FP32, ModelSizes, measure
 from ase_dist.training.ds_config import ZERO_STAGES, resolve
-from ase_dist.training.record.traffic import tokens_per_image
 
-FP32, BF16 = 4, 2  # bytes
 MOMENTS = 2  # of Adam, float32
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """What a plan needs to know about a model that is not sharded.
-
-    ``frozen`` and ``dense`` (trained, without the routed experts) count elements; ``layers`` are the MoE layers at
-    expert-parallel size 1 in the run's type; ``width`` is the bytes of a weight; tokens are those of all tasks. FLOPs
-    and ``activations`` (bytes kept for the backward pass) are per image. ``forwards`` is how often a micro-step runs
-    the blocks forward: 2 with activation checkpointing.
-    """
-
-    frozen: int
-    dense: int
-    layers: tuple[LayerShape, ...]
-    width: int
-    tokens_per_image: int
-    forward_flops: float
-    backward_flops: float
-    activations: int = 0
-    forwards: int = 1
-
-    def sharded(self, ep_size: int) -> tuple[LayerShape, ...]:
-        """The MoE layers with their routed experts in ``ep_size`` shards."""
-        return tuple(
-            replace(layer, ranks=ep_size, slots=Shard(layer.routed, count=ep_size).slots) for layer in self.layers
-        )
 
 
 @dataclass(frozen=True)
@@ -60,7 +27,8 @@ class Plan:
     anything. ``wire_dense`` and ``wire_replicas`` are the bytes of gradients and weights that data parallelism sends:
     for everything but the routed experts over the world, and for routed experts over their replicas. ``wire_dispatch``
     and ``step_seconds`` are by dispatch (only ``local`` at expert-parallel size 1); ``crossover`` is the number of
-    tokens per rank from which gather is cheaper.
+    tokens per rank from which gather is cheaper. ``collectives`` are those of a step with the dispatch that ``auto``
+    takes; None at ZeRO 3.
     """
 
     world: int
@@ -79,6 +47,7 @@ class Plan:
     crossover: float | None
     compute_seconds: float
     step_seconds: Mapping[str, float]
+    collectives: Sequence[Collective] | None
 
     @property
     def memory(self) -> int:
@@ -130,6 +99,7 @@ def make_plans(
             accumulation=train.gradient_accumulation_steps,
             bandwidth=bandwidth,
             flops=flops,
+            clipping=train.gradient_clipping > 0,
         )
         for ep_size, stage in product(ep_sizes, stages)
     ]
@@ -145,6 +115,7 @@ def plan(
     accumulation: int,
     bandwidth: float,
     flops: float,
+    clipping: bool = True,
 ) -> Plan:
     """The plan of one topology; ``batch`` images per rank and micro-step, ``accumulation`` micro-steps per step."""
     layers = sizes.sharded(ep_size)
@@ -159,6 +130,16 @@ def plan(
     replica_wire = reduction_bytes(routed, ranks=world // ep_size, **common)
     tokens = batch * sizes.tokens_per_image
     dispatch = dispatch_bytes(layers, tokens=tokens, accumulation=accumulation, forwards=sizes.forwards)
+    sent = step_collectives(
+        sizes,
+        world=world,
+        ep_size=ep_size,
+        zero=zero,
+        tokens=tokens,
+        accumulation=accumulation,
+        dispatch=layers[0].cheaper(tokens) if layers else "local",
+        clipping=clipping,
+    )
     compute = accumulation * batch * (sizes.forwards * sizes.forward_flops + sizes.backward_flops) / flops
     return Plan(
         world=world,
@@ -176,68 +157,8 @@ def plan(
         auto="/".join(sorted({layer.cheaper(tokens) for layer in layers})) or "none",
         crossover=crossover(layers),
         compute_seconds=compute,
-        step_seconds={n: compute + (dense_wire + replica_wire + sent) / bandwidth for n, sent in dispatch.items()},
-    )
-
-
-def reduction_bytes(elements: int, *, frozen: int = 0, ranks: int, stage: int, width: int, accumulation: int) -> float:
-    """Bytes that a rank sends per step to keep ``elements`` trained weights equal on ``ranks`` (ring collectives).
-
-    A reduce-scatter or an all-gather of n bytes sends (ranks - 1) / ranks * n. Stages 0 (an all-reduce) and 1 do one
-    of each per step, stage 2 reduces in every micro-step, stage 3 (ZeRO, arXiv 1910.02054) also gathers all weights,
-    the ``frozen`` ones too, for every forward and backward pass.
-    """
-    reduced = accumulation * elements if stage >= 2 else elements
-    gathered = 2 * accumulation * (elements + frozen) if stage == 3 else elements
-    return (ranks - 1) / ranks * width * (reduced + gathered)
-
-
-def dispatch_bytes(
-    layers: Sequence[LayerShape], *, tokens: float, accumulation: int = 1, forwards: int = 1
-) -> dict[str, float]:
-    """Bytes that a rank with ``tokens`` sends per step for its experts, by dispatch; for all_to_all the expected value.
-
-    A recomputed forward pass sends its part again.
-    """
-    if all(layer.ranks == 1 for layer in layers):
-        return {"local": 0.0}
-    passes = (forwards + 1) / 2  # in units of one forward and one backward pass, as the formulas count
-    gather = sum(layer.gather_bytes() for layer in layers) * passes
-    counts = [layer.all_to_all_bytes(0) for layer in layers]  # exchanged in forward passes only
-    tokens_sent = sum(layer.all_to_all_bytes(layer.expected_rows(tokens)) for layer in layers) - sum(counts)
-    return {
-        "gather": accumulation * gather,
-        "all_to_all": accumulation * (tokens_sent * passes + sum(counts) * forwards),
-    }
-
-
-def crossover(layers: Sequence[LayerShape]) -> float | None:
-    """Tokens per rank from which gather is cheaper (all layers have one shape); None at expert-parallel size 1."""
-    tokens = layers[0].crossover() if layers and layers[0].ranks > 1 else math.inf
-    return tokens if math.isfinite(tokens) else None
-
-
-def measure(settings: Settings) -> ModelSizes:
-    """The sizes of the model of ``settings``, built on the meta device; bf16 where ``train.bf16`` is not false.
-
-    Raises UserError as ``build_model`` does.
-    """
-    model = bare_model(settings)
-    width = BF16 if settings.train.bf16 else FP32
-    groups = parameter_groups(model)
-    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    layers = [m.layer_shape() for m in model.modules() if isinstance(m, MoEFFN) and m.shard.routed]
-    flops = count_flops(settings)
-    return ModelSizes(
-        frozen=sum(p.numel() for p in model.parameters()) - sum(trained.values()),
-        dense=sum(count for name, count in trained.items() if groups[name] != "routed"),
-        layers=tuple(replace(layer, element_bytes=width) for layer in layers),
-        width=width,
-        tokens_per_image=len(model.task_names) * tokens_per_image(model),
-        forward_flops=flops.forward,
-        backward_flops=flops.backward,
-        activations=measure_activations(settings, width=width).kept(settings.model.checkpoint_activations),
-        forwards=1 if settings.model.checkpoint_activations == "none" else 2,
+        step_seconds={n: compute + (dense_wire + replica_wire + size) / bandwidth for n, size in dispatch.items()},
+        collectives=None if zero == 3 else sent,
     )
 
 

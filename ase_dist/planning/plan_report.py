@@ -11,7 +11,9 @@ from typing import Any
 
 from ase_dist.errors import UserError
 from ase_dist.overwriting import PNG_MARK
-from ase_dist.planning.plan import BF16, ModelSizes, Plan, crossover, dispatch_bytes
+from ase_dist.planning.communication import OUTGROWS, crossover, dispatch_bytes
+from ase_dist.planning.plan import Plan
+from ase_dist.planning.sizes import BF16, ModelSizes
 from ase_dist.tables import Cell, Table
 
 DISPATCHES = ("gather", "all_to_all")
@@ -62,7 +64,31 @@ def report(sizes: ModelSizes, plans: Sequence[Plan], *, tokens: int, bandwidth: 
         *(f"step ms, {name}" for name in ("local", *DISPATCHES)),
     )
     tables = Table(held, memory, title=titles[0]), Table(sent, wire, title=titles[1])
-    return "\n".join([facts, *(table.to_text() for table in tables), ASSUMPTIONS])
+    return "\n".join([facts, *(table.to_text() for table in (*tables, _collectives(plans))), ASSUMPTIONS, OUTGROWS])
+
+
+def _collectives(plans: Sequence[Plan]) -> Table:
+    """How many collectives of each kind a step has, for each plan, and how many bytes a rank sends in all of them."""
+    names = dict.fromkeys((each.what, each.kind) for p in plans for each in p.collectives or ())
+    counts = [{(each.what, each.kind): each.number for each in p.collectives or ()} for p in plans]
+    lines: list[list[Cell]] = [
+        [
+            what,
+            kind,
+            *(
+                None if p.collectives is None else count.get((what, kind), 0)
+                for p, count in zip(plans, counts, strict=True)
+            ),
+        ]
+        for what, kind in names
+    ]
+    sums = [None if p.collectives is None else sum(each.number for each in p.collectives) for p in plans]
+    sent = [None if p.collectives is None else sum(each.sent for each in p.collectives) / MB for p in plans]
+    lines += [["all", "", *sums], ["MB sent", "", *sent]]
+    heads = ("for", "collective", *(f"EP {p.ep_size} ZeRO {p.zero}" for p in plans))
+    return Table(
+        heads, lines, title=f"collectives of an optimiser step on {plans[0].world} ranks, experts as auto says"
+    )
 
 
 def as_json(sizes: ModelSizes, plans: Sequence[Plan], **given: object) -> dict[str, Any]:

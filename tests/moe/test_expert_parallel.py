@@ -286,6 +286,20 @@ def check_bf16(rank, folder):
     return found
 
 
+def check_many_ranks(rank, folder):
+    """More ranks than cores: 15 routed experts over 4, 8 or 16 ranks, uneven; half of the ranks have no tokens."""
+    found = []
+    world = dist.get_world_size()
+    counts = [3, 0, 1, 0, 0, 2, 0, 1] * (world // 8)
+    for size in [size for size in (4, 8, 16) if size <= world]:
+        group = groups_of(size)
+        for dispatch, experts in itertools.product(("gather", "all_to_all"), ("lora", "ffn")):
+            options = ("ase", 3, 1, experts, ("fc1", "fc2"))
+            whole, layer = sharded(group, size, dispatch, *options)
+            found += differences(f"{dispatch} over {size} of {world}, {experts}", whole, layer, counts, size)
+    return found
+
+
 def run_all(rank, folder):
     checks = (check_grid, check_extremes, check_base_of_another_kind, check_trained_base,
               check_second_derivatives, check_traffic, check_prefetch,
@@ -299,6 +313,13 @@ def test_a_sharded_layer_is_the_same_function_as_one_process(tmp_path):
     found = [f"rank {rank}, {name}: {text}" for rank, result in enumerate(world.results)
              for name, texts in result.items() for text in texts]  # fmt: skip
     assert not found, "\n".join(found[:40])
+
+
+@pytest.mark.parametrize("size", [8, pytest.param(16, marks=pytest.mark.nightly)])
+def test_worlds_of_more_ranks_than_cores_give_the_numbers_of_one_process(tmp_path, size):
+    world = start_world(check_many_ranks, tmp_path, size=size, seconds=240)()
+    assert world.codes == [0] * size, world.codes
+    assert not (found := [text for texts in world.results for text in texts]), "\n".join(found[:40])
 
 
 @pytest.mark.single_gpu

@@ -10,16 +10,10 @@ import pytest
 from ase_dist.config import build_settings
 from ase_dist.models import build_model, parameter_table
 from ase_dist.moe.dispatch import LayerShape
-from ase_dist.planning.plan import (
-    ModelSizes,
-    default_ep_sizes,
-    dispatch_bytes,
-    make_plans,
-    measure,
-    plan,
-    reduction_bytes,
-)
+from ase_dist.planning.communication import dispatch_bytes, reduction_bytes
+from ase_dist.planning.plan import default_ep_sizes, make_plans, plan
 from ase_dist.planning.plan_report import as_json, draw_crossover, report
+from ase_dist.planning.sizes import ModelSizes, measure
 from ase_dist.tasks import select_tasks
 
 pytestmark = pytest.mark.single_gpu
@@ -72,8 +66,8 @@ def test_float32_has_a_master_copy_only_where_zero_divides():
 def test_reductions_by_hand():
     options = {"ranks": 4, "width": 2, "accumulation": 3}
     assert reduction_bytes(80, stage=0, **options) == 3 / 4 * 2 * 80 * 2
-    assert reduction_bytes(80, stage=1, **options) == 3 / 4 * 2 * 80 * 2
-    assert reduction_bytes(80, stage=2, **options) == 3 / 4 * 2 * 80 * (3 + 1)
+    assert reduction_bytes(80, stage=1, **options) == 3 / 4 * 2 * 80 * (2 + 1)
+    assert reduction_bytes(80, stage=2, **options) == 3 / 4 * 2 * 80 * (3 * 2 + 1)
     assert reduction_bytes(80, stage=3, frozen=1000, **options) == 3 / 4 * 2 * 3 * (80 + 2 * 1080)
     assert reduction_bytes(80, stage=2, ranks=1, width=2, accumulation=3) == 0
 

@@ -178,3 +178,23 @@ def test_an_old_checkpoint_of_two_processes_is_whole_in_one(scenes, tmp_path):
     (tmp_path / "scenes").write_text(str(scenes))
     assert start_world(one_old, tmp_path, seconds=300)().codes == [0]
     assert same_bits(trained(OLD, 2), trained(tmp_path / "alone", 2)) == []
+
+
+def eight(rank, folder):
+    """Four routed experts on eight ranks: the last four have none."""
+    scenes = Path((folder / "scenes").read_text())
+    tiny_run(scenes, folder / "eight", QUARTER, "model.moe.ep_size=8", "train.max_steps=3", config="z2")
+
+
+def one_of_eight(rank, folder):
+    scenes = Path((folder / "scenes").read_text())
+    tiny_run(scenes, folder / "one", "train.batch_size=8", "train.max_steps=3", config="z0")
+
+
+@pytest.mark.nightly
+def test_eight_processes_compute_what_one_computes(tmp_path, scenes):
+    (tmp_path / "scenes").write_text(str(scenes))
+    assert start_world(one_of_eight, tmp_path, seconds=200)().codes == [0]
+    assert start_world(eight, tmp_path, size=8, seconds=300)().codes == [0] * 8
+    assert close(losses(tmp_path / "eight"), losses(tmp_path / "one"), rel=1e-4)
+    assert distance(trained(tmp_path / "eight", 3), trained(tmp_path / "one", 3))["weight"] < 1e-4
