@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ase_dist.errors import UserError
 
@@ -40,10 +41,13 @@ def expand_user(path: str) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes as hexadecimal digits; reads 1 MiB at a time and lets other threads run."""
+    """SHA-256 of a file's bytes as hexadecimal digits; reads 1 MiB at a time and lets other threads run.
+
+    Raises as ``open_regular``.
+    """
     digest, block = hashlib.sha256(), bytearray(BLOCK)
     view = memoryview(block)
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         while count := file.readinto(block):
             digest.update(view[:count])
     return digest.hexdigest()
@@ -60,7 +64,7 @@ def refuse_irregular(path: str | Path) -> None:
         return
 
 
-def open_regular(path: str | Path, *, max_bytes: int | None = None) -> IO[bytes]:
+def open_regular(path: str | Path, *, max_bytes: int | None = None) -> BufferedReader:
     """Open a file that somebody else may have written for reading bytes; returns at once, whatever it is.
 
     Raises UserError for a pipe, a device or a socket, and for a file of more than ``max_bytes``; OSError as ``open``,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ase_dist.errors import UserError
+from ase_dist.files import open_regular
 
 if TYPE_CHECKING:
     from PIL import PngImagePlugin
@@ -34,7 +35,7 @@ def contains(mark: bytes) -> Callable[[Path], bool]:
     """Whether a file has ``mark`` in it, as a test for ``refuse_foreign``."""
 
     def found(path: Path) -> bool:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if not path.stat().st_size:
                 return False
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

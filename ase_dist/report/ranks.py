@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ase_dist.errors import UserError
+from ase_dist.files import open_regular
 from ase_dist.json_files import read_object
 from ase_dist.training.record.logs import parse_line
 from ase_dist.training.record.records import Records
@@ -80,19 +81,22 @@ def _read_rank(run: RunFolder, records: Records, rank: int, now: float) -> RankR
     report = RankReport(rank, starts=sum(rank < world for world in records.worlds))
     log, beat = run.rank_log(rank), run.beat(rank)
     if log.is_file():
-        with log.open("rb") as file:
+        with open_regular(log) as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - TAIL))
             lines = file.read().decode(errors="replace").splitlines()
         report.is_cut = size > TAIL
         _read_lines(report, lines[1:] if report.is_cut else lines)
-    if beat.is_file() and rank < (records.worlds or [rank + 1])[-1]:  # else it is of an earlier start with more ranks
-        try:
-            state = read_object(beat)
-        except (OSError, UserError):
-            state = {}
+    try:
+        beaten = beat.stat().st_mtime  # a rank that ends removes the file, also between two lines here
+        state = read_object(beat)
+    except FileNotFoundError:
+        beaten = None
+    except (OSError, UserError):
+        state = {}
+    if beaten is not None and rank < (records.worlds or [rank + 1])[-1]:  # else it is of a start with more ranks
         report.host, report.doing = str(state.get("host", "")), str(state.get("doing", ""))
-        is_fresh = now - beat.stat().st_mtime < FRESH
+        is_fresh = now - beaten < FRESH
         report.ended = "silent" if state.get("ended") == "silent" else "running" if is_fresh else "killed"
     elif records.exit in SHARED_ENDS:
         report.ended = SHARED_ENDS[records.exit]

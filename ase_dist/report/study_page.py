@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ase_dist.evaluation.seeds import mean_and_spread
+from ase_dist.files import open_regular
 from ase_dist.json_files import parse_json
 from ase_dist.report import curves
 from ase_dist.report.charts import Chart, Line
@@ -111,7 +112,7 @@ def _shown_runs(folder: Path, variant: VariantResult) -> list[str]:
     covered: set[str] = set()
     for run in variant.runs:
         try:
-            with RunFolder(folder / run).metrics.open("rb") as file:  # its first line names the tasks
+            with open_regular(RunFolder(folder / run).metrics) as file:  # its first line names the tasks
                 tasks = set(Records([parse_json(file.readline(1_000_000), allow_nan=True)]).tasks) or {run}
         except (OSError, ValueError, TypeError, KeyError):
             tasks = {run}

@@ -21,7 +21,7 @@ from types import FrameType
 from ase_dist.config import to_yaml
 from ase_dist.cores import share_of_cores
 from ase_dist.errors import UserError
-from ase_dist.files import write_atomic
+from ase_dist.files import open_regular, write_atomic
 from ase_dist.study.jobs import StudyJob
 from ase_dist.training.process.signals import stopping_signals
 from ase_dist.training.record.console import clock
@@ -154,5 +154,6 @@ class _Running:
 
     def last_line(self) -> str:
         """The last line of its output."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        with open_regular(self.log) as log:
+            lines = log.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else "no output"

@@ -89,6 +89,30 @@ def test_a_port_in_use_is_told_at_once(tmp_path):
         assert "\n" not in sentence and "--master_port" in sentence
 
 
+def listener_is_silent(rank, folder):
+    """Another program takes the connection of rank 1 and says nothing."""
+    runtime.JOIN_GRACE = 2
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        place = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        os.environ["MASTER_PORT"] = str(other.getsockname()[1])
+        sys.stderr = (folder / "said").open("w")
+        runtime.start(timeout=2, threads=1)
+
+
+@pytest.mark.multi_gpu
+def test_a_silent_listener_ends_with_a_sentence(tmp_path):
+    began = time.monotonic()
+    assert start_world(listener_is_silent, tmp_path, seconds=50)().codes == [ExitCode.SILENT]
+    assert re.fullmatch(
+        r"error: rank 1 of 2 could not join the others at 127\.0\.0\.1:\d+ within 2 s \(.+\); a rank that ended .+\n",
+        (tmp_path / "said").read_text(),
+    )
+    assert time.monotonic() - began < 50
+
+
 def half_launched(rank, folder):
     for name in LAUNCHER:
         os.environ.pop(name, None)

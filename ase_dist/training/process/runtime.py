@@ -9,6 +9,8 @@ import os
 import platform
 import random
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ from ase_dist.training.process.launcher_watch import watch_launchers
 LOGGER = logging.getLogger("ase_dist")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 INT_MAX = 2**31 - 1
+JOIN_GRACE = 10.0  # seconds that torch gets to notice its own time limit
 PORT_KEY = "ase_dist/port"  # of the store that this attempt's ranks meet in
 
 
@@ -179,12 +182,28 @@ def _join_group(backend: str, *, device: torch.device, timeout: float) -> None:
 def _told_in_a_sentence(timeout: float) -> Iterator[None]:
     """Turn what torch raises where ranks do not come together into one sentence.
 
-    A port that another program listens on is known at once, and no other start finds it free.
+    A port that another program listens on is known at once, and no other start finds it free. Where that program takes
+    connections and says nothing, torch 2.14 waits for its answer without a limit; then the process is ended.
     """
+    rank, size, address, port = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+    def sentence(reason: str) -> str:
+        return (
+            f"rank {rank} of {size} could not join the others at {address}:{port} within {timeout:g} s ({reason}); "
+            "a rank that ended before it joined says why in its own output"
+        )
+
+    def end() -> None:
+        sys.stderr.write(f"error: {sentence('what listens there does not answer, it may be another program')}\n")
+        sys.stderr.flush()
+        os._exit(ExitCode.SILENT)
+
+    deadline = threading.Timer(timeout + JOIN_GRACE, end)
+    deadline.daemon = True
+    deadline.start()
     try:
         yield
     except RuntimeError as error:  # torch's DistError where a rank is missing, gloo's own where it went again
-        rank, size, address, port = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
         if "Duplicate GPU" in str(error):  # NCCL's, where two ranks of a host have the same one
             raise UserError(
                 f"rank {rank}: {platform.node()} has more ranks than GPUs, and NCCL wants one for each; start fewer "
@@ -195,11 +214,9 @@ def _told_in_a_sentence(timeout: float) -> Iterator[None]:
                 f"rank {rank}: port {port}, at which the ranks are to meet, is in use on {platform.node()} by another "
                 "program; give the launcher another with --master_port, or wait until that program has ended"
             ) from None
-        reason = (str(error).splitlines() or [""])[0].rstrip(".")
-        raise JoinError(
-            f"rank {rank} of {size} could not join the others at {address}:{port} within {timeout:g} s ({reason}); "
-            "a rank that ended before it joined says why in its own output"
-        ) from None
+        raise JoinError(sentence((str(error).splitlines() or [""])[0].rstrip("."))) from None
+    finally:
+        deadline.cancel()
 
 
 def _join_under_torchrun(backend: str, *, limit: timedelta, options: dict[str, Any]) -> None:

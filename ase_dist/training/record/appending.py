@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ase_dist.errors import ExitCode, RunError, exit_code_of
+from ase_dist.files import refuse_irregular
 
 
 class RecordError(RunError):
@@ -35,11 +36,15 @@ def recording(path: Path) -> Iterator[None]:
 
 
 class LineFile:
-    """The file ``path``, open for appending text: what is appended is there at once and whole, or not at all."""
+    """The file ``path``, open for appending text: what is appended is there at once and whole, or not at all.
+
+    Raises UserError where it is no regular file: opening a pipe would wait for its reader.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with recording(path):
+            refuse_irregular(path)
             self._file = path.open("ab", buffering=0)
 
     def __enter__(self) -> LineFile:

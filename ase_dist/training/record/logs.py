@@ -86,7 +86,7 @@ class LogFile(logging.Handler):
 def open_logs(folder: RunFolder, *, rank: int) -> None:
     """Send this process's log lines to the log of its rank, and rank 0's to train.log too; both are appended to.
 
-    Raises RecordError where one cannot be opened.
+    Raises UserError where one is no regular file, RecordError where it cannot be opened.
     """
     for path in [folder.train_log, folder.rank_log(0)] if rank == 0 else [folder.rank_log(rank)]:
         LOGGER.addHandler(LogFile(path, rank=rank))

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ase_dist.errors import UserError
+from ase_dist.files import open_regular
 from ase_dist.json_files import parse_json
 from ase_dist.training.record.appending import LineFile, RecordError, recording
 from ase_dist.training.record.logs import TIME_FORMAT
@@ -49,7 +50,7 @@ class Recorder:
         self.path = path
         self._file: LineFile | None = None
         if enabled:
-            if self.path.is_file():
+            if self.path.exists():
                 read_metrics(self.path)
                 _keep_lines(self.path, lambda record: True)
             self._file = LineFile(self.path)
@@ -111,12 +112,18 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises UserError that names the line where one before the last is broken: that is damage, not a killed run.
     """
     path = Path(path)
-    lines = path.read_bytes().splitlines() if path.is_file() else []
+    lines = _read_lines(path) if path.exists() else []
     records = [_parse(line) for line in lines]
     for number, record in enumerate(records[:-1], start=1):
         if record is None:
             raise UserError(f"{path}: line {number} is not a record of a run; delete that line to read the rest")
     return [record for record in records if record is not None]
+
+
+def _read_lines(path: Path) -> list[bytes]:
+    """The lines with their ends. Raises UserError where ``path`` is no regular file."""
+    with open_regular(path) as file:
+        return file.readlines()
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -134,7 +141,7 @@ def _keep_lines(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
     Programs that have the file open, such as ``tail -f``, go on reading the same file; it is not written where no line
     is removed. A crash meanwhile loses at most what follows the first removed line.
     """
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = _read_lines(path)
     kept = [line.rstrip(b"\r\n") + b"\n" for line in lines if (record := _parse(line)) is not None and keep(record)]
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(lines, kept, strict=False)))
     if same == len(lines):

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ase_dist.errors import UserError
+from ase_dist.files import read_bytes
 from ase_dist.training.state.checkpoint.manifest import read_manifest
 from ase_dist.training.state.checkpoint.shards import file_size
 
 LOGGER = logging.getLogger(__name__)
 LATEST, BEST = "latest", "best"
+LONGEST_POINTER = 10_000  # bytes
 _NAME = re.compile(r"step_(0|[1-9][0-9]*)", re.ASCII)
 
 
@@ -74,9 +76,13 @@ def checkpoints_to_delete(
 def read_pointer(folder: Path, pointer: str) -> str | None:
     """The checkpoint that ``latest`` or ``best`` names; None, with a warning, where it names none in this folder."""
     path = folder / pointer
-    if not path.exists():
+    try:
+        text = read_bytes(path, max_bytes=LONGEST_POINTER).decode(errors="replace").strip()
+    except FileNotFoundError:
         return None
-    text = path.read_bytes()[:200].decode(errors="replace").strip()
+    except UserError as error:
+        LOGGER.warning("%s; it is not followed", error)
+        return None
     if _NAME.fullmatch(text) and (folder / text).is_dir():
         return text
     LOGGER.warning("%s holds %r, which is no checkpoint in this folder; it is not followed", path, text)

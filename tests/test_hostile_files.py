@@ -1,0 +1,83 @@
+"""What lies in the place of a file: a pipe that never gives anything, a device that never ends. Nothing waits."""
+
+import os
+import signal
+
+import pytest
+
+from ase_dist.errors import UserError
+from ase_dist.files import sha256_of
+from ase_dist.overwriting import contains
+from ase_dist.report.ranks import read_ranks
+from ase_dist.training.process.watchdog import Watchdog
+from ase_dist.training.record.logs import close_logs, open_logs
+from ase_dist.training.record.metrics import Recorder, read_metrics
+from ase_dist.training.record.records import Records
+from ase_dist.training.record.run_folder import RunFolder
+from ase_dist.training.state.checkpoint.catalog import read_pointer
+from ase_dist.training.state.checkpoint.manifest import read_manifest
+
+pytestmark = pytest.mark.single_gpu
+
+
+@pytest.fixture(autouse=True)
+def deadline():
+    """What waits is interrupted, and fails."""
+
+    def fail(number, frame):
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(params=["a named pipe", "a device"])
+def put(request, tmp_path):
+    """Puts something that is no file at a name in the folder; what the refusal calls it."""
+
+    def at(name):
+        os.mkfifo(tmp_path / name) if request.param == "a named pipe" else (tmp_path / name).symlink_to("/dev/zero")
+        return request.param
+
+    return at
+
+
+READERS = {
+    "a hash": ("weights.safetensors", sha256_of),
+    "the check of overwriting": ("config.yaml", contains(b"x")),
+    "metrics": ("metrics.jsonl", read_metrics),
+    "metrics that are continued": ("metrics.jsonl", lambda path: Recorder(path, enabled=True)),
+    "the log": ("train.log", lambda path: open_logs(RunFolder(path.parent), rank=0)),
+    "the log of a rank": ("rank_1.log", lambda path: open_logs(RunFolder(path.parent), rank=1)),
+    "the watchdog's log": ("rank_0.log", lambda path: Watchdog(path.parent, timeout=60).__enter__()),
+    "a manifest": ("manifest.json", lambda path: read_manifest(path.parent)),
+    "a result": ("summary.json", lambda path: RunFolder(path.parent).read_summary()),
+}
+
+
+@pytest.mark.parametrize("what", READERS)
+def test_what_is_no_file_is_refused_in_one_sentence(put, tmp_path, what):
+    name, read = READERS[what]
+    kind = put(name)
+    try:
+        with pytest.raises(UserError, match=rf"{name}: got {kind}, wanted a regular file") as raised:
+            read(tmp_path / name)
+    finally:
+        close_logs()
+    assert "\n" not in str(raised.value)
+
+
+def test_a_pointer_that_is_no_file_is_not_followed(put, tmp_path, caplog):
+    put("latest")
+    assert read_pointer(tmp_path, "latest") is None
+    assert "it is not followed" in caplog.text
+
+
+def test_a_report_passes_over_what_is_no_file(put, tmp_path):
+    put("rank_0.log")
+    put("rank_0.beat")
+    (report,) = read_ranks(RunFolder(tmp_path), Records([]))
+    assert not report.notices and report.host == ""
