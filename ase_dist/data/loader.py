@@ -16,6 +16,7 @@ from ase_dist.data.prefetch import CPU, Draws, Prefetcher
 from ase_dist.data.readers import reader_of
 from ase_dist.data.sampler import EvalSampler, ResumableSampler
 from ase_dist.data.transforms import Transform
+from ase_dist.errors import RunError, UserError
 from ase_dist.tasks import Task
 
 __all__ = [
@@ -43,6 +44,11 @@ class TrainLoader:
         self._sampler = sampler
         self._prefetcher = prefetcher
         self._stream: Generator[Batch, None, None] | None = None
+
+    @property
+    def failure(self) -> UserError | RunError | None:
+        """Why the loader processes are gone, where they are: the run is to save and end with it."""
+        return self._prefetcher.failure
 
     @property
     def epoch(self) -> int:
@@ -98,6 +104,11 @@ class EvalLoader:
 
     def __len__(self) -> int:
         return len(self._sampler)
+
+    @property
+    def failure(self) -> UserError | RunError | None:
+        """As TrainLoader's."""
+        return self._prefetcher.failure
 
     def __iter__(self) -> Iterator[EvalBatch]:
         return iter(self._prefetcher)

@@ -19,6 +19,7 @@ from ase_dist.study.presets import Preset, find_preset
 from ase_dist.study.runner import Runner, Slots
 from ase_dist.study.tables import as_csv, markdown
 from ase_dist.study.variants import Study, find_study, references
+from ase_dist.training.process.folder_lock import FolderLock
 
 LOGGER = logging.getLogger("ase_dist")
 DONE, FAILED, STOPPED = 0, 1, 75  # exit codes: all runs are done, some failed, ended by a signal
@@ -40,7 +41,8 @@ def run_study(
     """Run what is missing (unless ``train`` is false), then write results.json, .md and .csv and plots/*.png.
 
     ``out`` is studies/NAME_DATA where None; ``only`` names the variants that are run and shown, with the reference.
-    Raises UserError for settings that a run would refuse, before the first run starts.
+    Raises UserError for settings that a run would refuse, and where another study runs in ``out``, before the first run
+    starts.
     """
     study, preset = find_study(name), with_steps(find_preset(data), steps)
     if seeds < 1:
@@ -71,12 +73,16 @@ def run_study(
         "axis": study.axis,
         "references": reference_of,
     }
-    write_atomic(facts_file, json.dumps(facts, indent=2) + "\n")
     code = DONE
-    if train:
-        runner = Runner(jobs, slots, keep_checkpoints=keep_checkpoints)
-        failed = runner.run()
-        code = STOPPED if runner.stopped else FAILED if failed else DONE
+    with FolderLock(out / "study.lock", doing="running a study", other="--out") as lock:
+        if train:  # --tables-only shows what is done while the study goes on
+            out.mkdir(parents=True, exist_ok=True)
+            lock.take()
+        write_atomic(facts_file, json.dumps(facts, indent=2) + "\n")
+        if train:
+            runner = Runner(jobs, slots, keep_checkpoints=keep_checkpoints)
+            failed = runner.run()
+            code = STOPPED if runner.stopped else FAILED if failed else DONE
     _write_results(out, study, preset, jobs, collect(variants, jobs, reference_of))
     return code
 

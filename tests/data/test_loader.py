@@ -1,5 +1,6 @@
 """The loaders of a run: the same batches for any workers and world, positions that count what the loop has taken."""
 
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -16,7 +17,9 @@ import torch
 from ase_dist.config import build_settings
 from ase_dist.data.batch import Batch, EvalBatch
 from ase_dist.data.loader import build_eval_loader, build_train_loader, data_fingerprint, first_images, open_dataset
+from ase_dist.errors import ExitCode, UserError
 from ase_dist.tasks import select_tasks
+from ase_dist.workers import STOPPING
 
 pytestmark = pytest.mark.single_gpu
 
@@ -115,10 +118,10 @@ def test_every_image_once_per_epoch_and_augmented_anew(settings):
 
 def test_loader_processes_give_the_same_batches(settings):
     threaded, processes = train(settings()), train(settings(workers=1))
-    state = torch.random.get_rng_state()
+    state, handler = torch.random.get_rng_state(), signal.getsignal(signal.SIGCHLD)
     assert_equal(next(threaded), next(processes))
-    for child in multiprocessing.active_children():
-        os.kill(child.pid, signal.SIGTERM)  # as a scheduler does; the training process wants to save first
+    for child, number in itertools.product(multiprocessing.active_children(), STOPPING):
+        os.kill(child.pid, number)  # as a scheduler or a terminal does; the training process wants to save first
     for one, other in zip(take(threaded, 7), take(processes, 7), strict=True):
         assert_equal(one, other)
     assert threaded.state_dict() == processes.state_dict()
@@ -128,7 +131,50 @@ def test_loader_processes_give_the_same_batches(settings):
     for loader in (again, processes):
         loader.load_state_dict(position)
     assert_equal(next(again), next(processes))
+    for child in multiprocessing.active_children():
+        child.kill()
+    for one, other in zip(take(again, 7), take(processes, 7), strict=True):
+        assert_equal(one, other)
+    assert again.state_dict() == processes.state_dict() and not multiprocessing.active_children()
+    assert again.failure is None and processes.failure.exit_code is ExitCode.IO_ERROR
+    assert "a loader process has died" in str(processes.failure)
+    assert signal.getsignal(signal.SIGCHLD) == handler, "torch's would raise an error wherever the main thread is"
     for loader in (threaded, processes, again):
+        loader.close()
+
+
+class Unsharable(Batch):
+    """A batch that finds no room in shared memory, which a container may have little of."""
+
+    def __reduce_ex__(self, protocol):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)")
+
+
+class SharesOnce:
+    """What cannot be shared is the first batch, or those after it."""
+
+    def __init__(self, fetch, *, first):
+        self.fetch, self.first = fetch, first
+
+    def __call__(self, draws):
+        batch = self.fetch(draws)
+        is_shared = not self.first and draws[0].epoch == 0
+        return batch if is_shared else Unsharable(**batch.__dict__)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_shared_memory_that_is_too_small_is_told_and_nothing_hangs(settings, first):
+    threaded, processes = train(settings(batch=TRAIN)), train(settings(workers=1, batch=TRAIN))
+    processes._prefetcher._fetch = SharesOnce(processes._prefetcher._fetch, first=first)
+    if first:
+        with pytest.raises(UserError, match=r"data\.workers: a loader process cannot share memory .*No space left"):
+            next(processes)
+        processes.close()
+        return
+    for one, other in zip(take(threaded, 3), take(processes, 3), strict=True):
+        assert_equal(one, other)
+    assert isinstance(processes.failure, UserError) and "/dev/shm" in str(processes.failure)
+    for loader in (threaded, processes):
         loader.close()
 
 

@@ -15,12 +15,13 @@ import pytest
 from ase_dist import agreement, collectives
 from ase_dist.agreement import RankError, on_every_rank, raise_together, require_same_on_ranks
 from ase_dist.commands import train as command
+from ase_dist.data.loader import TrainLoader
 from ase_dist.errors import ExitCode, RunError, UserError
 from ase_dist.models.heads import LinearHead
 from ase_dist.registries import HEADS
 from ase_dist.training.state.checkpoint import shards
 from tests.training.conftest import start_world
-from tests.training.tiny_runs import ROOT, TINY
+from tests.training.tiny_runs import ROOT, TINY, before_step, checkpoint
 
 TRAIN = str(ROOT / "launch" / "train.py")
 LINE_OF_THE_BUG = "a, b = tokens_BPD.shape"
@@ -67,6 +68,18 @@ def stderr_in(path):
             os.close(before)
 
 
+@contextlib.contextmanager
+def loader_dies_before_step(step):
+    """The loader reads on itself, as it does where its processes have died."""
+    dead = RunError("data.workers: a loader process has died", exit_code=ExitCode.IO_ERROR)
+    failure = mock.PropertyMock(return_value=None)
+    with (
+        mock.patch.object(TrainLoader, "failure", failure),
+        before_step({step: lambda batch: setattr(failure, "return_value", dead)}),
+    ):
+        yield
+
+
 def runs_that_fail(rank, folder):
     """The exit codes; what was said lies in ``folder``."""
     options = [
@@ -85,6 +98,8 @@ def runs_that_fail(rank, folder):
 
     with mock.patch.object(shards, "fsync", no_file) if rank == 0 else contextlib.nullcontext():
         train("stale_save")
+    with loader_dies_before_step(2) if rank == collectives.world_size() - 1 else contextlib.nullcontext():
+        train("loader", "checkpoint.every=0")
     for name, head in HEADS_THAT_FAIL.items():
         HEADS[name] = head
         train(name, f"model.head={name}")
@@ -151,6 +166,14 @@ def test_a_users_mistake_is_the_same_sentence_on_all_ranks(ended):
         assert ended.terminal("user_error", rank).splitlines()[-1] == f"error: {sentence}"
         for said in [ended.terminal("user_error", rank), *ended.logs("user_error", rank)]:
             assert "Traceback" not in said and sentence in said
+
+
+def test_a_run_that_loses_a_loader_process_saves_and_ends_with_its_code(ended):
+    assert set(ended.codes("loader")) == {ExitCode.IO_ERROR}
+    assert checkpoint(ended.folder / "loader", 2)
+    said = ("" if len(ended.ranks) == 1 else "rank 1: ") + "data.workers: a loader process has died"
+    for rank in ended.ranks:
+        assert ended.terminal("loader", rank).splitlines()[-1] == f"error: {said}"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ase_dist import collectives
 from ase_dist.agreement import RankError, raise_together
 from ase_dist.cores import share_of_cores
 from ase_dist.data.batch import Batch
-from ase_dist.errors import ExitCode
+from ase_dist.errors import ExitCode, RunError, UserError
 from ase_dist.evaluation.constant import ConstantPredictor
 from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.models import ModelOutput
@@ -49,8 +49,8 @@ class Trainer:
     ``state`` saves all that a resumed run needs. ``constants`` are the trivial predictors, empty where they were
     evaluated already. ``train`` returns the run's exit code.
 
-    Where records (numbers, pictures, logs) cannot be written on a rank, as on a full disk, all ranks save and end after
-    the step, with RankError.
+    Where records (numbers, pictures, logs) cannot be written on a rank, as on a full disk, or its loader processes have
+    died, all ranks save and end after the step, with RankError.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Trainer:
                     self._step()
                     self._log()
                     self._save_and_evaluate()
-                raise_together(self._refuse_to_go_on_unrecorded)
+                raise_together(self._raise_failure)
             except Exception as error:
                 if self.world.size > 1 and not isinstance(error, AGREED_ERRORS):
                     if isinstance(error, RuntimeError):  # as torch's are where a peer is lost
@@ -119,11 +119,15 @@ class Trainer:
             self._record_error = self._record_error or error
 
     def _must_stop(self) -> bool:
-        """Whether this rank was asked to stop, or cannot write its records."""
+        """Whether this rank was asked to stop, cannot write its records, or has lost its loader processes."""
         self._record_error = self._record_error or self.scalars.failure or log_failure()
-        return self.stop.requested or self._record_error is not None
+        return self.stop.requested or self._record_error is not None or self._loader_failure() is not None
 
-    def _refuse_to_go_on_unrecorded(self) -> None:
+    def _loader_failure(self) -> UserError | RunError | None:
+        return self.train_loader.failure or self.eval_loader.failure
+
+    def _raise_failure(self) -> None:
+        """Raise what has stopped this rank, other than a signal, now that the last step is saved."""
         self._must_stop()
         error = self._record_error
         if error is not None:
@@ -131,6 +135,9 @@ class Trainer:
                 f"{error}; step {self.state.step} is saved: with room on the disk the same command goes on from there",
                 exit_code=error.exit_code,
             )
+        failure = self._loader_failure()
+        if failure is not None and self.stopping:  # else the last step had come and its evaluation is whole
+            raise failure
 
     def _suspects(self) -> str:
         """Which other rank looks dead, for the log; waits a moment, as one that has just died still looks alive."""
