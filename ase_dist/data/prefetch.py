@@ -8,14 +8,17 @@ import functools
 import itertools
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
+from pickle import UnpicklingError
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -23,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ase_dist.data.sampler import Draw
 from ase_dist.errors import ExitCode, RunError, UserError, describe, exit_code_of
+from ase_dist.files import wait_until
 from ase_dist.workers import ignore_signals
 
 LOGGER = logging.getLogger("ase_dist")
@@ -138,7 +142,7 @@ class Prefetcher(Generic[BatchT]):
                 generator=torch.Generator(),  # else the loader would draw from the global one, which a resume compares
             )
         with _unchanged_child_handler():
-            batches = iter(self._loader)
+            batches: Any = iter(self._loader)
         if fresh:
             # The processes ignore SIGTERM, with which multiprocessing ends what is left at exit before waiting for it.
             # Registered after them, this runs before that.
@@ -149,14 +153,11 @@ class Prefetcher(Generic[BatchT]):
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker (pid"):
+            except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+                told = _why_lost(error, batches._workers)
+                if told is None:
                     raise
-                sentence = (
-                    f"data.workers: a loader process has died ({str(error).split('. ')[0].rstrip('.')}), perhaps "
-                    "because memory ran out; start again, with fewer data.workers where it was memory"
-                )
-                raise _LoaderProcessError(RunError(sentence, exit_code=ExitCode.IO_ERROR), is_at_start=False) from error
+                raise _LoaderProcessError(told, is_at_start=isinstance(told, UserError) and not taken) from error
             if isinstance(batch, _NoSharedMemory):
                 sentence = (
                     f"data.workers: a loader process cannot share memory ({batch.reason}); give the container a larger "
@@ -165,6 +166,27 @@ class Prefetcher(Generic[BatchT]):
                 raise _LoaderProcessError(UserError(sentence), is_at_start=not taken)
             taken += 1
             yield batch
+
+
+def _why_lost(error: Exception, processes: Sequence[BaseProcess]) -> UserError | RunError | None:
+    """What to tell of an ``error`` of torch's loader; None where it is not of the processes themselves.
+
+    A process that is killed while it hands over a batch shows as a broken connection of one kind or another.
+    """
+    if "Too many open files" in str(error):
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return UserError(
+            f"data.workers: too many open files, this process may open {most}; allow more with ulimit -n 1024, or set "
+            "data.workers=0"
+        )
+    if not wait_until(lambda: any(not process.is_alive() for process in processes), patience=1):
+        return None
+    code = next(process.exitcode for process in processes if not process.is_alive())
+    return RunError(
+        f"data.workers: a loader process has died (exit code {code}), perhaps because memory ran out; start again, "
+        "with fewer data.workers where it was memory",
+        exit_code=ExitCode.IO_ERROR,
+    )
 
 
 @contextlib.contextmanager

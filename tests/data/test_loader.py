@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from ase_dist.config import build_settings
 from ase_dist.data.batch import Batch, EvalBatch
 from ase_dist.data.loader import build_eval_loader, build_train_loader, data_fingerprint, first_images, open_dataset
+from ase_dist.data.prefetch import _why_lost
 from ase_dist.errors import ExitCode, UserError
 from ase_dist.tasks import select_tasks
 from ase_dist.workers import STOPPING
@@ -137,10 +139,17 @@ def test_loader_processes_give_the_same_batches(settings):
         assert_equal(one, other)
     assert again.state_dict() == processes.state_dict() and not multiprocessing.active_children()
     assert again.failure is None and processes.failure.exit_code is ExitCode.IO_ERROR
-    assert "a loader process has died" in str(processes.failure)
+    assert "a loader process has died (exit code -9)" in str(processes.failure)
     assert signal.getsignal(signal.SIGCHLD) == handler, "torch's would raise an error wherever the main thread is"
     for loader in (threaded, processes, again):
         loader.close()
+
+
+def test_a_limit_of_open_files_is_told():
+    error = RuntimeError("Too many open files. Communication with the workers is no longer possible.")
+    told = _why_lost(error, [])
+    assert isinstance(told, UserError) and re.search(r"this process may open \d+; .*ulimit -n", str(told))
+    assert _why_lost(RuntimeError("a bug"), [multiprocessing.current_process()]) is None
 
 
 class Unsharable(Batch):

@@ -85,6 +85,7 @@ def start(
         raise_together(lambda: claim() if collectives.rank() == 0 else None)
     elif os.environ["RANK"] == "0":
         claim()
+    _require_proc()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -153,6 +154,15 @@ def _read_launcher() -> None:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update({**alone, "MASTER_PORT": str(free_port())})
     os.environ.update(interface_variables(os.environ))
+
+
+def _require_proc() -> None:
+    """Raise UserError on a Linux host whose /proc this process does not see: DeepSpeed's import reads it (0.19.8)."""
+    if sys.platform == "linux" and not Path("/proc/self/status").exists():
+        raise UserError(
+            "this process sees no /proc, which DeepSpeed needs; mount it (mount -t proc proc /proc), or start "
+            "the container without masking it"
+        )
 
 
 def _world(device: torch.device, *, native_bf16: bool) -> World:
