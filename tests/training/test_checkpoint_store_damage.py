@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ase_dist import errors
+from ase_dist import errors, files
 from ase_dist.training.state.checkpoint import SaveError, manifest, open_checkpoint
 from ase_dist.training.state.checkpoint.manifest import read_manifest
 from tests.training.conftest import flip_byte, loads, save, truncate
@@ -174,8 +174,8 @@ def test_latest_that_names_another_is_reported(store, caplog):
 
 
 def fails_for_a_moment(monkeypatch, method, name, code):
-    """Let this method of pathlib, or function that reads the manifest, raise for the file ``name`` of step_20."""
-    owner = manifest if method == "read_bytes" else Path
+    """Let this method of Path, or function that opens or reads, raise for the file ``name`` of step_20."""
+    owner = {"read_bytes": manifest, "open_regular": files, "stat": Path}[method]
     real = getattr(owner, method)
 
     def failing(path, *arguments, **options):
@@ -189,7 +189,7 @@ def fails_for_a_moment(monkeypatch, method, name, code):
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
 @pytest.mark.parametrize(
     ("method", "name"),
-    [("open", "weights.safetensors"), ("stat", "weights.safetensors"), ("read_bytes", "manifest.json")],
+    [("open_regular", "weights.safetensors"), ("stat", "weights.safetensors"), ("read_bytes", "manifest.json")],
 )
 def test_a_file_that_cannot_be_read_at_the_moment_is_not_damaged(store, caplog, monkeypatch, method, name, code):
     save(store, 10, 20)
