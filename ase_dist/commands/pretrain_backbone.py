@@ -54,6 +54,7 @@ def _keep(overrides: Sequence[str], out: Path | None) -> int:
     from ase_dist.config import load_settings
     from ase_dist.files import write_atomic
     from ase_dist.models.pretrained import FOLDER, save_backbone
+    from ase_dist.training.record.environment import harmless_settings
     from ase_dist.training.record.run_folder import RunFolder
     from ase_dist.training.state.checkpoint import open_checkpoint
 
@@ -66,7 +67,7 @@ def _keep(overrides: Sequence[str], out: Path | None) -> int:
         weights = {name.removeprefix(prefix): name for name in checkpoint.names() if name.startswith(prefix)}
         save_backbone({name: checkpoint.tensor(source) for name, source in weights.items()}, out)
     card = {
-        "command": f"python launch/pretrain_backbone.py {' '.join(overrides)}".strip(),
+        "command": " ".join(["python launch/pretrain_backbone.py", *harmless_settings(overrides)]),
         "data": f"{settings.data.scenes.train_images} generated scenes, seed {settings.data.scenes.seed}",
         "steps": summary["step"],
         "semseg": {key: summary["metrics"]["semseg"][key] for key in ("miou", "accuracy")},

@@ -159,6 +159,8 @@ def test_nothing_waits_for_a_rank_that_cannot_write_at_the_start_or_at_the_end(p
 def pictures_and_scalars_on_small_disks(rank, folder):
     """Real ones, of one or two pages, under the run's folders."""
     found = {}
+    with small_disk(folder / "everything", kilobytes=120):
+        found["everything"] = ended(folder, "everything", "train.max_steps=3")
     with ExitStack() as disks:
         for name, pages in (("predictions", 1), ("tensorboard", 3), ("csv", 8)):
             disk = disks.enter_context(small_disk(folder / name / name, kilobytes=4 * pages))
@@ -173,6 +175,9 @@ def test_pictures_and_scalars_on_real_small_disks(scenes, tmp_path, capfd):
     (tmp_path / "scenes").write_text(str(scenes))
     world = start_world(pictures_and_scalars_on_small_disks, tmp_path, seconds=120)()
     assert world.codes == [0]
+    code, sentence, checkpoints = world.results[0]["everything"]
+    assert (code, checkpoints) == (ExitCode.NOT_SAVED, [])
+    assert re.match(r"the checkpoint of step \d was not saved: .*No space left on device", sentence), sentence
     for name, file in (("predictions", "predictions/predictions/step_000020.png"), ("tensorboard", "tensorboard"),
                        ("csv", "csv")):  # fmt: skip
         code, sentence, checkpoints = world.results[0][name]

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +70,30 @@ def harmless_command(arguments: Sequence[str]) -> list[str]:
         command, words = ["/".join(SCRIPT)], others
     else:
         return []
-    keys, option = (*setting_keys(), *ALIASES), ""
+    option = ""
     for word in words:
-        name, separator, value = word.partition("=")
-        shown = value if _HARMLESS_VALUE.fullmatch(value) else HIDDEN
         if option:
-            command += [option, word if _HARMLESS_VALUE.fullmatch(word) else HIDDEN]
+            command += [option, _shown(word)]
             option = ""
         elif word in OPTIONS:
             option = word
-        elif separator and (name in keys or name in OPTIONS):
-            command.append(f"{name}={shown}")
+        elif word.startswith(tuple(f"{name}=" for name in OPTIONS)):
+            name, _, value = word.partition("=")
+            command.append(f"{name}={_shown(value)}")
+        else:
+            command += harmless_settings([word])
     return command
+
+
+def harmless_settings(words: Iterable[str]) -> list[str]:
+    """Those of ``words`` that are ``key=value`` of a setting; a value as in ``harmless_command``."""
+    keys = {*setting_keys(), *ALIASES}
+    pairs = [word.partition("=") for word in words]
+    return [f"{key}={_shown(value)}" for key, separator, value in pairs if separator and key in keys]
+
+
+def _shown(value: str) -> str:
+    return value if _HARMLESS_VALUE.fullmatch(value) else HIDDEN
 
 
 def harmless_environment(found: Mapping[str, Any]) -> dict[str, Any]:
