@@ -2,10 +2,13 @@
 
 import io
 import logging
+from types import SimpleNamespace
 
 import pytest
 
 from ase_dist.commands.cli import command_parser, run_command
+from ase_dist.data.folder import FolderDataset
+from ase_dist.data.packed.findings import LONG, conclude, report_path
 from ase_dist.errors import UserError
 from ase_dist.evaluation.tables import Report, to_latex, to_markdown
 from ase_dist.printable import MARK, PrintableFormatter, log_messages, printable
@@ -82,6 +85,13 @@ def test_the_complaint_about_an_argument_is_one_line(capsys):
         command_parser("plan", description=None).parse_args([f"--{ODD}"])
     said = capsys.readouterr().err
     assert is_clean(said) and said.splitlines()[-1].count(FORGED) == 1 and said.count("\n") == 2
+
+
+def test_the_report_of_a_check_has_a_line_for_each_file(tmp_path):
+    found = SimpleNamespace(problems=[], resized=[f"{i} {ODD}" for i in range(LONG + 1)])
+    conclude([found], tmp_path, tmp_path / "packed", kind=FolderDataset)
+    text = report_path(tmp_path / "packed").read_text()
+    assert is_clean(text) and text.count("\n") == LONG + 1
 
 
 def test_tables_and_reports_are_clean():

@@ -289,16 +289,16 @@ def kill_under_torchrun(soak: Soak, kills: int) -> None:
 def lose_a_node(soak: Soak) -> str:
     """Two agents of one rank each; one of them is killed with its rank, the other goes on alone. What happened."""
     output = soak.folder / "elastic"
-    place = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "soak",
-             "--rdzv_conf", "last_call_timeout=3"]  # fmt: skip
-    launcher = ("--nnodes", "1:2", "--nproc_per_node", "1", "--max-restarts", "3", *place)
-    arguments = [*command(*launcher), *soak.options(), "model.moe.ep_size=1", f"data.root={soak.scenes}",
-                 f"output={output}"]  # fmt: skip
+    endpoint = f"127.0.0.1:{free_port()}"
     nodes = []
-    for name in ("node_0", "node_1"):
+    for name, is_host in (("node_0", 1), ("node_1", 0)):  # the first one keeps the rendezvous
+        place = ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--rdzv_id", "soak",
+                 "--rdzv_conf", f"is_host={is_host},last_call_timeout=3"]  # fmt: skip
+        launcher = ("--nnodes", "1:2", "--nproc_per_node", "1", "--max-restarts", "3", *place)
+        arguments = [*command(*launcher), *soak.options(), "model.moe.ep_size=1", f"data.root={soak.scenes}",
+                     f"output={output}"]  # fmt: skip
         with (soak.folder / name).open("w") as said:
             nodes.append(subprocess.Popen(arguments, stdout=said, stderr=said))
-        time.sleep(1)  # the first one keeps the rendezvous
     _wait((output / "checkpoints" / f"step_{EVERY}").is_dir, lambda: nodes[0].poll() is None)
     before = json.loads((output / "env.json").read_text())["world_size"]
     for process in [*psutil.Process(nodes[1].pid).children(recursive=True), psutil.Process(nodes[1].pid)]:
@@ -307,7 +307,8 @@ def lose_a_node(soak: Soak) -> str:
     code = nodes[0].wait(timeout=10 * LIMIT)
     nodes[1].wait()
     seconds, log = time.monotonic() - began, (output / "train.log").read_text()
-    after, step = (json.loads((output / "summary.json").read_text())[key] for key in ("world_size", "step"))
+    summary = json.loads((output / "summary.json").read_text()) if code == 0 else {}
+    after, step = summary.get("world_size"), summary.get("step")
     resumed = re.findall(r"resumed at step (\d+)", log)
     if (code, before, after, step, len(resumed)) != (0, 2, 1, soak.steps, 1):
         soak.problems.append(f"lost node: code {code}, {before} then {after} ranks, step {step}, resumed at {resumed}")

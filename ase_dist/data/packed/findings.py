@@ -10,6 +10,7 @@ from ase_dist.data.folder import FolderDataset
 from ase_dist.data.packed.shard import Findings
 from ase_dist.errors import UserError
 from ase_dist.files import write_atomic
+from ase_dist.printable import printable
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def conclude(found: Sequence[Findings], root: Path, place: Path, *, kind: type[F
     lines += [f"resized  {line}" for line in resized]
     report, where = report_path(place), ""
     if len(lines) > LONG:
-        write_atomic(report, "\n".join(lines) + "\n")
+        write_atomic(report, "".join(f"{printable(line)}\n" for line in lines))
         where = f" (all are named in {report})"
     else:
         report.unlink(missing_ok=True)
