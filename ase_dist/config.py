@@ -7,20 +7,30 @@ that ``--help`` and ``--print-config`` answer at once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from ase_dist import typed_yaml
 from ase_dist.baselines import apply_baseline
+from ase_dist.description import DataSetDescription, described, find_description, problem_in, read_description
 from ase_dist.errors import UserError, did_you_mean, first_problem
 from ase_dist.files import expand_user, read_text
 from ase_dist.registries import GATINGS, HEADS
-from ase_dist.tasks import select_tasks
+from ase_dist.tasks import DATA_SETS, DataSet, Task, find_data_set, select_tasks
 
 LOGGER = logging.getLogger("ase_dist")
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -66,8 +76,11 @@ class SceneSettings(Section):
 class DataSettings(Section):
     """Which images are read, from where, and at which size."""
 
-    name: str = Field("scenes", description="the data set: scenes, pascal_context or nyud")
+    name: str = Field(
+        "scenes", description="scenes, pascal_context, nyud, a dataset.yaml or its folder, or package.module:NAME"
+    )
     root: UserPath | None = Field(None, description="the data folder, unpacked or packed; scenes are made there")
+    description: DataSetDescription | None = Field(None, description="what a dataset.yaml says; read from the file")
     size: int = Field(224, ge=16, description="side in pixels of the square that the model sees")
     augment: bool = Field(True, description="scale, crop, flip and recolour training images at random")
     workers: int = Field(0, ge=0, description="loader processes per rank; 0 loads in the training process")
@@ -75,6 +88,18 @@ class DataSettings(Section):
     limit_train: int | None = Field(None, ge=1, description="use only the first images of the training list")
     limit_val: int | None = Field(None, ge=1, description="use only the first images of the validation list")
     scenes: SceneSettings = SceneSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_description(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(description := values.get("description"), dict):
+            return {**values, "name": description.get("name", "data")}
+        return values
+
+    @property
+    def data_set(self) -> DataSet:
+        """The data set: its tasks and what reads it. Raises UserError where there is none of that name."""
+        return described(self.description) if self.description is not None else find_data_set(self.name)
 
 
 class MoESettings(Section):
@@ -224,6 +249,10 @@ class Settings(Section):
     guard: GuardSettings = GuardSettings()
     monitor: MonitorSettings = MonitorSettings()
 
+    def chosen_tasks(self) -> tuple[Task, ...]:
+        """The rows of ``tasks`` in the table of the data set. Raises UserError where it has no such task."""
+        return select_tasks(self.data.data_set, self.tasks, data_name=self.data.name)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Resuming
@@ -240,6 +269,7 @@ ON_RESUME: dict[str, OnResume] = {
     "tasks": "refused",
     "data.name": "refused",
     "data.root": "listed",  # a folder may have moved
+    "data.description": "refused",  # or listed, by its own keys: ``description.differences``
     "data.size": "refused",
     "data.augment": "listed",
     "data.workers": "listed",
@@ -326,19 +356,31 @@ def load_settings(
 ) -> Settings:
     """Read a shipped config by name or a YAML file by path, change it into ``baseline``, then apply ``overrides``.
 
-    An override is ``key=value``. Raises UserError with one sentence: the key, what was got, what was wanted, and the
+    An override is ``key=value``. A ``dataset.yaml`` that ``data.name`` names, or that lies in the folder ``data.root``,
+    becomes ``data.description``. Raises UserError with one sentence: the key, what was got, what was wanted, and the
     nearest right name.
     """
     tree = read_tree(find_config(config or DEFAULT_CONFIG))
     if baseline is not None:
         settings = build_settings(tree)
         apply_baseline(tree, baseline, lr=settings.train.lr, output=settings.output)
-    return _overridden(tree, overrides)
+    changes = list(map(parse_override, overrides))
+    return _overridden(tree, changes + _described_data(tree, changes))
+
+
+def recorded_settings(config: Path) -> Settings:
+    """The settings in the config.yaml of a run as they were; no ``dataset.yaml`` is looked for."""
+    return build_settings(read_tree(config))
 
 
 def override_settings(settings: Settings, overrides: Iterable[str] | Mapping[str, Any]) -> Settings:
-    """``settings`` with ``key=value`` texts or values by dotted key, in their order; UserError as ``load_settings``."""
-    return _overridden(settings.model_dump(mode="json"), overrides)
+    """``settings`` with ``key=value`` texts or values by dotted key, in their order; UserError as ``load_settings``.
+
+    The description of the data stays unless the data are named anew.
+    """
+    tree = settings.model_dump(mode="json")
+    changes = list(overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides))
+    return _overridden(tree, changes + (_described_data(tree, changes) if _name_data(changes) else []))
 
 
 def build_settings(tree: Mapping[str, Any]) -> Settings:
@@ -347,7 +389,7 @@ def build_settings(tree: Mapping[str, Any]) -> Settings:
         settings = Settings.model_validate(tree)
     except ValidationError as error:
         raise UserError(_sentence(error)) from None
-    select_tasks(settings.data.name, settings.tasks)
+    settings.chosen_tasks()
     return settings
 
 
@@ -414,11 +456,42 @@ def to_yaml(settings: Settings) -> str:
     return typed_yaml.to_yaml(settings.model_dump(mode="json"))
 
 
-def _overridden(tree: dict[str, Any], overrides: Iterable[str] | Mapping[str, Any]) -> Settings:
-    values = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
-    for key, value in values:
+def _overridden(tree: dict[str, Any], changes: Iterable[tuple[str, Any]]) -> Settings:
+    for key, value in changes:
         _set(tree, key, value)
     return build_settings(tree)
+
+
+def _name_data(changes: Iterable[tuple[str, Any]]) -> bool:
+    return any(key in ("data", "data.name", "data.root") for key, _ in changes)
+
+
+def _described_data(tree: Mapping[str, Any], changes: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Further changes: the description of the data that ``tree`` with ``changes`` names, where there is one.
+
+    A description that ``tree`` holds already, a run's own, stays unless ``changes`` name other data, with a
+    description or without.
+    """
+    merged = deepcopy(dict(tree))
+    for key, value in changes:
+        _set(merged, key, value)
+    data, held = _branch(merged, "data"), _branch(tree, "data.description")
+    name, root = data.get("name"), data.get("root")
+    if (held and not _name_data(changes)) or any(key.startswith("data.description") for key, _ in changes):
+        return []
+    is_own = bool(held) and name == held.get("name")  # what the run calls it, not a place
+    place = find_description(None if is_own else name, root)
+    if place is not None:
+        description = read_description(place)
+        is_place = name is not None and find_description(name, None) is not None
+        if name not in (*DATA_SETS, description.name) and not is_place:
+            raise UserError(
+                f"data.name: got {name!r}, but {place} describes {description.name!r}; leave data.name out"
+                f"{did_you_mean(str(name), [*DATA_SETS, description.name])}"
+            )
+        found = [("data.name", description.name), ("data.description", description.model_dump(mode="json"))]
+        return found if root is not None else [*found, ("data.root", str(place.parent))]
+    return [("data.description", None)] if held and not is_own else []
 
 
 def parse_override(override: str) -> tuple[str, Any]:
@@ -459,19 +532,14 @@ def _branch(tree: Any, key: str) -> dict[str, Any]:
 
 def type_of(key: str) -> Any:
     """The annotation of a setting, a section or a dictionary's entry by dotted key; Any where there is none."""
-    found: Any = Settings
-    for name in ALIASES.get(key, key).split(".") if key else ():
-        if _is_section(found):
-            field = found.model_fields.get(name)
-            found = Any if field is None else field.annotation
-        else:
-            found = get_args(found)[1] if get_origin(found) is dict else Any
-    return found
+    return typed_yaml.annotation_at(Settings, ALIASES.get(key, key).split(".") if key else [])
 
 
 def _sentence(error: ValidationError) -> str:
     """The first problem of a validation as one sentence."""
     problem = first_problem(error)
+    if problem.keys[:2] == ("data", "description"):
+        return problem_in(error)
     if problem.kind == "extra_forbidden":
         *path, name = problem.keys
         section = type_of(".".join(path))

@@ -14,11 +14,14 @@ kind, the same for every data set:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Literal
 
-from ase_dist.errors import UserError, did_you_mean
+from ase_dist.errors import UserError, describe, did_you_mean
 
 Kind = Literal["classes", "mask", "edges", "normals", "depth"]
 Color = tuple[int, int, int]
@@ -32,7 +35,8 @@ class Task:
     """What is known about one task.
 
     ``channels`` is the width of the head's output, ``loss_weight`` M3ViT's weight of the loss in the sum, ``metric``
-    the key in the evaluation's result that stands for the task in tables and in Delta_m.
+    the key in the evaluation's result that stands for the task in tables and in Delta_m. ``palette`` is one RGB colour
+    per class, by default the PASCAL VOC colour map; for masks and edges black and white.
     """
 
     name: str
@@ -44,13 +48,18 @@ class Task:
     metric_title: str
     higher_is_better: bool
     class_names: tuple[str, ...] = ()
+    palette: tuple[Color, ...] = ()
 
-    @property
-    def palette(self) -> tuple[Color, ...]:
-        """One RGB colour per class (the PASCAL VOC colour map); for masks and edges black and white."""
-        if self.kind == "classes":
-            return tuple(voc_color(i) for i in range(self.channels))
-        return ((0, 0, 0), (255, 255, 255))
+    def __post_init__(self) -> None:
+        if not self.palette:
+            is_classes = self.kind == "classes"
+            default = tuple(map(voc_color, range(self.channels))) if is_classes else ((0, 0, 0), (255, 255, 255))
+            object.__setattr__(self, "palette", default)  # the dataclass is frozen
+        colors = self.channels if self.kind == "classes" else 2
+        if len(self.palette) != colors:
+            raise UserError(f"the palette of {self.name} has {len(self.palette)} colours, wanted {colors}")
+        if not all(0 <= channel <= 255 for color in self.palette for channel in color):
+            raise UserError(f"the palette of {self.name} has channels that are not from 0 to 255")
 
 
 def voc_color(index: int) -> Color:
@@ -91,12 +100,75 @@ NYUD_TASKS: dict[str, Task] = {
 }  # fmt: skip
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one score is written; ``higher_is_better`` None: neither way."""
+
+    title: str
+    unit: str = ""
+    higher_is_better: bool | None = None
+
+    @property
+    def heading(self) -> str:
+        """Title and unit."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
+
+SCORES: Mapping[Kind, Mapping[str, Score]] = {
+    "classes": {
+        "miou": Score("mIoU", "%", True),
+        "accuracy": Score("pixel accuracy", "%", True),
+    },
+    "mask": {
+        "miou": Score("mIoU at the best threshold", "%", True),
+        "miou_threshold": Score("threshold of that mIoU"),
+        "maxf": Score("maxF (beta^2 = 0.3)", "%", True),
+        "maxf_threshold": Score("threshold of that F"),
+        "mae": Score("mean absolute error", "", False),
+    },
+    "edges": {
+        "ods_f": Score("odsF", "%", True),
+        "ods_precision": Score("precision at odsF", "%", True),
+        "ods_recall": Score("recall at odsF", "%", True),
+        "ods_threshold": Score("threshold of odsF"),
+        "ois_f": Score("oisF", "%", True),
+        "bce": Score("weighted BCE", "", False),
+        "edge_share": Score("share of edge pixels", "%"),
+    },
+    "normals": {
+        "mean": Score("mean angle", "deg", False),
+        "median": Score("median angle", "deg", False),
+        "rmse": Score("RMSE", "deg", False),
+        "within_11.25": Score("within 11.25 deg", "%", True),
+        "within_22.5": Score("within 22.5 deg", "%", True),
+        "within_30": Score("within 30 deg", "%", True),
+    },
+    "depth": {
+        "rmse": Score("RMSE", "m", False),
+        "absrel": Score("absolute relative error", "", False),
+        "log10": Score("mean log10 error", "", False),
+        "delta1": Score("delta < 1.25", "%", True),
+        "delta2": Score("delta < 1.25^2", "%", True),
+        "delta3": Score("delta < 1.25^3", "%", True),
+    },
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+
+
 @dataclass(frozen=True)
 class DataSet:
     """A value of ``data.name``: which tasks have labels, and what reads them.
 
     ``reader`` is a subclass of ``ase_dist.data.folder.FolderDataset`` or, to be imported when the first image is
     wanted, "module:Class". Images that are generated where they are missing lie in the ``layout`` of another data set.
+    A data set of one's own can be such an object in a module: ``data.name=package.module:NAME``.
     """
 
     tasks: Mapping[str, Task]
@@ -122,21 +194,45 @@ def find_task(data_name: str, name: str) -> Task | None:
     return next((data.tasks[name] for data in (*first, *DATA_SETS.values()) if name in data.tasks), None)
 
 
-def select_tasks(data_name: str, names: Iterable[str] | None = None) -> tuple[Task, ...]:
+def find_data_set(name: str) -> DataSet:
+    """The data set called ``name`` in ``DATA_SETS``, or the one at "package.module:NAME"; UserError for neither."""
+    if name in DATA_SETS:
+        return DATA_SETS[name]
+    if ":" not in name:
+        raise UserError(
+            f"data.name: got {name!r}, wanted one of {sorted(DATA_SETS)}, a dataset.yaml or package.module:NAME"
+            f"{did_you_mean(name, DATA_SETS)}"
+        )
+    module, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:  # launch/train.py and an installed command do not search the current folder
+        sys.path.append(str(Path.cwd()))
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"data.name: got {name!r}, wanted package.module:NAME of a module that can be imported from the current "
+            f"folder ({describe(error)})"
+        ) from None
+    if not isinstance(found, DataSet):
+        raise UserError(f"data.name: {name!r} is {found!r:.80}, wanted an object of ase_dist.tasks.DataSet")
+    return found
+
+
+def select_tasks(
+    data: str | DataSet, names: Iterable[str] | None = None, *, data_name: str | None = None
+) -> tuple[Task, ...]:
     """The rows of ``names`` (all of the data set's when None), in the order asked for.
 
-    Raises UserError for an unknown data set, an unknown task or one that is named twice.
+    ``data_name`` is what messages call the data set where it is given as an object. Raises UserError for an unknown
+    data set, an unknown task or one that is named twice.
     """
-    if data_name not in DATA_SETS:
-        raise UserError(
-            f"data.name: got {data_name!r}, wanted one of {sorted(DATA_SETS)}{did_you_mean(data_name, DATA_SETS)}"
-        )
-    table = DATA_SETS[data_name].tasks
+    table = (find_data_set(data) if isinstance(data, str) else data).tasks
+    called = data_name or (data if isinstance(data, str) else "this data set")
     chosen = list(table) if names is None else list(names)
     for name in chosen:
         if name not in table:
             raise UserError(
-                f"tasks: {data_name} has no task {name!r}, wanted some of {list(table)}{did_you_mean(name, table)}"
+                f"tasks: {called} has no task {name!r}, wanted some of {list(table)}{did_you_mean(name, table)}"
             )
     if len(set(chosen)) != len(chosen) or not chosen:
         raise UserError(f"tasks: got {chosen}, wanted at least one task and each at most once")

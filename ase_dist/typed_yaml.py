@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -199,6 +199,24 @@ def alternatives(wanted: Any) -> list[Any]:
     if get_origin(wanted) in (Union, UnionType):
         return [kind for each in get_args(wanted) for kind in alternatives(each)]
     return [wanted]
+
+
+def annotation_at(wanted: Any, path: Sequence[str]) -> Any:
+    """The annotation of what lies at ``path`` below a value of the type ``wanted``; Any where nothing is known of it.
+
+    Goes through pydantic models by field, dictionaries by any key, lists and tuples by number.
+    """
+    for name in path:
+        found = Any
+        for kind in alternatives(wanted):
+            if hasattr(kind, "model_fields") and name in kind.model_fields:
+                found = kind.model_fields[name].annotation
+            elif get_origin(kind) is dict:
+                found = get_args(kind)[1]
+            elif get_origin(kind) in (tuple, list) and name.isdigit():
+                found = get_args(kind)[0]
+        wanted = found
+    return wanted
 
 
 def _take_text(kinds: list[Any]) -> bool:

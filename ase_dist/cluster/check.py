@@ -29,7 +29,6 @@ from ase_dist.cluster.facts import NO_FOLDER, NodeFacts, Question
 from ase_dist.cluster.hostfile import Node, parse_hostfile, read_text
 from ase_dist.config import Settings, load_settings
 from ase_dist.printable import say
-from ase_dist.tasks import DATA_SETS
 
 MAX_THREADS = 32  # nodes that are asked at the same time
 UNREACHABLE = 255  # ssh's own exit code
@@ -103,7 +102,7 @@ class ClusterJob:
         options, others = p.parse_known_args(list(words[1:]))
         overrides = [word for word in others if "=" in word and not word.startswith("-")]
         settings = load_settings(options.config, overrides, baseline=options.baseline)
-        is_generated = DATA_SETS[settings.data.name].layout is not None  # a node that lacks it generates it
+        is_generated = settings.data.data_set.layout is not None  # a node that lacks it generates it
         data = "" if is_generated or settings.data.root is None else str(settings.data.root)
         return cls(tuple(words), data, str(settings.output), settings.guard.timeout)
 

@@ -1,8 +1,9 @@
-"""Check a data set that was fetched, and pack it for training: from its archive, or from the unpacked folder.
+"""Check a data set and pack it for training: one's own folder, or a published data set from its archive or folder.
 
-Every file that the lists need is decoded; what is missing or unusable is named, all of it. The packed data set is read
-by ``data.root=DIR`` and gives the same samples several times faster. Nothing is written into SRC. An interrupted
-command, given again, goes on where it stood; where nothing has changed it has nothing to do.
+One's own folder has a dataset.yaml (docs/own_data.md), which --init begins. Every file that the splits need is decoded;
+what is missing or unusable is named, all of it. The packed data set is read by data.root=DIR and gives the same samples
+several times faster. Nothing is written into the source except by --init. An interrupted command, given again, goes on
+where it stood; where nothing has changed it has nothing to do.
 """
 
 from __future__ import annotations
@@ -10,24 +11,38 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
-from ase_dist.commands.cli import command_parser, path, run_command
+from ase_dist.commands.cli import command_parser, path, path_or_name, run_command
+from ase_dist.description import FILE_NAME, read_description
+from ase_dist.errors import UserError, did_you_mean
 from ase_dist.printable import log_messages
 from ase_dist.tasks import packable
 
 EPILOG = """examples:
+  python launch/prepare_data.py photographs --init
+  python launch/prepare_data.py photographs --check-only
+  python launch/prepare_data.py photographs --out packed/photographs
   python launch/prepare_data.py pascal-context PASCAL_MT.tgz --check-only
   python launch/prepare_data.py pascal-context PASCAL_MT.tgz --out packed/pascal
   python launch/prepare_data.py pascal-context packed/pascal --check-only
   python launch/prepare_data.py nyud NYUD_MT --pictures files
 """
+LAYOUTS = tuple(name.replace("_", "-") for name in packable())
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
     p = command_parser("prepare_data", description=__doc__, epilog=EPILOG)
-    p.add_argument("data", choices=[name.replace("_", "-") for name in packable()], help="the layout of SRC")
-    p.add_argument("source", type=path, metavar="SRC", help="an archive (.tgz, .tar.gz, .tar) or an unpacked folder")
+    p.add_argument(
+        "words",
+        nargs="+",
+        type=path_or_name,
+        metavar="[LAYOUT] SRC",
+        help=f"SRC: a folder with a {FILE_NAME}, or with a LAYOUT ({', '.join(LAYOUTS)} or package.module:NAME) an "
+        "unpacked folder or an archive (.tgz, .tar.gz, .tar)",
+    )
+    p.add_argument("--init", action="store_true", help=f"write a first {FILE_NAME} into SRC from what is found there")
     p.add_argument("--out", type=path, metavar="DIR", help="where to pack to (default: a folder in the user's cache)")
     p.add_argument("--tasks", metavar="A,B", help="pack the labels of these only (default: all of the data set's)")
     p.add_argument("--subset", action="store_true", help="accept lists that are not the published ones")
@@ -46,24 +61,89 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, or 2 after one sentence about what is wrong."""
     arguments = parser().parse_args(argv)
     log_messages()
+    return run_command(lambda: _prepare(arguments), interrupted="interrupted; the same command goes on from here")
 
-    def check_and_pack() -> int:
-        from ase_dist.data.packed.layout import is_packed
-        from ase_dist.data.packed.prepare import Request, check_only, prepare
-        from ase_dist.data.packed.verify import verify
 
-        source = arguments.source
-        if is_packed(source):
-            logging.info("%s: %d packed files are whole", source, verify(source))
-            return 0
-        data = arguments.data.replace("-", "_")
-        tasks = tuple(arguments.tasks.split(",")) if arguments.tasks else None
-        request = Request(data, source, tasks, arguments.pictures, arguments.subset, arguments.workers)
-        if arguments.check_only:
-            logging.info("%s: the files of %d images are whole", source, check_only(request, arguments.out))
-            return 0
-        place = prepare(request, arguments.out)
-        logging.info("train with data.name=%s data.root=%s", data, place)
+def _prepare(arguments: argparse.Namespace) -> int:
+    from ase_dist.data.packed.layout import is_packed
+    from ase_dist.data.packed.prepare import Request, check_only, prepare
+    from ase_dist.data.packed.verify import verify
+
+    layout, source = _layout_and_source(arguments.words)
+    if arguments.init:
+        if layout is not None:
+            raise UserError(f"--init: {layout} is described already; give the folder of your own data alone")
+        return _init(source)
+    if is_packed(source):
+        logging.info("%s: %d packed files are whole", source, verify(source))
         return 0
+    description = None if layout is not None else read_description(_description_of(source))
+    folder = source if source.is_dir() or layout else source.parent
+    request = Request(
+        layout or (description.name if description else ""),
+        folder,
+        tuple(arguments.tasks.split(",")) if arguments.tasks else None,
+        arguments.pictures,
+        arguments.subset,
+        arguments.workers,
+        description,
+    )
+    if arguments.check_only:
+        logging.info("%s: the files of %d images are whole", folder, check_only(request, arguments.out))
+        return 0
+    place = prepare(request, arguments.out)
+    logging.info("train with %sdata.root=%s", "" if description else f"data.name={layout} ", place)
+    return 0
 
-    return run_command(check_and_pack, interrupted="interrupted; the same command goes on from here")
+
+def _layout_and_source(words: Sequence[str]) -> tuple[str | None, Path]:
+    """The layout by its name in ``DATA_SETS``, None for one's own data, and the source."""
+    if len(words) == 1:
+        if words[0] in LAYOUTS and not Path(words[0]).exists():
+            raise UserError(f"SRC: missing, wanted the folder or the archive of {words[0]} after its name")
+        return None, Path(words[0])
+    if len(words) > 2:
+        raise UserError(
+            f"got {' '.join(map(repr, words))}, wanted [LAYOUT] SRC; put a path with blanks into quotation marks"
+        )
+    if words[0] not in LAYOUTS and ":" not in words[0]:
+        raise UserError(
+            f"LAYOUT: got {words[0]!r}, wanted one of {', '.join(LAYOUTS)}, or for your own data the folder alone"
+            f"{did_you_mean(words[0], LAYOUTS)}"
+        )
+    return words[0] if ":" in words[0] else words[0].replace("-", "_"), Path(words[1])
+
+
+def _description_of(source: Path) -> Path:
+    """The description of one's own data: ``source`` is a folder with a dataset.yaml, or a YAML file in the folder."""
+    if source.suffix.lower() in (".yaml", ".yml") and source.is_file():
+        return source
+    if (source / FILE_NAME).is_file():
+        return source / FILE_NAME
+    if source.is_dir():
+        raise UserError(f"{source}: got no {FILE_NAME} in it; write one, which --init begins, or name its layout first")
+    raise UserError(
+        f"{source}: got no such folder, wanted one with a {FILE_NAME}; archives need their layout's name first"
+    )
+
+
+def _init(source: Path) -> int:
+    """Write the first description, and lists where need be; nothing that is there is replaced."""
+    from ase_dist.data.first_description import first_description
+    from ase_dist.files import write_atomic
+
+    if not source.is_dir():
+        raise UserError(f"{source}: got no such folder, wanted that of your photographs and labels")
+    if (source / FILE_NAME).exists():
+        raise UserError(f"{source / FILE_NAME} is there already; edit it, or move it away to begin anew")
+    first = first_description(source)
+    there = [name for name in first.lists if (source / name).exists()]
+    if there:
+        raise UserError(f"{source / there[0]} is there already, where --init would write a list; move it away")
+    for name, names in first.lists.items():
+        write_atomic(source / name, "\n".join(names) + "\n")
+    write_atomic(source / FILE_NAME, first.text)
+    for note in first.notes:
+        logging.info("%s", note)
+    logging.info("wrote %s; look it through, then: prepare_data %s --check-only", source / FILE_NAME, source)
+    return 0

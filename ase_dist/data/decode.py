@@ -123,18 +123,23 @@ def mask(path: Path, shape: Shape) -> Array:
         values = _matrix(path, read_array(path), wanted)
     else:
         values = read_codes(path, modes=("L", "1"), wanted="an 8-bit grey PNG")
+    return _fit(path, foreground(path, values, wanted=wanted), shape)
+
+
+def foreground(path: Path, values: Array, *, wanted: str) -> Array:
+    """``mask`` for the stored values of a file, uint8 of their shape."""
     if not values.size or values.dtype == bool:
-        return _fit(path, values.astype(np.uint8), shape)
+        return values.astype(np.uint8)
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= 255):  # also where one is NaN
         raise reject(path, f"values from {low:g} to {high:g}", wanted)
     if high <= 1:
-        return _fit(path, (values > 0.5).astype(np.uint8), shape)
+        return (values > 0.5).astype(np.uint8)
     if values.dtype.kind == "f" and (values != np.rint(values)).any():
         raise reject(path, f"fractions up to {high:g}", wanted)
     if high == 255 and (values == 1).any() and not ((values > 1) & (values < 255)).any():
         raise reject(path, "the values 1 and 255, either a mask with unknown pixels or a grey picture", wanted)
-    return _fit(path, (values > 127).astype(np.uint8), shape)
+    return (values > 127).astype(np.uint8)
 
 
 def label_map(path: Path, shape: Shape) -> Array:
@@ -211,11 +216,16 @@ def edge_picture(path: Path, shape: Shape) -> Array:
         values = _matrix(path, read_array(path), wanted)
     else:
         values = read_codes(path, modes=("L", "1", "P"), wanted="an 8-bit grey PNG")
+    return _fit(path, edge_pixels(path, values, wanted=wanted), shape)
+
+
+def edge_pixels(path: Path, values: Array, *, wanted: str) -> Array:
+    """``edge_picture`` for the stored values of a file, uint8 of their shape."""
     edges = values != 0
     strengths = values[edges]
     if strengths.size and not (0 < strengths.min() == strengths.max() < np.inf):  # also where one is NaN
         raise reject(path, f"values from {strengths.min():g} to {strengths.max():g} besides zero", wanted)
-    return _fit(path, edges.astype(np.uint8), shape)
+    return edges.astype(np.uint8)
 
 
 def normals(path: Path, shape: Shape) -> Array:

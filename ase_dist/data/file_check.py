@@ -10,24 +10,41 @@ from pathlib import Path, PurePosixPath
 from ase_dist.data.dataset import leave_out
 from ase_dist.errors import UserError
 
-Patterns = tuple[str, ...]  # alternatives, the first that exists is read; {} stands for the image's name
+Patterns = tuple[str, ...]  # alternatives, the first that exists is read; see ``expand``
+
+
+def expand(pattern: str, name: str) -> str:
+    """The path of the file of the image ``name``, which may have folders: ``{}`` is the name, ``{stem}`` its last part.
+
+    In a pattern with ``{split}`` that is the first folder of the name, and ``{}`` the rest.
+    """
+    split, _, rest = name.partition("/") if "{split}" in pattern else ("", "", name)
+    words = {"": rest, "split": split, "stem": name.rpartition("/")[2]}
+    return re.sub(r"\{(split|stem|)\}", lambda found: words[found[1]], pattern)
+
+
+def top_folder(pattern: str) -> PurePosixPath:
+    """The folder of a pattern that has no place for a name in it, with all above it."""
+    return PurePosixPath(pattern.partition("{")[0] + "_").parent
 
 
 class FileCheck:
     """Compares the needed files with listings of the folders: one listing per folder, no look-up per file."""
 
-    def __init__(self, root: Path, title: str, *, how: str = "tasks=[{}]") -> None:
+    def __init__(self, root: Path, title: str, *, remedy: str, how: str = "tasks=[{}]") -> None:
         self.root = root
         self.title = title
+        self._remedy = remedy  # what to do about a file that is missing
         self._how = how  # to name tasks, in advice
         self._listings: dict[PurePosixPath, frozenset[str] | None] = {}
+        self._spellings: dict[PurePosixPath, dict[str, str]] = {}
 
     def folders(self, image: Patterns, labels: Mapping[str, tuple[Patterns, ...]]) -> None:
         """Raise UserError if the folder of the images is missing, or that of a task's labels: which to leave out."""
         if self._absent(image):
             raise UserError(
                 f"{self.root}: got no folder {_folders(image)}, wanted the folder of {self.title}; "
-                "check data.root, or unpack the archive again"
+                f"check data.root, or {self._remedy}"
             )
         absent = {
             task: folders
@@ -59,15 +76,24 @@ class FileCheck:
                 raise UserError(f"{path}: got the line {name!r}, wanted one image name and nothing else; {advice}")
         for patterns in (image, *(need for needs in labels.values() for need in needs)):
             missing = list(self._missing(names, patterns))
-            files = self._files_of(patterns) if missing else ()
-            similar = {_spelling(file): file for file in sorted(files)}
             for name, _ in missing:
-                found = similar.get(_spelling(f"{name}.any"))
+                found = self.similar(name, patterns)
                 if found is not None:
-                    either = " or ".join(pattern.format(name) for pattern in patterns)
+                    either = " or ".join(dict.fromkeys(expand(pattern, name) for pattern in patterns[:4]))
                     raise UserError(
                         f"{self.root}: got the file {found!r} for {name!r}, wanted {either}; convert or rename it"
                     )
+
+    def similar(self, name: str, patterns: Patterns) -> str | None:
+        """A file in the folders of ``patterns`` written like that of ``name`` but for ending, case or accents."""
+        for wanted in dict.fromkeys(PurePosixPath(expand(pattern, name)) for pattern in patterns):
+            if wanted.parent not in self._spellings:
+                files = sorted(self._listing(wanted.parent) or ())
+                self._spellings[wanted.parent] = {_spelling(file): file for file in files}
+            found = self._spellings[wanted.parent].get(_spelling(wanted.name))
+            if found is not None:
+                return found
+        return None
 
     def files(self, names: Sequence[str], image: Patterns, labels: Mapping[str, tuple[Patterns, ...]]) -> None:
         """Raise UserError if a file is missing: what, how many, and which tasks to leave out."""
@@ -88,21 +114,18 @@ class FileCheck:
             advice = f", or {leave_out(tasks, list(labels), how=self._how)}" if tasks else ""
             raise UserError(
                 f"{self.root}: {len(missing)} of the files that the list needs are missing ({first}); "
-                f"unpack the archive of {self.title} again{advice}"
+                f"{self._remedy}{advice}"
             )
 
     def _absent(self, patterns: Patterns) -> bool:
-        return all(self._listing(PurePosixPath(pattern).parent) is None for pattern in patterns)
+        return all(self._listing(top_folder(pattern)) is None for pattern in patterns)
 
     def _missing(self, names: Sequence[str], patterns: Patterns) -> Iterator[tuple[str, str]]:
         """Each name without any of the files, and the first of them."""
-        places = [(self._listing(PurePosixPath(pattern).parent) or frozenset(), pattern) for pattern in patterns]
         for name in names:
-            if not any(PurePosixPath(pattern.format(name)).name in listing for listing, pattern in places):
-                yield name, patterns[0].format(name)
-
-    def _files_of(self, patterns: Patterns) -> set[str]:
-        return {file for pattern in patterns for file in self._listing(PurePosixPath(pattern).parent) or ()}
+            paths = [PurePosixPath(expand(pattern, name)) for pattern in patterns]
+            if not any(path.name in (self._listing(path.parent) or ()) for path in paths):
+                yield name, str(paths[0])
 
     def _listing(self, folder: PurePosixPath) -> frozenset[str] | None:
         if folder not in self._listings:
@@ -112,7 +135,7 @@ class FileCheck:
 
 
 def _folders(patterns: Patterns) -> str:
-    return " or ".join(dict.fromkeys(str(PurePosixPath(pattern).parent) for pattern in patterns))
+    return " or ".join(dict.fromkeys(str(top_folder(pattern)) for pattern in patterns))
 
 
 def _spelling(file: str) -> str:

@@ -21,6 +21,7 @@ from ase_dist.errors import UserError, file_error
 
 Array = npt.NDArray[Any]
 
+UNPACK_AGAIN = "unpack the archive again"
 _COLOUR_MODES = ("RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr", "1")
 
 
@@ -101,9 +102,19 @@ def read_array(path: Path) -> Array:
         return value
 
 
-def reject(path: Path, got: str, wanted: str, *, advice: str = "unpack the archive again") -> UserError:
+def reject(path: Path, got: str, wanted: str, *, advice: str = UNPACK_AGAIN) -> UserError:
     """The error for a file that could be read but holds something else; the caller raises it."""
     return UserError(f"{path}: got {got}, wanted {wanted}; {advice}, or take {path.stem!r} out of the list")
+
+
+@contextlib.contextmanager
+def advising(remedy: str) -> Iterator[None]:
+    """While open, errors say ``remedy`` where they would say to unpack the archive again: for data without one."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (str(error).replace(UNPACK_AGAIN, remedy),)
+        raise
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 By default ``lists/train.txt`` and ``lists/val.txt`` name the images, one a line, ``images/NAME.jpg`` or ``.png`` is
 one, and ``TASK/NAME.png`` or ``.npy`` its label (depth: ``.npy`` or ``.mat``), decoded by the task's kind. A subclass
-says what is otherwise: ``list_folder``, ``image_files``, ``label_files``, ``decoders``.
+says what is otherwise: ``list_folder``, ``image_files``, ``label_files``, ``decoders``. What a ``dataset.yaml``
+describes is such a subclass too (``described.py``).
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from ase_dist.config import DataSettings
 from ase_dist.data.batch import Record
 from ase_dist.data.dataset import RecordDataset
 from ase_dist.data.decode import Decoder, decoder_of
-from ase_dist.data.file_check import FileCheck, Patterns
-from ase_dist.data.files import Array, read_image
+from ase_dist.data.file_check import FileCheck, Patterns, expand
+from ase_dist.data.files import Array, advising, read_image
 from ase_dist.errors import UserError, file_error
 from ase_dist.tasks import Task
 
@@ -42,6 +43,7 @@ class FolderDataset(RecordDataset):
     decoders: ClassVar[Mapping[str, Decoder]] = {}  # by task
     counts: ClassVar[Mapping[str, int]] = {}  # images in the published lists
     origin: ClassVar[str] = "check the folder"  # where it has been published
+    remedy: ClassVar[str] = "correct the files"  # what to do about those that are missing or unusable
 
     def __init__(
         self,
@@ -59,19 +61,34 @@ class FolderDataset(RecordDataset):
                 "launch/prepare_data.py makes it; give data.root=PATH"
             )
         self.root = Path(root)
-        found = read_list(self.root, self.list_folder, split)[:limit] if names is None else names
+        found = self.read_names(self.root, split)[:limit] if names is None else names
         super().__init__(split, tasks, found, cache_in_memory=cache_in_memory)
         if names is None:
             needs = {task.name: self.files_of(task) for task in self.tasks}
-            check = FileCheck(self.root, self.title)
+            check = FileCheck(self.root, self.title, remedy=self.remedy)
             check.folders(self.image_files, needs)
-            check.spelling(self.names, self.image_files, needs, self.root / self.list_folder / f"{split}.txt")
+            check.spelling(self.names, self.image_files, needs, self.list_of(self.root, split))
             check.files(self.names, self.image_files, needs)
 
     @classmethod
     def place(cls, data: DataSettings) -> Path | None:
         """The folder that ``data`` names; a data set that can be made is made here."""
         return data.root
+
+    @classmethod
+    def list_of(cls, root: Path, split: str) -> Path:
+        """The file that names the images of ``split``."""
+        return root / cls.list_folder / f"{split}.txt"
+
+    @classmethod
+    def read_names(cls, root: Path, split: str) -> list[str]:
+        """The names of the images of ``split``; UserError as ``read_list``."""
+        return read_list(root, cls.list_folder, split, remedy=cls.remedy)
+
+    @classmethod
+    def find_roots(cls, folder: Path) -> list[Path]:
+        """The folders below ``folder``, perhaps itself, that may be this data set's; see ``find_roots``."""
+        return find_roots(folder, cls.list_folder)
 
     @classmethod
     def files_of(cls, task: Task) -> tuple[Patterns, ...]:
@@ -86,11 +103,17 @@ class FolderDataset(RecordDataset):
     def decode_label(self, task: Task, name: str, shape: tuple[int, int]) -> Array:
         """One of ``decode_labels``."""
         decoder = self.decoders.get(task.name) or decoder_of(task)
-        return decoder(self.find(name, self.files_of(task)[0]), shape)
+        with advising(self.remedy):
+            return decoder(self.find(name, self.files_of(task)[0]), shape)
+
+    def read_picture(self, name: str) -> Array:
+        """The picture of the image ``name``, uint8 [H, W, 3]; see ``read_image``."""
+        with advising(self.remedy):
+            return read_image(self.find(name, self.image_files), labelled=bool(self.tasks))
 
     def find(self, name: str, patterns: Patterns) -> Path:
         """The first of the alternatives that exists for ``name``; the last one if none does."""
-        candidates = [self.root / pattern.format(name) for pattern in patterns]
+        candidates = [self.root / expand(pattern, name) for pattern in patterns]
         return next((path for path in candidates[:-1] if path.is_file()), candidates[-1])
 
     def label_paths(self, name: str) -> list[Path]:
@@ -101,19 +124,20 @@ class FolderDataset(RecordDataset):
     def read(self, index: int) -> Record:
         """As RecordDataset's."""
         name = self.names[index]
-        image = read_image(self.find(name, self.image_files), labelled=bool(self.tasks))
+        image = self.read_picture(name)
         return Record(index, name, image, self.decode_labels(name, (image.shape[0], image.shape[1])))
 
 
-def read_list(root: Path, list_folder: str, split: str) -> list[str]:
+def read_list(root: Path, list_folder: str, split: str, *, remedy: str = "check the folder") -> list[str]:
     """The names in ``<list_folder>/<split>.txt``, one a line, which may have blanks in it but not around it.
 
-    Raises UserError for a list that is missing, empty or damaged, and for a name that can be no file's or comes twice.
+    ``remedy`` is what to try where the list is missing or empty. Raises UserError for a list that is missing, empty or
+    damaged, and for a name that can be no file's or comes twice.
     """
     folder = root / list_folder
     path = folder / f"{split}.txt"
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # which also removes a byte-order mark
+        names = list_lines(path, remedy=remedy)
     except FileNotFoundError:
         deeper = [] if folder.is_dir() else find_roots(root, list_folder)
         if deeper:
@@ -121,24 +145,43 @@ def read_list(root: Path, list_folder: str, split: str) -> list[str]:
                 f"{root}: got no folder {list_folder}, wanted the folder that has it; give data.root={deeper[0]}"
             ) from None
         there = sorted(other.stem for other in folder.glob("*.txt")) or "none at all"
-        raise UserError(f"{path}: no such list, found {there}; check data.root, or unpack the archive again") from None
+        raise UserError(f"{path}: no such list, found {there}; check data.root, or {remedy}") from None
+    for name in names:
+        if PurePosixPath(name).name != name or "\\" in name or name == "..":
+            raise UserError(f"{path}: got the name {name!r}, wanted names without folders; check the list")
+    refuse_doubles(names, path)
+    return names
+
+
+def list_lines(path: Path, *, remedy: str) -> list[str]:
+    """The lines of a list without blank ones.
+
+    Raises UserError where it is empty, unreadable or no text, and FileNotFoundError where there is none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # which also removes a byte-order mark
+    except FileNotFoundError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise file_error(
             error, f"{path}: got an unreadable list ({error}), wanted one image name a line in UTF-8"
         ) from None
     names = [name for line in lines if (name := line.strip())]
     if not names:
-        raise UserError(f"{path}: got an empty list, wanted one image name a line; unpack the archive again")
-    seen: set[str] = set()
+        raise UserError(f"{path}: got an empty list, wanted one image name a line; {remedy}")
     for name in names:
         if any(ord(character) < 32 for character in name):
             raise UserError(f"{path}: got the line {name!r}, wanted one image name a line and nothing else")
-        if PurePosixPath(name).name != name or "\\" in name or name == "..":
-            raise UserError(f"{path}: got the name {name!r}, wanted names without folders; check the list")
+    return names
+
+
+def refuse_doubles(names: Sequence[str], path: Path) -> None:
+    """Raise UserError where an image stands twice in the list ``path``."""
+    seen: set[str] = set()
+    for name in names:
         if name in seen:
             raise UserError(f"{path}: got {name!r} twice, wanted each image once; remove the second line")
         seen.add(name)
-    return names
 
 
 def find_roots(folder: Path, list_folder: str) -> list[Path]:

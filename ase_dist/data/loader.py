@@ -124,11 +124,19 @@ def open_dataset(settings: Settings, tasks: tuple[Task, ...], *, split: Split) -
     Raises UserError where files are missing (see FolderDataset and PackedDataset).
     """
     data = settings.data
-    reader = reader_of(data.name)
+    reader = reader_of(data.data_set)
     root = reader.place(data)
     limit = data.limit_train if split == "train" else data.limit_val
     if root is not None and is_packed(root):
-        return PackedDataset(root, split, tasks, data=data.name, limit=limit, cache_in_memory=data.cache_in_memory)
+        return PackedDataset(
+            root,
+            split,
+            tasks,
+            data=data.name,
+            description=data.description,
+            limit=limit,
+            cache_in_memory=data.cache_in_memory,
+        )
     return reader(root, split, tasks, limit=limit, cache_in_memory=data.cache_in_memory)
 
 

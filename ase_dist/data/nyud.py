@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from ase_dist.data import decode
 from ase_dist.data.file_check import Patterns
+from ase_dist.data.files import UNPACK_AGAIN
 from ase_dist.data.folder import FolderDataset
 
 
@@ -29,3 +30,4 @@ class NYUD(FolderDataset):
     decoders: ClassVar[Mapping[str, decode.Decoder]] = {"semseg": decode.nyud_classes}
     counts: ClassVar[Mapping[str, int]] = {"train": 795, "val": 654}
     origin = "the code of ASTMT, MTI-Net, ATRC and InvPT says where NYUD_MT.tgz is to be had"
+    remedy = UNPACK_AGAIN

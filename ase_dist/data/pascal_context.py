@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ase_dist.data import decode
 from ase_dist.data.file_check import Patterns
-from ase_dist.data.files import Array
+from ase_dist.data.files import UNPACK_AGAIN, Array
 from ase_dist.data.folder import FolderDataset
 
 _LABEL_MAP: Patterns = ("pascal-context/trainval/{}.mat",)
@@ -30,6 +30,7 @@ class PascalContext(FolderDataset):
     decoders: ClassVar[Mapping[str, decode.Decoder]] = {"human_parts": decode.human_parts}
     counts: ClassVar[Mapping[str, int]] = {"train": 4998, "val": 5105}
     origin = "the code of ASTMT, MTI-Net, ATRC and InvPT says where PASCAL_MT.tgz is to be had"
+    remedy = UNPACK_AGAIN
 
     def decode_labels(self, name: str, shape: tuple[int, int]) -> dict[str, Array]:
         """As FolderDataset's; ``LabelMap`` is read once for edges and normals."""

@@ -17,6 +17,7 @@ from ase_dist.cores import share_of_cores
 from ase_dist.data.loader import EvalLoader, build_eval_loader
 from ase_dist.deployment.reference import read_reference
 from ase_dist.deployment.trained_model import TrainedModel, open_trained_model
+from ase_dist.description import FILE_NAME, find_description
 from ase_dist.errors import UserError, did_you_mean, file_error
 from ase_dist.evaluation.comparison import Reference, compare
 from ase_dist.evaluation.metrics import EdgeOds
@@ -25,7 +26,7 @@ from ase_dist.evaluation.tables import FORMAT, Report, to_json, to_latex, to_mar
 from ase_dist.files import sha256_of, write_atomic
 from ase_dist.json_files import read_object
 from ase_dist.overwriting import refuse_foreign
-from ase_dist.tasks import DATA_SETS, Task, select_tasks
+from ase_dist.tasks import DATA_SETS, Task
 from ase_dist.training.loop.evaluate import Gallery, Results, evaluate
 from ase_dist.training.process.runtime import World
 from ase_dist.training.record.console import StepProgress
@@ -68,15 +69,24 @@ def evaluate_model(request: EvaluationRequest, world: World, *, console: Console
     trained = open_trained_model(request.path, checkpoint=request.checkpoint, device=world.device)
     settings = data_settings(trained, request)
     own = {task.name: task for task in trained.tasks}
-    tasks = select_tasks(settings.data.name, settings.tasks)
-    for task in tasks:
+    there = settings.chosen_tasks()
+    for task in there:
         if task.name not in own:
             raise UserError(f"--tasks: the model has no {task.name!r}, wanted some of {', '.join(own)}")
-        if own[task.name].channels != task.channels:
+        if (own[task.name].kind, own[task.name].channels) != (task.kind, task.channels):
             raise UserError(
                 f"--data: {task.name} has {task.channels} channels in {settings.data.name}, "
                 f"{own[task.name].channels} in the model; leave it out with --tasks, or take other data"
             )
+        if task.class_names and own[task.name].class_names and task.class_names != own[task.name].class_names:
+            odd = next(
+                pair for pair in zip(task.class_names, own[task.name].class_names, strict=True) if len({*pair}) > 1
+            )
+            raise UserError(
+                f"--data: {task.name} has other classes in {settings.data.name}, {odd[0]!r} where the model has "
+                f"{odd[1]!r}; leave it out with --tasks, or take other data"
+            )
+    tasks = tuple(own[task.name] for task in there)
     if request.nms and not request.edge_ods:
         raise UserError("--nms: it is a part of the boundary F-measure; add --edge-ods")
     if request.edge_ods and not any(task.kind == "edges" for task in tasks):
@@ -164,8 +174,8 @@ def write_report(report: Report, out: str | Path) -> None:
 def data_settings(trained: TrainedModel, request: EvaluationRequest) -> Settings:
     """The model's settings with the requested data, by default its own.
 
-    A name is a data set, in its default folder unless it is the model's own; a folder is read in the layout of the
-    model's own data set.
+    A name is a data set, in its default folder unless it is the model's own; a folder is read as the dataset.yaml in it
+    says, or without one in the layout of the model's own data set. A dataset.yaml may be named too.
     """
     for override in request.overrides:
         section = override.partition("=")[0].strip().partition(".")[0]
@@ -174,14 +184,17 @@ def data_settings(trained: TrainedModel, request: EvaluationRequest) -> Settings
     names = [task.name for task in trained.tasks] if request.tasks is None else [*request.tasks]
     values: dict[str, Any] = {"tasks": names}
     data, own = request.data, trained.settings.data.name
-    if data in DATA_SETS and data != own:
-        values |= {"data.name": data, "data.root": None}
-    elif data is not None and data != own:
-        if not Path(data).is_dir():
+    if data is not None and (data != own or (data not in DATA_SETS and Path(data).exists())):
+        name, root = data, None
+        if data not in DATA_SETS and Path(data).is_dir() and not (Path(data) / FILE_NAME).is_file():
+            name, root = trained.settings.data.data_set.layout or own, Path(data)
+        elif data not in DATA_SETS and (described_by := find_description(data, None)) is not None:
+            name = str(described_by)
+        elif data not in DATA_SETS and ":" not in data:
             raise UserError(
                 f"--data: {data!r} is neither a folder nor one of {', '.join(DATA_SETS)}{did_you_mean(data, DATA_SETS)}"
             )
-        values |= {"data.name": DATA_SETS[own].layout or own, "data.root": Path(data)}
+        values |= {"data.name": name, "data.root": root}
     return override_settings(trained.settings, values | dict(map(parse_override, request.overrides)))
 
 

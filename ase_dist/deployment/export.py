@@ -22,7 +22,7 @@ from ase_dist.files import discard, fsync, make_empty, put_in_place, sha256_of, 
 from ase_dist.models import MultiTaskModel
 from ase_dist.models.export_file import CARD, WEIGHTS, Card, ImageFacts
 from ase_dist.models.names import named_tensors
-from ase_dist.tasks import Task, select_tasks
+from ase_dist.tasks import Task
 from ase_dist.training.loop.evaluate import Gallery, Results, evaluate
 from ase_dist.training.process.device import find_device
 from ase_dist.training.state.meta import read_meta
@@ -45,7 +45,7 @@ def export_run(run: str | Path, out: str | Path, *, checkpoint: str = "newest", 
     if out.exists() or out.is_symlink():
         raise UserError(f"export: {str(out)!r} exists already; name a new folder")
     settings = read_run(run)
-    tasks = select_tasks(settings.data.name, settings.tasks)
+    tasks = settings.chosen_tasks()
     with choose_checkpoint(run, checkpoint) as found:
         model = rebuild(settings, tasks, found)
         meta = read_meta(found)
@@ -95,6 +95,7 @@ def write_export(
             dtype=dtype,
             sha256=sha256_of(temporary / WEIGHTS),
             data=settings.data.name,
+            description=settings.data.description,
             versions=versions_of("ase_dist", "torch", "timm", "safetensors"),
             **facts,
         )

@@ -9,13 +9,13 @@ from typing import Literal
 
 import torch
 
-from ase_dist.config import Settings, load_settings
+from ase_dist.config import Settings, recorded_settings
 from ase_dist.deployment.exported import ExportedModel, load
 from ase_dist.errors import UserError
 from ase_dist.models import MultiTaskModel, build_model
 from ase_dist.models.export_file import CARD
 from ase_dist.models.names import task_order, trained_entries
-from ase_dist.tasks import Task, select_tasks
+from ase_dist.tasks import Task
 from ase_dist.training.loop.components import frozen_digest
 from ase_dist.training.record.run_folder import RunFolder
 from ase_dist.training.state.checkpoint import Checkpoint
@@ -54,11 +54,12 @@ def open_trained_model(path: str | Path, *, checkpoint: str = "newest", device: 
             raise UserError(f"--checkpoint: {str(path)!r} is an export, which holds one model; leave the option out")
         export = load(path, device=device)
         card = export.card
-        tree = {"data": {"name": card.data, "size": card.image.size}, "tasks": [task.name for task in card.tasks]}
+        data = {"name": card.data, "size": card.image.size, "description": card.description}
+        tree = {"data": data, "tasks": [task.name for task in card.tasks]}
         chosen = Settings.model_validate(tree).model_copy(update={"model": card.model})
         return TrainedModel(path, "export", export, export.tasks, chosen, card.step)
     settings = read_run(path)
-    tasks = select_tasks(settings.data.name, settings.tasks)
+    tasks = settings.chosen_tasks()
     with choose_checkpoint(path, checkpoint) as found:
         model = rebuild(settings, tasks, found).requires_grad_(False).to(device).eval()
         return TrainedModel(path, "run", model, tasks, settings, found.step)
@@ -74,7 +75,7 @@ def read_run(run: Path) -> Settings:
     config = RunFolder(run).config
     if not config.is_file():
         raise UserError(f"{str(run)!r} is no run, there is no {config.name} in it; name the output= of a run")
-    return load_settings(config)
+    return recorded_settings(config)
 
 
 def choose_checkpoint(run: Path, wanted: str) -> Checkpoint:

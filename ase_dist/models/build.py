@@ -147,6 +147,8 @@ def _build_heads(
     factory: HeadFactory = HEADS[settings.model.head]
     heads = {}
     for task in tasks:
+        if hasattr(nn.ModuleDict, task.name):  # torch takes no module of such a name
+            raise UserError(f"tasks: got the name {task.name!r}, a word of torch's; give the task another name")
         with seeded_initialisation(settings.seed, "heads", task.name):
             heads[task.name] = factory(width, task.channels, grid=grid, patch=patch, width=settings.model.head_width)
     return heads

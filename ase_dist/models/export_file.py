@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ase_dist.config import ModelSettings
+from ase_dist.description import DataSetDescription
 from ase_dist.errors import UserError, first_problem
 from ase_dist.files import sha256_of
 from ase_dist.json_files import read_object
@@ -48,17 +49,15 @@ class Card(BaseModel):
     dtype: str
     sha256: str
     data: str
+    description: DataSetDescription | None = None
     step: int
     metrics: dict[str, dict[str, float | None]] | None
     backbone: dict[str, str]
     versions: dict[str, str]
 
     def to_json(self) -> str:
-        """The text of the file; each task with its palette, for readers without this package."""
-        tree = self.model_dump(mode="json")
-        for facts, task in zip(tree["tasks"], self.tasks, strict=True):
-            facts["palette"] = task.palette
-        return json.dumps(tree, indent=2) + "\n"
+        """The text of the file; each task has its palette, which may be changed there."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ase_dist.config import Settings
 from ase_dist.planning.flops import on_fake_tensors
-from ase_dist.tasks import select_tasks
 from ase_dist.training.loop import losses
 
 
@@ -43,7 +42,7 @@ def measure_activations(settings: Settings, *, width: int) -> Activations:
     ``width`` is the bytes of an activation element; what is always float32 (gates, losses) has 4.
     """
     fits = width == 4 and settings.model.moe.experts != "ffn"  # else shapes are taken in bf16, and their bytes scaled
-    size, tasks = settings.data.size, select_tasks(settings.data.name, settings.tasks)
+    size, tasks = settings.data.size, settings.chosen_tasks()
     with on_fake_tensors(settings, dtype=torch.float32 if fits else torch.bfloat16) as (model, image):
         kept = _SavedBytes([image, *model.parameters(), *model.buffers()], width=width)
         for block in model.blocks:

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 from ase_dist.config import Settings
 from ase_dist.models.build import build_model
 from ase_dist.models.multitask_resnet import MultiTaskModel
-from ase_dist.tasks import select_tasks
 
 
 class Flops(NamedTuple):
@@ -35,7 +34,7 @@ def bare_model(settings: Settings) -> MultiTaskModel:
     with torch.device("meta"):
         return build_model(
             settings.model_copy(update={"model": model}),
-            select_tasks(settings.data.name, settings.tasks),
+            settings.chosen_tasks(),
             expert_layer="plain",
         )
 

@@ -13,14 +13,14 @@ from ase_dist.report.charts import INK, Chart, Line
 from ase_dist.report.results import ResultRow, gains
 from ase_dist.report.text import significant, size
 from ase_dist.training.record.plots import COLORS, TRIVIAL
-from ase_dist.training.record.records import Array, Records, Series, task_facts
+from ase_dist.training.record.records import Array, Records, Series
 
 
 def loss_charts(records: Records) -> list[Chart]:
     """The weighted sum and each task's own loss, pale as recorded and bold as a running mean."""
     found = [_smoothed("Weighted sum of losses", records.series("train", "loss"), INK)]
     found += [
-        _smoothed(task_facts(records.data, name).title, records.series("train", "losses", name), color_of(i))
+        _smoothed(records.facts_of(name).title, records.series("train", "losses", name), color_of(i))
         for i, name in enumerate(records.tasks_with_loss())
     ]
     return [chart for chart in found if chart]
@@ -82,7 +82,7 @@ def gate_charts(records: Records) -> list[Chart]:
     for i, name in enumerate(records.task_names(gates_RLt.shape[2])):
         mean = Series([float(step) for step in steps], [_mean_of_known(gates_L) for gates_L in gates_RLt[:, :, i]])
         lines = [*_layer_lines(steps, gates_RLt[:, :, i]), Line(mean, INK, "mean of the layers")]
-        title, value = task_facts(records.data, name).title, significant(mean.last, 3)
+        title, value = records.facts_of(name).title, significant(mean.last, 3)
         found.append(Chart(title, lines, note="mean over tokens", value=value, zero=True))
     return found
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ase_dist.evaluation.delta_m import delta_m
+from ase_dist.evaluation.scores import CLASS_PREFIX
 from ase_dist.report.text import DASH, significant
-from ase_dist.training.record.records import Records, Series, TaskFacts, task_facts
+from ase_dist.training.record.records import Records, Series, TaskFacts
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def result_rows(records: Records) -> list[ResultRow]:
     """A row for every task that was evaluated, in the model's order."""
     rows = []
     for name in records.evaluated_tasks():
-        facts = task_facts(records.data, name, metrics=records.metric_names(name))
+        facts = records.facts_of(name, metrics=records.metric_names(name))
         series = records.series("eval", "metrics", name, facts.metric)
         rows.append(ResultRow(facts, series, records.series("eval", "trivial", name, facts.metric).last))
     return rows
@@ -80,6 +81,16 @@ def gains(rows: Sequence[ResultRow]) -> Series:
     return Series(steps, values)
 
 
+def class_colors(records: Records) -> dict[str, dict[str, str]]:
+    """By task title the colour, #rrggbb, of each metric that is the IoU of a class."""
+    found = {}
+    for task in records.evaluated_tasks():
+        facts = records.facts_of(task)
+        colors = {f"{CLASS_PREFIX}{name}": "#{:02x}{:02x}{:02x}".format(*color) for name, color in facts.classes}
+        found[facts.title] = colors
+    return found
+
+
 def other_metrics(records: Records) -> list[tuple[str, list[tuple[str, str, str, str]]]]:
     """By task the title and rows of every metric: name, trivial, first and latest value as text."""
     tables = []
@@ -90,5 +101,5 @@ def other_metrics(records: Records) -> list[tuple[str, list[tuple[str, str, str,
             trivial = records.series("eval", "trivial", task, metric).last
             first = next((value for value in values.values if math.isfinite(value)), math.nan)
             rows.append((metric, significant(trivial), significant(first), significant(values.last)))
-        tables.append((task_facts(records.data, task).title, rows))
+        tables.append((records.facts_of(task).title, rows))
     return tables

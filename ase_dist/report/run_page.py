@@ -11,12 +11,12 @@ from ase_dist.report.images import Candidate, make_album
 from ase_dist.report.outcome import outcome, settle_ranks
 from ase_dist.report.ranks import RankReport, read_ranks
 from ase_dist.report.reading import Reader
-from ase_dist.report.results import gains, other_metrics, result_rows
+from ase_dist.report.results import class_colors, gains, other_metrics, result_rows
 from ase_dist.report.settings import read_settings, settings_sections
 from ase_dist.report.text import DASH, many, plural, significant, size
 from ase_dist.training.record.console import clock
 from ase_dist.training.record.environment import harmless_environment
-from ase_dist.training.record.records import Records, branch, number, reach, task_facts
+from ase_dist.training.record.records import Records, branch, number, reach
 from ase_dist.training.record.run_folder import RunFolder
 
 MOST_RANKS = 64  # rows of the table of ranks
@@ -45,6 +45,7 @@ def run_content(run: RunFolder) -> dict[str, Any]:
         "gain": gains(rows),
         "evaluated_at": [int(record["step"]) for record in records.of_kind("eval")],
         "other_metrics": other_metrics(records),
+        "class_colors": class_colors(records),
         "album": make_album(prediction_candidates(run)),
         "metric_charts": curves.metric_charts(records, rows),
         "loss_charts": curves.loss_charts(records),
@@ -136,7 +137,7 @@ def _about(settings: Mapping[str, Any], records: Records) -> str:
     if moe.get("enabled") and "num_experts" in moe:
         size_of = "/".join(str(moe.get(key)) for key in ("num_experts", "k", "num_shared", "rank"))
         words.append(f"experts {size_of} (N/k/S/r), gating {moe.get('gating')}")
-    titles = [task_facts(records.data, name).title for name in records.tasks]
+    titles = [records.facts_of(name).title for name in records.tasks]
     return "; ".join([*words, *([", ".join(titles)] if titles else [])])
 
 

@@ -78,6 +78,7 @@ class Results(_Tolerant):
 
     data: str = ""
     tasks: list[str] = []
+    task_facts: dict[str, Any] = {}
     variants: list[VariantResult] = []
 
 

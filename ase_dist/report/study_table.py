@@ -93,7 +93,7 @@ def study_rows(facts: StudyFacts, results: Results, columns: Sequence[StudyColum
 def study_task(results: Results, name: str) -> TaskFacts:
     """The task's facts, with a metric that the results hold."""
     measured = next((list(v.metrics[name]) for v in results.variants if v.metrics.get(name)), [])
-    return task_facts(results.data, name, metrics=measured)
+    return task_facts(results.data, name, metrics=measured, recorded=results.task_facts)
 
 
 def _scores(variant: VariantResult, *, task: str, metric: str) -> Sequence[float | None]:

@@ -12,6 +12,8 @@ from ase_dist.scenes.make import ensure_scenes
 class Scenes(PascalContext):
     """Generated scenes with the five labels, in the layout of PASCAL_MT."""
 
+    remedy = "remove the folder, and it is rendered again"
+
     @classmethod
     def place(cls, data: DataSettings) -> Path:
         """The folder of the scenes that ``data`` wants, rendered now if it is missing. Raises as ``ensure_scenes``."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from ase_dist.evaluation.delta_m import delta_m, directions
 from ase_dist.evaluation.seeds import mean_and_spread
@@ -23,20 +25,25 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
     Delta_m of a seed is relative to the reference variant's mean over its seeds, over the tasks that both have. Values
     by seed have the order of ``seeds``, the complete ones.
     """
-    data = jobs[0].settings.data.name
+    data = jobs[0].settings.data
+    tasks = data.data_set.tasks
     found = [_collect_variant(variant, [job for job in jobs if job.variant == variant.name]) for variant in variants]
     by_name = {entry["name"]: entry for entry in found}
     for entry in found:
         reference = by_name[references[entry["name"]]]
         entry["reference"] = reference["name"]
-        entry["delta_m"] = _delta_m_by_seed(entry, reference, data)
+        entry["delta_m"] = _delta_m_by_seed(entry, reference, tasks)
     names = list(dict.fromkeys(task for entry in found for task in entry["metrics"]))
-    return {"data": data, "tasks": names, "variants": found}
+    facts = {name: asdict(tasks[name]) for name in names}
+    return {"data": data.name, "tasks": names, "task_facts": facts, "variants": found}
 
 
 def task_of(results: Mapping[str, Any], name: str) -> Task:
-    """The task of that name, on the data set of the results."""
-    return select_tasks(str(results["data"]), (name,))[0]
+    """The task of that name, as the results have it; those of earlier versions name the data set only."""
+    if "task_facts" not in results:
+        return select_tasks(str(results["data"]), (name,))[0]
+    task: Task = TypeAdapter(Task).validate_python(results["task_facts"][name])
+    return task
 
 
 def _collect_variant(variant: Variant, jobs: Sequence[StudyJob]) -> dict[str, Any]:
@@ -73,11 +80,13 @@ def _collect_variant(variant: Variant, jobs: Sequence[StudyJob]) -> dict[str, An
     }
 
 
-def _delta_m_by_seed(entry: Mapping[str, Any], reference: Mapping[str, Any], data: str) -> list[float | None] | None:
+def _delta_m_by_seed(
+    entry: Mapping[str, Any], reference: Mapping[str, Any], table: Mapping[str, Task]
+) -> list[float | None] | None:
     names = [task for task in entry["metrics"] if task in reference["metrics"]]
     if not names or not entry["seeds"]:
         return None
-    tasks = select_tasks(data, names)
+    tasks = [table[name] for name in names]
     base = {t.name: mean_and_spread(reference["metrics"][t.name][t.metric])[0] for t in tasks}
     found: list[float | None] = []
     for i in range(len(entry["seeds"])):

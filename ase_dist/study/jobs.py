@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from ase_dist.baselines import apply_baseline, find_baseline
-from ase_dist.config import Settings, build_settings, flat, load_settings, override_settings, parse_override
+from ase_dist.config import (
+    Settings,
+    build_settings,
+    flat,
+    load_settings,
+    override_settings,
+    parse_override,
+    recorded_settings,
+)
 from ase_dist.errors import UserError
 from ase_dist.study.presets import Preset
 from ase_dist.study.variants import Variant
-from ase_dist.tasks import select_tasks
 from ase_dist.training.record.run_folder import RunFolder
 
 LOGGER = logging.getLogger("ase_dist")
@@ -59,7 +66,7 @@ class StudyJob:
         """
         config = self.run.config
         if config.is_file():
-            other, wanted = _comparable(load_settings(config)), _comparable(self.settings)
+            other, wanted = _comparable(recorded_settings(config)), _comparable(self.settings)
             different = sorted(key for key in wanted if other.get(key) != wanted[key])
             if different:
                 raise UserError(
@@ -97,7 +104,7 @@ def jobs_of(
     jobs = []
     for seed, variant in product(range(seeds), variants):
         chosen = settings[variant.name]
-        tasks = tuple(task.name for task in select_tasks(chosen.data.name, chosen.tasks))
+        tasks = tuple(task.name for task in chosen.chosen_tasks())
         folder = out / "runs" / variant.name / f"seed_{seed}"
         separate = find_baseline(variant.baseline).separate
         for run, names in {folder / name: (name,) for name in tasks}.items() if separate else [(folder, tasks)]:

@@ -15,8 +15,9 @@ from ase_dist.data.files import read_image
 from ase_dist.data.packed.layout import PackedManifest, read_index, read_manifest, unpack_label
 from ase_dist.data.packed.verify import wrong_sizes
 from ase_dist.data.readers import reader_of
+from ase_dist.description import DataSetDescription, described, differences
 from ase_dist.errors import UserError
-from ase_dist.tasks import Task
+from ase_dist.tasks import DATA_SETS, Task
 
 
 class _Place(NamedTuple):
@@ -40,13 +41,14 @@ class PackedDataset(RecordDataset):
         tasks: Sequence[Task],
         *,
         data: str,
+        description: DataSetDescription | None = None,
         limit: int | None = None,
         cache_in_memory: bool = False,
     ) -> None:
         self.root = Path(root)
         manifest = read_manifest(self.root)
-        self._check(manifest, data, split, [task.name for task in tasks])
-        self.title = reader_of(data).title
+        self._check(manifest, data, description, split, [task.name for task in tasks])
+        self.title = reader_of(data if description is None else described(description)).title
         self._pictures = manifest.pictures
         self._fields = {name: i + 1 for i, name in enumerate(manifest.tasks)}
         self._maps: dict[Path, mmap.mmap] = {}
@@ -90,12 +92,27 @@ class PackedDataset(RecordDataset):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
 
-    def _check(self, manifest: PackedManifest, data: str, split: str, tasks: list[str]) -> None:
-        if data != manifest.data:
+    def _check(
+        self,
+        manifest: PackedManifest,
+        data: str,
+        description: DataSetDescription | None,
+        split: str,
+        tasks: list[str],
+    ) -> None:
+        if (data, description is None) != (manifest.data, manifest.description is None):
+            there, wanted = (reader_of(name).title if name in DATA_SETS else name for name in (manifest.data, data))
             raise UserError(
-                f"data.root: {self.root} is {reader_of(manifest.data).title} packed, wanted {reader_of(data).title}; "
-                f"set data.name={manifest.data}, or name another folder"
+                f"data.root: {self.root} is {there} packed, wanted {wanted}; set data.name={manifest.data}, or name "
+                "another folder"
             )
+        if description is not None and manifest.description is not None:
+            refused, _ = differences(manifest.description.model_dump(mode="json"), description.model_dump(mode="json"))
+            for difference in refused.values():
+                raise UserError(
+                    f"data.root: {self.root} was packed by another dataset.yaml ({difference}); "
+                    "make it again with launch/prepare_data.py"
+                )
         if split not in manifest.splits:
             raise UserError(f"{self.root}: got the lists {', '.join(manifest.splits)} packed, wanted {split}")
         absent = [task for task in tasks if task not in manifest.tasks]

@@ -9,7 +9,6 @@ from ase_dist.data.cache import track_progress
 from ase_dist.data.packed.shard import Findings, ShardJob, check, pack
 from ase_dist.data.readers import reader_of
 from ase_dist.errors import UserError
-from ase_dist.tasks import DATA_SETS, DataSet
 from ase_dist.workers import WorkerDiedError, run_calls
 
 FEW = 64  # images that are not worth starting processes for
@@ -26,11 +25,13 @@ def run_jobs(
         raise UserError(f"--workers: got {workers}, wanted at least 1")
     if not jobs:
         return []
-    images, data = sum(len(job.names) for job, _ in jobs), jobs[0][0].data
+    images = sum(len(job.names) for job, _ in jobs)
     workers = min(workers or usable_cores(), len(jobs))
-    if images <= FEW or reader_of(data).__module__ == "__main__":  # which other processes could not import
+    if (
+        images <= FEW or reader_of(jobs[0][0].data_set or jobs[0][0].data).__module__ == "__main__"
+    ):  # which other processes could not import
         workers = 1
-    calls = ((number, job, fingerprint, DATA_SETS[data]) for number, (job, fingerprint) in enumerate(jobs))
+    calls = ((number, job, fingerprint) for number, (job, fingerprint) in enumerate(jobs))
     found: dict[int, Findings] = {}
 
     def counts() -> Iterator[int]:
@@ -45,7 +46,6 @@ def run_jobs(
     return [found[number] for number in range(len(jobs))]
 
 
-def do_job(number: int, job: ShardJob, fingerprint: str | None, data_set: DataSet) -> tuple[int, Findings]:
-    """``number`` and the findings of a job; a worker does not know what a program has added to the table."""
-    DATA_SETS[job.data] = data_set
+def do_job(number: int, job: ShardJob, fingerprint: str | None) -> tuple[int, Findings]:
+    """``number`` and the findings of a job."""
     return number, check(job) if fingerprint is None else pack(job, fingerprint)

@@ -18,13 +18,14 @@ from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import zstandard
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ase_dist.data.files import Array
 from ase_dist.data.labels import compact_form
+from ase_dist.description import DataSetDescription
 from ase_dist.errors import UserError, file_error, first_problem
 from ase_dist.files import read_bytes
-from ase_dist.tasks import Kind, packable
+from ase_dist.tasks import Kind
 
 MANIFEST = "packed.json"
 VERSION = 2  # also raised when decode.py changes: what was packed before is then packed again
@@ -35,15 +36,6 @@ FileName = Annotated[str, Field(pattern=r"^[a-z]+-[0-9]+\.bin$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 RecordT = TypeVar("RecordT", bound="_Record")
-
-
-def _checked(name: str) -> str:
-    if name not in packable():
-        raise UserError(f"got the data set {name!r}, wanted one of {', '.join(packable())}")
-    return name
-
-
-DataName = Annotated[str, AfterValidator(_checked)]
 
 
 class _Record(BaseModel):
@@ -60,11 +52,12 @@ class ShardEntry(_Record):
 
 
 class PackedManifest(_Record):
-    """The contents of packed.json; ``source`` and ``fingerprint`` say what was packed."""
+    """The contents of packed.json; ``source``, ``description`` and ``fingerprint`` say what was packed."""
 
     format: Literal["ase_dist packed data"] = "ase_dist packed data"
     version: int = VERSION
-    data: DataName
+    data: str
+    description: DataSetDescription | None = None
     tasks: tuple[str, ...]
     pictures: Pictures
     source: str

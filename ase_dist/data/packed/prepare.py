@@ -20,7 +20,6 @@ from ase_dist.data.packed.findings import conclude
 from ase_dist.data.packed.jobs import run_jobs
 from ase_dist.data.packed.layout import (
     MANIFEST,
-    DataName,
     PackedManifest,
     Pictures,
     ShardEntry,
@@ -41,9 +40,10 @@ from ase_dist.data.packed.source import (
 )
 from ase_dist.data.packed.verify import wrong_sizes
 from ase_dist.data.readers import reader_of
+from ase_dist.description import FILE_NAME, DataSetDescription, described, to_yaml
 from ase_dist.errors import UserError, file_error
 from ase_dist.files import discard, flush, put_in_place, recover, sha256_of, write_atomic
-from ase_dist.tasks import select_tasks
+from ase_dist.tasks import DataSet, find_data_set, packable, select_tasks
 from ase_dist.versions import versions_of
 
 log = logging.getLogger(__name__)
@@ -55,20 +55,32 @@ class Request:
 
     ``tasks`` None: all of the data set's. ``pictures`` says whether images are kept as pixels, which are read faster,
     or as the files that they are, which take a sixth of the space. ``subset`` allows other lists than the published.
-    ``workers`` None: a process for each core that this one may use.
+    ``workers`` None: a process for each core that this one may use. ``description`` is that of a data set of one's
+    own, whose name is ``data``.
     """
 
-    data: DataName
+    data: str
     source: Path
     tasks: tuple[str, ...] | None = None
     pictures: Pictures = "pixels"
     subset: bool = False
     workers: int | None = None
+    description: DataSetDescription | None = None
+
+    @property
+    def data_set(self) -> DataSet:
+        """The data set that ``source`` holds; UserError where ``data`` is none, or is generated and not packed."""
+        if self.description is not None:
+            return described(self.description)
+        found = find_data_set(self.data)
+        if found.layout is not None:
+            raise UserError(f"got the data set {self.data!r}, wanted one of {', '.join(packable())}")
+        return found
 
     @property
     def task_names(self) -> tuple[str, ...]:
         """The tasks to pack; UserError for one that the data set does not have."""
-        return tuple(task.name for task in select_tasks(self.data, self.tasks))
+        return tuple(task.name for task in select_tasks(self.data_set, self.tasks, data_name=self.data))
 
 
 def prepare(request: Request, out: Path | None = None) -> Path:
@@ -79,6 +91,8 @@ def prepare(request: Request, out: Path | None = None) -> Path:
     the folder cannot be written; what was packed until then is kept for the next time.
     """
     archive, tasks = is_archive(request.source), request.task_names
+    if request.pictures == "files" and request.description is not None and request.description.orientation == "upright":
+        raise UserError("--pictures files: pictures that are turned upright are packed as pixels; leave the option out")
     place = (out or default_place(request.source, request.data)).absolute()
     check_place(request.source, place)
     try:
@@ -96,7 +110,7 @@ def prepare(request: Request, out: Path | None = None) -> Path:
                 if not folder.is_dir():  # else unpacked by a process that was interrupted later on
                     log.info("unpacking %s", request.source)
                     unpack(request.source, folder)
-            _pack(request, find_root(folder, reader_of(request.data), named=request.source), place, tasks)
+            _pack(request, find_root(folder, reader_of(request.data_set), named=request.source), place, tasks)
             if archive:
                 discard(folder)
     except OSError as error:
@@ -122,13 +136,22 @@ def check_only(request: Request, out: Path | None = None) -> int:
             folder = place.with_name(f".{place.name}.checked-{os.getpid()}")
             stack.callback(discard, folder)
             unpack(request.source, folder)
-        root = find_root(folder, reader_of(request.data), named=request.source)
-        lists = read_lists(root, reader_of(request.data), subset=request.subset)
-        jobs = plan(root, request.data, lists, tasks=tasks, pictures=request.pictures, target=place)
+        root = find_root(folder, reader_of(request.data_set), named=request.source)
+        lists = read_lists(root, reader_of(request.data_set), subset=request.subset)
+        jobs = plan(
+            root,
+            request.data,
+            request.data_set,
+            lists,
+            tasks=tasks,
+            pictures=request.pictures,
+            target=place,
+            spelling=request.description is None,  # of one's own data every problem is named below
+        )
         findings = run_jobs(
             [(job, None) for job in jobs], request.workers, doing="checking", did="checked", where=f"of {root}"
         )
-        conclude(findings, root, place, kind=reader_of(request.data))
+        conclude(findings, root, place, kind=reader_of(request.data_set))
     return sum(len(names) for names in lists.values())
 
 
@@ -141,7 +164,8 @@ def _is_current(place: Path, request: Request, tasks: tuple[str, ...], fingerpri
     except UserError as error:
         log.info("%s; packing again", error)
         return False
-    as_asked = (there.data, there.tasks, there.pictures) == (request.data, tasks, request.pictures)
+    asked = (request.data, request.description, tasks, request.pictures)
+    as_asked = (there.data, there.description, there.tasks, there.pictures) == asked
     if as_asked and there.fingerprint == fingerprint and not wrong_sizes(place, there):
         log.info("%s is there already, and its source has not changed", place)
         return True
@@ -151,7 +175,7 @@ def _is_current(place: Path, request: Request, tasks: tuple[str, ...], fingerpri
             "name another, or remove it"
         )
     if not as_asked:
-        log.info("%s was packed with other tasks or pictures; packing again", place)
+        log.info("%s was packed with other tasks, pictures or dataset.yaml; packing again", place)
     elif there.fingerprint == fingerprint:
         log.info("%s lacks files; packing again", place)
     else:
@@ -161,8 +185,8 @@ def _is_current(place: Path, request: Request, tasks: tuple[str, ...], fingerpri
 
 def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> None:
     making = place.with_name(f".{place.name}.packing")
-    lists = read_lists(root, reader_of(request.data), subset=request.subset)
-    jobs = plan(root, request.data, lists, tasks=tasks, pictures=request.pictures, target=making)
+    lists = read_lists(root, reader_of(request.data_set), subset=request.subset)
+    jobs = plan(root, request.data, request.data_set, lists, tasks=tasks, pictures=request.pictures, target=making)
     stamped = [(job, job.fingerprint()) for job in jobs]
     whole = hashlib.sha256("".join(stamp for _, stamp in stamped).encode()).hexdigest()
     archive = request.source.is_file()
@@ -177,7 +201,7 @@ def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> 
     if len(todo) < len(jobs):
         log.info("%d of %d files are packed already", len(jobs) - len(todo), len(jobs))
     findings = run_jobs(todo, request.workers, doing="packing", did="packed", where=f"into {place}")
-    conclude(findings, root, place, kind=reader_of(request.data))
+    conclude(findings, root, place, kind=reader_of(request.data_set))
     splits: dict[str, list[ShardEntry]] = {}
     for job in jobs:
         index = read_index(job.target)
@@ -190,6 +214,7 @@ def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> 
         splits.setdefault(job.split, []).append(entry)
     manifest = PackedManifest(
         data=request.data,
+        description=request.description,
         tasks=tasks,
         pictures=request.pictures,
         source=str(request.source.resolve()),
@@ -197,6 +222,8 @@ def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> 
         software=versions_of("ase-dist", "pillow", "scikit-image"),
         splits={split: tuple(entries) for split, entries in splits.items()},
     )
+    if request.description is not None:
+        write_atomic(making / FILE_NAME, to_yaml(request.description))
     write_atomic(making / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     flush(making)
     put_in_place(making, place)  # runs that read the data set that was there keep their mapped files

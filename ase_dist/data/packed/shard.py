@@ -13,14 +13,15 @@ from types import TracebackType
 import numpy as np
 
 from ase_dist.data.batch import Record
-from ase_dist.data.files import read_image
+from ase_dist.data.file_check import FileCheck
 from ase_dist.data.folder import FolderDataset
 from ase_dist.data.packed.layout import VERSION, Pictures, ShardIndex, index_path, pack_label, read_index
 from ase_dist.data.packed.sizes import other_sizes
 from ase_dist.data.readers import reader_of
+from ase_dist.description import DescribedDataSet
 from ase_dist.errors import RunError, UserError
 from ase_dist.files import fsync, write_atomic
-from ase_dist.tasks import select_tasks
+from ase_dist.tasks import DataSet, find_data_set, select_tasks
 
 SHARD = 256  # images in a file
 
@@ -36,11 +37,12 @@ class ShardJob:
     tasks: tuple[str, ...]
     pictures: Pictures
     target: Path
+    data_set: DataSet | None = None  # what ``data`` names, where another process may not know it
 
     def open(self) -> FolderDataset:
         """The images as a data set; nothing is checked."""
-        tasks = select_tasks(self.data, self.tasks)
-        return reader_of(self.data)(self.root, self.split, tasks, names=self.names)
+        data_set = self.data_set or find_data_set(self.data)
+        return reader_of(data_set)(self.root, self.split, select_tasks(data_set, self.tasks), names=self.names)
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that the packed file depends on, the files' contents by their sizes and times."""
@@ -55,6 +57,8 @@ class ShardJob:
                 except OSError:
                     stamps[-1].append(None)
         content = [VERSION, self.data, self.split, self.names, self.tasks, self.pictures, stamps]
+        if isinstance(self.data_set, DescribedDataSet) and self.data_set.description is not None:
+            content.append(self.data_set.description.model_dump_json())
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -126,12 +130,23 @@ def _sound_records(dataset: FolderDataset, findings: Findings) -> Iterator[Recor
 
 def _diagnose(dataset: FolderDataset, name: str, first: str) -> list[SourceProblem]:
     """All problems of one image, of which reading it raised only the ``first``."""
-    missing = [path for path in needed_files(dataset, name) if not path.is_file()]
-    problems = [SourceProblem("missing", str(path.relative_to(dataset.root))) for path in missing]
+    needs = [
+        dataset.image_files,
+        *dict.fromkeys(patterns for task in dataset.tasks for patterns in dataset.files_of(task)),
+    ]
+    check = FileCheck(dataset.root, dataset.title, remedy=dataset.remedy)
+    missing, problems = [], []
+    for patterns in needs:
+        path = dataset.find(name, patterns)
+        if not path.is_file():
+            missing.append(path)
+            similar = check.similar(name, patterns)
+            hint = f" (there is {similar!r}; rename it, or correct the list)" if similar else ""
+            problems.append(SourceProblem("missing", f"{path.relative_to(dataset.root)}{hint}"))
     sentences = []
     shape = (1, 1)  # where the picture is unreadable its labels are still read
     try:
-        image = read_image(dataset.find(name, dataset.image_files), labelled=bool(dataset.tasks))
+        image = dataset.read_picture(name)
         shape = (image.shape[0], image.shape[1])
     except UserError as error:
         sentences.append(str(error))

@@ -11,12 +11,12 @@ from pathlib import Path
 from ase_dist.data.archive import SUFFIXES
 from ase_dist.data.cache import cache_folder
 from ase_dist.data.file_check import FileCheck
-from ase_dist.data.folder import SPLITS, FolderDataset, find_roots, read_list
+from ase_dist.data.folder import SPLITS, FolderDataset
 from ase_dist.data.packed.layout import Pictures, is_packed
 from ase_dist.data.packed.shard import SHARD, ShardJob
 from ase_dist.data.readers import reader_of
 from ase_dist.errors import UserError
-from ase_dist.tasks import select_tasks
+from ase_dist.tasks import DataSet, select_tasks
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def find_root(folder: Path, kind: type[FolderDataset], *, named: Path) -> Path:
 
     Raises UserError if there is none or several on the same level.
     """
-    roots = find_roots(folder, kind.list_folder)
+    roots = kind.find_roots(folder)
     if len(roots) == 1:
         return roots[0]
     names = ", ".join(str(path.relative_to(folder)) for path in roots)
@@ -71,7 +71,7 @@ def find_root(folder: Path, kind: type[FolderDataset], *, named: Path) -> Path:
 
 def read_lists(root: Path, kind: type[FolderDataset], *, subset: bool) -> dict[str, list[str]]:
     """The names of each split; UserError unless there are as many as published, or ``subset`` allows any number."""
-    lists = {split: read_list(root, kind.list_folder, split) for split in SPLITS}
+    lists = {split: kind.read_names(root, split) for split in SPLITS}
     got = {split: len(names) for split, names in lists.items()}
     if kind.counts and not subset and got != dict(kind.counts):
         raise UserError(
@@ -87,15 +87,27 @@ def read_lists(root: Path, kind: type[FolderDataset], *, subset: bool) -> dict[s
 
 
 def plan(
-    root: Path, data: str, lists: Mapping[str, list[str]], *, tasks: Sequence[str], pictures: Pictures, target: Path
+    root: Path,
+    data: str,
+    data_set: DataSet,
+    lists: Mapping[str, list[str]],
+    *,
+    tasks: Sequence[str],
+    pictures: Pictures,
+    target: Path,
+    spelling: bool = True,
 ) -> list[ShardJob]:
-    """The jobs that pack a data set into the folder ``target``; UserError where a task has no folder at all."""
-    kind = reader_of(data)
-    check = FileCheck(root, kind.title, how=TASKS_OPTION)
-    needs = {task.name: kind.files_of(task) for task in select_tasks(data, tasks)}
+    """The jobs that pack a data set into the folder ``target``.
+
+    Raises UserError where a task has no folder at all, and with ``spelling`` for the first file that is only missing
+    because of how its name is written.
+    """
+    kind = reader_of(data_set)
+    check = FileCheck(root, kind.title, remedy=kind.remedy, how=TASKS_OPTION)
+    needs = {task.name: kind.files_of(task) for task in select_tasks(data_set, tasks)}
     check.folders(kind.image_files, needs)
-    for split, names in lists.items():
-        check.spelling(names, kind.image_files, needs, root / kind.list_folder / f"{split}.txt")
+    for split, names in lists.items() if spelling else ():
+        check.spelling(names, kind.image_files, needs, kind.list_of(root, split))
     return [
         ShardJob(
             data,
@@ -105,6 +117,7 @@ def plan(
             tuple(tasks),
             pictures,
             target / f"{split}-{i:03d}.bin",
+            data_set,
         )
         for split, names in lists.items()
         for i, start in enumerate(range(0, len(names), SHARD))

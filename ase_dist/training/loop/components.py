@@ -16,7 +16,7 @@ from ase_dist.config import Settings, flat
 from ase_dist.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader, data_fingerprint
 from ase_dist.errors import UserError
 from ase_dist.models import ParameterTable, build_model, parameter_table
-from ase_dist.tasks import Task, select_tasks
+from ase_dist.tasks import Task
 from ase_dist.training.ds_config import ResolvedConfig
 from ase_dist.training.loop import engine as engines
 from ase_dist.training.loop.conflict import check_conflict_settings
@@ -55,7 +55,7 @@ def build(config: ResolvedConfig, world: World, *, beat: Callable[[str], None]) 
     Raises UserError on all ranks where one of them cannot be built on any rank.
     """
     settings = config.settings
-    tasks = select_tasks(settings.data.name, settings.tasks)
+    tasks = settings.chosen_tasks()
     check_conflict_settings(settings, num_tasks=len(tasks), zero_stage=config.zero_stage)
     runtime.seed_everything(settings.seed, rank=world.rank)
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "device": world.device}

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -169,6 +170,7 @@ def start_record(recorder: Recorder, components: RunComponents, state: RunState)
     processes = collectives.gather_objects({"host": platform.node(), "pid": os.getpid()})
     about = {
         "tasks": [task.name for task in components.tasks],
+        "task_facts": {task.name: asdict(task) for task in components.tasks},
         "data": components.settings.data.name,
         "shared_experts": list(range(moe.num_experts - moe.num_shared, moe.num_experts)) if moe.enabled else [],
         "world": world.size,

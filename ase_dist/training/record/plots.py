@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from ase_dist.files import write_atomic
 from ase_dist.training.record.appending import recording
 from ase_dist.training.record.metrics import read_metrics
-from ase_dist.training.record.records import Records, task_facts
+from ase_dist.training.record.records import Records
 from ase_dist.training.record.run_folder import RunFolder
 
 DPI = 120
@@ -78,7 +78,7 @@ def draw_losses(records: Records) -> Figure | None:
     names = records.tasks_with_loss()
     curves = [("Weighted sum", records.series("train", "loss"), "#222222")]
     for name, color in zip(names, _colors(names), strict=True):
-        curves.append((task_facts(records.data, name).title, records.series("train", "losses", name), color))
+        curves.append((records.facts_of(name).title, records.series("train", "losses", name), color))
     figure, axes = _panels(len(curves))
     for ax, (title, series, color) in zip(axes, curves, strict=True):
         ax.plot(series.steps, series.values, color=color, alpha=0.3, linewidth=1)
@@ -95,7 +95,7 @@ def draw_metrics(records: Records) -> Figure | None:
         return None
     figure, axes = _panels(len(names))
     for ax, name, color in zip(axes, names, _colors(names), strict=True):
-        facts = task_facts(records.data, name, metrics=records.metric_names(name))
+        facts = records.facts_of(name, metrics=records.metric_names(name))
         series = records.series("eval", "metrics", name, facts.metric)
         trivial = records.series("eval", "trivial", name, facts.metric).last
         if math.isfinite(trivial):
@@ -147,7 +147,7 @@ def draw_heatmap(records: Records, *, task: int) -> Figure | None:
         ax.set_title(f"step {step}")
     for ax in axes[-1]:
         ax.set_xlabel("Expert" + (" (S: shared)" if records.shared else ""))
-    figure.suptitle(task_facts(records.data, records.tasks[task]).title, fontsize=11)
+    figure.suptitle(records.facts_of(records.tasks[task]).title, fontsize=11)
     return figure
 
 
@@ -165,7 +165,7 @@ def draw_shared_gate(records: Records) -> Figure | None:
         for layer in range(layers):
             ax.plot(steps, gates[:, layer, i], color=cmap(layer / max(1, layers - 1)), linewidth=1, marker=marker)
         ax.plot(steps, gates[:, :, i].mean(axis=1), color="black", linewidth=2, marker=marker, label="mean of layers")
-        title = task_facts(records.data, name).title
+        title = records.facts_of(name).title
         _finish(ax, title=title, ylabel="Mean shared gate" if i % COLUMNS == 0 else "")
     axes[0].set_ylim(0, 1.05 * float(np.nanmax(gates, initial=1e-3)))  # of all panels: they share the axis
     axes[0].legend(loc="best")

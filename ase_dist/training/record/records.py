@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
-from ase_dist.tasks import find_task
+from ase_dist.tasks import Color, Task, find_task
 from ase_dist.training.record.metrics import STARTS_AND_ENDS
 
 Array = NDArray[np.float64]
@@ -82,6 +83,7 @@ class Records:
         self.has_ends, self.started = "attempt" in run, str(run.get("time", ""))
         self.exit, self.why = str(end.get("exit", "")), str(end.get("why", ""))
         self.data = str(run.get("data", ""))
+        self._task_facts = branch(run, "task_facts")
         self.tasks = list(dict.fromkeys(str(name) for name in _list(run.get("tasks"))))
         self.shared = sorted(value for value in _list(run.get("shared_experts")) if isinstance(value, int))
 
@@ -120,6 +122,10 @@ class Records:
         """What the task's last evaluation measured."""
         found = (_keys(reach(record, "metrics", task)[1]) for record in reversed(self.of_kind("eval")))
         return next((names for names in found if names), [])
+
+    def facts_of(self, task: str, *, metrics: Sequence[str] = ()) -> TaskFacts:
+        """What the run line says about a task; see ``task_facts``."""
+        return task_facts(self.data, task, metrics=metrics, recorded=self._task_facts)
 
     def task_names(self, count: int) -> list[str]:
         """The tasks of an array with ``count`` of them, by number where the run line names others."""
@@ -197,16 +203,29 @@ class TaskFacts(Judged):
     metric: str
     metric_title: str
     higher_is_better: bool | None
+    classes: tuple[tuple[str, Color], ...] = ()  # name and colour, of a task with classes
 
 
-def task_facts(data: str, name: str, *, metrics: Sequence[str] = ()) -> TaskFacts:
-    """The task's row in the table of the data set, of any data set where that does not have it.
+def task_facts(
+    data: str, name: str, *, metrics: Sequence[str] = (), recorded: Mapping[str, Any] | None = None
+) -> TaskFacts:
+    """The task's row as it was ``recorded``; else that of the data set's table, or of any data set that has it.
 
     ``metrics`` are those that were recorded: where the row's own is not among them, or there is no row, the first
     stands for the task and its direction is not known.
     """
-    task = find_task(data, name)
+    task = _recorded_task(name, branch(recorded, name)) or find_task(data, name)
+    classes = tuple(zip(task.class_names, task.palette, strict=False)) if task and task.kind == "classes" else ()
     if task is not None and (task.metric in metrics or not metrics):
-        return TaskFacts(name, task.title, task.metric, task.metric_title, task.higher_is_better)
+        return TaskFacts(name, task.title, task.metric, task.metric_title, task.higher_is_better, classes)
     metric = metrics[0] if metrics else ""
-    return TaskFacts(name, task.title if task else name, metric, metric, None)
+    return TaskFacts(name, task.title if task else name, metric, metric, None, classes)
+
+
+def _recorded_task(name: str, facts: Mapping[str, Any]) -> Task | None:
+    """The row in the JSON of a run or a study; None where it has another form."""
+    try:
+        task = TypeAdapter(Task).validate_python(dict(facts))
+    except ValidationError:
+        return None
+    return task if task.name == name else None

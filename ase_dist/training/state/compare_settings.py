@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ase_dist.config import ON_RESUME, Settings, setting_keys, upgrade_tree
+from ase_dist.description import differences
 
 
 class Differences(NamedTuple):
@@ -29,8 +30,13 @@ def compare_settings(
     """
     saved = upgrade_tree(saved)
     default, here = Settings().model_dump(mode="json"), settings.model_dump(mode="json")
-    refused, listed = {}, {}
+    refused: dict[str, str] = {}
+    listed: dict[str, str] = {}
     for key in setting_keys():
+        if key == "data.description":
+            of_description = differences(_value(saved, key), _value(here, key))
+            refused, listed = refused | of_description[0], listed | of_description[1]
+            continue
         if key == "tasks":
             before, now = list(saved_tasks), list(tasks)
             is_refused = sorted(before) != sorted(now)
