@@ -208,3 +208,16 @@ def test_changed_meanings_are_refused_on_resume_and_other_changes_are_listed(gar
     assert description.differences(before, before) == ({}, {})
     swapped = text.replace("a: [0, 0, 0], b: [9, 9, 9]", "b: [9, 9, 9], a: [0, 0, 0]")
     assert description.differences(before, read(garden, swapped).model_dump(mode="json"))[0]
+
+
+def test_a_study_takes_the_folder_too(garden, tmp_path):
+    from ase_dist.study.jobs import jobs_of
+    from ase_dist.study.presets import find_preset
+    from ase_dist.study.variants import STUDIES
+
+    preset = find_preset(str(garden))
+    assert preset.title == "my garden" and preset.pair == ("depth",)
+    (job, *_) = jobs_of(STUDIES["topk"].variants(preset), preset, seeds=1, out=tmp_path)
+    assert job.settings.data.description.tasks.keys() == {"depth"} and job.settings.data.root == garden
+    with pytest.raises(UserError, match=r"there is no 'scene', did you mean 'scenes'"):
+        find_preset("scene")

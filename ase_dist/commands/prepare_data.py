@@ -145,5 +145,5 @@ def _init(source: Path) -> int:
     write_atomic(source / FILE_NAME, first.text)
     for note in first.notes:
         logging.info("%s", note)
-    logging.info("wrote %s; look it through, then: prepare_data %s --check-only", source / FILE_NAME, source)
+    logging.info("wrote %s: look it through, then check it with --check-only", source / FILE_NAME)
     return 0

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ase_dist.commands.cli import command_parser, path, run_command
+from ase_dist.commands.cli import command_parser, path, path_or_name, run_command
 from ase_dist.printable import log_messages
 from ase_dist.study.presets import PRESETS
 from ase_dist.study.variants import STUDIES
@@ -30,7 +30,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="key=value",
         help="settings of every run; a baseline keeps what it needs, and its factor of train.lr",
     )
-    p.add_argument("--data", default="scenes", help=f"one of: {', '.join(PRESETS)} (default %(default)s)")
+    p.add_argument(
+        "--data",
+        type=path_or_name,
+        default="scenes",
+        help=f"one of: {', '.join(PRESETS)} (default %(default)s), or a folder with a dataset.yaml",
+    )
     p.add_argument("--seeds", type=int, default=3, metavar="S", help="seeds 0 to S-1 (default %(default)s)")
     p.add_argument("--out", type=path, metavar="DIR", help="the study's folder (default studies/NAME_DATA)")
     p.add_argument("--steps", type=int, metavar="N", help="optimiser steps of a run (default: the data's)")

@@ -1,5 +1,8 @@
 """Adding a data set: a row in one table.
 
+A ``dataset.yaml`` needs no program at all: see docs/own_data.md. What a file cannot say is a row in a table, here for
+this program alone, or in a module of yours by ``data.name=package.module:NAME``.
+
 The row names its tasks and what reads it. A folder in the layout of ``FolderDataset`` (``lists/train.txt``,
 ``val.txt``, ``images/NAME.jpg``, ``TASK/NAME.png``) needs no code; other places and file types are a subclass that
 says where and how: see ``ase_dist/data/nyud.py``, 30 lines. Loader, augmentation, packing, evaluation, plots and

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ase_dist.description import find_description, read_description
 from ase_dist.errors import UserError, did_you_mean
 
 
@@ -19,7 +20,7 @@ class Preset:
     config: str
     title: str
     steps: int
-    pair: tuple[str, str]
+    pair: tuple[str, ...]
     sizes: tuple[int, ...]
     changes: dict[str, Any] = field(default_factory=dict)
     convolutional: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +58,15 @@ PRESETS: dict[str, Preset] = {
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name; UserError with the nearest one if there is none."""
+    """The preset of that name, or one for the data set that a dataset.yaml, or the folder with it, describes.
+
+    Raises UserError, with the nearest name, where there is neither.
+    """
+    if name not in PRESETS and (place := find_description(name, None)) is not None:
+        description = read_description(place)
+        tasks = tuple(description.tasks)
+        changes = {**PRESETS["scenes"].changes, "data.name": str(place)}
+        return replace(PRESETS["scenes"], title=description.name, pair=tasks[:2], changes=changes)
     if name not in PRESETS:
         raise UserError(f"--data: there is no {name!r}{did_you_mean(name, PRESETS)} (data: {', '.join(PRESETS)})")
     return PRESETS[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from ase_dist.overwriting import contains, refuse_foreign
 from ase_dist.study.collect import collect
 from ase_dist.study.figures import draw
 from ase_dist.study.jobs import StudyJob, jobs_of, with_steps
-from ase_dist.study.presets import Preset, find_preset
+from ase_dist.study.presets import PRESETS, Preset, find_preset
 from ase_dist.study.runner import Runner, Slots
 from ase_dist.study.tables import as_csv, markdown
 from ase_dist.study.variants import Study, find_study, references
@@ -47,7 +48,8 @@ def run_study(
     study, preset = find_study(name), with_steps(find_preset(data), steps)
     if seeds < 1:
         raise UserError(f"--seeds: got {seeds}, wanted 1 or more")
-    out = (out or Path("studies") / f"{name}_{data}").absolute()
+    called = data if data in PRESETS else re.sub(r"\W+", "_", preset.title)
+    out = (out or Path("studies") / f"{name}_{called}").absolute()
     variants = study.variants(preset)
     reference_of = references(study, preset, variants)
     for variant in only:
