@@ -11,7 +11,7 @@ names avoid the word "expert", by which DeepSpeed's checkpoints would mistake th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ase_dist.moe.dispatch.exchange import ReturnRows, SendRows, TokenExchange, exchanged_linear
+from ase_dist.moe.forms import FormCost
 from ase_dist.ops import modes
 from ase_dist.ops.activations import Activation
-from ase_dist.ops.grouped import grouped_linear
+from ase_dist.ops.grouped import Groups, combined_product, gathered_product, group_pairs, per_pair, take_pairs
 from ase_dist.ops.lowrank import (
     AdaptedLinear,
     add_lowrank,
@@ -30,7 +31,8 @@ from ase_dist.ops.lowrank import (
     is_plain_linear,
     lowrank_linear,
 )
-from ase_dist.ops.modes import is_exporting
+from ase_dist.ops.modes import autocast_dtype, is_exporting, may_use_custom_autograd
+from ase_dist.ops.pairs import DensePair, GroupedPair, Pair, paired_linear
 from ase_dist.ops.stacked import Linear, WeightStack, may_stack, stacked_ffn
 from ase_dist.seeding import generator
 
@@ -85,9 +87,10 @@ class LoRAExperts(nn.Module):
             and all(p.dtype == x_TD.dtype for p in (base.fc1.weight, base.fc2.weight, *self.parameters()))
         )
 
-    def stacks_router(self, x_tTD: Tensor, base: FeedForward) -> bool:
+    def stacks_router(self, x_tTD: Tensor, base: FeedForward, *, num_routed: int, k: int) -> bool:
         """Whether ``compute`` wants the rank activations of fc1's pairs from the routers' product."""
-        return "fc1" in self.places and self.stacks_products(x_tTD, base)
+        is_grouped = self.groups_tokens(x_tTD, num_routed=num_routed, k=k)
+        return "fc1" in self.places and not is_grouped and self.stacks_products(x_tTD, base)
 
     def forget_stacks(self) -> None:
         """Copy the base's weights again at the next call."""
@@ -99,6 +102,8 @@ class LoRAExperts(nn.Module):
     ) -> Tensor:
         """The output [T, D] where the tensors of all ``routed`` and ``shared`` experts are on this rank."""
         x_TD, gates_TN = tokens.x_TD, tokens.gates_TN
+        if self.groups_tokens(x_TD, num_routed=len(next(iter(routed.values()))), k=tokens.k):
+            return self._compute_grouped(tokens, base, act, routed=routed, shared=shared)
         if self.stacks_products(x_TD, base):
             weights = (base.fc1.weight, base.fc2.weight)
             keep = self.keeps_stacks and not torch.compiler.is_compiling() and all(map(may_stack, weights))
@@ -146,30 +151,90 @@ class LoRAExperts(nn.Module):
 
         ``exchange`` carries them; meanwhile this rank computes the base and the experts that it has itself.
         """
-        remote = _concatenated_pairs(self.tensors(), None, self.places)
-        local = _concatenated_pairs(self.tensors(), shared, self.places)
-        local_gates = torch.cat([exchange.local_gates_Tm, tokens.gates_TN[:, exchange.num_routed :]], dim=1)
+        x_TD, own = tokens.x_TD, self.tensors()
+        local: dict[str, list[Pair]] = {}
+        remote: dict[str, list[Pair]] = {}
+        slots, ranks = exchange.local_gates_Tm.shape[1], len(exchange.send)
+        visited = min(exchange.num_routed, slots * min(ranks, tokens.k + 1))  # a token meets all experts of a rank
+        if self.groups_tokens(x_TD, num_routed=visited, k=tokens.k):
+            local = _grouped_pairs(own, exchange.local_gates_Tm, exchange.local_groups())
+            remote = _grouped_pairs(own, exchange.remote_gates_Mm, exchange.remote_groups())
+            if shared is not None:
+                for place, pair in _dense_pairs(shared, None, tokens.gates_TN[:, exchange.num_routed :]).items():
+                    local[place] += pair
+        else:
+            gates = torch.cat([exchange.local_gates_Tm, tokens.gates_TN[:, exchange.num_routed :]], dim=1)
+            local = _dense_pairs(own, shared, gates)
+            remote = _dense_pairs(own, None, exchange.remote_gates_Mm)
 
-        def linear(x: Tensor, place: str, module: nn.Module | None, activation: Activation | None = None) -> Tensor:
-            """module(act(x)) plus the gated pairs; fused and overlapped where ``module`` is plain and frozen."""
-            weights: tuple[Tensor | None, Tensor | None] = (None, None)
-            y = None
-            if module is not None and place in local and is_frozen_linear(module, x):
-                weights, module = (module.weight, module.bias), None
-            elif activation is not None:
-                x, activation = activation(x), None
-            if module is not None:
-                y = module(x)
-            if place in local:
-                pairs = (*local[place], *remote[place])
-                delta = exchanged_linear(x, *weights, pairs, local_gates, exchange, activation=activation)
-                y = delta if y is None else y + delta
-            assert y is not None
-            return y
+        def linear(x: Tensor, place: str, weight: Tensor | None, bias: Tensor | None, act: Activation | None) -> Tensor:
+            return exchanged_linear(x, weight, bias, local[place], remote[place], exchange, activation=act)
 
-        h = linear(tokens.x_TD, "fc1", base.fc1)
-        y_TD = linear(h, "fc2", base.fc2, act)
-        return y_TD + linear(tokens.x_TD, "bypass", None) if "bypass" in local else y_TD
+        return _ffn(x_TD, base, act, self.places, linear)
+
+    def form_cost(self, *, num_routed: int, k: int, device_type: str) -> FormCost:
+        """What computing ``num_routed`` experts for all tokens costs, and the ``k`` of each token only."""
+        rank = getattr(self, f"{self.places[0]}_A").shape[1]
+        return FormCost(routed=num_routed, active=k, rank=rank, device_type=device_type)
+
+    def groups_tokens(self, x_TD: Tensor, *, num_routed: int, k: int) -> bool:
+        """Whether tokens are sorted by expert: where that costs less, and where plain operations are not asked for."""
+        if self.form_cost(num_routed=num_routed, k=k, device_type=x_TD.device.type).cheaper() == "dense":
+            return False
+        is_autocast = autocast_dtype(x_TD.device.type) is not None
+        return may_use_custom_autograd(x_TD) or (is_autocast and not is_exporting())
+
+    def _compute_grouped(
+        self, tokens: RoutedTokens, base: FeedForward, act: Activation, *, routed: Tensors, shared: Tensors | None
+    ) -> Tensor:
+        """``compute`` with the pairs of a token's own routed experts only; shared experts act on all tokens anyway."""
+        x_TD, n = tokens.x_TD, len(next(iter(routed.values())))
+        gates_Tn, gates_TS = tokens.gates_TN[:, :n], tokens.gates_TN[:, n:]
+        pairs = _grouped_pairs(routed, gates_Tn, group_pairs(tokens.active_TN[:, :n], pairs=tokens.k * x_TD.shape[0]))
+        if shared is not None:
+            for place, pair in _dense_pairs(shared, None, gates_TS).items():
+                pairs[place] += pair
+
+        def linear(x: Tensor, place: str, weight: Tensor | None, bias: Tensor | None, act: Activation | None) -> Tensor:
+            return paired_linear(x, weight, bias, pairs[place], activation=act)
+
+        return _ffn(x_TD, base, act, self.places, linear)
+
+
+def _ffn(
+    x_TD: Tensor,
+    base: FeedForward,
+    act: Activation,
+    places: Sequence[str],
+    paired: Callable[[Tensor, str, Tensor | None, Tensor | None, Activation | None], Tensor],
+) -> Tensor:
+    """fc2(act(fc1(x))) with ``paired(x, place, weight, bias, act)`` for act(x) W^T + bias and the pairs of a place.
+
+    A linear that is no plain frozen one is called, and the pairs alone are added.
+    """
+
+    def linear(x: Tensor, place: str, module: nn.Module, activation: Activation | None) -> Tensor:
+        if place in places and is_frozen_linear(module, x):
+            return paired(x, place, module.weight, module.bias, activation)
+        x = x if activation is None else activation(x)
+        y: Tensor = module(x)
+        return y + paired(x, place, None, None, None) if place in places else y
+
+    y_TD = linear(linear(x_TD, "fc1", base.fc1, None), "fc2", base.fc2, act)
+    return y_TD + paired(x_TD, "bypass", None, None, None) if "bypass" in places else y_TD
+
+
+def _grouped_pairs(experts: Tensors, gates_Tn: Tensor, groups: Groups) -> dict[str, list[Pair]]:
+    """By place the pair of each of a token's experts."""
+    gates_K = take_pairs(gates_Tn, groups)
+    places = dict.fromkeys(name.split(".")[0] for name in experts)
+    return {p: [GroupedPair(experts[f"{p}.A"], experts[f"{p}.B"], gates_K, groups)] for p in places}
+
+
+def _dense_pairs(routed: Tensors, shared: Tensors | None, gates_TN: Tensor) -> dict[str, list[Pair]]:
+    """By place the pairs of all experts as one."""
+    places = dict.fromkeys(name.split(".")[0] for name in routed)
+    return {p: [DensePair(a, b, gates_TN)] for p, (a, b) in _concatenated_pairs(routed, shared, places).items()}
 
 
 def _adapted_linear(
@@ -244,15 +309,12 @@ class FFNExperts(nn.Module):
         """
         x_TD, n, k = tokens.x_TD, len(routed["fc1.weight"]), tokens.k
         gates_Tn, active_Tn = tokens.gates_TN[:, :n], tokens.active_TN[:, :n]
-        y_TD = torch.zeros_like(x_TD)
-        if k and is_exporting():
+        if not k:
+            y_TD = torch.zeros_like(x_TD)
+        elif is_exporting():
             y_TD = _one_after_the_other(x_TD, gates_Tn, active_Tn, routed, act)
-        elif k:
-            idx_Tk = active_Tn.to(torch.uint8).topk(k, dim=-1).indices
-            order_K = idx_Tk.flatten().argsort(stable=True)
-            expert_K, token_K = idx_Tk.flatten()[order_K], order_K // k
-            y_KD = _grouped_ffn(x_TD[token_K], expert_K, routed, act) * gates_Tn[token_K, expert_K].unsqueeze(-1)
-            y_TD = y_TD.index_add(0, token_K, y_KD.to(x_TD.dtype))
+        else:
+            y_TD = _grouped_ffn(x_TD, gates_Tn, group_pairs(active_Tn, pairs=k * x_TD.shape[0]), routed, act)
         return y_TD if shared is None else y_TD + _wide_ffn(x_TD, tokens.gates_TN[:, n:], shared, act)
 
     def compute_exchanged(
@@ -267,11 +329,11 @@ class FFNExperts(nn.Module):
         """The output [T, D] where tokens go to the ranks of their experts and come back, by ``exchange``."""
         own, x_TD = self.tensors(), tokens.x_TD
         rows_MD = SendRows.apply(x_TD, exchange)
-        y_TD = _active_rows(x_TD, exchange.local_gates_Tm, own, act)
+        y_TD = _grouped_ffn(x_TD, exchange.local_gates_Tm, exchange.local_groups(), own, act)
         if shared is not None:
             y_TD = y_TD + _wide_ffn(x_TD, tokens.gates_TN[:, exchange.num_routed :], shared, act)
-        y_MD = _active_rows(rows_MD, exchange.remote_gates_Mm, own, act)
-        return y_TD + ReturnRows.apply(y_MD, exchange, x_TD.shape[0])
+        y_MD = _grouped_ffn(rows_MD, exchange.remote_gates_Mm, exchange.remote_groups(), own, act)
+        return y_TD + ReturnRows.apply(y_MD, exchange)
 
 
 def _wide_ffn(x_TD: Tensor, gates_Tn: Tensor, experts: Tensors, act: Activation) -> Tensor:
@@ -282,20 +344,12 @@ def _wide_ffn(x_TD: Tensor, gates_Tn: Tensor, experts: Tensors, act: Activation)
     return F.linear(gated_TM, weight_DM) + gates_Tn.to(x_TD.dtype) @ experts["fc2.bias"]
 
 
-def _grouped_ffn(x_KD: Tensor, expert_K: Tensor, experts: Tensors, act: Activation) -> Tensor:
-    """Row i through expert ``expert_K[i]`` (ascending): [K, D]."""
-    one_hot_Kn = F.one_hot(expert_K, experts["fc1.weight"].shape[0])
-    ends_n = one_hot_Kn.sum(dim=0).cumsum(dim=0).to(torch.int32)
-    select_Kn = one_hot_Kn.to(x_KD.dtype)  # biases as a product: its backward is one too, not a scattered sum
-    h_KH = grouped_linear(x_KD, experts["fc1.weight"], ends_n) + select_Kn @ experts["fc1.bias"]
-    return grouped_linear(act(h_KH), experts["fc2.weight"], ends_n) + select_Kn @ experts["fc2.bias"]
-
-
-def _active_rows(x_MD: Tensor, gates_Mm: Tensor, experts: Tensors, act: Activation) -> Tensor:
-    """The gated sum, per row, of those of this rank's routed experts whose gate is not 0: [M, D]."""
-    expert_K, row_K = gates_Mm.T.nonzero().unbind(dim=1)  # ascending by expert
-    y_KD = _grouped_ffn(x_MD[row_K], expert_K, experts, act) * gates_Mm[row_K, expert_K].unsqueeze(-1)
-    return torch.zeros_like(x_MD).index_add(0, row_K, y_KD.to(x_MD.dtype))
+def _grouped_ffn(x_TD: Tensor, gates_Tn: Tensor, groups: Groups, experts: Tensors, act: Activation) -> Tensor:
+    """The gated sum, per row of x, of its experts in ``groups``: [T, D]. Gates act on the hidden units."""
+    h_KH = gathered_product(x_TD, experts["fc1.weight"].mT, groups) + per_pair(experts["fc1.bias"], groups)
+    gated_KH = (act(h_KH) * take_pairs(gates_Tn, groups).unsqueeze(-1)).to(x_TD.dtype)
+    y_TD = combined_product(gated_KH, experts["fc2.weight"].mT, groups)
+    return y_TD + gates_Tn.to(x_TD.dtype) @ experts["fc2.bias"]
 
 
 def _one_after_the_other(

@@ -17,6 +17,7 @@ from ase_dist import collectives
 from ase_dist.errors import UserError, did_you_mean
 from ase_dist.moe.dispatch import Choice, LayerShape, gather_experts, plan_exchange
 from ase_dist.moe.experts import FeedForward, FFNExperts, LoRAExperts, RoutedTokens, Tensors
+from ase_dist.moe.forms import FormCost
 from ase_dist.moe.gating import Gates, check_gating
 from ase_dist.moe.losses import check_aux_losses, weighted_router_loss
 from ase_dist.moe.router import RoutingSums, TaskRouter, mean_statistics, routing_sums
@@ -145,7 +146,11 @@ class MoEFFN(nn.Module):
         """
         x_tTD, tasks = self._streams(x, task)
         own, ranks_TR = self._experts_here(), None
-        if own is not None and isinstance(self.routed, LoRAExperts) and self.routed.stacks_router(x_tTD, self.base):
+        if (
+            own is not None
+            and isinstance(self.routed, LoRAExperts)
+            and self.routed.stacks_router(x_tTD, self.base, num_routed=self.shard.routed, k=self.k)
+        ):
             a = (own.routed["fc1.A"], None if own.shared is None else own.shared["fc1.A"])
             logits_tTN, routing, x_tTD, ranks_TR = self.router(x_tTD, tasks, a)
         else:
@@ -220,6 +225,15 @@ class MoEFFN(nn.Module):
             expert_values=sum(tensor.numel() for tensor in one_expert),
             element_bytes=one_expert[0].element_size(),
         )
+
+    def form_cost(self, device_type: str) -> FormCost | None:
+        """What LoRA experts cost on a device, all of them for every token or a token's own; None for ffn experts."""
+        if not isinstance(self.routed, LoRAExperts):
+            return None
+        routed, ranks = self.shard.routed, self.shard.count
+        if self.dispatch == "all_to_all":
+            routed = min(routed, self.shard.slots * min(ranks, self.k + 1))
+        return self.routed.form_cost(num_routed=routed, k=self.k, device_type=device_type)
 
     def _streams(self, x: Tensor, task: TaskIndex) -> tuple[Tensor, list[int]]:
         """x as [t, T, D] and the tasks of its first axis."""

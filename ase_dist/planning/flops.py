@@ -43,10 +43,7 @@ def bare_model(settings: Settings) -> MultiTaskModel:
 def on_fake_tensors(
     settings: Settings, *, dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[tuple[MultiTaskModel, Tensor]]:
-    """The model of ``settings`` and one image [1, 3, H, W] as fake tensors: code inside computes shapes only.
-
-    bf16 is the only type for which torch (2.14) knows the shapes of grouped products, which FFN experts need.
-    """
+    """The model of ``settings`` and one image [1, 3, H, W] as fake tensors: code inside computes shapes only."""
     model = bare_model(settings)
     with FakeTensorMode():
         for module in model.modules():  # fake CPU tensors instead of meta ones, for which autocast does not work
@@ -61,8 +58,8 @@ def on_fake_tensors(
 def count_flops(settings: Settings) -> Flops:
     """Count one image through the model of ``settings``, forward and backward (without activation checkpointing).
 
-    LoRA experts compute densely in rank space; of feed-forward experts only the active k are counted. The formulas are
-    torch's, which leave out norms, activations, biases and gates.
+    LoRA experts compute in the form that costs a CPU less (``ase_dist.moe.forms``); of feed-forward experts only the
+    active k are counted. The formulas are torch's, which leave out norms, activations, biases and gates.
     """
     fused = timm.layers.use_fused_attn()
     timm.layers.set_fused_attn(False)  # for models built from here on: the counter does not see fused attention

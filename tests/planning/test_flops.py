@@ -34,9 +34,9 @@ def test_feed_forward_experts_cost_those_that_are_active(settings_for):
     ))  # fmt: skip
     rows = TOKENS * TASKS * BLOCKS
     base, active = 2 * products(rows, D, H), 2 * products(2 * rows, D, 64)
-    router, biases = products(rows, D, 8), products(2 * rows, 8, D + 64)
-    assert ffn.forward - bare.forward == active + router + biases - base
-    assert ffn.backward - bare.backward == 2 * (active + router) + products(2 * rows, 8, D + 64) - base
+    router, bias1, bias2 = products(rows, D, 8), products(2 * rows, 1, 64), products(rows, 8, D)
+    assert ffn.forward - bare.forward == active + router + bias1 + bias2 - base
+    assert ffn.backward - bare.backward == 2 * (active + router + bias2) + bias1 - base
 
 
 def test_a_resnet_without_sharing_costs_tasks_nothing_but_heads(settings_for):

@@ -11,7 +11,7 @@ from typing import Literal
 
 Choice = Literal["local", "gather", "all_to_all"]
 GATE_BYTES = 4  # gates travel in float32
-COUNT_BYTES = 8
+COUNT_BYTES = 16  # of a pair of ranks: how many rows, and how many pairs of a row and an expert
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 Dropless, with uneven splits: only rows that routing needs are sent. The counts are exchanged once per layer and serve
 fc1, fc2 and the backward pass. Rows are under way while the frozen base product and the local experts compute.
 
-Letters: T tokens, D width, O output width, P ranks, m slots per rank, n routed experts, L rows sent, M rows received,
-r rank, R = m * r.
+Letters: T tokens, D width, O output width, P ranks, m slots per rank, n routed experts, L rows sent, M rows received.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,77 +20,104 @@ from torch.nn import functional as F
 from ase_dist import collectives
 from ase_dist.collectives import Pending
 from ase_dist.moe.sharding import Shard
+from ase_dist.ops import products
 from ase_dist.ops.activations import Activation, recompute_activation
-from ase_dist.ops.lowrank import gate_gradient, gated
-from ase_dist.ops.modes import wants_second_order
+from ase_dist.ops.grouped import Groups, add_rows, group_pairs, take_pairs
+from ase_dist.ops.modes import autocast, wants_second_order
+from ase_dist.ops.pairs import Pair, as_autocast, flattened_gradients, flattened_pairs, unflattened_pairs
 
 
 @dataclass(frozen=True)
 class TokenExchange:
-    """Which rows go where: ``tokens_L`` of this rank, ``send[p]`` of them to rank p, ``receive[p]`` from it.
+    """Which rows go where: ``sent`` pairs rows with ranks, ``send[p]`` for rank p, ``receive[p]`` come from it.
 
     ``local_gates_Tm`` are the gates of this rank's experts for its own tokens, ``remote_gates_Mm`` for the rows that
-    arrive; ``num_routed`` is n.
+    arrive; ``local_pairs`` and ``remote_pairs`` how many of them are not 0. ``num_routed`` is n.
     """
 
-    tokens_L: Tensor
+    sent: Groups
     send: list[int]
     receive: list[int]
     group: dist.ProcessGroup
     num_routed: int
     local_gates_Tm: Tensor
     remote_gates_Mm: Tensor
+    local_pairs: int
+    remote_pairs: int
 
-    def start(self, rows: Tensor) -> Pending:
-        """Send rows [L, ...] to the experts: [M, ...]."""
+    def start(self, rows_T: Tensor) -> Pending:
+        """Send the rows of [T, ...] that other ranks need to the experts: [M, ...]."""
+        rows = rows_T.index_select(0, self.sent.row_K)
         return collectives.start_all_to_all_rows(rows, send=self.send, receive=self.receive, group=self.group)
 
     def start_return(self, rows: Tensor) -> Pending:
         """Send rows [M, ...] back to where they came from: [L, ...]."""
         return collectives.start_all_to_all_rows(rows, send=self.receive, receive=self.send, group=self.group)
 
+    def add_returned(self, y_TO: Tensor, returned_LO: Tensor) -> Tensor:
+        """What came back added to its tokens, in place."""
+        return add_rows(y_TO, returned_LO, self.sent)
+
+    def local_groups(self) -> Groups:
+        """This rank's tokens by its own experts."""
+        return group_pairs(self.local_gates_Tm != 0, pairs=self.local_pairs)
+
+    def remote_groups(self) -> Groups:
+        """The rows that arrive by the experts that they came for."""
+        return group_pairs(self.remote_gates_Mm != 0, pairs=self.remote_pairs)
+
 
 def plan_exchange(gates_TN: Tensor, active_TN: Tensor, shard: Shard, group: dist.ProcessGroup) -> TokenExchange:
     """A token goes to each *other* rank that has one of its active routed experts, once (collective).
 
-    The counts are read back to the host, as uneven splits need.
+    Uneven splits need the counts on the host: the one time that a layer waits for the device. All shapes follow.
     """
     n, padding = shard.routed, shard.slots * shard.count - shard.routed
+    gates_TPm = F.pad(gates_TN[:, :n], (0, padding)).unflatten(1, (shard.count, shard.slots))
     needs_TP = F.pad(active_TN[:, :n], (0, padding)).unflatten(1, (shard.count, shard.slots)).any(dim=2)
     needs_TP[:, shard.index] = False
-    counts_P = needs_TP.sum(dim=0)
+    counts_P2 = torch.stack([needs_TP.sum(dim=0), (gates_TPm != 0).sum(dim=(0, 2))], dim=1)  # rows, pairs with experts
     each = [1] * shard.count
-    theirs_P = collectives.start_all_to_all_rows(counts_P, send=each, receive=each, group=group).wait()
-    tokens_L = needs_TP.T.nonzero()[:, 1]
-    send, receive = torch.stack([counts_P, theirs_P]).tolist()
+    theirs_P2 = collectives.start_all_to_all_rows(counts_P2, send=each, receive=each, group=group).wait()
+    (send, pairs), (receive, arriving) = torch.stack([counts_P2, theirs_P2]).mT.tolist()
+    local_pairs = pairs[shard.index]
 
-    gates_TPm = F.pad(gates_TN[:, :n], (0, padding)).unflatten(1, (-1, shard.slots))
-    device = tokens_L.device
-    target_L = torch.repeat_interleave(
-        torch.arange(shard.count, device=device), torch.tensor(send, device=device), output_size=sum(send)
+    sent = group_pairs(needs_TP, pairs=sum(send))
+    remote_gates_Mm = _ExchangeRows.apply(take_pairs(gates_TPm, sent), send, receive, group)
+    return TokenExchange(
+        sent,
+        send,
+        receive,
+        group,
+        num_routed=n,
+        local_gates_Tm=gates_TPm[:, shard.index],
+        remote_gates_Mm=remote_gates_Mm,
+        local_pairs=local_pairs,
+        remote_pairs=sum(arriving) - local_pairs,
     )
-    remote_gates_Mm = _ExchangeRows.apply(gates_TPm[tokens_L, target_L], send, receive, group)
-    return TokenExchange(tokens_L, send, receive, group, n, gates_TPm[:, shard.index], remote_gates_Mm)
 
 
 def exchanged_linear(
     x_TD: Tensor,
     weight_OD: Tensor | None,
     bias_O: Tensor | None,
-    pairs: tuple[Tensor, Tensor, Tensor, Tensor],
-    local_gates: Tensor,
+    local: Sequence[Pair],
+    remote: Sequence[Pair],
     exchange: TokenExchange,
     *,
     activation: Activation | None = None,
 ) -> Tensor:
     """act(x) W^T + bias + the gated pairs of local experts + what remote experts return; without W the pairs alone.
 
-    ``pairs`` are A and B of this rank's routed and the shared experts (for its own tokens), then A and B of its routed
-    experts (for the rows that arrive).
+    ``local`` are the pairs of this rank's routed and the shared experts, for its own tokens, ``remote`` those of its
+    routed experts for the rows that arrive.
     """
-    return _ExchangedLinear.apply(
-        x_TD, weight_OD, bias_O, *pairs, local_gates, exchange.remote_gates_Mm, exchange, activation
-    )
+    x_TD, pairs = as_autocast(x_TD, [*local, *remote])
+    with autocast(x_TD.device.type, None):
+        y_TO: Tensor = _ExchangedLinear.apply(
+            x_TD, weight_OD, bias_O, exchange, len(local), activation, *flattened_pairs(pairs)
+        )
+    return y_TO
 
 
 class _ExchangedLinear(torch.autograd.Function):
@@ -100,54 +127,56 @@ class _ExchangedLinear(torch.autograd.Function):
         x_TD: Tensor,
         weight_OD: Tensor | None,
         bias_O: Tensor | None,
-        a_RD: Tensor,
-        b_OR: Tensor,
-        remote_a_RD: Tensor,
-        remote_b_OR: Tensor,
-        gates_TN: Tensor,
-        remote_gates_Mm: Tensor,
         exchange: TokenExchange,
+        num_local: int,
         activation: Activation | None,
+        are_dense: tuple[bool, ...],
+        *tensors: Tensor,
     ) -> Tensor:
+        pairs = unflattened_pairs(are_dense, tensors)
+        local, remote = pairs[:num_local], pairs[num_local:]
         h_TD = x_TD if activation is None else activation(x_TD)
-        outbound = exchange.start(h_TD[exchange.tokens_L])
-        u_TR = h_TD @ a_RD.T
-        delta_TR = gated(u_TR, gates_TN)
-        y_TO = delta_TR @ b_OR.T if weight_OD is None else F.linear(h_TD, weight_OD, bias_O).addmm_(delta_TR, b_OR.T)
+        outbound = exchange.start(h_TD)
+        narrow = [pair.narrow(h_TD) for pair in local]
+        if weight_OD is None:
+            y_TO = h_TD.new_zeros(h_TD.shape[0], pairs[0].b.shape[-2])
+        else:
+            y_TO = products.linear(h_TD, weight_OD, bias_O)
+        for pair, u in zip(local, narrow, strict=True):
+            pair.add(y_TO, u)
         rows_MD = outbound.wait()
-        remote_u_MR = rows_MD @ remote_a_RD.T
-        returned_LO = exchange.start_return(gated(remote_u_MR, remote_gates_Mm) @ remote_b_OR.T).wait()
-        y_TO.index_add_(0, exchange.tokens_L, returned_LO)
-        saved = (x_TD, weight_OD, a_RD, b_OR, remote_a_RD, remote_b_OR, gates_TN, remote_gates_Mm)
-        ctx.save_for_backward(*saved, u_TR, rows_MD, remote_u_MR)
-        ctx.exchange, ctx.activation = exchange, activation
+        remote_narrow = [pair.narrow(rows_MD) for pair in remote]
+        returned_MO = rows_MD.new_zeros(rows_MD.shape[0], y_TO.shape[1])
+        for pair, u in zip(remote, remote_narrow, strict=True):
+            pair.add(returned_MO, u)
+        exchange.add_returned(y_TO, exchange.start_return(returned_MO).wait())
+        ctx.save_for_backward(x_TD, weight_OD, rows_MD, *tensors, *narrow, *remote_narrow)
+        ctx.exchange, ctx.activation, ctx.num_local, ctx.are_dense = exchange, activation, num_local, are_dense
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         require_first_order()
-        x_TD, weight_OD, a_RD, b_OR, remote_a_RD, remote_b_OR, gates_TN, remote_gates_Mm, *kept = ctx.saved_tensors
-        u_TR, rows_MD, remote_u_MR = kept
-        exchange: TokenExchange = ctx.exchange
-        outbound = exchange.start(grad_TO[exchange.tokens_L])
-        grad_v_TR = grad_TO @ b_OR
-        grad_u_TR = gated(grad_v_TR, gates_TN)
-        grad_h_TD = grad_u_TR @ a_RD if weight_OD is None else (grad_TO @ weight_OD).addmm_(grad_u_TR, a_RD)
-        grad_MO = outbound.wait()
-        remote_grad_v_MR = grad_MO @ remote_b_OR
-        remote_grad_u_MR = gated(remote_grad_v_MR, remote_gates_Mm)
-        inbound = exchange.start_return(remote_grad_u_MR @ remote_a_RD)
+        x_TD, weight_OD, rows_MD, *rest = ctx.saved_tensors
+        pairs, narrow = unflattened_pairs(ctx.are_dense, rest), rest[len(rest) - len(ctx.are_dense) :]
+        num_local, exchange = ctx.num_local, ctx.exchange
+        grad_TO = grad_TO.contiguous()
+        outbound = exchange.start(grad_TO)
         h_TD, pull_back = recompute_activation(x_TD, ctx.activation, differentiate=True)
-        grads = (
-            grad_u_TR.T @ h_TD,
-            grad_TO.T @ gated(u_TR, gates_TN),
-            remote_grad_u_MR.T @ rows_MD,
-            grad_MO.T @ gated(remote_u_MR, remote_gates_Mm),
-            gate_gradient(grad_v_TR, u_TR, gates_TN),
-            gate_gradient(remote_grad_v_MR, remote_u_MR, remote_gates_Mm),
-        )
-        grad_h_TD.index_add_(0, exchange.tokens_L, inbound.wait())
-        return pull_back(grad_h_TD), None, None, *grads, None, None
+        grad_h_TD = torch.zeros_like(h_TD) if weight_OD is None else products.linear(grad_TO, weight_OD.T)
+        grad_MO = outbound.wait()
+        grad_rows_MD = torch.zeros_like(rows_MD)
+        gradients = [
+            pair.backward(grad_MO, rows_MD, u, grad_rows_MD)
+            for pair, u in zip(pairs[num_local:], narrow[num_local:], strict=True)
+        ]
+        inbound = exchange.start_return(grad_rows_MD)
+        gradients = [
+            pair.backward(grad_TO, h_TD, u, grad_h_TD)
+            for pair, u in zip(pairs[:num_local], narrow[:num_local], strict=True)
+        ] + gradients
+        exchange.add_returned(grad_h_TD, inbound.wait())
+        return pull_back(grad_h_TD), None, None, None, None, None, *flattened_gradients(pairs, gradients)
 
 
 class _ExchangeRows(torch.autograd.Function):
@@ -172,31 +201,31 @@ class SendRows(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, exchange: TokenExchange) -> Tensor:
         """Send them."""
         ctx.exchange, ctx.tokens = exchange, x_TD.shape[0]
-        return exchange.start(x_TD[exchange.tokens_L]).wait()
+        return exchange.start(x_TD).wait()
 
     @staticmethod
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None]:
         """Return the gradients, added up per token."""
         require_first_order()
         grad_LD = ctx.exchange.start_return(grad_MD).wait()
-        return grad_LD.new_zeros(ctx.tokens, grad_LD.shape[1]).index_add_(0, ctx.exchange.tokens_L, grad_LD), None
+        return ctx.exchange.add_returned(grad_LD.new_zeros(ctx.tokens, grad_LD.shape[1]), grad_LD), None
 
 
 class ReturnRows(torch.autograd.Function):
-    """``apply(y [M, D], exchange, T)``: the experts' outputs back with their tokens, added up per token, [T, D]."""
+    """``apply(y [M, D], exchange)``: the experts' outputs back with their tokens, added up per token, [T, D]."""
 
     @staticmethod
-    def forward(ctx: Any, y_MD: Tensor, exchange: TokenExchange, tokens: int) -> Tensor:
+    def forward(ctx: Any, y_MD: Tensor, exchange: TokenExchange) -> Tensor:
         """Return them."""
         ctx.exchange = exchange
         y_LD = exchange.start_return(y_MD).wait()
-        return y_LD.new_zeros(tokens, y_LD.shape[1]).index_add_(0, exchange.tokens_L, y_LD)
+        return exchange.add_returned(y_LD.new_zeros(exchange.sent.num_rows, y_LD.shape[1]), y_LD)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         """Send the gradients of the rows."""
         require_first_order()
-        return ctx.exchange.start(grad_TD[ctx.exchange.tokens_L]).wait(), None, None
+        return ctx.exchange.start(grad_TD).wait(), None
 
 
 def require_first_order() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -50,6 +51,10 @@ def start_tables(components: RunComponents) -> str:
         ("steps", f"{components.total_steps} of {images} images"),
         ("output", str(settings.output)),
     ]
+    layers = [module for module in components.engine.module.modules() if isinstance(module, MoEFFN)]
+    costs = Counter(filter(None, (layer.form_cost(world.device.type) for layer in layers)))
+    forms = [("LoRA experts", f"{count} layers {cost.describe()}") for cost, count in costs.items()]
+    rows[4:4] = forms
     tables = [
         Table(("", ""), rows, title="run"),
         Table(("group", "total", "trained", "size"), components.parameters.as_rows(), title="parameters"),
