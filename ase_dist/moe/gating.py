@@ -6,12 +6,14 @@ Source: "Adaptive Shared Experts with LoRA-Based Mixture of Experts for Multi-Ta
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ase_dist.errors import UserError
+from ase_dist.ops import kernels, modes
+from ase_dist.ops.modes import may_use_custom_autograd
 from ase_dist.registries import GATINGS
 
 
@@ -37,6 +39,8 @@ class GatingMode(Protocol):
 
 def joint(logits_TN: Tensor, *, k: int, num_shared: int) -> Gates:
     """Adaptive shared experts, Eq. 8-9: one softmax over the k best routed logits and all shared ones."""
+    if modes.stacks_products(logits_TN) and may_use_custom_autograd(logits_TN) and not torch.compiler.is_compiling():
+        return Gates(*_Joint.apply(logits_TN, k, num_shared))
     active_TN = top_routed(logits_TN, k=k, num_shared=num_shared)
     return Gates(_masked(logits_TN, active_TN).softmax(dim=-1), active_TN, logits_TN.softmax(dim=-1))
 
@@ -123,6 +127,27 @@ def check_gating(gating: str, *, num_experts: int, k: int, num_shared: int) -> i
         if not holds:
             raise UserError(f"gating: {gating!r} breaks a rule of ase_dist.moe.gating.Gates: {rule}")
     return int(counts_T[0])
+
+
+class _Joint(torch.autograd.Function):
+    """``joint`` in one kernel, on an accelerator; its backward pass, of softmaxes, can be differentiated as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TN: Tensor, k: int, num_shared: int) -> tuple[Tensor, Tensor, Tensor]:
+        gates_TN, active_TN, probs_TN = kernels.route_jointly(logits_TN, k, num_shared)
+        ctx.save_for_backward(gates_TN, probs_TN)
+        ctx.mark_non_differentiable(active_TN)
+        ctx.set_materialize_grads(False)
+        return gates_TN, active_TN, probs_TN
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        total = None
+        for grad, output in zip((grads[0], grads[2]), ctx.saved_tensors, strict=True):
+            if grad is not None:
+                found = torch.ops.aten._softmax_backward_data(grad, output, -1, output.dtype)
+                total = found if total is None else total + found
+        return total, None, None
 
 
 def _masked(logits_TN: Tensor, active_TN: Tensor) -> Tensor:

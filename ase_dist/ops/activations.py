@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ase_dist.errors import UserError
+from ase_dist.ops import kernels
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -68,9 +69,9 @@ def recompute_activation(x: Tensor, activation: Activation | None, *, differenti
         return x, lambda grad: grad
     if not differentiate:
         return activation(x), lambda grad: grad
-    gradient = _formula_of_gradient(activation)
-    if gradient is not None:
-        return activation(x), lambda grad: gradient(grad, x)
+    kind = _kind(activation)
+    if kind is not None:
+        return activation(x), lambda grad: kernels.activation_gradient(x, grad, kind)
     if torch.compiler.is_compiling():  # a compiler follows this, but no call of autograd in a backward pass
         output, pull_back = torch.func.vjp(activation, x)[:2]
         return output, lambda grad: pull_back(grad)[0]
@@ -80,8 +81,17 @@ def recompute_activation(x: Tensor, activation: Activation | None, *, differenti
     return output.detach(), lambda grad: torch.autograd.grad(output, leaf, grad)[0]
 
 
-def _formula_of_gradient(activation: Activation) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """(gradient of the output, input) -> gradient of the input, where torch has it as one operator."""
+def activation_and_gradient(x: Tensor, grad: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """act(x) and the gradient of x for ``grad``, that of act(x), in one kernel where that is written."""
+    kind = _kind(activation)
+    if kind is not None and not torch.compiler.is_compiling():  # a compiler fuses the plain form itself
+        return kernels.activation_and_gradient(x, grad, kind)  # type: ignore[no-any-return]
+    output, pull_back = recompute_activation(x, activation, differentiate=True)
+    return output, pull_back(grad)
+
+
+def _kind(activation: Activation) -> str | None:
+    """Which of ``kernels.ACTIVATIONS`` this is; None for others, and where hooks or another ``forward`` must run."""
     if isinstance(activation, CopyFirst):
         activation = activation.activation
     if isinstance(activation, nn.Module):
@@ -90,12 +100,9 @@ def _formula_of_gradient(activation: Activation) -> Callable[[Tensor, Tensor], T
             return None
     kind = type(activation) if isinstance(activation, nn.Module) else activation
     if kind is nn.GELU:
-        approximate: str = activation.approximate  # type: ignore[attr-defined]
-        return lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate=approximate)
+        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"  # type: ignore[attr-defined]
     if kind is F.gelu:
-        return torch.ops.aten.gelu_backward
+        return "gelu"
     if kind in (nn.ReLU, F.relu, torch.relu):
-        return lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0)
-    if kind in (nn.SiLU, F.silu):
-        return torch.ops.aten.silu_backward
-    return None
+        return "relu"
+    return "silu" if kind in (nn.SiLU, F.silu) else None

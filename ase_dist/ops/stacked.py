@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ase_dist.ops import products
-from ase_dist.ops.activations import Activation, recompute_activation
+from ase_dist.ops import kernels, products
+from ase_dist.ops.activations import Activation, activation_and_gradient
 from ase_dist.ops.lowrank import add_lowrank
 from ase_dist.ops.modes import differentiable_gradients, wants_second_order
 
@@ -210,7 +210,7 @@ class _StackedFFN(torch.autograd.Function):
     ) -> Tensor:
         fc1, fc2 = Linear(weight1_HD, bias1_H), Linear(weight2_OH, bias2_O)
         ctx.numbers = [0, 0]
-        u2_TR = None
+        u2_TR = b2_OR = None
         if routed_b1 is not None and u1_TR is not None:
             b1 = (routed_b1, shared_b1)
             if stacks is None:
@@ -229,19 +229,20 @@ class _StackedFFN(torch.autograd.Function):
             both = F.linear(activation(h_TH), *fc2)
             y_TO, u2_TR = both[:, : len(weight2_OH)], both[:, len(weight2_OH) :].contiguous()
             v2_TR = _gated(u2_TR, gates_TN, y_TO.dtype)
-            y_TO = torch.addmm(y_TO, v2_TR, _columns((routed_b2, shared_b2)).T)
+            b2_OR = _columns((routed_b2, shared_b2))
+            y_TO = torch.addmm(y_TO, v2_TR, b2_OR.T)
         else:
             y_TO = F.linear(activation(h_TH), *fc2)
         weights = (weight1_HD, bias1_H, routed_b1, shared_b1, weight2_OH, bias2_O)
         pairs2 = (routed_a2, shared_a2, routed_b2, shared_b2)
-        ctx.save_for_backward(x_TD, u1_TR, gates_TN, *weights, *pairs2, h_TH, u2_TR)
+        ctx.save_for_backward(x_TD, u1_TR, gates_TN, *weights, *pairs2, h_TH, u2_TR, b2_OR)
         ctx.activation, ctx.stacks = activation, stacks
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, u1_TR, gates_TN, weight1, bias1, *saved = ctx.saved_tensors
-        b1, (weight2, bias2), a2, b2, (h_TH, u2_TR) = saved[:2], saved[2:4], saved[4:6], saved[6:8], saved[8:]
+        b1, (weight2, bias2), a2, b2, (h_TH, u2_TR, b2_OR) = saved[:2], saved[2:4], saved[4:6], saved[6:8], saved[8:]
         fc1, fc2 = Linear(weight1, bias1), Linear(weight2, bias2)
         if wants_second_order():
 
@@ -261,23 +262,23 @@ class _StackedFFN(torch.autograd.Function):
             return *grads[:3], None, None, *grads[3:5], None, None, *grads[5:], None, None
 
         O, D = grad_TO.shape[1], x_TD.shape[1]
-        grad_gated_TR = grad_u1_TR = None
+        grad_gates_TN = grad_u1_TR = None
         grads_b1: tuple[Tensor | None, ...] = (None, None)
         grads_a2, grads_b2 = grads_b1, grads_b1
         if u2_TR is not None:
-            grad_v2_TR = products.mm_float32(grad_TO, _columns(b2))
-            grad_TO = _beside_gated(grad_TO, grad_v2_TR, gates_TN)
+            grad_v2_TR = products.mm_float32(grad_TO, b2_OR)
+            found = _gate_gradients(grad_v2_TR, u2_TR, gates_TN, grad_TO.dtype, grad_TO.dtype)
+            grad_u2_TR, v2_TR, grad_gates_TN = found
+            grad_TO = torch.cat([grad_TO, grad_u2_TR], dim=1)
             fc2 = (
                 stacked(fc2, a2, beside=False)
                 if ctx.stacks is None
                 else ctx.stacks[1].refill(ctx.numbers[1], fc2, a2, beside=False)
             )
-        act_TH, pull_back = recompute_activation(h_TH, ctx.activation, differentiate=True)
-        grad_h_TH = pull_back(grad_TO @ fc2.weight_OD)
+        act_TH, grad_h_TH = activation_and_gradient(h_TH, grad_TO @ fc2.weight_OD, ctx.activation)
         if u2_TR is not None:
             grads_a2 = _split_experts((grad_TO[:, O:].T @ act_TH).unflatten(0, (-1, a2[0].shape[1])), a2)
-            grads_b2 = _split_columns(grad_TO[:, :O].T @ _gated(u2_TR, gates_TN, act_TH.dtype), b2)
-            grad_gated_TR = grad_v2_TR.mul_(u2_TR)
+            grads_b2 = _split_columns(grad_TO[:, :O].T @ v2_TR, b2)
         del act_TH, grad_TO
         if u1_TR is not None:
             fc1 = (
@@ -288,15 +289,9 @@ class _StackedFFN(torch.autograd.Function):
         grad_x_TD = grad_h_TH @ fc1.weight_OD
         if u1_TR is not None:
             grad_x_TD, grad_v1_TR = grad_x_TD[:, :D], grad_x_TD[:, D:]
-            grads_b1 = _split_columns(grad_h_TH.T @ _gated(u1_TR, gates_TN, grad_h_TH.dtype), b1)
-            grad_u1_TR = _gated(grad_v1_TR, gates_TN, u1_TR.dtype)
-            if grad_gated_TR is None:
-                grad_gated_TR = u1_TR * grad_v1_TR
-            else:
-                grad_gated_TR.addcmul_(u1_TR, grad_v1_TR)
-        grad_gates_TN = None
-        if grad_gated_TR is not None:
-            grad_gates_TN = grad_gated_TR.unflatten(1, (gates_TN.shape[1], -1)).sum(dim=-1)
+            grad_u1_TR, v1_TR, grad_gates = _gate_gradients(grad_v1_TR, u1_TR, gates_TN, u1_TR.dtype, x_TD.dtype)
+            grad_gates_TN = grad_gates if grad_gates_TN is None else grad_gates_TN.add_(grad_gates)
+            grads_b1 = _split_columns(grad_h_TH.T @ v1_TR, b1)
         grads_fc1, grads_fc2 = (None, None, *grads_b1), (None, None, *grads_a2, *grads_b2)
         return grad_x_TD, grad_u1_TR, grad_gates_TN, *grads_fc1, *grads_fc2, None, None
 
@@ -313,6 +308,14 @@ def _gated(u_TR: Tensor, gates_TN: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(u_TR.shape, dtype=dtype, device=u_TR.device)
     torch.mul(u_TR.unflatten(-1, groups), gates_TN.unsqueeze(-1), out=out.unflatten(-1, groups))
     return out
+
+
+def _gate_gradients(
+    grad_v: Tensor, u: Tensor, gates: Tensor, grad_type: torch.dtype, v_type: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    compiling = torch.compiler.is_compiling()  # a compiler fuses the plain form itself
+    compute = kernels.gate_gradients_plain if compiling else kernels.gate_gradients
+    return compute(grad_v, u, gates, grad_type, v_type)
 
 
 def _plain_gated(u_TR: Tensor, gates_TN: Tensor, dtype: torch.dtype) -> Tensor:
