@@ -352,6 +352,7 @@ def use_true_gradient_norm(engine: Any) -> None:
             factor = (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
         step(self, factor)
 
+    decide_and_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # it calls the step that is, so no warning
     optimizer.step = MethodType(decide_and_step, optimizer)
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import ase_dist
-from ase_dist.deployment.export import check_export, differences, export_run
+from ase_dist.deployment.export import EXACT, ROUNDED, check_export, differences, export_run
 from ase_dist.models.export_file import CARD, WEIGHTS
 from ase_dist.models.names import named_tensors
+from ase_dist.tasks import PASCAL_TASKS
 from tests.training.conftest import flip_byte, start_world
 from tests.training.tiny_runs import ROOT, checkpoint, said, tiny_run
 
@@ -25,7 +26,13 @@ def train(rank, folder):
     scenes = Path((folder / "scenes").read_text())
     code = tiny_run(scenes, folder / "run", "eval.every=3", "model.drop_path=0.1", config="z2")
     export_run(folder / "run", folder / "first")
-    start = (f"model.init_from={folder / 'first'}", "tasks=[edge, normals]", "train.max_steps=3", "checkpoint.every=0")
+    start = (
+        f"model.init_from={folder / 'first'}",
+        "tasks=[edge, normals]",
+        "train.max_steps=3",
+        "checkpoint.every=0",
+        "eval.edge_ods=true",
+    )
     return [code, tiny_run(scenes, folder / "second", *start), said(scenes, folder / "third", "model.init_from=x")]
 
 
@@ -188,9 +195,41 @@ def test_mistakes_are_one_sentence_and_leave_nothing(mistake, copy, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_differences_are_relative_and_know_nan():
+TASKS = (PASCAL_TASKS["semseg"], PASCAL_TASKS["edge"], PASCAL_TASKS["normals"])
+
+
+def scores(miou, bce, mean, **more):
+    return {"semseg": {"miou": miou, **more}, "edge": {"bce": bce, "ods_threshold": 0.3}, "normals": {"mean": mean}}
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "near", "far"),
+    [(EXACT, (40.05, 0.5004, 14.95), (40.2, 0.502, 15.2)), (ROUNDED, (40.7, 0.508, 15.4), (41.0, 0.52, 14.2))],
+)
+def test_headline_metrics_are_compared_by_their_units(tolerance, near, far):
+    wanted = scores(40.0, 0.5, 15.0)
+    assert differences(scores(*near), wanted, TASKS, tolerance=tolerance) == []
+    found = differences(scores(*far), wanted, TASKS, tolerance=tolerance)
+    assert [clause.split(" is ")[0] for clause in found] == ["semseg miou", "edge bce", "normals mean"]
+
+
+def test_a_rare_class_and_a_threshold_that_moved_are_no_difference():
+    wanted = scores(40.0, 0.5, 15.0, **{"iou/boat": 3.0})
+    got = scores(40.0, 0.5, 15.0, **{"iou/boat": 2.0})
+    got["edge"]["ods_threshold"] = 0.31
+    assert differences(got, wanted, TASKS, tolerance=ROUNDED) == []
+    assert differences(scores(39.0, 0.5, 15.0), wanted, TASKS, tolerance=ROUNDED) != []
+
+
+def test_scores_near_zero_and_nan():
     nan = float("nan")
-    wanted = {"edge": {"bce": 0.5, "odd": nan, "miou": 40.0}}
-    assert differences({"edge": {"bce": 0.5004, "odd": nan, "miou": 40.03}}, wanted, tolerance=1e-3) == []
-    found = differences({"edge": {"bce": 0.502, "odd": 1.0, "miou": nan}}, wanted, tolerance=1e-3)
-    assert [clause.split(" is ")[0] for clause in found] == ["edge bce", "edge odd", "edge miou"]
+    assert differences(scores(0.3, nan, 15.0), scores(0.1, nan, 15.0), TASKS, tolerance=ROUNDED) == []
+    found = differences(scores(nan, 0.5, 15.0), scores(40.0, nan, 15.0), TASKS, tolerance=ROUNDED)
+    assert [clause.split(" is ")[0] for clause in found] == ["semseg miou", "edge bce"]
+
+
+def test_odsf_is_checked_where_the_run_has_it():
+    wanted = scores(40.0, 0.5, 15.0)
+    wanted["edge"]["ods_f"] = 60.0
+    got = {**wanted, "edge": {**wanted["edge"], "ods_f": 50.0}}
+    assert differences(got, wanted, TASKS, tolerance=ROUNDED) == ["edge ods_f is 50, the run found 60"]

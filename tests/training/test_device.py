@@ -1,8 +1,10 @@
 """Which device a rank takes, and the arithmetic and the time limits that are set once for a process."""
 
 import os
+import signal
 import time
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,9 +15,9 @@ import torch.distributed as dist
 
 from ase_dist import collectives
 from ase_dist.cores import share_of_cores
-from ase_dist.errors import UserError
+from ase_dist.errors import ExitCode, UserError
 from ase_dist.training.process import device as devices
-from ase_dist.training.process import runtime
+from ase_dist.training.process import runtime, watchdog
 from ase_dist.training.process.device import device_index, find_device, has_native_bf16, set_arithmetic
 from tests.training.conftest import start_world
 
@@ -223,3 +225,35 @@ def test_nccl_waits_longer_than_the_watchdog(monkeypatch):
     with mock.patch.object(dist, "set_timeout", lambda limit, group: limits.update({group: limit}), create=True):
         collectives.limit_all_groups(1800.0)
     assert limits == {"a": timedelta(seconds=1800), "b": timedelta(seconds=1860)}
+
+
+def dies_under_nccl(rank, folder):
+    """Rank 1 is killed before a collective that rank 0 waits for: long before NCCL's limit the watchdog ends rank 0."""
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(
+        {name: str(value) for name, value in place.items()} | {"MASTER_PORT": (folder / "port").read_text()}
+    )
+    world = runtime.start(timeout=300, threads=1)
+    with mock.patch.object(watchdog, "PEER_GRACE", 2.0), watchdog.Watchdog(folder, timeout=300) as dog:
+        collectives.barrier()
+        time.sleep(12)  # both are seen alive
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dog.beat("a sum of step 1")
+        collectives.all_reduce_sum(torch.ones(1, device=world.device)).item()
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants two GPUs")
+def test_under_nccl_a_dead_neighbour_ends_the_wait(tmp_path):
+    (tmp_path / "port").write_text(str(runtime.free_port()))
+    began = time.monotonic()
+    started = [start_world(partial(as_rank, rank, tmp_path), tmp_path / str(rank), seconds=120) for rank in (0, 1)]
+    codes = [finish().codes[0] for finish in started]
+    assert codes == [ExitCode.SILENT, -signal.SIGKILL] and time.monotonic() - began < 100
+    assert "rank 1 on" in (tmp_path / "rank_0.log").read_text()
+
+
+def as_rank(number, folder, rank, place):
+    """A world of its own for each rank, as ``runtime.start`` makes the group."""
+    return dies_under_nccl(number, folder)

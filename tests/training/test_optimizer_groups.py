@@ -18,7 +18,13 @@ from tests.training.tiny_runs import TINY, checkpoint, distance, same_bits, tiny
 
 pytestmark = pytest.mark.single_gpu
 
-FULL = ("model.tune=full", "model.lora_rank=0", "model.moe.enabled=false", "train.backbone_lr_factor=0.1")
+FULL = (
+    "model.tune=full",
+    "model.lora_rank=0",
+    "model.moe.enabled=false",
+    "train.backbone_lr_factor=0.1",
+    "train.deterministic=true",
+)
 
 
 def groups_of(*overrides):

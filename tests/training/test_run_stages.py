@@ -48,7 +48,8 @@ PATHS = [
 
 def options(name):
     """drop_path draws from torch's generator in every step, so that a random state not restored would show."""
-    return ["model.drop_path=0.2", f"train.bf16={str('bf16' in name).lower()}"]
+    # deterministic: bit for bit is promised of accelerators with it alone
+    return ["model.drop_path=0.2", "train.deterministic=true", f"train.bf16={str('bf16' in name).lower()}"]
 
 
 def resume(scenes, folder, name, *, source, target):

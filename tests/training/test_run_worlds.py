@@ -22,6 +22,7 @@ from tests.training.tiny_runs import (
 pytestmark = pytest.mark.multi_gpu
 
 HALF, QUARTER = "train.batch_size=2", "train.batch_size=1"
+REPEATABLE = "train.deterministic=true"  # bit for bit is promised of accelerators with it alone
 DENSE = ("z0", "z1", "z2", "z3")  # ZeRO-3 last: DeepSpeed replaces torch's linear for the rest of the process
 SHARDED = {"z2_gather": ("z2", "gather"), "z2_all_to_all": ("z2", "all_to_all"), "z0_gather": ("z0", "gather")}
 # saved by two processes there, loaded by one here
@@ -54,8 +55,9 @@ def two(rank, folder):
     runs = {name: (stage, sharded(dispatch)) for name, (stage, dispatch) in SHARDED.items()}
     runs |= {name: (name, ()) for name in DENSE}
     for name, (stage, more) in runs.items():
-        tiny_run(scenes, folder / name, HALF, *more, config=stage)
-        tiny_run(scenes, folder / f"{name}_resumed", HALF, *more, from_step_3(folder, name), config=stage)
+        options = (HALF, REPEATABLE, *more)
+        tiny_run(scenes, folder / name, *options, config=stage)
+        tiny_run(scenes, folder / f"{name}_resumed", *options, from_step_3(folder, name), config=stage)
     tiny_run(scenes, folder / "deep", HALF, *DEEP, *sharded("gather"), config="z2")
     path = folder / "deep" / "checkpoints" / "step_3"
     cases = {"z2_gather": ("z2", sharded("gather")), "z0": ("z0", ()), "z3": ("z3", ())}

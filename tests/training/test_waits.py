@@ -1,5 +1,6 @@
 """How often the host waits for the device: in a training step for norm and vote, in an evaluation at its end."""
 
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from tests.waits import HostWaits
 
 pytestmark = pytest.mark.single_gpu
 EVERY_KIND = [PASCAL_TASKS[name] for name in ("semseg", "saliency", "edge", "normals")] + [NYUD_TASKS["depth"]]
+with_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="asks CUDA")
 # ZeRO-3 last: DeepSpeed replaces torch's linear by its own for the rest of the process
 CASES = {
     "z0": ("z0", "train.bf16=false"),
@@ -92,6 +94,48 @@ def waits(scenes, tmp_path_factory):
 def test_a_step_waits_twice(waits, case):
     assert sum(waits[case].values()) == 2, waits[case]
     assert any("finite.py" in line for line in waits[case]), "the vote"
+
+
+def on_cuda(rank, folder):
+    """What CUDA itself reports of the last step; the vote's event, which has arrived by then, is no part of that."""
+    scenes, step, found = Path((folder / "scenes").read_text()), Trainer._step, {}
+    for name, (config, *overrides) in CASES.items():
+
+        def counted(trainer, name=name):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                step(trainer)
+                torch.cuda.set_sync_debug_mode("default")
+            found[name] = [str(each.message) for each in caught if "synchroniz" in str(each.message)]
+
+        with mock.patch.object(Trainer, "_step", counted):
+            short = ("train.max_steps=3", "train.log_every=9", "checkpoint.every=0", "eval.pictures=0")
+            tiny_run(scenes, folder / name, *short, *overrides, config=config)
+    return found
+
+
+@with_cuda
+def test_cuda_itself_counts_no_more(scenes, tmp_path):
+    (tmp_path / "scenes").write_text(str(scenes))
+    codes, results = start_world(on_cuda, tmp_path, seconds=240)()
+    assert codes == [0] and results[0].keys() == CASES.keys()
+    assert {name: found for name, found in results[0].items() if len(found) > 2} == {}
+
+
+@with_cuda
+@pytest.mark.parametrize("task", EVERY_KIND, ids=lambda task: task.kind)
+def test_cuda_itself_does_not_wait_for_a_metric(task):
+    shape = {"normals": (3,), "depth": (1,)}.get(task.kind, ())
+    label = torch.ones(*shape, 20, 30, device="cuda", dtype=torch.float32 if shape else torch.uint8)
+    logits, metric = torch.randn(1, task.channels, 8, 8, device="cuda"), build_metric(task)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            metric.update(decode(task, logits, size=(20, 30))[0], label)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert metric.result()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

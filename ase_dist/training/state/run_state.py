@@ -2,7 +2,8 @@
 
 A checkpoint of any world size, expert-parallel size and ZeRO stage is loaded at any other: tensors have global names
 (``models/names.py``), and ``moe/deepspeed_compat.py`` reads and writes what ZeRO has divided. On the same topology a
-resumed run goes on bit for bit. One group of tensors is in memory at a time.
+resumed run goes on bit for bit, on a CPU as it is, on accelerators with ``train.deterministic`` (there some sums are
+added up in another order in every run otherwise). One group of tensors is in memory at a time.
 """
 
 from __future__ import annotations
