@@ -42,15 +42,28 @@ def test_scripts_are_sound(script):
     assert script.stat().st_mode & 0o111 or script.suffix == ".sbatch", "not executable"
 
 
+def run_script(folder, script, *words, **variables):
+    """Run a script of launch/cluster, with a check that finds no fault and a deepspeed that shows what it gets."""
+    for name, body in {"python": "echo n1", "deepspeed": 'echo "$@"; env'}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    (folder / "hosts").write_text("# two\nn1 slots=1\nme@n2 slots=2  # big\n")
+    return subprocess.run([CLUSTER / script, folder / "hosts", *words], capture_output=True, text=True, check=False,
+                          env={"PATH": f"{folder}:/usr/bin:/bin", **variables})  # fmt: skip
+
+
+def test_no_password_reaches_what_deepspeed_writes_into_command_lines(tmp_path):
+    secrets = {"MLFLOW_TRACKING_PASSWORD": "hunter2", "MLFLOW_X": "a b; id", "NCCL_DEBUG": "INFO"}
+    done = run_script(tmp_path, "ssh.sh", "output=x", **secrets)
+    assert done.returncode == 0 and "MLFLOW" not in done.stdout and "hunter2" not in done.stdout
+    assert "NCCL_DEBUG=INFO" in done.stdout and done.stdout.startswith("--hostfile")
+
+
 @pytest.mark.parametrize("number", ["2", "-1", "x", "08", "1.0", "0; id", "99999999999999999999"])
 @pytest.mark.parametrize("script", ["torchrun.sh", "no_ssh.sh"])
 def test_a_wrong_node_number_is_one_sentence(script, number, tmp_path):
     """The check of the hostfile goes before, and answers at once here."""
-    (tmp_path / "python").write_text("#!/bin/sh\necho n1\n")
-    (tmp_path / "python").chmod(0o755)
-    (tmp_path / "hosts").write_text("# two\nn1 slots=1\nme@n2 slots=2  # big\n")
-    done = subprocess.run([CLUSTER / script, tmp_path / "hosts", number], capture_output=True, text=True, check=False,
-                          env={"PATH": f"{tmp_path}:/usr/bin:/bin"})  # fmt: skip
+    done = run_script(tmp_path, script, number)
     sentence = f"error: NODE_RANK: got '{number}', wanted a number from 0 to 1, a line of {tmp_path}/hosts\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
 

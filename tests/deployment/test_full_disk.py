@@ -70,3 +70,25 @@ def test_a_page(tmp_path, monkeypatch, capsys):
         assert report([str(tmp_path), "--out", str(disk / "page.html")]) == ExitCode.NOT_SAVED
         assert files(disk) == []
     assert "(No space left on device)" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_found_full_when_the_bytes_go_there(export, tmp_path, monkeypatch, capsys):
+    """As on a network file system: every write goes well, and the error comes with fsync."""
+    Image.fromarray(photo()).save(tmp_path / "one.png")
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    model = load(export)
+
+    def full(path):
+        raise no_space()
+
+    monkeypatch.setattr("ase_dist.files.fsync", full)
+    monkeypatch.setattr("ase_dist.deployment.export.fsync", full)
+    arguments = [str(export), str(tmp_path / "one.png"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert predict(arguments) == ExitCode.NOT_SAVED
+    assert report([str(tmp_path)]) == ExitCode.NOT_SAVED
+    for write in (lambda: make_export(tmp_path / "second"), lambda: deploy(model, tmp_path, formats=["pt2"])):
+        with pytest.raises(RunError) as raised:
+            write()
+        is_told(raised, "export: cannot write")
+    assert not [name for name in files(tmp_path) if name.endswith((".tmp", ".html", ".pt2"))]
+    assert not (tmp_path / "second").exists()
