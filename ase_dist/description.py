@@ -176,6 +176,23 @@ class TaskDescription(_Part):
     thickness: int | None = Field(None, ge=1, le=99)
     unit: Literal["m", "cm", "mm"] | Annotated[float, Field(gt=0)] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_numbered_names(cls, values: Any) -> Any:
+        """``classes: {7: road, 8: sidewalk}``, names by the ids in the files, as names and an id map."""
+        classes = values.get("classes") if isinstance(values, dict) else None
+        is_numbered = isinstance(classes, Mapping) and all(
+            re.fullmatch(r"-?\d+", str(key)) and isinstance(name, str) and "," not in name and name[:1] != "#"
+            for key, name in classes.items()
+        )
+        if not classes or not is_numbered or "id_map" in values:
+            return values
+        by_id = {int(key): name for key, name in classes.items()}
+        named = {**values, "classes": [by_id[key] for key in sorted(by_id)]}
+        if sorted(by_id) != list(range(len(by_id))):
+            named["id_map"] = by_id
+        return named
+
     @field_validator("classes", mode="before")
     @classmethod
     def _read_classes(cls, value: Any) -> Any:
@@ -304,14 +321,14 @@ class DataSetDescription(_Part):
     """The contents of a ``dataset.yaml``.
 
     ``orientation`` says which way up labels lie: on the pixels as stored, or on the picture as viewers show it, turned
-    by its orientation tag.
+    by its orientation tag; where it is not said, pictures are refused whose tag leaves it open.
     """
 
     name: str = Field(pattern=r"^\S(.*\S)?$", max_length=80)
     images: Patterns
     splits: SplitDescription
     tasks: dict[str, TaskDescription] = Field(min_length=1)
-    orientation: Literal["stored", "upright"] = "stored"
+    orientation: Literal["stored", "upright"] | None = None
 
     @field_validator("name")
     @classmethod

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from skimage.morphology import thin
 
-from ase_dist.data.files import Array, read_array, read_codes, read_matrix, read_variable, reject
+from ase_dist.data.files import TURN_LABEL, Array, read_array, read_codes, read_matrix, read_variable, reject
 from ase_dist.data.labels import ZERO_CODE, codes_from_normals, fit_label, fit_normals, ignored_label
 from ase_dist.data.matlab import Struct, Value
 from ase_dist.tasks import IGNORE, Kind, Task
@@ -290,7 +290,7 @@ def _fit(path: Path, label: Array, shape: Shape, *, resize: Callable[[Array, Sha
         raise reject(path, sizes, "one of the image's size")
     if not _is_scaled((height, width), shape) and _is_scaled((width, height), shape):
         wanted = "the sides of the image as it is stored, before its orientation tag"
-        raise reject(path, sizes, wanted, advice="turn the label, or turn the image's pixels and remove the tag")
+        raise reject(path, sizes, wanted, advice=TURN_LABEL)
     return resize(label, shape)
 
 

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image
 from ase_dist.data.decode import Decoder
 from ase_dist.data.described_labels import label_decoder
 from ase_dist.data.file_check import Patterns, expand
-from ase_dist.data.files import Array, advising, read_image
+from ase_dist.data.files import TURN_LABEL, TURN_PIXELS, Array, advising, read_image
 from ase_dist.data.folder import FolderDataset, list_lines, refuse_doubles
 from ase_dist.description import FILE_NAME, DataSetDescription
 from ase_dist.errors import UserError, did_you_mean
@@ -78,15 +78,24 @@ class DescribedFolder(FolderDataset):
         return chosen
 
     def read_picture(self, name: str) -> Array:
-        """As FolderDataset's, turned upright where labels are."""
-        if self.description.orientation == "stored":
+        """As FolderDataset's, turned upright where labels are; a tag matters only where it is not said how they lie."""
+        orientation = self.description.orientation
+        if orientation is None:
             return super().read_picture(name)
         path = self.find(name, self.image_files)
-        with advising(self.remedy):
+        with advising(self.remedies()):
             image = read_image(path)
+        if orientation == "stored":
+            return image
         with Image.open(path) as picture, contextlib.suppress(Exception):  # a damaged tag is none
             image = np.ascontiguousarray(_TURNS[picture.getexif()[ExifTags.Base.Orientation]](image))
         return image
+
+    @classmethod
+    def remedies(cls) -> dict[str, str]:
+        """As FolderDataset's."""
+        how = f"set orientation: upright (or stored) in {FILE_NAME}"
+        return {**super().remedies(), TURN_PIXELS: how, TURN_LABEL: f"{how}, or turn the label"}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self.description, self.__dict__)

@@ -80,8 +80,12 @@ class FileCheck:
                 found = self.similar(name, patterns)
                 if found is not None:
                     either = " or ".join(dict.fromkeys(expand(pattern, name) for pattern in patterns[:4]))
+                    is_alike = unicodedata.normalize("NFC", found) == unicodedata.normalize(
+                        "NFC", PurePosixPath(either).name
+                    )
+                    shown = ascii(found) if is_alike else repr(found)  # only escapes show accents composed otherwise
                     raise UserError(
-                        f"{self.root}: got the file {found!r} for {name!r}, wanted {either}; convert or rename it"
+                        f"{self.root}: got the file {shown} for {name!r}, wanted {either}; convert or rename it"
                     )
 
     def similar(self, name: str, patterns: Patterns) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from ase_dist.errors import UserError, file_error
 Array = npt.NDArray[Any]
 
 UNPACK_AGAIN = "unpack the archive again"
+TURN_PIXELS = "turn the pixels to match the labels and remove the tag"
+TURN_LABEL = "turn the label, or turn the image's pixels and remove the tag"
 _COLOUR_MODES = ("RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr", "1")
 
 
@@ -48,7 +50,7 @@ def read_image(path: Path, *, content: bytes | None = None, labelled: bool = Fal
                 path,
                 f"a picture with the orientation tag {turned}",
                 "one without: the sizes do not tell whether its labels were drawn on the pixels as stored or as shown",
-                advice="turn the pixels to match the labels and remove the tag",
+                advice=TURN_PIXELS,
             )
         return np.asarray(picture.convert("RGB"))
 
@@ -108,12 +110,15 @@ def reject(path: Path, got: str, wanted: str, *, advice: str = UNPACK_AGAIN) -> 
 
 
 @contextlib.contextmanager
-def advising(remedy: str) -> Iterator[None]:
-    """While open, errors say ``remedy`` where they would say to unpack the archive again: for data without one."""
+def advising(remedies: Mapping[str, str]) -> Iterator[None]:
+    """While open, errors say what ``remedies`` have in place of ``UNPACK_AGAIN`` and other advice of this module."""
     try:
         yield
     except UserError as error:
-        error.args = (str(error).replace(UNPACK_AGAIN, remedy),)
+        sentence = str(error)
+        for usual, remedy in remedies.items():
+            sentence = sentence.replace(usual, remedy)
+        error.args = (sentence,)
         raise
 
 

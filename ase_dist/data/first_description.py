@@ -10,6 +10,7 @@ What cannot be told is a note for the user, not a guess. Nothing here is read ag
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -20,10 +21,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ase_dist.data.described import ANY, LABELS, PICTURES, described_reader
 from ase_dist.data.files import Array, read_array
+from ase_dist.data.packed.sizes import stored_size
 from ase_dist.description import DataSetDescription
 from ase_dist.errors import UserError
 from ase_dist.tasks import IGNORE, voc_color
@@ -111,6 +113,10 @@ def first_description(root: Path) -> FirstDescription:
             "label files such as labels/NAME.png" + "".join(f"; {note}" for note in notes)
         )
     tree = {"name": root.resolve().name, "images": images.pattern, "splits": splits, "tasks": tasks}
+    orientation, note = _orientation(root, images, labels)
+    notes += [note] if note else []
+    if orientation:
+        tree["orientation"] = orientation
     description = DataSetDescription.model_validate(tree)
     if not lists:
         reader = described_reader(description)
@@ -377,6 +383,26 @@ def _values_of(path: Path, seen: _Values) -> Array:
     return values
 
 
+def _orientation(root: Path, images: _Files, labels: Sequence[_Files]) -> tuple[str, str]:
+    """How labels lie on pictures with an orientation tag, by their sizes; or a note that these leave it open."""
+    votes: Counter[str] = Counter()
+    names = sorted(images.paths)
+    for name in names[:: -(-len(names) // SAMPLE)]:
+        with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(root / images.paths[name]) as picture:
+            tag = picture.getexif().get(ExifTags.Base.Orientation, 1)
+            stored = (picture.height, picture.width)
+            sizes = {stored_size(root / group.paths[name]) for group in labels if name in group.paths}
+            if tag not in (2, 3, 4, 5, 6, 7, 8) or len(sizes) != 1:
+                continue
+            upright = stored[::-1] if tag > 4 else stored
+            fits = [how for how, size in (("stored", stored), ("upright", upright)) if size in sizes]
+            votes[fits[0] if len(fits) == 1 else "open"] += 1
+    certain = [how for how in ("stored", "upright") if votes[how]]
+    if len(certain) == 1:
+        return certain[0], f"orientation: {certain[0]}, as the sizes of labels show"
+    return "", "pictures have orientation tags: add orientation: upright or stored, as the labels lie" if votes else ""
+
+
 def _names_in(root: Path, files: Sequence[str]) -> list[str] | None:
     """The lines of a file such as classes.txt; None where there is none."""
     for path in files:
@@ -484,6 +510,7 @@ def _as_text(tree: Mapping[str, Any]) -> str:
         f"images: {_quoted(tree['images'])}  # {{}} is the name of an image",
         "splits:",
         *(f"  {key}: {_quoted(value)}" for key, value in tree["splits"].items()),
+        *([f"orientation: {tree['orientation']}"] if "orientation" in tree else []),
         "tasks:",
     ]
     for name, task in tree["tasks"].items():

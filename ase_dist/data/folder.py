@@ -19,7 +19,7 @@ from ase_dist.data.batch import Record
 from ase_dist.data.dataset import RecordDataset
 from ase_dist.data.decode import Decoder, decoder_of
 from ase_dist.data.file_check import FileCheck, Patterns, expand
-from ase_dist.data.files import Array, advising, read_image
+from ase_dist.data.files import UNPACK_AGAIN, Array, advising, read_image
 from ase_dist.errors import UserError, file_error
 from ase_dist.tasks import Task
 
@@ -103,12 +103,17 @@ class FolderDataset(RecordDataset):
     def decode_label(self, task: Task, name: str, shape: tuple[int, int]) -> Array:
         """One of ``decode_labels``."""
         decoder = self.decoders.get(task.name) or decoder_of(task)
-        with advising(self.remedy):
+        with advising(self.remedies()):
             return decoder(self.find(name, self.files_of(task)[0]), shape)
+
+    @classmethod
+    def remedies(cls) -> dict[str, str]:
+        """What errors about files advise here, by what they advise for data from an archive; see ``advising``."""
+        return {UNPACK_AGAIN: cls.remedy}
 
     def read_picture(self, name: str) -> Array:
         """The picture of the image ``name``, uint8 [H, W, 3]; see ``read_image``."""
-        with advising(self.remedy):
+        with advising(self.remedies()):
             return read_image(self.find(name, self.image_files), labelled=bool(self.tasks))
 
     def find(self, name: str, patterns: Patterns) -> Path:

@@ -359,3 +359,39 @@ def test_random_maps_agree_with_the_slow_ones(own):
         table = {int(v): names.index(n) for v, n in zip(stored, targets, strict=True) if n != "ignore"}
         label = own.label(f"kind: classes, {NAMES}, id_map: {{{text}}}", stored[ids(1)])
         np.testing.assert_array_equal(label, slow_map(stored[ids(1)], table))
+
+
+@pytest.mark.parametrize("tag", [3, 6])
+def test_it_must_be_said_how_labels_lie_on_turned_pictures(own, tag, one_sentence):
+    tags = Image.Exif()
+    tags[0x0112] = tag
+    stored = picture(5, shape=(24, 24) if tag == 6 else SHAPE)
+    for name in "abcd":
+        Image.fromarray(stored).save(own.root / f"images/{name}.jpg", exif=tags)
+        save(own.root / f"x/{name}.png", np.zeros(stored.shape[:2], np.uint8))
+    with pytest.raises(UserError) as raised:
+        own.open("kind: mask").read(0)
+    one_sentence(
+        raised, "images/a.jpg", f"the orientation tag {tag}", "set orientation: upright (or stored) in dataset.yaml"
+    )
+    start = START + "orientation: stored\n"
+    np.testing.assert_allclose(own.open("kind: mask", start=start)[0].image, stored, atol=255)
+
+
+def test_names_by_the_ids_in_the_files(own):
+    stored = np.array([7, 8, 11, 0, 255], np.uint8)[ids(0)]
+    label = own.label("kind: classes, classes: {8: car, 0: sky, 7: 'no', 11: tree}", stored)
+    assert own.open("kind: classes, classes: {8: car, 0: sky, 7: 'no', 11: tree}").tasks[0].class_names == (
+        "sky", "no", "car", "tree")  # fmt: skip
+    np.testing.assert_array_equal(label, slow_map(stored, {0: 0, 7: 1, 8: 2, 11: 3}))
+    dense = own.describe("kind: classes, classes: {0: a, 1: b}").tasks["x"]
+    assert dense.id_map is None and [each.name for each in dense.classes] == ["a", "b"]
+
+
+def test_accents_that_are_composed_otherwise_are_shown_as_they_are(own):
+    for name in "abcd":
+        save(own.root / f"x/{name}.png", ids(0))
+    save(own.root / "images/\u00e9.jpg", picture(0))
+    save(own.root / "x/e\u0301.png", ids(0))
+    with pytest.raises(UserError, match=r"got the file 'e\\u0301.png' for '\u00e9', wanted x/\u00e9.png"):
+        own.open(f"kind: classes, {NAMES}")

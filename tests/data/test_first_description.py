@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ase_dist.commands import prepare_data
 from ase_dist.data.described import described_reader
@@ -202,3 +203,19 @@ def test_what_cannot_be_told_is_a_note_and_is_left_out(tmp_path, caplog):
 )
 def test_a_pattern_and_a_name_are_a_path(pattern, name, path):
     assert expand(pattern, name) == path
+
+
+@pytest.mark.parametrize(("turned", "how"), [(True, "upright"), (False, "stored")])
+def test_sizes_show_how_labels_lie_on_turned_photographs(tmp_path, turned, how):
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    for i in range(5):
+        save(tmp_path / f"masks/{i}.png", (disc(i).T if turned else disc(i)).astype(np.uint8))
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(picture(i)).save(tmp_path / f"images/{i}.jpg", exif=tags)
+    first = first_description(tmp_path)
+    assert f"orientation: {how}" in first.text and any("as the sizes of labels show" in note for note in first.notes)
+    (tmp_path / FILE_NAME).write_text(first.text)
+    description = read_description(tmp_path / FILE_NAME)
+    dataset = described_reader(description)(tmp_path, "train", tuple(described(description).tasks.values()))
+    np.testing.assert_array_equal(dataset[0].labels["masks"], disc(0).T if turned else disc(0))
