@@ -19,7 +19,7 @@ import yaml
 from timm.layers import Mlp
 
 from ase_dist.commands.main import COMMANDS, find_command, module_of
-from ase_dist.config import Settings, load_settings, setting_keys, shipped_configs
+from ase_dist.config import DEFAULT_CONFIG, Settings, load_settings, setting_keys, shipped_configs
 from ase_dist.errors import ExitCode
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.sharding import Shard
@@ -151,11 +151,12 @@ def check_train(*words):
     """The options are known, the config is shipped, and the settings agree with DeepSpeed's file."""
     parser = module_of("train").parser()
     arguments = parser.parse_intermixed_args([word for word in words if word != "--help"])
-    assert arguments.config in shipped_configs()
+    config = arguments.config or DEFAULT_CONFIG
+    assert config in shipped_configs()
     path = arguments.deepspeed_config
     assert path in {None, *shipped_ds_configs()} or Path(path).parent.name == "ds_configs"
     json = read_ds_config(path if path in {None, *shipped_ds_configs()} else ROOT / path)
-    resolve(load_settings(arguments.config, arguments.settings), json, world=2, native_bf16=False)
+    resolve(load_settings(config, arguments.settings), json, world=2, native_bf16=False)
 
 
 CHECKS = {

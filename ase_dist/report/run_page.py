@@ -16,7 +16,7 @@ from ase_dist.report.settings import read_settings, settings_sections
 from ase_dist.report.text import DASH, many, plural, significant, size
 from ase_dist.training.record.console import clock
 from ase_dist.training.record.environment import harmless_environment
-from ase_dist.training.record.records import Records, branch, number, reach
+from ase_dist.training.record.records import Records, branch, number, reach, texts
 from ase_dist.training.record.run_folder import RunFolder
 
 MOST_RANKS = 64  # rows of the table of ranks
@@ -56,7 +56,7 @@ def run_content(run: RunFolder) -> dict[str, Any]:
         "matrix": None if matrix is None else (matrix[0], draw_matrix(matrix[1], [short(t) for t in records.tasks])),
         "sections": settings_sections(settings) if settings else [],
         "environment": _environment(environment),
-        "starts": [(int(r["step"]), r.get("world")) for r in records.of_kind("run")],
+        "starts": [(int(r["step"]), r.get("world"), texts(r.get("changed"))) for r in records.of_kind("run")],
         **_ranks(ranks, records, settings),
         "files": listing.list_files(run.path),
         "checkpoints": listing.list_checkpoints(run.checkpoints),

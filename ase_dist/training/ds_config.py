@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ase_dist.config import Settings, TrainSettings, override_settings
-from ase_dist.errors import UserError, did_you_mean, file_error
+from ase_dist.errors import UserError, describe, did_you_mean, file_error
 from ase_dist.json_files import read_object
+from ase_dist.training.record.run_folder import RunFolder
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"  # a link to the checkout's folder, files in an installed package
 AUTO = "auto"
@@ -99,6 +100,24 @@ def read_ds_config(path: str | Path | None) -> dict[str, Any]:
         raise file_error(error, f"--deepspeed_config: cannot read {str(path)!r} ({error.strerror}){known}") from None
     except UserError as error:
         raise UserError(f"--deepspeed_config: {error}") from None
+
+
+def own_ds_config(run: RunFolder) -> dict[str, Any]:
+    """The JSON that a run was started with, from its folder: what its settings decide, and so may change, is left out.
+
+    Raises UserError where there is none that can be read.
+    """
+    try:
+        tree = read_object(run.ds_config)
+    except (OSError, UserError) as error:
+        raise file_error(
+            error, f"{run.ds_config}: cannot be read ({describe(error)}); give --deepspeed_config"
+        ) from None
+    for *section, key in (*SHARED_KEYS.values(), ("train_batch_size",), ("tensorboard",), ("csv_monitor",)):
+        branch = _get(tree, tuple(section))
+        if isinstance(branch, dict):
+            branch.pop(key, None)
+    return tree
 
 
 def resolve(settings: Settings, ds_config: Mapping[str, Any], *, world: int, native_bf16: bool) -> ResolvedConfig:

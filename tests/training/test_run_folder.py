@@ -15,8 +15,8 @@ from ase_dist.errors import UserError
 from ase_dist.training.record.environment import (
     KEYS,
     OPTIONS,
-    _git_commit,
     environment,
+    git_commit,
     harmless_command,
     harmless_ds_config,
     harmless_environment,
@@ -169,7 +169,7 @@ def test_what_a_monitor_logs_in_with_is_not_written() -> None:
 
 
 def test_a_commit_is_named_only_for_a_checkout_of_this_package(tmp_path: Path) -> None:
-    assert _git_commit(tmp_path) is None
+    assert git_commit(tmp_path) is None
 
 
 def test_naming_the_files_of_a_run_makes_nothing_and_needs_no_torch(tmp_path: Path) -> None:

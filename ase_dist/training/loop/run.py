@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ase_dist import collectives
-from ase_dist.agreement import raise_together
-from ase_dist.config import MonitorSettings, Settings, to_yaml
+from ase_dist.agreement import on_rank_zero, raise_together
+from ase_dist.config import MonitorSettings, Settings, load_settings, to_yaml
 from ase_dist.data.loader import first_images
 from ase_dist.errors import ExitCode, RunError, UserError, describe, exit_code_of, has_traceback
 from ase_dist.evaluation.constant import ConstantPredictor
@@ -28,15 +28,18 @@ from ase_dist.training.process.folder_lock import FolderLock
 from ase_dist.training.process.runtime import World
 from ase_dist.training.process.watchdog import Watchdog
 from ase_dist.training.record.console import FILES_ONLY, StepProgress, close_console, set_up_logging
-from ase_dist.training.record.environment import environment, harmless_ds_config
+from ase_dist.training.record.environment import environment, git_commit, harmless_ds_config
 from ase_dist.training.record.logs import close_logs, open_logs
 from ase_dist.training.record.metrics import Recorder
 from ase_dist.training.record.reports import start_tables, summary
 from ase_dist.training.record.run_folder import RunFolder
 from ase_dist.training.state.checkpoint import CheckpointStore
+from ase_dist.training.state.compare_settings import compare_settings
 from ase_dist.training.state.run_state import RunState
+from ase_dist.versions import PACKAGES, versions_of
 
 LOGGER = logging.getLogger("ase_dist")
+LENGTH = ("epochs", "batch_size", "gradient_accumulation_steps")  # of a run without train.max_steps
 TRIVIAL_IMAGES = 128  # training images that the trivial predictors are fitted on
 
 
@@ -105,6 +108,9 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
         config = resolve(settings, ds_config, world=world.size, native_bf16=world.native_bf16)
         raise_together(folder.create)
         raise_together(lambda: folder.refuse_used(resume=settings.resume) if world.is_first else None)
+        if finished := on_rank_zero(lambda: what_is_finished(folder, config.settings)):
+            LOGGER.info("%s", finished)
+            return ExitCode.DONE
         closing.callback(close_logs)
         raise_together(lambda: open_logs(folder, rank=world.rank))
         closing.enter_context(_failure_in_log_files())
@@ -163,6 +169,29 @@ def record_settings(folder: RunFolder, config: ResolvedConfig, world: World) -> 
     folder.write_ds_config(harmless_ds_config(config.deepspeed))
 
 
+def what_is_finished(folder: RunFolder, settings: Settings) -> str | None:
+    """Where the run in ``folder`` is done up to the end that ``settings`` ask for: a sentence, and nothing is to do.
+
+    None for any other run, for settings that are refused on resuming, and where the end depends on the data.
+    """
+    if settings.resume != "auto" or not (folder.summary.is_file() and folder.config.is_file()):
+        return None
+    summary, own, train = folder.read_summary(), load_settings(folder.config), settings.train
+    step, is_done = summary.get("step"), summary.get("exit") == ExitCode.DONE.name.lower()
+    same_end = train.max_steps == step
+    if train.max_steps is None:
+        same_end = settings.data == own.data and all(getattr(train, key) == getattr(own.train, key) for key in LENGTH)
+    names, own_names = ([task.name for task in tree.chosen_tasks()] for tree in (settings, own))
+    differences = compare_settings(own.model_dump(mode="json"), settings, tasks=names, saved_tasks=own_names)
+    if not is_done or step != summary.get("total_steps") or not same_end or differences.refused:
+        return None
+    unused = f" ({', '.join(differences.listed.values())}: no effect)" if differences.listed else ""
+    return (
+        f"step {step} of {step} is done{unused}: nothing was trained and nothing written; for more steps give "
+        "train.max_steps, for another run output="
+    )
+
+
 def start_record(recorder: Recorder, components: RunComponents, state: RunState) -> None:
     """Remove the lines that the resumed run will write again, and write the run's start line (collective)."""
     start = state.step if state.is_saved else -1
@@ -175,6 +204,10 @@ def start_record(recorder: Recorder, components: RunComponents, state: RunState)
         "shared_experts": list(range(moe.num_experts - moe.num_shared, moe.num_experts)) if moe.enabled else [],
         "world": world.size,
         "ranks": processes,
+        "settings": components.settings.model_dump(mode="json"),
+        "versions": versions_of(*PACKAGES),
+        "commit": git_commit(),
+        "changed": state.changes,
     }
 
     def write() -> None:

@@ -99,7 +99,7 @@ class Trainer:
                     self.watchdog.force_exit_on_close()
                 raise
         if self.stopping:
-            LOGGER.info("stopped by a signal at step %d, saved", self.state.step)
+            LOGGER.info("stopped by a signal at step %d, saved; the same command goes on from there", self.state.step)
         return ExitCode.STOPPED if self.stopping else ExitCode.DONE
 
     def _save_and_evaluate(self) -> None:

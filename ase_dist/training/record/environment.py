@@ -22,7 +22,7 @@ KEYS = (  # of env.json: those of ``environment``, and what a run adds
 )
 HIDDEN = "***"
 # The options of train that take the name of a config or a path; all others take none, or are the launcher's.
-OPTIONS = ("--config", "--baseline", "--deepspeed_config")
+OPTIONS = ("--config", "--baseline", "--resume", "--deepspeed_config")
 SCRIPT = ("launch", "train.py")
 # A number, a name, a list of them, a path: no second =, nothing of a URL (: @ ? &), no mapping, no control character.
 _HARMLESS_VALUE = re.compile(r"[\w ./,+~\[\]#'-]*")
@@ -44,7 +44,7 @@ def environment() -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "packages": {name: version_of(name) for name in PACKAGES},
-        "git_commit": _git_commit(Path(__file__).parent),
+        "git_commit": git_commit(),
         "hostname": platform.node(),
         "platform": platform.platform(),
         "cores_physical": psutil.cpu_count(logical=False),
@@ -114,7 +114,7 @@ def harmless_ds_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _git_commit(folder: Path) -> str | None:
+def git_commit(folder: Path = Path(__file__).parent) -> str | None:
     """The commit of the checkout that this package runs from, "+changes" where tracked files differ from it."""
     if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None  # not a checkout, or one of something else that only contains an installed copy

@@ -3,8 +3,9 @@
 A line has ``kind``, ``step`` and the keys of its kind; those that ``plots`` draws are:
 
 - ``run``: tasks (names, in the model's order), task_facts {task: its row of the task table}, data (the data set's
-  name), shared_experts (their ids); one at every start, with attempt (1 for the first), time, world and ranks
-  [{host, pid}].
+  name), shared_experts (their ids); one at every start, with attempt (1 for the first), time, world, ranks
+  [{host, pid}], settings (the whole tree), versions, commit and changed (what differs from the checkpoint that the run
+  goes on from, as text).
 - ``end``: how the start before it ended: exit (the name of its ``ExitCode`` in small letters), why (a sentence), time.
   Missing where the process was killed. ``step`` is the last one taken.
 - ``train``: loss, losses {task: loss}; and where there are experts: expert_load [layers][tasks][N], the share of the

@@ -166,6 +166,11 @@ def branch(value: Any, *keys: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
+def texts(value: Any) -> list[str]:
+    """The texts of a list; an empty one for anything else."""
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
 def _keys(value: Any) -> list[str]:
     return [str(key) for key in value] if isinstance(value, Mapping) else []
 

@@ -13,7 +13,7 @@ from ase_dist.description import differences
 class Differences(NamedTuple):
     """Settings that differ, by key, each with its text.
 
-    ``refused``: "seed is 0 there and 1 here"; ``listed``: "train.lr: 0.001 -> 0.0005".
+    ``refused``: "seed is 0 there and 1 here"; ``listed``: "train.lr 0.001 -> 0.0005".
     """
 
     refused: dict[str, str]
@@ -49,7 +49,7 @@ def compare_settings(
         if is_refused:
             refused[key] = f"{key} is {_shown(before)} there and {_shown(now)} here"
         else:
-            listed[key] = f"{key}: {_shown(before)} -> {_shown(now)}"
+            listed[key] = f"{key} {_shown(before)} -> {_shown(now)}"
     return Differences(refused, listed)
 
 

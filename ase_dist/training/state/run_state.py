@@ -41,7 +41,7 @@ class RunState:
     """Saves and restores a run through ``store``.
 
     ``step`` is the number of optimiser steps done, ``history`` their results, ``is_saved`` whether a checkpoint
-    holds both.
+    holds both. ``changes`` says what differs from the checkpoint that the run goes on from, as "train.lr 0.1 -> 0.2".
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class RunState:
         self.settings, self.world, self.store = settings, world, store
         self.zero_stage, self.backbone = zero_stage, dict(backbone)
         self.step, self.history, self.is_saved = 0, History(), False
+        self.changes: list[str] = []
         self._saved_step = NEVER  # whose weights and random states are in the store, if not its latest history
 
     def advance(self, *, images: int) -> None:
@@ -178,8 +179,13 @@ class RunState:
                 f"resume: {path} was trained on the backbone {meta.backbone}, this run has {self.backbone}; use the "
                 "same model.backbone and model.pretrained"
             )
-        if differences.listed:
-            LOGGER.info("settings that differ from those of %s: %s", path, "; ".join(differences.listed.values()))
+        self.changes = list(differences.listed.values())
+        if meta.topology.world != self.world.size:
+            self.changes.append(f"ranks {meta.topology.world} -> {self.world.size}")
+        if meta.topology.zero_stage != self.zero_stage:
+            self.changes.append(f"ZeRO stage {meta.topology.zero_stage} -> {self.zero_stage}")
+        if self.changes:
+            LOGGER.info("changed since step %d: %s", checkpoint.step, ", ".join(self.changes))
 
     @staticmethod
     def _task_order(meta: RunMeta, engine: Any) -> list[int]:
