@@ -8,11 +8,13 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ase_dist.collectives import count_traffic
 from ase_dist.moe import MoEFFN, global_state
 from ase_dist.moe.dispatch import LayerShape
+from ase_dist.moe.forms import FormCost
 from ase_dist.moe.sharding import Shard
 from tests.moe.conftest import FFN, randomise
 from tests.training.conftest import start_world
@@ -286,6 +288,64 @@ def check_bf16(rank, folder):
     return found
 
 
+def check_grouped(rank, folder):
+    """LoRA experts computed for a token's own experts only: any number of them on a rank, and ranks without tokens."""
+    found = []
+    FormCost.cheaper = lambda cost: "grouped" if cost.active else "dense"  # in this process, which ends with the check
+    for size in (2, 4):
+        group = groups_of(size)
+        adapts = itertools.cycle([("fc1", "fc2"), ("fc2", "bypass")])
+        for (gating, k, S), dispatch in itertools.product(MODES, ("gather", "all_to_all")):
+            whole, layer = sharded(group, size, dispatch, gating, k, S, "lora", next(adapts))
+            found += differences(f"{dispatch} over {size}, {gating}", whole, layer, [5, 0, 7, 1], size)
+        whole, layer = sharded(group, size, "all_to_all", "ase", 1, 1, "lora", ("fc1", "fc2"))
+        for each in (whole, layer):
+            with torch.no_grad():
+                each.router.weight.zero_()
+                each.router.weight[:, 14] = 50.0
+        found += differences(f"one expert over {size}", whole, layer, [4, 4, 4, 4], size)
+    return found
+
+
+class DeviceWaits(TorchDispatchMode):
+    """Counts what would wait for an accelerator: values or shapes that are read from a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("nonzero", "_local_scalar_dense", "masked_select", "unique_dim")
+        return func(*args, **(kwargs or {}))
+
+
+def check_waits(rank, folder):
+    """A layer reads the counts of its exchange, once, in the forward pass; where experts are gathered nothing at all.
+
+    Ends of groups, which a CPU reads and an accelerator does not, are the only lists of int32.
+    """
+    found, lists = [], []
+    group = groups_of(4)
+    tolist = torch.Tensor.tolist
+    for form, dispatch, experts in itertools.product(("dense", "grouped"), ("gather", "all_to_all"), ("lora", "ffn")):
+        FormCost.cheaper = lambda cost, form=form: form
+        _, layer = sharded(group, 4, dispatch, "ase", 3, 1, experts, ("fc1", "fc2"))
+        x = tokens_of([5, 2, 5, 0])[1].clone().requires_grad_()
+        torch.Tensor.tolist = lambda tensor: lists.extend([1] * (tensor.dtype != torch.int32)) or tolist(tensor)
+        try:
+            with DeviceWaits() as waits:
+                result = layer(x)
+                forward = waits.count + len(lists)
+                (result.output.sum() + result.aux_loss).backward()
+        finally:
+            torch.Tensor.tolist = tolist
+        total, wanted = waits.count + len(lists), int(dispatch == "all_to_all")
+        if (forward, total) != (wanted, wanted):
+            found.append(f"{dispatch}, {experts}, {form}: waits {forward} times forward, {total} in all, for {wanted}")
+        lists.clear()
+    return found
+
+
 def check_many_ranks(rank, folder):
     """More ranks than cores: 15 routed experts over 4, 8 or 16 ranks, uneven; half of the ranks have no tokens."""
     found = []
@@ -303,7 +363,7 @@ def check_many_ranks(rank, folder):
 def run_all(rank, folder):
     checks = (check_grid, check_extremes, check_base_of_another_kind, check_trained_base,
               check_second_derivatives, check_traffic, check_prefetch,
-              check_recomputation, check_bf16)  # fmt: skip
+              check_recomputation, check_bf16, check_grouped, check_waits)  # fmt: skip
     return {check.__name__: check(rank, folder) for check in checks}
 
 
