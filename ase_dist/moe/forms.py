@@ -11,7 +11,8 @@ An accelerator computes some 270 FLOPs in the time that a byte takes (H100, bf16
 dense column is 6 FLOPs per value of a token's input and output, and about 0.01 bytes per value for gates in rank space;
 an active expert's output is written and read once in each direction, 4 passes of 2 bytes, and a token's values are
 read and written 8 times more: 122 columns for an expert and 244 for a token. On a CPU groups are small products in the
-cache: 32 columns for an expert, measured.
+cache: 32 columns for an expert, measured on ViT-S, where both forms cost the same at about 130 columns for 32/4/0/4
+and 200 for 16/3/1/16, and 256/4/0/16 is 6 times cheaper grouped.
 """
 
 from __future__ import annotations
