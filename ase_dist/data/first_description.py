@@ -300,7 +300,8 @@ def _describe_colors(
     if len(codes) < 2:
         return None, f"left out, there is one colour only{part}"
     classes = {f"class {i}": list(color) for i, color in enumerate(codes)}
-    task = {"kind": "classes", **common, "classes": classes, "rgb_map": "colors"}
+    rgb_map = {", ".join(map(str, color)): i for i, color in enumerate(codes)}  # by number: names are to be changed
+    task = {"kind": "classes", **common, "classes": classes, "rgb_map": rgb_map}
     return task, f"name the {len(codes)} colours{part}"
 
 
@@ -322,7 +323,7 @@ def _describe_classes(
     colors = [palette[3 * i : 3 * i + 3] if palette else list(voc_color(i % 256)) for i in stored]
     task: dict[str, Any] = {"kind": kind, **common, "classes": dict(zip(called, colors, strict=True))}
     if not is_dense:
-        task["id_map"] = dict(zip(map(str, stored), called, strict=True))
+        task["id_map"] = {str(value): i for i, value in enumerate(stored)}
     elif first:
         task["first_id"] = 1
     note = "" if called is names else f"name the {len(called)} classes{part}"

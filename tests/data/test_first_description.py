@@ -1,6 +1,7 @@
 """``prepare_data FOLDER --init``: folders as users have them are described so that every file is read as meant."""
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -146,6 +147,22 @@ def test_names_of_a_list_and_colours_of_a_palette_are_taken(tmp_path):
     assert task.class_names == ("sky", "road", "car", "tree", "m\u00e4n")
     (task,) = described(read_text(voc, tmp_path / "b")).tasks.values()
     assert task.palette == tuple(map(tuple, COLORS.tolist()))
+
+
+@pytest.mark.parametrize("layout", [colours, cityscapes], ids=lambda layout: layout.__name__)
+def test_names_and_colours_of_what_is_written_may_be_changed(layout, tmp_path):
+    """The maps go by number, so that what the user is asked to change is in one place."""
+    root = written(layout, tmp_path / "folder")
+    text = first_description(root).text
+    changed = re.sub(r"^      class (\d+): .*", r"      thing \1: [\1, 1, 2]", text, flags=re.MULTILINE)
+    labels = []
+    for each in (text, changed):
+        (root / FILE_NAME).write_text(each, encoding="utf-8")
+        found = described(read_description(root / FILE_NAME))
+        reader = described_reader(found.description)
+        labels.append(reader(root, "train", tuple(found.tasks.values()))[0].labels["semseg"])
+    assert found.tasks["semseg"].class_names[1].startswith("thing") and found.tasks["semseg"].palette[1][1:] == (1, 2)
+    np.testing.assert_array_equal(*labels)
 
 
 def read_text(layout, root):
