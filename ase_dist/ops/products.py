@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MIN_ONEDNN_FLOPS = 8e6  # of a product that is worth oneDNN's fixed cost of some 15 microseconds
-CHUNK_BYTES = 6 * 2**20, 24 * 2**20  # of a chunk of rows: shorter ones cost more time, longer ones memory
+CHUNK_VALUES = 3 * 2**19, 6 * 2**20  # in a chunk of rows: shorter ones cost more time, longer ones memory
 MIN_CHUNKS = 4  # as far as the bounds allow
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -74,15 +74,16 @@ def _has_wide_output(x: Tensor) -> bool:
 
 
 def row_chunks(x_TD: Tensor, *, width: int | None = None) -> list[slice]:
-    """The rows of x on a CPU in equal chunks, so that a tensor [chunk, ``width``] has a size within ``CHUNK_BYTES``.
+    """The rows of x on a CPU in equal chunks, so that a tensor [chunk, ``width``] has ``CHUNK_VALUES``.
 
-    ``width`` None is x's own. On other devices all rows are one chunk.
+    ``width`` None is x's own. On other devices all rows are one chunk. bf16 has as many rows in a chunk as float32: by
+    bytes a small batch would be one chunk, and the peak half as high again as the frozen network's.
     """
     rows, own_width = x_TD.shape
     if x_TD.device.type != "cpu" or not rows:
         return [slice(0, rows)]
-    total = rows * (own_width if width is None else width) * x_TD.element_size()
-    count = -(-total // min(max(total // MIN_CHUNKS, CHUNK_BYTES[0]), CHUNK_BYTES[1]))
+    total = rows * (own_width if width is None else width)
+    count = -(-total // min(max(total // MIN_CHUNKS, CHUNK_VALUES[0]), CHUNK_VALUES[1]))
     size = -(-rows // max(1, min(count, rows)))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 

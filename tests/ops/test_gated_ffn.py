@@ -33,10 +33,10 @@ def reference(x, fc1, fc2, gates, activation):
     return x
 
 
-@pytest.mark.parametrize("band_bytes", [1, 300, 2**40])
+@pytest.mark.parametrize("chunk_values", [1, 37, 2**40])
 @pytest.mark.parametrize(("first", "second", "bias"), list(itertools.product([True, False], repeat=3)))
-def test_equals_the_formula_with_every_gradient(first, second, bias, band_bytes, monkeypatch):
-    monkeypatch.setattr(products, "CHUNK_BYTES", (band_bytes, band_bytes))
+def test_equals_the_formula_with_every_gradient(first, second, bias, chunk_values, monkeypatch):
+    monkeypatch.setattr(products, "CHUNK_VALUES", (chunk_values, chunk_values))
     draw = draws()
     fc1, fc2 = adapted(draw, D, H, bias=bias, pair=first), adapted(draw, H, O, bias=bias, pair=second)
     x, gates, direction = draw(T, D), draw(T, N), draw(T, O)

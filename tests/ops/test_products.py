@@ -32,9 +32,9 @@ def test_products_are_exact_to_rounding(sizes, dtype):
     close_to_exact(products.add_linear(y, x, weight), Y + X @ W.T)
 
 
-@pytest.mark.parametrize("band_bytes", [1, 4096, 2**40])
-def test_a_product_is_added_in_place_in_bands_of_any_size(band_bytes, monkeypatch):
-    monkeypatch.setattr(products, "CHUNK_BYTES", (band_bytes, band_bytes))
+@pytest.mark.parametrize("chunk_values", [1, 1024, 2**40])
+def test_a_product_is_added_in_place_in_bands_of_any_size(chunk_values, monkeypatch):
+    monkeypatch.setattr(products, "CHUNK_VALUES", (chunk_values, chunk_values))
     monkeypatch.setattr(products, "MIN_ONEDNN_FLOPS", 0)
     x, weight, _, y = operands((9, 12, 7))
     want = y + x @ weight.T
@@ -43,21 +43,23 @@ def test_a_product_is_added_in_place_in_bands_of_any_size(band_bytes, monkeypatc
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 64])
-@pytest.mark.parametrize("band_bytes", [1, 100, 2**40])
-def test_bands_are_all_rows_once_and_in_order(rows, band_bytes, monkeypatch):
-    monkeypatch.setattr(products, "CHUNK_BYTES", (band_bytes, band_bytes))
+@pytest.mark.parametrize("chunk_values", [1, 25, 2**40])
+def test_bands_are_all_rows_once_and_in_order(rows, chunk_values, monkeypatch):
+    monkeypatch.setattr(products, "CHUNK_VALUES", (chunk_values, chunk_values))
     like = torch.empty(rows, 5)
     slices = products.row_chunks(like)
     assert torch.equal(torch.cat([torch.arange(rows)[each] for each in slices]), torch.arange(rows))
     longest = max(each.stop - each.start for each in slices)
-    assert longest <= 1 or longest * 5 * 4 <= band_bytes
+    assert longest <= 1 or longest * 5 <= chunk_values
     assert products.row_chunks(torch.empty(rows, 5, device="meta")) == [slice(0, rows)]
 
 
 def test_bands_are_a_quarter_of_the_rows_within_their_bounds(monkeypatch):
-    monkeypatch.setattr(products, "CHUNK_BYTES", (80, 160))  # 4 and 8 rows of 5 numbers
+    monkeypatch.setattr(products, "CHUNK_VALUES", (20, 40))  # 4 and 8 rows of 5 numbers
     counts = {rows: len(products.row_chunks(torch.empty(rows, 5))) for rows in (3, 8, 16, 24, 32, 64)}
     assert counts == {3: 1, 8: 2, 16: 4, 24: 4, 32: 4, 64: 8}
+    narrow = {rows: len(products.row_chunks(torch.empty(rows, 5, dtype=torch.bfloat16))) for rows in counts}
+    assert narrow == counts  # half the bytes would be one chunk where float32 has two
 
 
 @pytest.mark.filterwarnings("ignore:TF32")
