@@ -33,7 +33,7 @@ def main() -> None:
         from ase_dist.collectives import gather_objects
 
         folder = Path(str(gather_objects(str(arguments.folder or own))[0]))  # the first rank's
-        figures = _measure(arguments, world, folder)
+        figures = measure(arguments, world, folder)
     if world.is_first:
         _print(figures, arguments)
         write_report(arguments.json, arguments, figures=figures)
@@ -58,7 +58,8 @@ def _parse() -> argparse.Namespace:
 # The run
 
 
-def _measure(arguments: argparse.Namespace, world: Any, folder: Path) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, world: Any, folder: Path) -> dict[str, Any]:
+    """The figures of steps and saves in ``folder`` (collective)."""
     from ase_dist.config import load_settings
     from ase_dist.training.ds_config import resolve
     from ase_dist.training.loop.components import build

@@ -90,19 +90,22 @@ def _measure_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    return [asdict(row) for shape in arguments.shapes for row in _measure(shape, arguments)]
+    return [asdict(row) for shape in arguments.shapes for row in measure_shape(shape, arguments)]
 
 
-def _measure(shape: str, arguments: argparse.Namespace) -> list[Row]:
-    """All sides of one shape, in turn in every repetition (collective)."""
+def measure_shape(shape: str, arguments: argparse.Namespace, *, device: str | Any = "cpu") -> list[Row]:
+    """All sides of one shape on this rank's ``device``, in turn in every repetition (collective)."""
     import torch
 
     dim, hidden = SHAPES[shape]
     names = SIDES[:-1] if arguments.without_deepspeed else SIDES
     sides = {name: _build(name, dim, hidden, arguments) for name in names}
+    for side in sides.values():
+        for layer in side.layers:
+            layer.to(device)
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
-    x = torch.randn(TASKS, arguments.images * TOKENS, dim, generator=generator)
-    direction = torch.randn(x.shape, generator=generator)
+    x = torch.randn(TASKS, arguments.images * TOKENS, dim, generator=generator).to(device)
+    direction = torch.randn(x.shape, generator=generator).to(device)
     for side in sides.values():
         side.step(x, direction)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
@@ -149,12 +152,15 @@ class Side:
     def step(self, x: Any, direction: Any) -> tuple[float, float]:
         """Seconds of the forward pass, and of forward, backward and the experts' reduction (collective)."""
         import torch
+        from deepspeed.accelerator import get_accelerator
 
         from ase_dist import collectives
 
+        synchronize = get_accelerator().synchronize
         for layer in self.layers:
             layer.zero_grad(set_to_none=True)
         x = x.clone().requires_grad_()
+        synchronize()
         collectives.barrier()
         with collectives.count_traffic() as traffic:
             began = time.perf_counter()
@@ -162,9 +168,12 @@ class Side:
             for layer in self.layers:
                 y, loss, *_ = layer(y)
                 losses.append(loss)
+            synchronize()
             forward = time.perf_counter() - began
-            torch.autograd.backward([y, sum(losses)], [direction, torch.ones(())])
+            total = sum(losses)
+            torch.autograd.backward([y, total], [direction, torch.ones_like(total)])
             reduced = self._reduce()
+            synchronize()
             seconds = time.perf_counter() - began
         self.bytes_sent = traffic.total + reduced + self._uncounted()
         return forward, seconds

@@ -48,6 +48,7 @@ from ase_dist.files import write_atomic
 from ase_dist.models import MultiTaskModel
 from ase_dist.moe.router import TaskRouter
 from ase_dist.planning.flops import bare_model
+from ase_dist.registries import HEADS
 from ase_dist.tables import Table
 from ase_dist.tasks import Task, select_tasks
 from ase_dist.training.loop import losses
@@ -129,6 +130,7 @@ def _parse() -> argparse.Namespace:
     p.add_argument("--tokens", type=int, default=TOKENS, help="of one image and task, in the layer")
     p.add_argument("--size", type=int, default=224, help="side of the images, in the step")
     p.add_argument("--depth", type=int, help="blocks of the backbone, in the step; all of them where not given")
+    p.add_argument("--head", default="pup", choices=list(HEADS), help="of the step's model")
     p.add_argument(
         "--attention",
         choices=("fused", "products"),
@@ -200,23 +202,32 @@ def _tracked(module: nn.Module, part_of: Callable[[str, nn.Module], str | None],
 
 def count_step(shape: str, arguments: argparse.Namespace) -> list[Counted]:
     """Every side of a training step of the five-task model."""
-    model = {"backbone": BACKBONES[shape], "backbone_args": {"depth": arguments.depth} if arguments.depth else {}}
-    settings = build_settings({"data": {"size": arguments.size}, "model": {**model, "pretrained": "none"}})
+    rows = []
+    for name, (settings, adapt) in step_sides(shape, arguments).items():
+        model = bare_model(settings).to(_dtype(arguments))
+        if adapt is not None:
+            apply_experts(model, adapt)
+        rows.append(Counted("step", shape, "16/3/1/4", name, _count_step_side(model, arguments)))
+    return rows
+
+
+def step_sides(shape: str, arguments: argparse.Namespace) -> dict[str, tuple[Settings, Any]]:
+    """The settings of each side, and how it applies the experts where that is not our way."""
+    model = {
+        "backbone": BACKBONES[shape],
+        "backbone_args": {"depth": arguments.depth} if arguments.depth else {},
+        "pretrained": "none",
+        "head": arguments.head,
+    }
+    settings = build_settings({"data": {"size": arguments.size}, "model": model})
     experts, lora = _baseline(settings, ROW), _baseline(settings, LORA_ROW)
-    sides: dict[str, tuple[Settings, Any]] = {
+    return {
         FLOOR: (override_settings(lora, ["model.lora_rank=0"]), None),
         LORA: (lora, None),
         LOOP: (experts, by_loop),
         SORTED: (experts, by_sorted_products),
         OURS: (experts, None),
     }
-    rows = []
-    for name, (changed, adapt) in sides.items():
-        model = bare_model(changed).to(_dtype(arguments))
-        if adapt is not None:
-            apply_experts(model, adapt)
-        rows.append(Counted("step", shape, "16/3/1/4", name, _count_step_side(model, arguments)))
-    return rows
 
 
 def _baseline(settings: Settings, name: str) -> Settings:

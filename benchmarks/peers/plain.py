@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.experts import RoutedTokens
-from ase_dist.ops.grouped import grouped_linear
 
 Tensors = Mapping[str, Tensor]
 Adapt = Callable[[Tensor, nn.Module, Tensor, Tensor], Tensor]
@@ -119,8 +118,8 @@ def by_sorted_products(tokens: RoutedTokens, num_shared: int) -> Adapt:
     gate_K1 = tokens.gates_TN[token_K, expert_K].unsqueeze(-1)
 
     def linear(x_TD: Tensor, module: nn.Module, a_NrD: Tensor, b_NOr: Tensor) -> Tensor:
-        u_Kr = grouped_linear(x_TD[token_K], a_NrD, ends_N) * gate_K1
-        delta_KO = grouped_linear(u_Kr.to(x_TD.dtype), b_NOr, ends_N)
+        u_Kr = _grouped_linear(x_TD[token_K], a_NrD, ends_N) * gate_K1
+        delta_KO = _grouped_linear(u_Kr.to(x_TD.dtype), b_NOr, ends_N)
         return module(x_TD).index_add_(0, token_K, delta_KO)
 
     return linear
@@ -135,3 +134,11 @@ def _visits(tokens: RoutedTokens, num_shared: int) -> list[Tensor]:
         return [tokens.active_TN.new_empty(count, dtype=torch.int64) for count in counts]
     expert_M, token_M = tokens.active_TN.T.nonzero().unbind(dim=1)
     return list(token_M.split(torch.bincount(expert_M, minlength=N).tolist()))
+
+
+def _grouped_linear(x_KD: Tensor, weight_NOD: Tensor, ends_N: Tensor) -> Tensor:
+    """torch's product of sorted rows with the weight of their group; widths padded to the 16 bytes that it wants."""
+    O, D = weight_NOD.shape[1:]
+    unit = 16 // x_KD.element_size()
+    padded_NOD = F.pad(weight_NOD, (0, -D % unit, 0, -O % unit))
+    return F.grouped_mm(F.pad(x_KD, (0, -D % unit)), padded_NOD.transpose(1, 2), offs=ends_N)[:, :O]
