@@ -403,3 +403,23 @@ def test_a_peer_that_is_behind_is_named(worlds):
     assert codes == [0, 0]
     assert re.search(r"rank 1 on \S+ is behind, the last thing it was known to begin is 'batch 1'", results[0])
     assert results[1] == "no other rank looks dead or behind"
+
+
+def test_a_watchdog_reads_few_beats_at_a_time_however_large_the_world(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog_module, "world_size", lambda: 4096)
+    monkeypatch.setattr(watchdog_module, "rank", lambda: 1001)
+    dog, read = Watchdog(tmp_path, timeout=60), []
+    here, pids = platform.node(), {rank: 10_000 + rank for rank in range(1000, 1008)}  # eight ranks on this host
+
+    def read_beat(other):
+        read.append(other)
+        return watchdog_module._Beat(1, "step 1", here if other in pids else "elsewhere", pids.get(other, 1))
+
+    monkeypatch.setattr(dog, "_read_beat", read_beat)
+    monkeypatch.setattr(watchdog_module, "is_alive", lambda pid: True)
+    assert not dog._has_dead_neighbour() and len(read) == watchdog_module.LOOKS
+    assert dog._neighbours == {rank: pid for rank, pid in pids.items() if rank != 1001}
+    seen = set(read)
+    assert not dog._has_dead_neighbour() and len(read) == 2 * watchdog_module.LOOKS and not seen & set(read[64:])
+    monkeypatch.setattr(watchdog_module, "is_alive", lambda pid: pid != pids[1003])
+    assert dog._has_dead_neighbour()

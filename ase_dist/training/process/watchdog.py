@@ -29,6 +29,7 @@ MISSED = (
 )
 GRACE = 10.0  # seconds that a file system gets to write the last report
 END_GRACE = 30.0  # seconds that a process gets to end after it has lost a peer
+LOOKS = 64  # beats of ranks on hosts that are not known yet, read at a time: the same load at any size of the world
 PEER_GRACE = 30.0  # seconds without a beat after a peer has died: with gloo the loop has raised an error by then
 
 
@@ -143,10 +144,18 @@ class Watchdog:
                 self._end("a rank that it may be waiting for is dead")
 
     def _has_dead_neighbour(self) -> bool:
-        """Whether a rank that was seen alive on this host has died; one that left has removed its beat file."""
-        for other in set(range(world_size())) - self._elsewhere:
+        """Whether a rank that was seen alive on this host has died; one that left has removed its beat file.
+
+        Ranks whose host is not known yet are looked at in the order of their distance: launchers number those of a host
+        one after the other.
+        """
+        looks = 0
+        for other in sorted(set(range(world_size())) - self._elsewhere, key=lambda other: abs(other - rank())):
             pid = self._neighbours.get(other)
             if pid is not None and is_alive(pid):
+                continue
+            looks += pid is None
+            if pid is None and looks > LOOKS:
                 continue
             beat = self._read_beat(other)
             if beat is None:  # it has not started, or has left
