@@ -62,7 +62,7 @@ class LoRAExperts(nn.Module):
 
     def __init__(self, ids: Sequence[int], places: Mapping[str, Shape], *, rank: int, seed: int) -> None:
         super().__init__()
-        self.places = tuple(places)
+        self.places, self._rank = tuple(places), rank
         self.keeps_stacks = True  # False where the base's weights are gathered for each use, as by ZeRO-3
         self._stacks = WeightStack(), WeightStack()
         self.values_per_token = sum(dim_in + dim_out for dim_in, dim_out in places.values())  # sent and returned
@@ -174,8 +174,8 @@ class LoRAExperts(nn.Module):
 
     def form_cost(self, *, num_routed: int, k: int, device_type: str) -> FormCost:
         """What computing ``num_routed`` experts for all tokens costs, and the ``k`` of each token only."""
-        rank = getattr(self, f"{self.places[0]}_A").shape[1]
-        return FormCost(routed=num_routed, active=k, rank=rank, device_type=device_type)
+        # not by a parameter's shape, which ZeRO-3 leaves empty outside of the forward pass
+        return FormCost(routed=num_routed, active=k, rank=self._rank, device_type=device_type)
 
     def groups_tokens(self, x_TD: Tensor, *, num_routed: int, k: int) -> bool:
         """Whether tokens are sorted by expert: where that costs less, and where plain operations are not asked for."""
