@@ -14,12 +14,19 @@ import torch
 import torch.distributed as dist
 
 from ase_dist import collectives
+from ase_dist.config import load_settings
 from ase_dist.cores import share_of_cores
 from ase_dist.errors import ExitCode, UserError
+from ase_dist.models import build_model
+from ase_dist.tasks import select_tasks
+from ase_dist.training.ds_config import resolve
+from ase_dist.training.loop import engine
 from ase_dist.training.process import device as devices
 from ase_dist.training.process import runtime, watchdog
 from ase_dist.training.process.device import device_index, find_device, has_native_bf16, set_arithmetic
+from ase_dist.training.process.runtime import World
 from tests.training.conftest import start_world
+from tests.training.tiny_runs import TINY
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The device
@@ -157,6 +164,34 @@ def test_two_ranks_on_one_gpu_are_told_in_a_sentence(monkeypatch, one_sentence):
     with pytest.raises(UserError) as raised:
         runtime._join_group("nccl", device=torch.device("cuda", 0), timeout=1)
     one_sentence(raised, "rank 1", "more ranks than GPUs")
+
+
+class InitializedError(Exception):
+    """In place of an engine."""
+
+
+@pytest.mark.single_gpu
+def test_deepspeed_is_told_the_device_and_takes_it(monkeypatch):
+    """By itself it would take the GPU of index LOCAL_RANK, which is not there."""
+    given, accelerator = {}, Accelerator(count=1, native_bf16=True)
+
+    def initialize(**options):
+        given.update(options)
+        raise InitializedError
+
+    monkeypatch.setattr(deepspeed, "initialize", initialize)
+    settings = load_settings(None, TINY)
+    model = build_model(settings, select_tasks("scenes"), expert_layer="plain")
+    world = World(3, 4, 3, 4, torch.device("cuda", 0), native_bf16=True)
+    with pytest.raises(InitializedError):
+        engine.initialize(model, resolve(settings, {}, world=4, native_bf16=True), world, total_steps=1)
+    assert given["optimizer"].defaults["fused"] is True
+    monkeypatch.setattr(deepspeed.runtime.engine, "get_accelerator", lambda: accelerator)
+    fake = SimpleNamespace(get_world_size=lambda: 4, get_rank=lambda: 3)
+    monkeypatch.setattr(deepspeed.runtime.engine, "dist", fake)
+    made = SimpleNamespace(local_rank=3)
+    deepspeed.DeepSpeedEngine._set_distributed_vars(made, given["args"])
+    assert accelerator.set == [0] and made.device == torch.device("cuda", 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

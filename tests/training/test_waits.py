@@ -62,14 +62,14 @@ def test_the_counter_counts():
 
 
 def count(rank, folder):
-    """The waits of a run's last step by line, for each case; AdamW as on a GPU, whose counters are not the host's."""
+    """The waits of a run's last step by line and its norm, for each case; AdamW as on a GPU: no counter on the host."""
     scenes, step, found = Path((folder / "scenes").read_text()), Trainer._step, {}
     for name, (config, *overrides) in CASES.items():
 
         def counted(trainer, name=name):
             with HostWaits() as waits:
                 step(trainer)
-            found[name] = waits.lines
+            found[name] = [waits.lines, float(trainer.engine.get_global_grad_norm())]
 
         with mock.patch.object(engine, "FUSED", ("cpu",)), mock.patch.object(Trainer, "_step", counted):
             short = ("train.max_steps=3", "train.log_every=9", "checkpoint.every=0", "eval.pictures=0")
@@ -92,8 +92,17 @@ def waits(scenes, tmp_path_factory):
 )
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_waits_twice(waits, case):
-    assert sum(waits[case].values()) == 2, waits[case]
-    assert any("finite.py" in line for line in waits[case]), "the vote"
+    lines, _ = waits[case]
+    assert sum(lines.values()) == 2, lines
+    assert any("finite.py" in line for line in lines), "the vote"
+
+
+def test_every_stage_has_the_same_norm(waits):
+    """DeepSpeed's own at ZeRO 0 in bf16 leaves the experts out."""
+    norms = {case: norm for case, (_, norm) in waits.items()}
+    assert norms["z1"] == pytest.approx(norms["z0"], rel=1e-4) and norms["z3"] == pytest.approx(norms["z0"], rel=1e-4)
+    for case in ("z0 in bf16", "z2 in bf16", "z3 in bf16"):
+        assert norms[case] == pytest.approx(norms["z0"], rel=2e-2)
 
 
 def on_cuda(rank, folder):
