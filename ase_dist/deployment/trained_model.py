@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from ase_dist.agreement import on_rank_zero
+from ase_dist.collectives import rank
 from ase_dist.config import Settings, recorded_settings
 from ase_dist.deployment.exported import ExportedModel, load
 from ase_dist.errors import UserError
@@ -18,9 +20,8 @@ from ase_dist.models.names import task_order, trained_entries
 from ase_dist.tasks import Task
 from ase_dist.training.loop.components import frozen_digest
 from ase_dist.training.record.run_folder import RunFolder
-from ase_dist.training.state.checkpoint import Checkpoint
+from ase_dist.training.state.checkpoint import Checkpoint, open_whole
 from ase_dist.training.state.checkpoint.catalog import BEST, list_checkpoints, read_pointer
-from ase_dist.training.state.checkpoint.verify import verify
 from ase_dist.training.state.compare_settings import compare_settings
 from ase_dist.training.state.meta import read_meta
 from ase_dist.training.state.tensors import difference, load_entry
@@ -79,30 +80,44 @@ def read_run(run: Path) -> Settings:
 
 
 def choose_checkpoint(run: Path, wanted: str) -> Checkpoint:
-    """The checkpoint 'newest', 'best', 'step_N' of the run, or that at a path.
+    """The checkpoint 'newest', 'best', 'step_N' of the run, or that at a path; its files are open.
 
     'newest' skips damaged ones with a warning. Raises UserError where there is none of that name or it is damaged.
+
+    Collective: rank 0 says which ones there are, so that all ranks read the same one while the run goes on. Where it
+    deletes them meanwhile they are looked up again.
     """
     folder = RunFolder(run).checkpoints
-    listed = list_checkpoints(folder) if folder.is_dir() else []
-    names = [checkpoint.name for checkpoint in listed]
-    if wanted == "newest":
-        paths = [folder / name for name in names]
-    elif wanted == "best":
-        best = read_pointer(folder, BEST) if names else None
-        paths = [] if best is None else [folder / best]
-    elif wanted in names:
-        paths = [folder / wanted]
-    else:
-        paths = [Path(wanted)] if Path(wanted).is_dir() else []
-    for path in paths:
-        manifest, problems = verify(path)
-        if manifest is not None:
-            return Checkpoint(path, manifest)
-        LOGGER.warning("checkpoint %s is damaged and is passed over: %s", path, "; ".join(problems))
+
+    def look_up() -> tuple[list[str], list[Path]]:
+        """The names that there are, by step, and the paths to try."""
+        listed = list_checkpoints(folder) if folder.is_dir() else []
+        names = [found.name for found in sorted(listed, key=lambda found: found.step)]
+        if wanted == "newest":
+            paths = [folder / found.name for found in listed]
+        elif wanted == "best":
+            best = read_pointer(folder, BEST) if names else None
+            paths = [] if best is None else [folder / best]
+        elif wanted in names:
+            paths = [folder / wanted]
+        else:
+            paths = [Path(wanted)] if Path(wanted).is_dir() else []
+        return names, paths
+
+    names, paths = on_rank_zero(look_up)
+    before: list[Path] = []
+    while paths and paths != before:
+        for path in paths:
+            checkpoint, problems = open_whole(path)
+            if checkpoint is not None:
+                return checkpoint
+            if rank() == 0:
+                LOGGER.warning("checkpoint %s is damaged or gone and is passed over: %s", path, "; ".join(problems))
+        before = paths
+        names, paths = on_rank_zero(look_up)
     if paths:
         raise UserError(f"{str(paths[-1])!r} is not a whole checkpoint ({problems[0]}); name another")
-    there = ", ".join(checkpoint.name for checkpoint in sorted(listed, key=lambda c: c.step)) or "none at all"
+    there = ", ".join(names) or "none at all"
     raise UserError(
         f"--checkpoint: got {wanted!r}, no such checkpoint; {str(folder)!r} holds {there}; give one of these, newest, "
         "best or a path"

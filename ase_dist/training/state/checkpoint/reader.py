@@ -12,6 +12,7 @@ from pydantic import JsonValue
 from safetensors import safe_open
 from torch import Tensor
 
+from ase_dist.agreement import RankError, on_every_rank
 from ase_dist.errors import UserError, did_you_mean
 from ase_dist.training.state.checkpoint.manifest import Manifest
 from ase_dist.training.state.checkpoint.verify import verify
@@ -22,8 +23,8 @@ Part = slice | tuple[slice, ...]
 class Checkpoint:
     """The tensors of one saved step and what its manifest says; a context manager.
 
-    Files are opened at the first use and closed with the object. Every tensor that is returned is a copy, so that the
-    folder may be deleted afterwards.
+    ``open`` opens the files, or else their first use; they are closed with the object. From then on the folder may be
+    deleted. Every tensor that is returned is a copy.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -72,6 +73,10 @@ class Checkpoint:
         found: Tensor = file.get_tensor(name) if part is None else file.get_slice(name)[part]
         return found.clone()  # what safetensors returns may be the mapped file itself
 
+    def open(self) -> None:
+        """Open the files, where they are not open yet. Raises FileNotFoundError where one was deleted."""
+        self._files_by_tensor()
+
     def close(self) -> None:
         """Close the files; they are opened again at the next use."""
         self._index = None
@@ -93,9 +98,38 @@ class Checkpoint:
 
     def _files_by_tensor(self) -> dict[str, Any]:
         if self._index is None:
+            self._open.close()  # what an attempt that failed has opened
             opened = [self._open.enter_context(safe_open(self.path / name, framework="pt")) for name in self.files]
             self._index = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
         return self._index
+
+
+def open_whole(path: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint in the folder ``path``, verified and with open files, or None and its problems. Collective.
+
+    The files are open on every rank when this returns, so that a run which deletes the checkpoint disturbs nobody.
+    Raises as ``verify``.
+    """
+    manifest, problems = verify(path)
+    if manifest is None:
+        return None, problems
+    checkpoint = Checkpoint(path, manifest)
+
+    def open_here() -> str | None:
+        try:
+            checkpoint.open()
+        except FileNotFoundError:
+            return "it has just been deleted"
+        return None
+
+    try:
+        gone = [problem for problem in on_every_rank(open_here) if problem]
+    except RankError:
+        checkpoint.close()
+        raise
+    if gone:
+        checkpoint.close()
+    return (None if gone else checkpoint), gone[:1]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -104,9 +138,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises on all ranks UserError where it is no checkpoint or damaged, with each file and what is wrong with it, and
     RankError of exit code 71 where a file cannot be read at the moment.
     """
-    manifest, problems = verify(path)
-    if manifest is None:
+    checkpoint, problems = open_whole(path)
+    if checkpoint is None:
         inside = sorted(folder.name for folder in path.glob("step_*"))  # the folder of all checkpoints was named
         hint = f"; name one of the checkpoints in it, such as {inside[-1]!r}" if inside else ""
         raise UserError(f"resume: {str(path)!r} is not a whole checkpoint: {'; '.join(problems)}{hint}")
-    return Checkpoint(path, manifest)
+    return checkpoint

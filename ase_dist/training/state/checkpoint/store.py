@@ -37,9 +37,8 @@ from ase_dist.training.state.checkpoint.catalog import (
     read_pointer,
 )
 from ase_dist.training.state.checkpoint.manifest import MANIFEST, make_manifest, read_manifest
-from ase_dist.training.state.checkpoint.reader import Checkpoint, open_checkpoint
+from ase_dist.training.state.checkpoint.reader import Checkpoint, open_checkpoint, open_whole
 from ase_dist.training.state.checkpoint.shards import Shard, Written, all_arrived, merge, write_shards
-from ase_dist.training.state.checkpoint.verify import verify
 from ase_dist.versions import versions_of
 
 LOGGER = logging.getLogger(__name__)
@@ -204,9 +203,9 @@ class CheckpointStore:
             return open_checkpoint(Path(resume))
         names = on_rank_zero(self._candidates)
         for name in names:
-            manifest, problems = verify(self.folder / name)
-            if manifest is not None:
-                return Checkpoint(self.folder / name, manifest)
+            checkpoint, problems = open_whole(self.folder / name)
+            if checkpoint is not None:
+                return checkpoint
             self._damaged.add(name)
             if rank() == 0:
                 LOGGER.warning("checkpoint %s is damaged and is passed over: %s", name, "; ".join(problems))
