@@ -11,6 +11,7 @@ import errno
 import hashlib
 import math
 import os
+import platform
 import shutil
 import stat
 import time
@@ -24,6 +25,7 @@ from typing import Any
 from ase_dist.errors import UserError
 
 BLOCK = 1 << 20  # bytes hashed at a time
+PROBE = 64 << 10  # bytes for which a folder must have room
 SMALL = 64 << 20  # bytes that a file of settings, names or notes may have
 TEMPORARY = ".tmp-"  # a folder that is being written
 ASIDE = ".old-"  # a whole folder, set aside until the one that replaces it is in place
@@ -159,6 +161,17 @@ def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
         raise
     if durable:
         fsync(path.parent)  # a rename is on disk only when its folder is
+
+
+def require_room(folder: Path) -> None:
+    """Make ``folder`` and write and delete a small file in it: better now than after hours of work. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe.{platform.node()}.{os.getpid()}.tmp"
+    try:
+        probe.write_bytes(bytes(PROBE))
+        fsync(probe)  # some file systems find room for it only now
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def json_safe(value: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ase_dist.commands.cli import command_parser, path, path_or_name, run_command
 from ase_dist.printable import show
 
+PATIENCE = 1800.0  # seconds without progress after which the command ends; also the limit of a collective
 EPILOG = """examples:
   python launch/evaluate.py runs/scenes --edge-ods
   torchrun --nproc_per_node 2 launch/evaluate.py exports/ase --data PASCAL_MT --edge-ods --reference paper
@@ -68,10 +69,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         evaluate_model,
         refuse_foreign_report,
         report_folder,
+        require_room_for_report,
         write_report,
     )
     from ase_dist.evaluation.tables import to_markdown
+    from ase_dist.training.process.folder_lock import FolderLock
     from ase_dist.training.process.runtime import join
+    from ase_dist.training.process.watchdog import Watchdog
     from ase_dist.training.record.console import close_console, set_up_logging
     from ase_dist.training.record.run_folder import RunFolder
 
@@ -88,10 +92,19 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         arguments.out,
     )
     run = RunFolder(arguments.model)
+    out = arguments.out or run.evaluation
+    lock = FolderLock(out / "evaluation.lock", folder=out, doing="evaluating", other="--out")
+
+    def claim() -> None:
+        require_room_for_report(out)
+        lock.take()
+
     try:
-        refuse_foreign_report(arguments.out or run.evaluation)
-        with join(device=arguments.device) as world:
-            report = evaluate_model(request, world, console=set_up_logging(rank=world.rank))
+        refuse_foreign_report(out)
+        watchdog = Watchdog(None, timeout=PATIENCE)
+        with lock, join(device=arguments.device, timeout=PATIENCE) as world, watchdog:
+            console = set_up_logging(rank=world.rank)
+            report = evaluate_model(request, world, console=console, claim=claim, beat=watchdog.beat)
             if world.is_first:
                 write_report(report, arguments.out or report_folder(run, report))
                 show(to_markdown(report))

@@ -12,18 +12,19 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from ase_dist.agreement import raise_together
 from ase_dist.config import Settings, override_settings, parse_override
 from ase_dist.cores import share_of_cores
 from ase_dist.data.loader import EvalLoader, build_eval_loader
 from ase_dist.deployment.reference import read_reference
 from ase_dist.deployment.trained_model import TrainedModel, open_trained_model
 from ase_dist.description import FILE_NAME, find_description
-from ase_dist.errors import UserError, did_you_mean, file_error
+from ase_dist.errors import RunError, UserError, did_you_mean, file_error
 from ase_dist.evaluation.comparison import Reference, compare
 from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.evaluation.ods import MAX_DIST, THRESHOLDS
 from ase_dist.evaluation.tables import FORMAT, Report, to_json, to_latex, to_markdown
-from ase_dist.files import sha256_of, write_atomic
+from ase_dist.files import require_room, sha256_of, write_atomic
 from ase_dist.json_files import read_object
 from ase_dist.overwriting import refuse_foreign
 from ase_dist.tasks import DATA_SETS, Task
@@ -59,8 +60,18 @@ class EvaluationRequest:
     out: Path | None = None
 
 
-def evaluate_model(request: EvaluationRequest, world: World, *, console: Console | None = None) -> Report:
+def evaluate_model(
+    request: EvaluationRequest,
+    world: World,
+    *,
+    console: Console | None = None,
+    claim: Callable[[], None] = lambda: None,
+    beat: Callable[[str], None] = lambda doing: None,
+) -> Report:
     """The report of an evaluation, equal on all ranks (collective).
+
+    ``claim`` is called on the first rank when all has been checked, before the work. ``beat`` is told what begins, as
+    ``Watchdog.beat``.
 
     Raises UserError with one sentence where model, data, tasks or reference are missing or do not fit, and where
     ``request.out`` holds the report of another checkpoint or of other data.
@@ -103,7 +114,8 @@ def evaluate_model(request: EvaluationRequest, world: World, *, console: Console
     try:
         if request.out is not None and (other := _other_report(request.out, facts)):
             raise UserError(f"--out: {str(request.out)!r} holds the evaluation {other!r}; name another folder")
-        results = _evaluate_with_progress(trained, loader, tasks, world, ods, console)
+        raise_together(lambda: claim() if world.is_first else None)
+        results = _evaluate_with_progress(trained, loader, tasks, world, ods, console, beat)
     finally:
         loader.close()
     return _report(trained, facts, tasks, results, reference=reference)
@@ -152,6 +164,18 @@ def refuse_foreign_report(out: Path) -> None:
     refuse_foreign([out / name for name in (*TEXT_FILES, JSON_FILE)], is_own=is_own, option="--out")
 
 
+def require_room_for_report(out: Path) -> None:
+    """Raise UserError where ``out`` cannot be written to, RunError where it is full: before the work, not after it."""
+    try:
+        require_room(out)
+    except OSError as error:
+        raise _not_written(out, error) from None
+
+
+def _not_written(out: Path, error: OSError) -> UserError | RunError:
+    return file_error(error, f"--out: cannot write to {str(out)!r} ({error.strerror or error}); name another")
+
+
 def write_report(report: Report, out: str | Path) -> None:
     """Write metrics.md, metrics.json and metrics.tex into ``out``, each whole or not at all.
 
@@ -166,9 +190,7 @@ def write_report(report: Report, out: str | Path) -> None:
         for name, text in texts.items():
             write_atomic(out / name, text)
     except OSError as error:
-        raise file_error(
-            error, f"--out: cannot write to {str(out)!r} ({error.strerror or error}); name another"
-        ) from None
+        raise _not_written(out, error) from None
 
 
 def data_settings(trained: TrainedModel, request: EvaluationRequest) -> Settings:
@@ -205,6 +227,7 @@ def _evaluate_with_progress(
     world: World,
     ods: EdgeOds | None,
     console: Console | None,
+    beat: Callable[[str], None],
 ) -> Results:
     forward = functools.partial(trained.model, tasks=[task.name for task in tasks])
     done = 0
@@ -213,6 +236,7 @@ def _evaluate_with_progress(
         def go_on() -> bool:
             nonlocal done
             done += 1
+            beat(f"batch {done + 1} of {len(loader)}")
             progress.log_every_tenth(done)
             return True
 

@@ -18,21 +18,32 @@ from ase_dist.cores import share_of_cores
 from ase_dist.data.loader import build_eval_loader
 from ase_dist.deployment.exported import load
 from ase_dist.deployment.trained_model import choose_checkpoint, read_run, rebuild
-from ase_dist.errors import UserError, describe, did_you_mean, file_error
+from ase_dist.errors import RunError, UserError, describe, did_you_mean, file_error
 from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.evaluation.scores import headline, score_of
-from ase_dist.files import discard, fsync, make_empty, put_in_place, sha256_of, temporary_for, write_atomic
+from ase_dist.files import (
+    discard,
+    fsync,
+    make_empty,
+    put_in_place,
+    require_room,
+    sha256_of,
+    temporary_for,
+    write_atomic,
+)
 from ase_dist.models import MultiTaskModel
 from ase_dist.models.export_file import CARD, WEIGHTS, Card, ImageFacts
 from ase_dist.models.names import named_tensors
 from ase_dist.tasks import Task
 from ase_dist.training.loop.evaluate import Gallery, Results, evaluate
 from ase_dist.training.process.device import find_device
+from ase_dist.training.process.folder_lock import FolderLock
 from ase_dist.training.state.meta import read_meta
 from ase_dist.versions import versions_of
 
 LOGGER = logging.getLogger("ase_dist")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LONGEST_NAME = 200  # characters of a folder's name that its lock file takes over
 
 
 class Tolerance(NamedTuple):
@@ -52,15 +63,28 @@ EXACT, ROUNDED = Tolerance(points=0.1, relative=1e-3), Tolerance(points=0.5, rel
 def export_run(run: str | Path, out: str | Path, *, checkpoint: str = "newest", dtype: str = "fp32") -> Path:
     """Write the model of a run's checkpoint into the new folder ``out``; returns that folder.
 
-    ``checkpoint`` is 'newest' (the last undamaged one), 'best' or the path of one. The run's folder is only read.
-    Raises UserError where run, checkpoint or backbone are missing or changed, and where ``out`` exists.
+    ``checkpoint`` is 'newest' (the last undamaged one), 'best' or the path of one. The run's folder is only read, and
+    the run may go on. Raises UserError where run, checkpoint or backbone are missing or changed, where ``out`` exists,
+    and where another process exports there.
     """
     run, out = Path(run), Path(out)
     if dtype not in DTYPES:
         raise UserError(f"--dtype: got {dtype!r}, wanted one of {list(DTYPES)}{did_you_mean(dtype, DTYPES)}")
-    if out.exists() or out.is_symlink():
-        raise UserError(f"export: {str(out)!r} exists already; name a new folder")
     settings = read_run(run)
+    try:
+        require_room(out.parent)
+    except OSError as error:
+        raise _not_written(out, error) from None
+    lock_file = out.with_name(f".{out.name[:LONGEST_NAME]}.lock")
+    with FolderLock(lock_file, folder=out, doing="exporting", other="another name") as lock:
+        lock.take()
+        if out.exists() or out.is_symlink():
+            raise UserError(f"export: {str(out)!r} exists already; name a new folder")
+        return _export(run, out, settings, checkpoint=checkpoint, dtype=dtype)
+
+
+def _export(run: Path, out: Path, settings: Settings, *, checkpoint: str, dtype: str) -> Path:
+    """``export_run`` by the one process that may."""
     tasks = settings.chosen_tasks()
     with choose_checkpoint(run, checkpoint) as found:
         model = rebuild(settings, tasks, found)
@@ -118,11 +142,15 @@ def write_export(
         write_atomic(temporary / CARD, card.to_json())
         put_in_place(temporary, out)
     except (OSError, safetensors.SafetensorError) as error:
-        raise file_error(
-            error, f"export: cannot write {str(out)!r} ({describe(error)}); name a folder that can be written to"
-        ) from None
+        raise _not_written(out, error) from None
     finally:
         discard(temporary)
+
+
+def _not_written(out: Path, error: Exception) -> UserError | RunError:
+    return file_error(
+        error, f"export: cannot write {str(out)!r} ({describe(error)}); name a folder that can be written to"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

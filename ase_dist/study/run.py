@@ -76,7 +76,7 @@ def run_study(
         "references": reference_of,
     }
     code = DONE
-    with FolderLock(out / "study.lock", doing="running a study", other="--out") as lock:
+    with FolderLock(out / "study.lock", folder=out, doing="running a study", other="--out") as lock:
         if train:  # --tables-only shows what is done while the study goes on
             out.mkdir(parents=True, exist_ok=True)
             lock.take()

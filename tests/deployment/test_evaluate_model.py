@@ -1,5 +1,6 @@
 """``launch/evaluate.py``: run and export score what the run found, two ranks what one does; mistakes are a sentence."""
 
+import errno
 import json
 import os
 import re
@@ -14,11 +15,14 @@ import torch
 
 from ase_dist.commands.evaluate import main
 from ase_dist.config import Settings
+from ase_dist.deployment import evaluate_model
 from ase_dist.deployment.evaluate_model import EvaluationRequest, data_settings
 from ase_dist.deployment.export import export_run
 from ase_dist.deployment.reference import read_reference
 from ase_dist.deployment.trained_model import open_trained_model
+from ase_dist.errors import ExitCode, UserError
 from ase_dist.tasks import select_tasks
+from ase_dist.training.process.folder_lock import FolderLock
 from tests.training.conftest import start_world
 from tests.training.tiny_runs import ROOT, metric_lines, tiny_run
 
@@ -191,6 +195,44 @@ def test_mistakes_are_one_sentence(mistake, folder, tmp_path, evaluate, no_pool,
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert re.search(sentence, errors[0]), errors[0]
+
+
+@pytest.mark.single_gpu
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(errno.ENOSPC, ExitCode.NOT_SAVED), (errno.EROFS, ExitCode.USAGE), (errno.EIO, ExitCode.IO_ERROR)],
+)
+def test_an_output_without_room_is_found_before_the_work(folder, tmp_path, evaluate, monkeypatch, capsys, error, code):
+    def no_room(path):
+        raise OSError(error, os.strerror(error), str(path))
+
+    monkeypatch.setattr("ase_dist.files.fsync", no_room)
+    monkeypatch.setattr(evaluate_model, "evaluate", None)  # calling it would be a bug, and a traceback
+    assert evaluate([str(folder / "run"), "--out", str(tmp_path / "out"), "--device", "cpu"]) == code
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"error: --out: cannot write to '{tmp_path / 'out'}' ({os.strerror(error)}); name another"
+    assert not [*(tmp_path / "out").iterdir()]
+
+
+@pytest.mark.single_gpu
+def test_two_evaluations_and_two_exports_do_not_mix(folder, tmp_path, evaluate, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_model, "evaluate", None)
+    for lock_file, out, doing in [
+        ("out/evaluation.lock", "out", "evaluating"),
+        (".export.lock", "export", "exporting"),
+    ]:
+        (tmp_path / lock_file).parent.mkdir(exist_ok=True)
+        with FolderLock(tmp_path / lock_file, folder=tmp_path / out, doing=doing, other="--out") as lock:
+            lock.take()
+            if doing == "evaluating":
+                assert evaluate([str(folder / "run"), "--out", str(tmp_path / out), "--device", "cpu"]) == 2
+                said = capsys.readouterr().err.splitlines()[-1]
+            else:
+                with pytest.raises(UserError) as raised:
+                    export_run(folder / "run", tmp_path / out)
+                said = str(raised.value)
+            assert f"'{tmp_path / out}' is in use: process {os.getpid()} on " in said and f"been {doing} there" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not [*(tmp_path / "out").iterdir()]
 
 
 @pytest.mark.single_gpu

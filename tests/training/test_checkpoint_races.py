@@ -55,5 +55,5 @@ def test_the_newest_is_looked_up_again_where_the_run_has_replaced_all(tmp_path, 
     with choose_checkpoint(tmp_path, "newest") as found:
         assert found.step == 2
     then(lambda: shutil.rmtree(folder.checkpoints / "step_2"))
-    with pytest.raises(UserError, match="no such checkpoint; .* holds none at all"):
+    with pytest.raises(UserError, match=r"no such checkpoint; .* holds none at all"):
         choose_checkpoint(tmp_path, "newest")

@@ -21,7 +21,8 @@ HOLDER = """
 import os, sys, time
 from pathlib import Path
 from ase_dist.training.process.folder_lock import FolderLock
-with FolderLock(Path(sys.argv[1]), doing="training", other="output=FOLDER") as lock:
+path = Path(sys.argv[1])
+with FolderLock(path, folder=path.parent, doing="training", other="output=FOLDER") as lock:
     lock.take()
     if os.fork() == 0:
         os.closerange(0, 3)
@@ -33,7 +34,7 @@ with FolderLock(Path(sys.argv[1]), doing="training", other="output=FOLDER") as l
 
 
 def lock_in(folder):
-    return FolderLock(folder / "run.lock", doing="training", other="output=FOLDER")
+    return FolderLock(folder / "run.lock", folder=folder, doing="training", other="output=FOLDER")
 
 
 @pytest.fixture

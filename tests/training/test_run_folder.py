@@ -60,10 +60,12 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path, name: st
 
 
 def test_a_read_only_folder_is_found_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path) -> None:  # root may write everywhere, so the mode of a folder would not test this
+    def refuse(
+        self: Path, data: bytes
+    ) -> None:  # root may write everywhere, so the mode of a folder would not test this
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(ValueError, match="Permission denied"):
         RunFolder(tmp_path / "a").create()
 

@@ -50,7 +50,7 @@ def run(settings: Settings, ds_config: Mapping[str, Any]) -> ExitCode:
     SaveError and NonFiniteError as their owners do.
     """
     folder = RunFolder(settings.output)
-    with FolderLock(folder.lock, doing="training", other="output=FOLDER") as lock:
+    with FolderLock(folder.lock, folder=folder.path, doing="training", other="output=FOLDER") as lock:
 
         def claim() -> None:
             folder.create()

@@ -53,11 +53,12 @@ class FolderLock:
        ``PATIENCE`` seconds show whether that one still renews it; one that is dead is passed over.
     3. The file then names this process, and a thread renews it. A forked child does not hold it.
 
-    ``doing`` is what the holder does, such as "training"; ``other`` what names another folder, such as output=FOLDER.
+    ``folder`` is what is locked; ``doing`` what the holder does there, such as "training"; ``other`` what names another
+    folder, such as output=FOLDER.
     """
 
-    def __init__(self, path: Path, *, doing: str, other: str) -> None:
-        self.path, self.doing, self.other = path, doing, other
+    def __init__(self, path: Path, *, folder: Path, doing: str, other: str) -> None:
+        self.path, self.folder, self.doing, self.other = path, folder, doing, other
         self._descriptor = -1
         self._leaving = threading.Event()
         self._renewing = threading.Thread(target=self._renew, name="folder lock", daemon=True)
@@ -130,7 +131,7 @@ class FolderLock:
     def _sentence(self, who: str, *, since: str | None = None) -> str:
         when = f" since {since}" if since else ""
         return (
-            f"{str(self.path.parent)!r} is in use: {who} has been {self.doing} there{when}; wait until it has ended, "
+            f"{str(self.folder)!r} is in use: {who} has been {self.doing} there{when}; wait until it has ended, "
             f"stop it, or name another folder with {self.other}"
         )
 

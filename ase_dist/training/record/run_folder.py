@@ -7,15 +7,13 @@ report, the study and the deployment of a trained model can ask it where a file 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ase_dist.errors import UserError, file_error
-from ase_dist.files import write_atomic
+from ase_dist.files import require_room, write_atomic
 from ase_dist.json_files import read_object
 from ase_dist.overwriting import contains, refuse_foreign
 from ase_dist.training.record.appending import recording
@@ -151,12 +149,12 @@ class RunFolder:
     # Writing
 
     def create(self) -> None:
-        """Make the folder and its parents. Raises UserError where it cannot be made or written to."""
-        probe = self.path / f".probe.{platform.node()}.{os.getpid()}.tmp"
+        """Make the folder and its parents.
+
+        Raises UserError where it cannot be made or written to, RunError where there is no room left.
+        """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe.touch()  # better now than after the first epoch
-            probe.unlink()
+            require_room(self.path)
         except OSError as error:
             raise file_error(
                 error,
