@@ -17,6 +17,13 @@ if [[ ! ${node_rank} =~ ^(0|[1-9][0-9]{0,5})$ ]] || ((node_rank >= ${#slots[@]})
   echo "error: NODE_RANK: got ${node_rank@Q}, wanted a number from 0 to $((${#slots[@]} - 1)), a line of ${hostfile}" >&2
   exit 2
 fi
+port=${MASTER_PORT:-29500}
+# torchrun answers a port in use with a page of its own; bind as it does
+bind='import socket, sys; socket.create_server(("", int(sys.argv[1])))'
+if ((node_rank == 0)) && ! python -c "${bind}" "${port}" 2> /dev/null; then
+  echo "error: MASTER_PORT: ${port} is in use on ${HOSTNAME} or no port; set another on all nodes, or wait" >&2
+  exit 2
+fi
 exec torchrun --nnodes "${#slots[@]}" --nproc_per_node "${slots[${node_rank}]}" --max-restarts "${MAX_RESTARTS:-3}" \
-  --rdzv_backend c10d --rdzv_endpoint "${master}:${MASTER_PORT:-29500}" --rdzv_id "${JOB_ID:-ase-dist}" \
+  --rdzv_backend c10d --rdzv_endpoint "${master}:${port}" --rdzv_id "${JOB_ID:-ase-dist}" \
   --rdzv_conf "is_host=$((node_rank == 0))" --local_addr "${hosts[${node_rank}]}" "${job[@]}"

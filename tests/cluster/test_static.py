@@ -5,6 +5,7 @@ These come with packages of the dev extra; nothing is fetched.
 
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,31 @@ def test_no_password_reaches_what_deepspeed_writes_into_command_lines(tmp_path):
     done = run_script(tmp_path, "ssh.sh", "output=x", **secrets)
     assert done.returncode == 0 and "MLFLOW" not in done.stdout and "hunter2" not in done.stdout
     assert "NCCL_DEBUG=INFO" in done.stdout and done.stdout.startswith("--hostfile")
+
+
+@pytest.mark.parametrize("port", ["taken", "no number"])
+def test_a_port_in_use_is_one_sentence(port, tmp_path):
+    """The check of the hostfile goes before, and answers at once here."""
+    stub = f"""#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho n1\n"""
+    (tmp_path / "python").write_text(stub)
+    (tmp_path / "torchrun").write_text("#!/bin/sh\necho started\n")
+    for name in ("python", "torchrun"):
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+
+    def start(node, port):
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "MASTER_PORT": str(port)}
+        done = subprocess.run([CLUSTER / "torchrun.sh", tmp_path / "hosts", node], capture_output=True, text=True,
+                              check=False, env=environment)  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    with socket.create_server(("", 0)) as other:
+        number = other.getsockname()[1] if port == "taken" else "none"
+        code, out, said = start("0", number)
+        assert (code, out) == (2, "") and re.fullmatch(rf"error: MASTER_PORT: {number} is in use on .+\n", said)
+        assert start("1", number) == (0, "started\n", ""), "the other nodes connect to it"
+    if port == "taken":
+        assert start("0", number) == (0, "started\n", "")
 
 
 @pytest.mark.parametrize("number", ["2", "-1", "x", "08", "1.0", "0; id", "99999999999999999999"])
