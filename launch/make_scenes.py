@@ -2,7 +2,7 @@
 
 import sys
 
-from ase_dist.commands.make_scenes import main
+from ase_dist.commands.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start("make_scenes"))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
+from ase_dist.commands.start import end_at_once
 from ase_dist.errors import ExitCode, UserError, describe, exit_code_of, has_traceback
 from ase_dist.files import expand_user
 from ase_dist.printable import printable, say
@@ -85,19 +89,46 @@ def run_command(work: Callable[[], int], *, interrupted: str = "interrupted") ->
 
     User errors and run errors print one sentence, bugs a traceback (see ``ase_dist.errors``), Ctrl-C ``interrupted``.
     """
-    try:
-        code = work()
-    except KeyboardInterrupt as error:
-        code = refuse(interrupted, code=exit_code_of(error))
-    except Exception as error:
-        code = exit_code_of(error)
-        if not has_traceback(error):
-            refuse(describe(error), code=code)
-        else:
-            with suppress(OSError):
-                sys.stderr.write(printable("".join(traceback.format_exception(error)), lines=True))
+    with _noting_interrupts() as interrupts:
+        try:
+            code = work()
+        except KeyboardInterrupt as error:
+            code = refuse(interrupted, code=exit_code_of(error))
+        except Exception as error:
+            code = _tell(error) if not interrupts else refuse(interrupted, code=ExitCode.INTERRUPTED)
     with suppress(OSError):
         sys.stderr.flush()
+    return code
+
+
+@contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """Let Ctrl-C raise KeyboardInterrupt, and note it: an import that it breaks off may raise another error instead."""
+    interrupts: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    is_ours = before in (signal.default_int_handler, end_at_once)  # else a caller, or nobody, wants it
+    if not is_ours or threading.current_thread() is not threading.main_thread():
+        yield interrupts
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _tell(error: Exception) -> ExitCode:
+    """Print what ended a command; its exit code."""
+    code = exit_code_of(error)
+    if not has_traceback(error):
+        return refuse(describe(error), code=code)
+    with suppress(OSError):
+        sys.stderr.write(printable("".join(traceback.format_exception(error)), lines=True))
     return code
 
 
