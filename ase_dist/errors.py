@@ -46,7 +46,8 @@ class ExitCode(IntEnum):
           metrics
     2     settings, data or checkpoints are not usable: the sentence says what to change
     3     predict: some files could not be read and were skipped
-    71    a file or a connection failed for a moment, as on a network file system: the same command may work now
+    71    a file or a connection failed for a moment, as on a network file system, or a loader process died: the same
+          command may work now
     74    a checkpoint or a result could not be saved (disk full, read-only); the ones before it are untouched
     75    stopped by a signal, after saving: the same command goes on from there
     76    a loss or a gradient was not finite, and the policy was to stop or the skips were used up

@@ -14,18 +14,15 @@ from tests.training.tiny_runs import ROOT
 pytestmark = pytest.mark.single_gpu
 # A command whose import, or whose end, takes long; it says when.
 SLOW = """
-import sys, time
+import atexit, sys, time
 def wait():
     print("now", flush=True)
     time.sleep(20)
 if sys.argv[1] == "import":
     wait()
 def main():
-    class AtEnd:
-        def __del__(self):
-            wait()
     if sys.argv[1] == "end":
-        sys.slow = AtEnd()
+        atexit.register(wait)
     return 0
 """
 PROGRAM = """
