@@ -3,22 +3,21 @@
 import json
 import logging
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import ase_dist
+from ase_dist.commands.export import main
 from ase_dist.deployment.export import EXACT, ROUNDED, check_export, differences, export_run
 from ase_dist.models.export_file import CARD, WEIGHTS
 from ase_dist.models.names import named_tensors
 from ase_dist.tasks import PASCAL_TASKS
 from tests.training.conftest import flip_byte, start_world
-from tests.training.tiny_runs import ROOT, checkpoint, said, tiny_run
+from tests.training.tiny_runs import checkpoint, said, tiny_run
 
 pytestmark = pytest.mark.single_gpu
-sys.path.insert(0, str(ROOT / "launch"))
 
 
 def train(rank, folder):
@@ -54,9 +53,7 @@ def copy(runs, tmp_path):
 
 @pytest.fixture
 def command():
-    import importlib
-
-    return importlib.import_module("export").main
+    return main
 
 
 # ---------------------------------------------------------------------------------------------------------------------
