@@ -47,9 +47,16 @@ class TaskBlock(nn.Module):
         self.has_moe = moe is not None
 
     def forward(
-        self, x_tBPD: Tensor, task: TaskIndex = None, autocast: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self,
+        x_tBPD: Tensor,
+        task: TaskIndex = None,
+        autocast: torch.dtype | None = None,
+        unfinished: bool = False,
+    ) -> tuple[Tensor, ...]:
         """The fields of ``BlockOutput`` as a plain tuple; ``task`` as in ``MoEFFN.forward``.
+
+        ``unfinished``: x_tBPD and the sums [t, M] from which ``finish_layers`` makes the others for all blocks at once;
+        M is 0 without experts.
 
         ``autocast`` is the mode of the caller, for the second run under activation checkpointing: fairscale 0.4.13
         would run it in float16 in every case, and without autocast on the CPU.
@@ -57,13 +64,17 @@ class TaskBlock(nn.Module):
         with enter_autocast(x_tBPD.device.type, autocast):
             x_XPD = x_tBPD.flatten(0, 1)
             x_XPD = x_XPD + self.drop_path1(self.ls1(self.attn(self.norm1(x_XPD))))
-            ffn_tBPD, *statistics = self._ffn(self.norm2(x_XPD).unflatten(0, x_tBPD.shape[:2]), task)
+            ffn_tBPD, *statistics = self._ffn(self.norm2(x_XPD).unflatten(0, x_tBPD.shape[:2]), task, unfinished)
             x_XPD = x_XPD + self.drop_path2(self.ls2(ffn_tBPD.flatten(0, 1)))
             return (x_XPD.unflatten(0, x_tBPD.shape[:2]), *statistics)
 
-    def _ffn(self, x_tBPD: Tensor, task: TaskIndex) -> BlockOutput:
+    def _ffn(self, x_tBPD: Tensor, task: TaskIndex, unfinished: bool) -> tuple[Tensor, ...]:
         if not self.has_moe:
             empty = x_tBPD.new_zeros(x_tBPD.shape[0], 0, dtype=torch.float32)
-            return BlockOutput(self.mlp(x_tBPD), empty.sum(), empty.long(), empty)
+            statistics = (empty,) if unfinished else (empty.sum(), empty.long(), empty)
+            return self.mlp(x_tBPD), *statistics
         assert isinstance(self.mlp, MoEFFN)
-        return BlockOutput(*self.mlp.with_statistics(x_tBPD, task=task))
+        if unfinished:
+            output, sums = self.mlp.with_sums(x_tBPD, task=task)
+            return output, sums.sums_tM
+        return tuple(self.mlp.with_statistics(x_tBPD, task=task))

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from ase_dist.errors import UserError, did_you_mean
 from ase_dist.models.backbone import Backbone
-from ase_dist.models.blocks import BlockOutput, TaskBlock
+from ase_dist.models.blocks import TaskBlock
 from ase_dist.models.heads import TaskHead
 from ase_dist.moe import MoEFFN
+from ase_dist.moe.layer import finish_layers
+from ase_dist.moe.router import RoutingSums
 from ase_dist.ops.modes import autocast_dtype
 
 
@@ -85,17 +87,13 @@ class MultiTaskViT(nn.Module):
         """
         names = checked_tasks(tasks, self.task_names)
         streams = [self.task_names.index(name) for name in names]
-        x_tBPD, layers = self._features(images_BCHW, streams)
+        x_tBPD, sums = self._features(images_BCHW, streams)
         predictions = {name: self.heads[name](x) for name, x in zip(names, x_tBPD.unbind(0), strict=True)}
-        if not layers:
+        if not sums:
             empty = x_tBPD.new_zeros(0, len(names), 0, dtype=torch.float32)
             return ModelOutput(predictions, empty.sum(), empty.long(), empty)
-        return ModelOutput(
-            predictions,
-            torch.stack([layer.aux_loss for layer in layers]).sum(),
-            torch.stack([layer.expert_counts for layer in layers]),
-            torch.stack([layer.mean_gates for layer in layers]),
-        )
+        layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoEFFN)]
+        return ModelOutput(predictions, *finish_layers(layers, sums))
 
     def keep_tasks(self, names: Sequence[str]) -> None:
         """Drop the streams, routers and heads of all other tasks, for good; what is left is for inference."""
@@ -109,19 +107,18 @@ class MultiTaskViT(nn.Module):
         self.heads = nn.ModuleDict({name: self.heads[name] for name in names})
         self.task_names = names
 
-    def _features(self, images_BCHW: Tensor, streams: list[int]) -> tuple[Tensor, list[BlockOutput]]:
-        """The final patch tokens [t, B, patches, D], and the outputs of the layers with experts."""
+    def _features(self, images_BCHW: Tensor, streams: list[int]) -> tuple[Tensor, list[RoutingSums]]:
+        """The final patch tokens [t, B, patches, D], and the routing of the layers with experts."""
         autocast = autocast_dtype(images_BCHW.device.type)
         images_BCHW = images_BCHW.to(next(self.stem.parameters()).dtype)  # DeepSpeed's bf16 casts weights alone
         tokens_BPD = self.stem.forward_features(images_BCHW)
         x_tBPD = self._streams(tokens_BPD, streams)
-        layers = []
+        sums = []
         for block in self.blocks:
-            output = BlockOutput(*block(x_tBPD, streams, autocast))
-            x_tBPD = output.x_tBPD
+            x_tBPD, sums_tM = block(x_tBPD, streams, autocast, True)  # positional, as checkpointing wants
             if block.has_moe:
-                layers.append(output)
-        return self.norm(x_tBPD[:, :, self.prefix :]), layers
+                sums.append(RoutingSums(sums_tM, tokens=x_tBPD.shape[1] * x_tBPD.shape[2]))
+        return self.norm(x_tBPD[:, :, self.prefix :]), sums
 
     def _streams(self, tokens_BPD: Tensor, streams: list[int]) -> Tensor:
         if self.task_embedding is None:

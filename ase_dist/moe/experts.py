@@ -182,7 +182,7 @@ class LoRAExperts(nn.Module):
         if self.form_cost(num_routed=num_routed, k=k, device_type=x_TD.device.type).cheaper() == "dense":
             return False
         is_autocast = autocast_dtype(x_TD.device.type) is not None
-        return may_use_custom_autograd(x_TD) or (is_autocast and not is_exporting())
+        return may_use_custom_autograd(x_TD) or (is_autocast and not is_exporting() and not modes.is_transforming())
 
     def _compute_grouped(
         self, tokens: RoutedTokens, base: FeedForward, act: Activation, *, routed: Tensors, shared: Tensors | None
@@ -311,6 +311,8 @@ class FFNExperts(nn.Module):
         gates_Tn, active_Tn = tokens.gates_TN[:, :n], tokens.active_TN[:, :n]
         if not k:
             y_TD = torch.zeros_like(x_TD)
+        elif modes.is_transforming():  # every expert on every token, with a gate of 0 where it is inactive
+            y_TD = _wide_ffn(x_TD, gates_Tn, routed, act)
         elif is_exporting():
             y_TD = _one_after_the_other(x_TD, gates_Tn, active_Tn, routed, act)
         else:

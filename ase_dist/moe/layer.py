@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from ase_dist.moe.gating import Gates, check_gating
 from ase_dist.moe.losses import check_aux_losses, weighted_router_loss
 from ase_dist.moe.router import RoutingSums, TaskRouter, mean_statistics, routing_sums
 from ase_dist.moe.sharding import Shard
+from ase_dist.ops import modes
 from ase_dist.ops.activations import Activation, CopyFirst, check_activation
 from ase_dist.seeding import derive_seed, drawn_seed
 
@@ -144,6 +146,15 @@ class MoEFFN(nn.Module):
 
         ``unfinished`` leaves step 4 to the caller (``with_sums``).
         """
+        if modes.is_tracing():
+            raise NotImplementedError(
+                "torch.jit.trace cannot record this layer; use torch.export, or torch.onnx.export(dynamo=True)"
+            )
+        if modes.is_transforming() and collectives.world_size() > 1 and (self.shard.count > 1 or self.sync_statistics):
+            raise NotImplementedError(
+                "torch.func and forward-mode derivatives through collectives: build the layer with ep_size=1 outside "
+                "of DeepSpeed's engine, where they are exact"
+            )
         x_tTD, tasks = self._streams(x, task)
         own, ranks_TR = self._experts_here(), None
         if (
@@ -276,6 +287,18 @@ class MoEFFN(nn.Module):
         shared = None if self.shared is None else self.shared.tensors()
         exchange = plan_exchange(tokens.gates_TN, tokens.active_TN, self.shard, self.group)
         return self.routed.compute_exchanged(tokens, self.base, act, shared=shared, exchange=exchange)
+
+
+def finish_layers(layers: Sequence[MoEFFN], sums: Sequence[RoutingSums]) -> tuple[Tensor, Tensor, Tensor]:
+    """Step 4 of several layers: the losses' sum, the counts and the mean gates [L, t, N], from ``with_sums`` of each.
+
+    In one computation, and over ranks in one collective, where the layers have the same settings.
+    """
+    settings = [(layer.aux_losses, layer.sync_statistics, layer.training) for layer in layers]
+    if all(each == settings[0] for each in settings):
+        return layers[0].finish(RoutingSums(torch.stack([each.sums_tM for each in sums]), sums[0].tokens))
+    losses, counts, mean_gates = zip(*(layer.finish(s) for layer, s in zip(layers, sums, strict=True)), strict=True)
+    return torch.stack(losses).sum(), torch.stack(counts), torch.stack(mean_gates)
 
 
 def _is_index(task: object) -> bool:

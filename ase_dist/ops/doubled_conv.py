@@ -93,7 +93,7 @@ def _by_taps(x_BDhw: Tensor, conv: nn.Conv2d) -> bool:
         and x_BDhw.device.type == "cpu"
         and x_BDhw.dtype == conv.weight.dtype == torch.float32
         and min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
-        and not torch.is_autocast_enabled("cpu")
+        and may_use_custom_autograd(x_BDhw)
         and not torch.compiler.is_compiling()
     )
 

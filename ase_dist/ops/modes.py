@@ -32,15 +32,20 @@ def is_exporting() -> bool:
     return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
 
 
-def is_transforming() -> bool:
-    """Whether ``torch.func`` (``grad``, ``vmap``, ``jvp``), forward-mode autograd or ``torch.jit.trace`` is at work.
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` is recording."""
+    return torch._C._get_tracing_state() is not None
 
-    They differentiate, batch or record plain operations and know nothing of hand-written autograd.
+
+def is_transforming() -> bool:
+    """Whether ``torch.func`` (``grad``, ``vmap``, ``jvp``) or forward-mode autograd is at work.
+
+    They differentiate and batch plain operations and know nothing of hand-written autograd.
     """
     if torch.compiler.is_compiling():
         return False
     is_forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return is_forward_mode or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+    return is_forward_mode or torch._C._are_functorch_transforms_active()
 
 
 def may_use_custom_autograd(x: Tensor) -> bool:

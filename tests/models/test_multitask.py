@@ -6,7 +6,10 @@ import torch
 
 from ase_dist.models.multitask import TaskEmbedding
 from ase_dist.models.seeded import seeded_initialisation
+from ase_dist.moe import MoEFFN
+from ase_dist.moe.layer import finish_layers
 from tests.models.conftest import TINY_VIT
+from tests.moe.conftest import FFN
 
 pytestmark = pytest.mark.single_gpu
 
@@ -167,3 +170,15 @@ def test_a_model_that_keeps_some_tasks_predicts_them_as_before_and_holds_no_othe
     assert model.task_embedding.weight.shape[0] == model.blocks[0].mlp.router.weight.shape[0] == 2
     with pytest.raises(ValueError, match="no task 'edge'"):
         model(images(), tasks=["edge"])
+
+
+def test_layers_of_equal_settings_are_finished_at_once_and_others_one_by_one():
+    layers = [MoEFFN(FFN(seed=seed), num_experts=4, k=1, num_tasks=2, rank=2, seed=seed) for seed in (0, 1)]
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+    for weight in (0.005, 0.5):
+        layers[1].aux_losses = {"mutual_information": weight, "z": 1.0} if weight == 0.5 else layers[0].aux_losses
+        whole = [layer(x) for layer in layers]
+        loss, counts, gates = finish_layers(layers, [layer.with_sums(x)[1] for layer in layers])
+        torch.testing.assert_close(loss, whole[0].aux_loss + whole[1].aux_loss)
+        assert torch.equal(counts, torch.stack([each.expert_counts for each in whole]))
+        torch.testing.assert_close(gates, torch.stack([each.mean_gates for each in whole]))
