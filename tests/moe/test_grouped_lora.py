@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.experts import LoRAExperts, RoutedTokens
@@ -172,3 +173,21 @@ def test_what_is_chosen_is_what_runs(monkeypatch):
         layer(tokens(torch.float32))
         assert len(ran) == (layer.form_cost("cpu").cheaper() == "grouped")
     assert ran
+
+
+def test_the_cost_of_a_token_does_not_grow_with_the_number_of_experts():
+    """FLOPs forward on an accelerator: the routers' alone differ between 64 and 256 experts of rank 16."""
+    flops = {}
+    for N in (64, 256):
+        layer = MoEFFN(FFN(), num_experts=N, k=4, num_shared=0, rank=16, num_tasks=3, gating="topk").to("meta")
+        with FlopCounterMode(display=False) as counter:
+            layer(torch.empty(3, 7, 12, device="meta"))
+        flops[N] = counter.get_total_flops()
+    assert flops[256] - flops[64] == 2 * 21 * 12 * (256 - 64)
+    assert flops[64] == 2 * 21 * (12 * 64 + 2 * 12 * 20 + 4 * 16 * 2 * (12 + 20))
+
+
+def test_the_start_up_table_names_the_choice_and_its_reason():
+    said = FormCost(routed=256, active=4, rank=16, device_type="cpu").describe()
+    assert said == "grouped (a token costs 4,096 columns with all experts, 192 with its own)"
+    assert FormCost(routed=15, active=3, rank=4, device_type="cpu").describe().startswith("dense (a token costs 60")

@@ -2,16 +2,19 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
+from ase_dist.config import Settings
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.gating import Gates, dense
 from ase_dist.registries import GATINGS
 from ase_dist.tasks import PASCAL_TASKS
 from ase_dist.training.process.runtime import World
-from ase_dist.training.record.reports import MicroStep, SpanStatistics, result_table
+from ase_dist.training.record.reports import MicroStep, SpanStatistics, result_table, start_tables
 from tests.moe.conftest import FFN
 
 pytestmark = pytest.mark.single_gpu
@@ -70,3 +73,16 @@ def test_the_trainer_is_imported_without_matplotlib():
     program = "import ase_dist.training.loop.run, sys; assert 'matplotlib' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_start_tables_say_how_experts_are_computed_and_why():
+    options = {"num_experts": 64, "k": 2, "num_shared": 0, "num_tasks": 1, "gating": "topk"}
+    layers = [MoEFFN(FFN(), **options) for _ in range(3)]
+    loader = SimpleNamespace(dataset=range(1))
+    components = SimpleNamespace(
+        settings=Settings(), tasks=[PASCAL_TASKS["edge"]], train_loader=loader, eval_loader=loader, total_steps=1,
+        world=SimpleNamespace(size=1, device=torch.device("cpu")), config=SimpleNamespace(zero_stage=0),
+        engine=SimpleNamespace(module=nn.ModuleList(layers)), parameters=SimpleNamespace(as_rows=list),
+    )  # fmt: skip
+    said = "LoRA experts     3 layers grouped (a token costs 256 columns with all experts, 72 with its own)"
+    assert said in start_tables(components).splitlines()
