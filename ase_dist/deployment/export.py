@@ -32,7 +32,7 @@ from ase_dist.files import (
     write_atomic,
 )
 from ase_dist.models import MultiTaskModel
-from ase_dist.models.export_file import CARD, WEIGHTS, Card, ImageFacts
+from ase_dist.models.export_file import CARD, DTYPES, WEIGHTS, Card, ImageFacts
 from ase_dist.models.names import named_tensors
 from ase_dist.tasks import Task
 from ase_dist.training.loop.evaluate import Gallery, Results, evaluate
@@ -42,7 +42,6 @@ from ase_dist.training.state.meta import read_meta
 from ase_dist.versions import versions_of
 
 LOGGER = logging.getLogger("ase_dist")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LONGEST_NAME = 200  # characters of a folder's name that its lock file takes over
 
 

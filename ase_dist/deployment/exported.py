@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ase_dist.config import DataSettings, Settings
-from ase_dist.errors import UserError
+from ase_dist.errors import UserError, describe
 from ase_dist.models.build import build_model
 from ase_dist.models.export_file import CARD, Card, Export, open_export
 from ase_dist.models.multitask import ModelOutput
@@ -48,7 +48,16 @@ def load(path: str | PathLike[str], *, device: torch.device | str = "cpu") -> Ex
     """
     export = open_export(path)
     settings = Settings(data=DataSettings(size=export.card.image.size), model=export.card.model)
-    model = build_model(settings, export.card.tasks, expert_layer="plain")
+    try:
+        model = build_model(settings, export.card.tasks, expert_layer="plain")
+    except UserError as error:
+        raise UserError(f"{export.folder / CARD}: {error}; export again with this version") from None
+    except Exception as error:
+        if export.card.version > 1:  # its hash is right, so the card is as it was written and this is a bug
+            raise
+        raise UserError(
+            f"{export.folder / CARD}: its model cannot be built ({describe(error)}); export again"
+        ) from None
     fill(model, export)
     return ExportedModel(model.requires_grad_(False), export.card).to(device).eval()
 

@@ -1,19 +1,22 @@
 """The files of an exported model: its tensors and its card.
 
 An export is a folder with ``model.safetensors`` (every tensor of the model, experts one by one under the names that
-they have in a checkpoint) and ``export.json`` (the card: tasks, image size, settings, metrics, SHA-256).
+they have in a checkpoint) and ``export.json`` (the card: tasks, image size, settings, metrics, the SHA-256 of the
+tensors' file and that of all of this).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,43 +24,66 @@ from ase_dist.config import ModelSettings
 from ase_dist.description import DataSetDescription
 from ase_dist.errors import UserError, first_problem
 from ase_dist.files import sha256_of
-from ase_dist.json_files import read_object
+from ase_dist.json_files import json_digest, read_object
 from ase_dist.tasks import Task
 
 CARD, WEIGHTS = "export.json", "model.safetensors"
-VERSION = 1
+VERSION = 2  # from 2 on with ``card_sha256``
+CARD_HASH = "card_sha256"  # of everything else in the card
+MOST_CARD_BYTES = 1 << 22
+MOST_CHANNELS = 1 << 16
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Positive = Annotated[float, Field(gt=0)]
 
 
 class ImageFacts(BaseModel):
     """What the model wants to see: squares of ``size`` pixels, RGB in [0, 1] less ``mean``, over ``std``."""
 
-    model_config = ConfigDict(frozen=True)
-    size: int
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+    size: int = Field(ge=16, le=1 << 14)
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    std: tuple[Positive, Positive, Positive]
 
 
 class Card(BaseModel):
     """``export.json``. ``metrics`` are those of the run's evaluation at ``step``, None where there was none."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
     format: Literal["ase_dist export"] = "ase_dist export"
-    version: int = VERSION
-    tasks: tuple[Task, ...]
+    version: int = Field(VERSION, ge=1)
+    tasks: tuple[Task, ...] = Field(min_length=1)
     image: ImageFacts
     model: ModelSettings
-    dtype: str
+    dtype: Literal["fp32", "fp16", "bf16"]
     sha256: str
     data: str
     description: DataSetDescription | None = None
-    step: int
+    step: int = Field(ge=0)
     metrics: dict[str, dict[str, float | None]] | None
     backbone: dict[str, str]
     versions: dict[str, str]
 
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_that_can_have_heads(cls, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+        for task in tasks:
+            if not re.fullmatch(r"\w{1,64}", task.name, re.ASCII) or not 1 <= task.channels <= MOST_CHANNELS:
+                raise ValueError(f"got the task {task.name!r:.80} of {task.channels} channels")
+        if len({task.name for task in tasks}) < len(tasks):
+            raise ValueError("got a task twice")
+        return tasks
+
     def to_json(self) -> str:
         """The text of the file; each task has its palette, which may be changed there."""
-        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+        tree = self.model_dump(mode="json")
+        return json.dumps({**tree, CARD_HASH: card_digest(tree)}, indent=2) + "\n"
+
+
+def card_digest(tree: Mapping[str, Any]) -> str:
+    """SHA-256 of a card's tree, palettes left out: a change of colours changes no prediction."""
+    tasks = tree.get("tasks")
+    plain = [{key: task[key] for key in task if key != "palette"} for task in tasks] if isinstance(tasks, list) else None
+    return json_digest({**tree, "tasks": plain})
 
 
 @dataclass(frozen=True)
@@ -73,10 +99,20 @@ class Export:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with its name, as stored, one at a time."""
+        """Every tensor with its name, as stored, one at a time. UserError for one of another type than the card's, or
+        with a value that is not finite: no export is written so.
+        """
         with self._open() as file:
             for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
+                tensor = file.get_tensor(name)
+                if tensor.dtype not in (DTYPES[self.card.dtype], torch.int64):  # the second: counts of a BatchNorm
+                    raise UserError(
+                        f"{self.folder / WEIGHTS}: {name!r} is of {tensor.dtype}, wanted {DTYPES[self.card.dtype]} as "
+                        f"{CARD} says; export again"
+                    )
+                if not tensor.isfinite().all():
+                    raise UserError(f"{self.folder / WEIGHTS}: {name!r} is not finite; export an earlier checkpoint")
+                yield name, tensor
 
     def _open(self) -> Any:
         try:
@@ -92,7 +128,7 @@ def open_export(path: str | PathLike[str]) -> Export:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no export, there is no {name} in it; make one with launch/export.py RUN OUT")
     card_file = folder / CARD
-    tree = read_object(card_file)
+    tree = read_object(card_file, max_bytes=MOST_CARD_BYTES)
     version = tree.get("version")
     if isinstance(version, int) and version > VERSION:
         raise UserError(
@@ -103,6 +139,9 @@ def open_export(path: str | PathLike[str]) -> Export:
     except ValidationError as error:
         problem = first_problem(error)
         raise UserError(f"{card_file}: {problem.where or 'the file'}: {problem.why}; export or copy it again") from None
+    own_hash = tree.pop(CARD_HASH, None)
+    if own_hash != card_digest(tree) and (own_hash is not None or card.version > 1):
+        raise UserError(f"{card_file}: was changed or damaged, its own SHA-256 does not fit; export or copy it again")
     if sha256_of(folder / WEIGHTS) != card.sha256:
         raise UserError(f"{folder / WEIGHTS}: damaged, its SHA-256 is not that in {CARD}; export or copy it again")
     return Export(folder, card)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -44,9 +42,10 @@ def load(vit: VisionTransformer, source: str, *, name: str) -> None:
     dropped. Raises UserError by name for missing and unexpected keys and for other shapes; then nothing is copied.
     """
     path = shipped_file(name) if source == SHIPPED else Path(source)
+    weights = read_weights(path)
     try:
-        converted = checkpoint_filter_fn(read_weights(path), vit, adapt_layer_scale=True)
-    except RuntimeError as error:
+        converted = checkpoint_filter_fn(weights, vit, adapt_layer_scale=True)
+    except Exception as error:  # timm resamples what may have any shape
         raise UserError(f"model.pretrained: {path} does not fit {name}: {_first_line(error)}") from None
     _copy(converted, vit, path=path, name=name)
 
@@ -67,6 +66,11 @@ def _copy(weights: Mapping[str, Tensor], net: nn.Module, *, path: Path, name: st
             f"{key} {list(state[key].shape)} for {list(wanted[key].shape)}"
             for key in state.keys() & wanted.keys()
             if state[key].shape != wanted[key].shape
+        },
+        "of another type": {
+            f"{key} {state[key].dtype} for {wanted[key].dtype}"
+            for key in state.keys() & wanted.keys()
+            if state[key].is_floating_point() != wanted[key].is_floating_point()
         },
     }
     found = []
@@ -108,7 +112,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or .pth file by name; a 'model' or 'state_dict' entry is unwrapped.
 
     Nothing but tensors and plain containers is unpickled. Raises UserError for a file that is missing, broken, of
-    another kind, or without tensors.
+    another kind, or without tensors; for a tensor of no plain form (sparse, quantised, complex, or larger than its
+    file), and for one that is not finite.
     """
     if path.suffix not in FORMATS:
         raise UserError(f"model.pretrained: got {str(path)!r}, wanted none, hub, scenes or a .safetensors or .pth file")
@@ -116,7 +121,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"model.pretrained: there is no file {path}")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+    except Exception as error:  # torch's unpickler raises errors of any type for a damaged file
         raise file_error(
             error,
             f"model.pretrained: {path} cannot be read as tensors alone ({_first_line(error)}); "
@@ -125,10 +130,28 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for key in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    pairs = state.items() if isinstance(state, Mapping) else ()
+    if not pairs or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in pairs):
         raise UserError(f"model.pretrained: {path} holds no state dict; wanted tensors by name")
-    return dict(state)
+    size = path.stat().st_size
+    for name, tensor in pairs:
+        wrong = ""
+        if (
+            tensor.layout is not torch.strided
+            or tensor.is_quantized
+            or tensor.is_complex()
+            or tensor.device.type != "cpu"
+        ):
+            wrong = f"is {str(tensor.layout).removeprefix('torch.')} of {tensor.dtype} on {tensor.device}"
+        elif tensor.nbytes > size:  # a few bytes that are said to be repeated
+            wrong = f"has {tensor.nbytes:,} bytes, more than the file's {size:,}"
+        elif tensor.is_floating_point() and not tensor.float().isfinite().all():
+            wrong = "is not finite"
+        if wrong:
+            raise UserError(f"model.pretrained: {path}: the tensor {name!r:.80} {wrong}; wanted plain finite numbers")
+    return {name: tensor.detach() for name, tensor in pairs}
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+    return f"{reason:.200}"

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import ase_dist
 from ase_dist.data.transforms import normalise
 from ase_dist.deployment.export import write_export
+from ase_dist.errors import UserError
 from ase_dist.evaluation.decode import decode
+from ase_dist.files import sha256_of
 from ase_dist.models import build_model
-from ase_dist.models.export_file import CARD, WEIGHTS
+from ase_dist.models.export_file import CARD, WEIGHTS, card_digest
 from ase_dist.models.names import named_tensors
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.sharding import Shard
@@ -134,9 +137,13 @@ def test_a_photograph_goes_in_and_classes_come_out_at_its_size(exported):
 # Damage
 
 
-def edit(folder, **changes):
-    tree = json.loads((folder / CARD).read_text())
-    (folder / CARD).write_text(json.dumps({**tree, **changes}))
+def edit(folder, *, own_hash=True, **changes):
+    """Change the card, and its own hash with it or not."""
+    tree = {**json.loads((folder / CARD).read_text()), **changes}
+    if own_hash:
+        del tree["card_sha256"]
+        tree["card_sha256"] = card_digest(tree)
+    (folder / CARD).write_text(json.dumps(tree))
 
 
 def flip(path):
@@ -150,14 +157,35 @@ def fake(path, data=b"no tensors"):
     edit(path.parent, sha256=hashlib.sha256(data).hexdigest())
 
 
+def card_of(folder):
+    return json.loads((folder / CARD).read_text())
+
+
+def rewrite(folder, change):
+    """Change the first tensor and the hashes with it."""
+    tensors = load_file(folder / WEIGHTS)
+    first = min(tensors)
+    save_file({**tensors, first: change(tensors[first])}, folder / WEIGHTS)
+    edit(folder, sha256=sha256_of(folder / WEIGHTS))
+
+
 DAMAGE = {
     "no export": (lambda f: [p.unlink() for p in f.iterdir()], r"no export.*launch/export\.py"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), r"there is no model\.safetensors"),
     "one bit": (lambda f: flip(f / WEIGHTS), r"model\.safetensors: damaged"),
     "another file": (lambda f: fake(f / WEIGHTS), r"not a safetensors file"),
     "cut card": (lambda f: (f / CARD).write_text((f / CARD).read_text()[:200]), r"export\.json: not JSON"),
-    "list": (lambda f: (f / CARD).write_text("[]"), r"export\.json: the file"),
-    "newer": (lambda f: edit(f, version=2), r"version 2.*reads up to 1"),
+    "list": (lambda f: (f / CARD).write_text("[]"), r"export\.json: holds a list"),
+    "newer": (lambda f: edit(f, version=3), r"version 3.*reads up to 2"),
+    "a setting": (lambda f: edit(f, own_hash=False, step=8), r"export\.json: was changed or damaged"),
+    "hash gone": (lambda f: edit(f, own_hash=False, card_sha256=None), r"export\.json: was changed or damaged"),
+    "size": (lambda f: edit(f, image={"size": 0, "mean": [0, 0, 0], "std": [1, 1, 1]}), r"export\.json: image\.size"),
+    "no spread": (lambda f: edit(f, image={"size": 32, "mean": [0, 0, 0], "std": [1, 0, 1]}), r"image\.std\.1"),
+    "wide head": (lambda f: edit(f, tasks=[{**task, "channels": 10**9} for task in card_of(f)["tasks"]]), "channels"),
+    "path as task": (lambda f: edit(f, tasks=[{**task, "name": "../x"} for task in card_of(f)["tasks"]]), r"'\.\./x'"),
+    "NaN": (lambda f: rewrite(f, lambda tensor: tensor.fill_(float("nan"))), r"safetensors: 'blocks.*' is not finite"),
+    "infinity": (lambda f: rewrite(f, lambda tensor: tensor.fill_(float("inf"))), r"'blocks.*' is not finite"),
+    "other type": (lambda f: rewrite(f, lambda tensor: tensor.double()), r"'blocks.*' is of torch\.float64, wanted"),
     "key gone": (lambda f: edit(f, tasks=None), r"export\.json: tasks"),
     "another model": (lambda f: edit(f, model={**json.loads((f / CARD).read_text())["model"], "lora_rank": 2}),
                       r"\d+ tensors are not those of the model"),
@@ -172,6 +200,17 @@ def test_damage_is_one_sentence(damage, exported):
     with pytest.raises(ValueError, match=sentence) as caught:
         ase_dist.load(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_card_of_before_has_no_hash_and_is_read(exported):
+    folder, _ = exported()
+    tree = card_of(folder)
+    del tree["card_sha256"]
+    (folder / CARD).write_text(json.dumps({**tree, "version": 1}))
+    assert ase_dist.load(folder).card.version == 1
+    (folder / CARD).write_text(json.dumps({**tree, "version": 1, "model": {**tree["model"], "backbone": "no_such"}}))
+    with pytest.raises(UserError, match=r"export\.json.*no_such"):
+        ase_dist.load(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

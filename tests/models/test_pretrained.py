@@ -101,6 +101,27 @@ def test_a_file_without_tensors_is_refused(tmp_path):
         build(tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.fill_(float("nan")), "is not finite"),
+        (lambda w: w.new_zeros(()).expand(1 << 20, 1 << 20), "more than the file's"),
+        (lambda w: w.to_sparse(), "is sparse_coo"),
+        (lambda w: w.to(torch.complex64), "complex64"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "qint8"),
+        (lambda w: torch.empty_like(w, device="meta"), "on meta"),
+        (lambda w: w.to(torch.int32), "of another type: norm.weight torch.int32 for torch.float32"),
+    ],
+)
+def test_a_tensor_that_is_no_plain_finite_one_is_refused_by_name(change, words, teacher, tmp_path):
+    weights = teacher.state_dict()
+    torch.save({**weights, "norm.weight": change(weights["norm.weight"].clone())}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=words) as caught:
+        build(tmp_path / "w.pth")
+    message = str(caught.value)
+    assert "w.pth" in message and "norm.weight" in message and "\n" not in message
+
+
 def test_scenes_is_the_shipped_file_of_this_backbone(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "FOLDER", tmp_path)
     save_file(teacher.state_dict(), tmp_path / "vit_tiny_patch16_224.safetensors")
