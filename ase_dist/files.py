@@ -27,6 +27,7 @@ from ase_dist.errors import UserError
 BLOCK = 1 << 20  # bytes hashed at a time
 PROBE = 64 << 10  # bytes for which a folder must have room
 SMALL = 64 << 20  # bytes that a file of settings, names or notes may have
+LONG_NAME = 220  # bytes of a file's name; with what a temporary name adds, longer ones may pass the 255 allowed
 TEMPORARY = ".tmp-"  # a folder that is being written
 ASIDE = ".old-"  # a whole folder, set aside until the one that replaces it is in place
 TRASH = ".trash-"  # a folder that is being deleted
@@ -148,7 +149,9 @@ def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    is_long = len(os.fsencode(path.name)) > LONG_NAME
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest() if is_long else path.name
+    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     try:
         yield temporary
         if durable:

@@ -7,23 +7,28 @@ RunError that names the file too.
 from __future__ import annotations
 
 import contextlib
-import io
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image
+from numpy.lib import format as npy
+from PIL import ExifTags
 
 from ase_dist.data import matlab
 from ase_dist.errors import UserError, file_error
+from ase_dist.files import open_regular, read_bytes
+from ase_dist.picture_files import open_picture
 
 Array = npt.NDArray[Any]
 
 UNPACK_AGAIN = "unpack the archive again"
 TURN_PIXELS = "turn the pixels to match the labels and remove the tag"
 TURN_LABEL = "turn the label, or turn the image's pixels and remove the tag"
+MOST_BYTES = 1 << 30  # of an array or a MATLAB file; a label of 16,000 x 16,000 pixels in float32
+NPY_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 _COLOUR_MODES = ("RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr", "1")
 
 
@@ -37,7 +42,7 @@ def read_image(path: Path, *, content: bytes | None = None, labelled: bool = Fal
     Raises UserError for these, for a missing, corrupt or truncated file and for more than 8 bits a channel.
     """
     wanted = "a picture of 8 bits a channel"
-    with _reading(path, wanted), Image.open(path if content is None else io.BytesIO(content)) as picture:
+    with _reading(path, wanted), open_picture(path, content=content) as picture:
         if picture.mode not in _COLOUR_MODES:
             raise reject(path, f"Pillow's mode {picture.mode!r}", wanted)
         turned = 1
@@ -62,7 +67,7 @@ def read_codes(path: Path, *, modes: tuple[str, ...], wanted: str) -> Array:
     ``modes`` are Pillow's names of the allowed forms. Raises UserError for any other form (a 16-bit label is
     ``I;16``), for a JPEG under any name unless its colours are wanted, and for an unreadable file.
     """
-    with _reading(path, wanted), Image.open(path) as picture:
+    with _reading(path, wanted), open_picture(path) as picture:
         if picture.mode not in modes:
             depth = "a 16-bit picture" if picture.mode.startswith("I") else f"Pillow's mode {picture.mode!r}"
             raise reject(path, depth, wanted)
@@ -83,7 +88,7 @@ def read_variable(path: Path, name: str) -> matlab.Value:
 def read_variables(path: Path, *, name: str | None = None, wanted: str = "a MATLAB v5 file") -> dict[str, matlab.Value]:
     """All variables of a MATLAB file by name, or ``name`` alone; UserError, of a file that has no such form."""
     with _reading(path, wanted):
-        return matlab.read_variables(path.read_bytes(), name=name)
+        return matlab.read_variables(read_bytes(path, max_bytes=MOST_BYTES), name=name)
 
 
 def read_matrix(path: Path, name: str, wanted: str) -> Array:
@@ -98,10 +103,19 @@ def read_matrix(path: Path, name: str, wanted: str) -> Array:
 def read_array(path: Path) -> Array:
     """The array of a .npy file; UserError if it is unreadable or holds Python objects (never unpickled)."""
     with _reading(path, "a NumPy .npy file of plain numbers"):
-        value = np.load(path, allow_pickle=False)
-        if not isinstance(value, np.ndarray):
-            raise TypeError("an archive of several arrays")
-        return value
+        with open_regular(path, max_bytes=MOST_BYTES) as file:
+            version = npy.read_magic(file)  # type: ignore[no-untyped-call]
+            if version not in NPY_HEADERS:
+                raise UserError(f"version {version[0]}.{version[1]} of the format")
+            shape, fortran_order, dtype = NPY_HEADERS[version](file)  # type: ignore[no-untyped-call]
+            if dtype.hasobject or any(side < 0 for side in shape):
+                raise UserError(f"the shape {shape} of {dtype}")
+            size = math.prod(shape) * dtype.itemsize  # compared before as much is allocated
+            content = bytearray(file.read(size)) if size <= MOST_BYTES else b""
+            if len(content) < size:
+                raise UserError(f"the shape {shape} of {dtype}, {size:,} bytes, of which {len(content):,} are there")
+        value = np.frombuffer(content, dtype, count=math.prod(shape))
+        return value.reshape(shape, order="F" if fortran_order else "C")
 
 
 def reject(path: Path, got: str, wanted: str, *, advice: str = UNPACK_AGAIN) -> UserError:

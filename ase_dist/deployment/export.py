@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
-import torch
 from safetensors.torch import save_file
 
 from ase_dist import imagenet

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from ase_dist.errors import UserError
+from ase_dist.picture_files import formats, open_picture
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 
-# Formats that Pillow only names, or hands to another program (EPS to Ghostscript, which runs what is in the file).
-UNWANTED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 WHITE = (255, 255, 255, 255)  # the background of transparent pixels
 SIXTEEN = 257  # 65535 / 255
 
@@ -24,11 +23,11 @@ SIXTEEN = 257  # 65535 / 255
 def read_rgb(path: Path) -> Pixels:
     """The first picture of a file as ``to_rgb`` makes it; UserError with the reason where it cannot be read."""
     try:
-        with Image.open(path, formats=formats()) as picture:
+        with open_picture(path) as picture:
             return to_rgb(picture)
     except Exception as error:  # decoders raise errors of any type for broken files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: {reason}") from None
+        reason = " ".join(str(error).replace(f"{path}: ", "").split()) or type(error).__name__
+        raise UserError(f"{path}: {reason:.300}") from None
 
 
 def to_rgb(image: Image.Image | NDArray[Any]) -> Pixels:
@@ -69,12 +68,6 @@ def find_images(folder: Path, *, without: Path | None = None) -> Iterator[Path]:
                 yield path
 
     yield from search(folder)
-
-
-def formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read."""
-    Image.init()
-    return tuple(sorted(set(Image.OPEN) - UNWANTED))
 
 
 def _flat(picture: Image.Image) -> Image.Image:

@@ -27,7 +27,7 @@ from ase_dist.cores import usable_cores
 from ase_dist.deployment.images import Pixels, find_images, read_rgb
 from ase_dist.deployment.predictor import Prediction, Predictor
 from ase_dist.errors import UserError, did_you_mean, file_error
-from ase_dist.files import replacing, sha256_of, write_atomic
+from ase_dist.files import read_text, replacing, sha256_of, write_atomic
 from ase_dist.json_files import parse_json, read_object
 from ase_dist.overwriting import refuse_foreign
 from ase_dist.pictures.sheet import sheet, task_picture
@@ -36,6 +36,7 @@ from ase_dist.tasks import Task
 LOGGER = logging.getLogger("ase_dist")
 INDEX, FORMAT = "predictions.json", "ase_dist predictions"
 JOURNAL = ".predictions.partial"  # what was written before there is an index
+LONGEST_NAME = 255  # bytes, of a file on Linux's file systems
 HALF = ("mask", "edges", "normals")  # kinds that are stored in half precision
 MAX_THREADS = 8
 
@@ -120,6 +121,12 @@ def predict_files(
     ``errors.file_error`` makes of it where ``out`` cannot be written to.
     """
     outcome, names = Outcome(), [task.name for task in tasks]
+    longest = LONGEST_NAME - max(map(len, _endings(names)))
+    long_named = [source for source in sources if len(os.fsencode(Path(source.name).name)) > longest]
+    for source in long_named:
+        reason = f"a name of more than {longest} bytes, with which its predictions could not be named; rename it"
+        _skip(outcome, source, f"{source.path}: {reason}")
+    sources = [source for source in sources if source not in long_named]
     batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
     threads = min(MAX_THREADS, usable_cores())
     files = WrittenFiles(out)
@@ -129,7 +136,7 @@ def predict_files(
         out.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
             writing: deque[Future[None]] = deque()
-            reading = [readers.submit(read_rgb, source.path) for source in batches[0]]
+            reading = [readers.submit(read_rgb, source.path) for source in batches[0]] if batches else []
             for i, batch in enumerate(batches):
                 images = _images_read(batch, reading, outcome)
                 following = batches[i + 1] if i + 1 < len(batches) else []
@@ -174,8 +181,8 @@ class WrittenFiles:
             elif self._has_index:
                 tasks = [task["name"] for task in index["tasks"]]
                 self._named = {f"{image['name']}{end}" for image in index["images"] for end in _endings(tasks)}
-        with suppress(OSError, ValueError):  # no journal, or its last line is incomplete
-            for line in (out / JOURNAL).read_text(encoding="utf-8").splitlines():
+        with suppress(OSError, ValueError, TypeError):  # no journal, or its last line is incomplete
+            for line in read_text(out / JOURNAL).splitlines():
                 name, sha256 = parse_json(line)
                 self._hashes.setdefault(name, []).append(sha256)
 
@@ -234,9 +241,13 @@ def _images_read(
         try:
             images.append((source, future.result()))
         except UserError as error:
-            LOGGER.warning("skipped %s", error)
-            outcome.skipped.append({"source": str(source.path), "reason": str(error)})
+            _skip(outcome, source, str(error))
     return images
+
+
+def _skip(outcome: Outcome, source: Source, reason: str) -> None:
+    LOGGER.warning("skipped %s", reason)
+    outcome.skipped.append({"source": str(source.path), "reason": reason})
 
 
 def _finish(writing: deque[Future[None]], *, leave: int) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from PIL import Image, features
 
-from ase_dist.errors import UserError
+from ase_dist.picture_files import open_picture
 from ase_dist.report import text
 
 BUDGET = 5_000_000  # bytes of data URIs in a page; the rest of a page stays below 3 MB
@@ -66,8 +66,9 @@ def make_album(candidates: Sequence[Candidate], *, budget: int = BUDGET, most: i
     for candidate in tried:
         try:
             pictures.append((candidate, _open(candidate.path)))
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow's readers raise all of them for damaged files
-            notes.append(f"{candidate.path.name} cannot be shown: {' '.join(str(error).split())[:200]}.")
+        except Exception as error:  # Pillow's readers raise errors of any type for damaged files
+            reason = " ".join(str(error).split()) or type(error).__name__
+            notes.append(f"{candidate.path.name} cannot be shown: {reason:.200}.")
     if len(tried) < len(candidates):
         notes.append(
             f"{len(tried)} of {len(candidates)} pictures are shown, evenly spread; the rest are in the folder."
@@ -103,10 +104,8 @@ def by_importance(count: int) -> list[int]:
 
 
 def _open(path: Path) -> Image.Image:
-    """The picture as RGB at the best quality's width; OSError, ValueError or SyntaxError for damaged files."""
-    with Image.open(path) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise UserError(f"{image.width} x {image.height} pixels are too many")
+    """The picture as RGB at the best quality's width; errors of any type for damaged files."""
+    with open_picture(path, most_pixels=MAX_PIXELS) as image:
         picture = image.convert("RGB")
     return _narrowed(picture, LADDER[0].width)
 

@@ -1,7 +1,8 @@
 """Reading files: what is accepted, and one sentence for each kind of damage."""
 
-import builtins
 import errno
+import io
+import os
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from ase_dist.data.files import read_array, read_codes, read_image, read_variable
-from ase_dist.errors import ExitCode, RunError
+from ase_dist.errors import ExitCode, RunError, UserError
 
 pytestmark = pytest.mark.single_gpu
 
@@ -109,8 +110,7 @@ def test_a_network_that_fails_for_a_moment_is_no_fault_of_the_file(tmp_path, mon
     def fails(*_args, **_options):
         raise OSError(code, "of the moment")
 
-    monkeypatch.setattr(builtins, "open", fails)
-    monkeypatch.setattr("pathlib.Path.open", fails)
+    monkeypatch.setattr(os, "open", fails)
     for read, name in ((read_image, "a.png"), (read_array, "a.npy"), (lambda path: read_variable(path, "x"), "a.mat")):
         with pytest.raises(RunError, match="of the moment") as raised:
             read(tmp_path / name)
@@ -121,3 +121,44 @@ def test_a_damaged_orientation_tag_is_none(tmp_path):
     picture = Image.fromarray(np.full((4, 6, 3), 9, np.uint8))
     picture.save(tmp_path / "a.jpg", exif=b"Exif\0\0not a tag at all")
     assert read_image(tmp_path / "a.jpg", labelled=True).shape == (4, 6, 3)
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 2),", "unreadable"),
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }", "24 bytes, of which 16 are there"),
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (9999999999, 99999), }", "of which 0 are there"),
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (-2, -2), }", "shape"),
+        ("{'descr': '|O', 'fortran_order': False, 'shape': (2, 2), }", "of object"),
+        ("[" * 2000, "unreadable"),
+    ],
+)
+def test_headers_of_arrays_that_are_not_what_follows(tmp_path, one_sentence, header, said):
+    """Nothing is allocated for a shape that is not there; numpy parses the header as Python, and raises as that does."""
+    text = header.ljust(9 + len(header)).encode() + b"\n"
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(16))
+    with pytest.raises(ValueError, match=said) as raised:
+        read_array(tmp_path / "a.npy")
+    one_sentence(raised, tmp_path / "a.npy", "NumPy .npy file")
+
+
+@pytest.mark.parametrize(
+    "array", [np.arange(6, dtype=">i4").reshape(2, 3), np.asfortranarray(np.eye(3)[:2]), np.array(7.0)]
+)
+def test_arrays_of_every_order_are_read_as_numpy_reads_them(tmp_path, array):
+    np.save(tmp_path / "a.npy", array)
+    np.testing.assert_array_equal(read_array(tmp_path / "a.npy"), np.load(tmp_path / "a.npy"))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_of_too_many_pixels_and_a_program_are_not_opened(tmp_path, one_sentence):
+    bomb = io.BytesIO()
+    Image.new("1", (12_000, 12_000)).save(bomb, "PNG")
+    (tmp_path / "bomb.png").write_bytes(bomb.getvalue())
+    (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n")
+    for name, said in (("bomb.png", "12000 x 12000 pixels"), ("eps.png", "cannot identify")):
+        for read in (read_image, lambda path: read_codes(path, **GREY)):
+            with pytest.raises(UserError, match=said) as raised:
+                read(tmp_path / name)
+            one_sentence(raised, tmp_path / name)

@@ -231,6 +231,18 @@ def test_a_name_that_looks_numbered_is_not_taken_twice(tmp_path):
     assert [source.name for source in found] == ["x", "x_2", "x_2_2"]
 
 
+def test_a_name_too_long_for_its_predictions_is_skipped_and_listed(export, tmp_path, predict):
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in ("a" * 250, "b" * 225, "c"):
+        Image.new("RGB", (40, 40)).save(source / f"{name}.png")
+    assert predict([str(export), str(source), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 3
+    listed = index(tmp_path / "out")
+    assert [entry["name"] for entry in listed["images"]] == ["b" * 225, "c"]
+    (skipped,) = listed["skipped"]
+    assert skipped["source"] == str(source / f"{'a' * 250}.png") and "rename it" in skipped["reason"]
+
+
 def test_nothing_readable_at_all_is_told_and_listed(export, tmp_path, predict):
     (tmp_path / "x.png").write_bytes(b"")
     assert predict([str(export), str(tmp_path / "x.png"), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 3

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ase_dist.data.files import Array, read_array, read_variables
 from ase_dist.data.matlab import Struct
+from ase_dist.picture_files import open_picture
 
 
 def other_sizes(root: Path, paths: Iterable[Path], shape: tuple[int, ...]) -> Iterator[str]:
@@ -28,7 +28,7 @@ def stored_size(path: Path) -> tuple[int, int] | None:
     if path.suffix == ".npy":
         return _size(read_array(path))
     if path.suffix != ".mat":
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             return picture.height, picture.width
     variables = read_variables(path)
     anno = variables.get("anno")
