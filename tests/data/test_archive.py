@@ -8,6 +8,7 @@ import pytest
 
 from ase_dist.data import archive
 from ase_dist.data.archive import unpack
+from ase_dist.errors import UserError
 
 pytestmark = pytest.mark.single_gpu
 
@@ -66,6 +67,9 @@ LINK = {"type": tarfile.SYMTYPE, "linkname": "/etc"}
         ([entry("evil", b"1"), entry("./evil", b"2")], "comes twice"),
         ([entry("evil", b"", type=tarfile.DIRTYPE), entry("evil", b"2")], "comes twice"),
         ([entry("evil", b"1"), entry("evil/more", b"2")], "was a file before"),
+        ([entry("evil/" * 40 + "x")], "lies in 40 folders"),
+        ([entry("evil/" * 2000 + "x")], "lies in 2000 folders"),
+        ([entry("evil" * 100)], "a part of more than 255 bytes"),
         ([entry("evil", bytes(5000))], "has 5000 bytes, more than the 4000"),
         ([entry("b", bytes(3000)), entry("evil", bytes(3000))], "makes it 9003 bytes unpacked, more than 9000"),
     ],
@@ -79,6 +83,58 @@ def test_members_that_are_refused(tmp_path, monkeypatch, one_sentence, bad, why)
     one_sentence(raised, path, why, "nothing was unpacked")
     assert not list((tmp_path / "sub").iterdir())
     assert {found.name for found in tmp_path.iterdir()} == {"a.tgz", "sub"}
+
+
+@pytest.mark.parametrize("name", ["", ".", "./"])
+def test_a_file_without_a_name_is_refused(tmp_path, one_sentence, name):
+    path = write(tmp_path / "a.tgz", [*good(), entry(name)])
+    with pytest.raises(UserError, match="has no name") as raised:
+        unpack(path, tmp_path / "out")
+    one_sentence(raised, path, "nothing was unpacked")
+
+
+def test_a_folder_without_a_name_is_the_folder_itself(tmp_path):
+    unpack(write(tmp_path / "a.tgz", [entry("./", b"", type=tarfile.DIRTYPE), *good()]), tmp_path / "out")
+    assert (tmp_path / "out/PASCAL_MT/empty").exists()
+
+
+def header(kind, size, name="././@LongLink"):
+    """512 bytes with any size, a negative one too (GNU's binary form), which tarfile would not write."""
+    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = (
+        (size % 256**12 | 0x80 << 88).to_bytes(12, "big") if size >= 0 else (256**12 + size).to_bytes(12, "big")
+    )
+    block[156:157] = kind
+    block[148:156] = b"        "
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (header(tarfile.GNUTYPE_LONGNAME, 1 << 30) + bytes(4096), "a header of 1073741824 bytes"),
+        (header(tarfile.XHDTYPE, 1 << 30) + bytes(4096), "a header of 1073741824 bytes"),
+        (header(tarfile.REGTYPE, -512, "x") + bytes(4096), "a header says -512 bytes"),
+        (header(tarfile.GNUTYPE_LONGNAME, -512) + bytes(4096), "a header says -512 bytes"),
+        ((header(tarfile.GNUTYPE_LONGNAME, 1) + b"a".ljust(512, b"\0")) * 3000, "headers of headers without end"),
+    ],
+)
+@pytest.mark.timeout(20)
+def test_headers_that_ask_for_too_much_are_refused_before_it_is_read(tmp_path, one_sentence, content, why):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(UserError, match=why) as raised:
+        unpack(tmp_path / "a.tar", tmp_path / "out")
+    one_sentence(raised, tmp_path / "a.tar", "fetch it again")
+
+
+def test_a_negative_size_in_a_long_header_and_a_sparse_file_are_refused(tmp_path):
+    negative = entry("x", b"", pax_headers={"size": "-1024"})
+    with pytest.raises(UserError, match="has -1024 bytes"):
+        unpack(write(tmp_path / "a.tar", [negative], mode="w"), tmp_path / "out")
+    sparse = entry("evil", b"", pax_headers={"GNU.sparse.map": "0,1", "GNU.sparse.size": "1000000"})
+    with pytest.raises(UserError, match="a file with holes"):
+        unpack(write(tmp_path / "b.tar", [sparse], mode="w"), tmp_path / "out")
 
 
 def test_a_truncated_archive_is_never_taken_for_a_whole_one(tmp_path, one_sentence):
