@@ -10,9 +10,13 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from ase_dist.errors import UserError
 from ase_dist.files import discard, open_regular, put_in_place
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 LARGEST_FILE = 1 << 28  # bytes; the largest that the data sets have is a few MB
@@ -53,7 +57,7 @@ class _Header(tarfile.TarInfo):
     """A header that is refused before tarfile reads what it asks for, or goes back by a negative size for ever."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> tarfile.TarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0:
             raise tarfile.ReadError(f"a header says {header.size} bytes")

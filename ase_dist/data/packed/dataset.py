@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 from ase_dist.data.batch import Record
 from ase_dist.data.dataset import RecordDataset, leave_out
 from ase_dist.data.files import read_image
-from ase_dist.data.packed.layout import PackedManifest, read_index, read_manifest, unpack_label
+from ase_dist.data.packed.layout import PackedManifest, index_path, read_index, read_manifest, unpack_label
 from ase_dist.data.packed.verify import wrong_sizes
 from ase_dist.data.readers import reader_of
 from ase_dist.description import DataSetDescription, described, differences
@@ -24,6 +25,7 @@ class _Place(NamedTuple):
     file: Path
     shape: tuple[int, int]
     offsets: tuple[int, ...]
+    checksum: int
 
 
 class PackedDataset(RecordDataset):
@@ -52,6 +54,7 @@ class PackedDataset(RecordDataset):
         self._pictures = manifest.pictures
         self._fields = {name: i + 1 for i, name in enumerate(manifest.tasks)}
         self._maps: dict[Path, mmap.mmap] = {}
+        self._checked: set[int] = set()  # images whose bytes this process has compared with their sum
         self._places: list[_Place] = []
         names: list[str] = []
         for wrong in wrong_sizes(self.root, manifest):
@@ -59,8 +62,12 @@ class PackedDataset(RecordDataset):
         for shard in manifest.splits[split]:
             path = self.root / shard.file
             index = read_index(path, sha256=shard.index_sha256)
+            if index.bytes != shard.bytes or any(len(starts) != len(manifest.tasks) + 2 for starts in index.offsets):
+                raise UserError(f"{index_path(path)}: not of the file that its manifest names; make it again")
             names += index.names
-            self._places += [_Place(path, *where) for where in zip(index.shapes, index.offsets, strict=True)]
+            self._places += [
+                _Place(path, *where) for where in zip(index.shapes, index.offsets, index.sums, strict=True)
+            ]
         super().__init__(split, tasks, names[:limit], cache_in_memory=cache_in_memory)
 
     def read(self, index: int) -> Record:
@@ -70,6 +77,14 @@ class PackedDataset(RecordDataset):
             with place.file.open("rb") as file:
                 self._maps[place.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         data = memoryview(self._maps[place.file])
+
+        if index not in self._checked:  # once: later epochs read the same pages of memory
+            if zlib.crc32(data[place.offsets[0] : place.offsets[-1]]) != place.checksum:
+                raise UserError(
+                    f"{place.file}: the bytes of {name!r} are not those that were packed; "
+                    "remove the file and make it again with launch/prepare_data.py"
+                )
+            self._checked.add(index)
 
         def field(number: int) -> memoryview:
             return data[place.offsets[number] : place.offsets[number + 1]]
@@ -90,7 +105,7 @@ class PackedDataset(RecordDataset):
         return Record(index, name, image, labels)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_maps": {}, "_checked": set()}
 
     def _check(
         self,

@@ -6,36 +6,42 @@
 
 An image is its pixels, uint8 [H, W, 3], or its file as it was; a label is its compact form (``labels.py``) as a
 Zstandard frame with a checksum. Offsets count bytes: ``offsets[i]`` are the starts of image i and of its labels in the
-order of ``tasks``, and the end of the last.
+order of ``tasks``, and the end of the last. ``sums[i]`` is the CRC-32 of the image's bytes, compared when a process
+reads it first; an index has its SHA-256 in the manifest, and the manifest its own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import numpy as np
 import zstandard
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ase_dist.data.files import Array
 from ase_dist.data.labels import compact_form
 from ase_dist.description import DataSetDescription
 from ase_dist.errors import UserError, file_error, first_problem
 from ase_dist.files import read_bytes
+from ase_dist.json_files import json_digest, kind_of, parse_json
 from ase_dist.tasks import Kind
 
 MANIFEST = "packed.json"
-VERSION = 2  # also raised when decode.py changes: what was packed before is then packed again
+VERSION = 3  # also raised when decode.py changes: what was packed before is then packed again
 LEVEL = 9  # of compression; higher ones take longer and save little
 
 Pictures = Literal["pixels", "files"]
 FileName = Annotated[str, Field(pattern=r"^[a-z]+-[0-9]+\.bin$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
-RecordT = TypeVar("RecordT", bound="_Record")
+Side = Annotated[int, Field(ge=1)]
+OWN_HASH = "sha256"  # of everything else in the manifest
 
 
 class _Record(BaseModel):
@@ -65,6 +71,11 @@ class PackedManifest(_Record):
     software: dict[str, str]
     splits: dict[str, tuple[ShardEntry, ...]]
 
+    def to_json(self) -> str:
+        """The text of the file, with the hash of all of it."""
+        tree = self.model_dump(mode="json")
+        return json.dumps({**tree, OWN_HASH: json_digest(tree)}, indent=1) + "\n"
+
 
 class ShardIndex(_Record):
     """What is where in one .bin; ``fingerprint`` is that of the files it was made from."""
@@ -73,8 +84,17 @@ class ShardIndex(_Record):
     bytes: Count
     sha256: Sha256
     names: tuple[str, ...]
-    shapes: tuple[tuple[int, int], ...]
+    shapes: tuple[tuple[Side, Side], ...]
     offsets: tuple[tuple[Count, ...], ...]
+    sums: tuple[Count, ...]
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> ShardIndex:
+        if not len(self.names) == len(self.shapes) == len(self.offsets) == len(self.sums):
+            raise ValueError("names, shapes, offsets and sums of different numbers of images")
+        if any(list(starts) != sorted(starts) or starts[-1] > self.bytes for starts in self.offsets):
+            raise ValueError("offsets that go back, or beyond the end of the file")
+        return self
 
 
 def is_packed(root: Path) -> bool:
@@ -84,7 +104,14 @@ def is_packed(root: Path) -> bool:
 
 def read_manifest(root: Path) -> PackedManifest:
     """The manifest of a packed data set; UserError for one that is damaged or of another version."""
-    manifest = _read(PackedManifest, root / MANIFEST)
+    path = root / MANIFEST
+    with _reading(path):
+        tree = parse_json(read_bytes(path))
+        if not isinstance(tree, dict):
+            raise UserError(f"{kind_of(tree)} in it")
+        if tree.get("version") == VERSION and tree.pop(OWN_HASH, None) != json_digest(tree):
+            raise UserError("its own SHA-256 does not fit")
+        manifest = PackedManifest.model_validate(tree)
     if manifest.version != VERSION:
         raise UserError(
             f"{root}: packed by another version of the software ({manifest.version}, wanted {VERSION}); "
@@ -95,7 +122,12 @@ def read_manifest(root: Path) -> PackedManifest:
 
 def read_index(bin_path: Path, *, sha256: str | None = None) -> ShardIndex:
     """The index of a .bin; UserError for one that is missing, damaged, or not the one with this hash."""
-    return _read(ShardIndex, index_path(bin_path), sha256=sha256)
+    path = index_path(bin_path)
+    with _reading(path):
+        content = read_bytes(path)
+        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+            raise UserError("it is not what its manifest says")
+        return ShardIndex.model_validate(parse_json(content))
 
 
 def index_path(bin_path: Path) -> Path:
@@ -120,12 +152,10 @@ def unpack_label(frame: memoryview, kind: Kind, shape: tuple[int, int]) -> Array
     return np.frombuffer(content, dtype).reshape(full)
 
 
-def _read(form: type[RecordT], path: Path, *, sha256: str | None = None) -> RecordT:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        content = read_bytes(path)
-        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError("it is not what its manifest says")
-        return form.model_validate_json(content)
+        yield
     except (OSError, ValueError) as error:  # pydantic's is a ValueError too
         reason = first_problem(error).why if isinstance(error, ValidationError) else error
         raise file_error(

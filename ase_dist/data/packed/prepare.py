@@ -224,7 +224,7 @@ def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> 
     )
     if request.description is not None:
         write_atomic(making / FILE_NAME, to_yaml(request.description))
-    write_atomic(making / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    write_atomic(making / MANIFEST, manifest.to_json())
     flush(making)
     put_in_place(making, place)  # runs that read the data set that was there keep their mapped files
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,6 +172,7 @@ class _Writer:
         self._names: list[str] = []
         self._shapes: list[tuple[int, int]] = []
         self._offsets: list[tuple[int, ...]] = []
+        self._sums: list[int] = []
 
     def __enter__(self) -> _Writer:
         self._file = self._temporary.open("wb")
@@ -183,14 +185,16 @@ class _Writer:
         self._temporary.unlink(missing_ok=True)
 
     def add(self, record: Record, picture: bytes | memoryview, tasks: tuple[str, ...]) -> None:
-        starts = [self._file.tell()]
+        starts, checksum = [self._file.tell()], 0
         for content in (picture, *(pack_label(record.labels[task]) for task in tasks)):
             self._file.write(content)
             self._digest.update(content)
+            checksum = zlib.crc32(content, checksum)
             starts.append(self._file.tell())
         self._names.append(record.name)
         self._shapes.append((record.image.shape[0], record.image.shape[1]))
         self._offsets.append(tuple(starts))
+        self._sums.append(checksum)
 
     def finish(self, fingerprint: str) -> None:
         size = self._file.tell()
@@ -204,5 +208,6 @@ class _Writer:
             names=tuple(self._names),
             shapes=tuple(self._shapes),
             offsets=tuple(self._offsets),
+            sums=tuple(self._sums),
         )
         write_atomic(index_path(self._target), index.model_dump_json() + "\n")
