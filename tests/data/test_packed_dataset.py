@@ -16,6 +16,7 @@ from ase_dist.data.packed.dataset import PackedDataset
 from ase_dist.data.packed.layout import is_packed
 from ase_dist.data.pascal_context import PascalContext
 from ase_dist.data.transforms import Transform
+from ase_dist.errors import UserError
 from ase_dist.tasks import select_tasks
 
 pytestmark = pytest.mark.single_gpu
@@ -195,6 +196,26 @@ def test_another_version(folder, pack, one_sentence):
     with pytest.raises(ValueError, match="999") as raised:
         open_packed(place)
     one_sentence(raised, place, "make it again with launch/prepare_data.py")
+
+
+@pytest.mark.parametrize("pictures", ["pixels", "files"])
+def test_a_changed_byte_anywhere_is_told_where_it_is_read(folder, pack, one_sentence, pictures):
+    """Of every file of a packed data set: the manifest and an index when it is opened, an image when it is read."""
+    place = pack(folder, pictures=pictures)
+    rng = np.random.default_rng(0)
+    for path in sorted(place.iterdir()):
+        whole = path.read_bytes()
+        for _ in range(6):
+            damaged = bytearray(whole)
+            damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+            path.write_bytes(damaged)
+            with pytest.raises(UserError) as raised:
+                for split in ("train", "val"):
+                    packed = PackedDataset(place, split, ALL, data="pascal_context")
+                    for i in range(len(packed)):
+                        packed[i]
+            one_sentence(raised, place)
+        path.write_bytes(whole)
 
 
 def test_a_changed_byte_in_a_label_is_told_when_it_is_read(folder, pack, one_sentence):

@@ -78,14 +78,6 @@ class PackedDataset(RecordDataset):
                 self._maps[place.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         data = memoryview(self._maps[place.file])
 
-        if index not in self._checked:  # once: later epochs read the same pages of memory
-            if zlib.crc32(data[place.offsets[0] : place.offsets[-1]]) != place.checksum:
-                raise UserError(
-                    f"{place.file}: the bytes of {name!r} are not those that were packed; "
-                    "remove the file and make it again with launch/prepare_data.py"
-                )
-            self._checked.add(index)
-
         def field(number: int) -> memoryview:
             return data[place.offsets[number] : place.offsets[number + 1]]
 
@@ -93,6 +85,10 @@ class PackedDataset(RecordDataset):
             labels = {
                 task.name: unpack_label(field(self._fields[task.name]), task.kind, place.shape) for task in self.tasks
             }
+            if index not in self._checked:  # once: later epochs read the same pages of memory
+                if zlib.crc32(data[place.offsets[0] : place.offsets[-1]]) != place.checksum:
+                    raise UserError("damaged picture")
+                self._checked.add(index)
         except UserError as error:
             raise UserError(
                 f"{place.file}: got a {error} of {name!r}, wanted what was packed; "

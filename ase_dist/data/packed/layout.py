@@ -6,8 +6,8 @@
 
 An image is its pixels, uint8 [H, W, 3], or its file as it was; a label is its compact form (``labels.py``) as a
 Zstandard frame with a checksum. Offsets count bytes: ``offsets[i]`` are the starts of image i and of its labels in the
-order of ``tasks``, and the end of the last. ``sums[i]`` is the CRC-32 of the image's bytes, compared when a process
-reads it first; an index has its SHA-256 in the manifest, and the manifest its own.
+order of ``tasks``, and the end of the last. ``sums[i]`` is the CRC-32 of image i with its labels, compared when a
+process reads it first. An index has its SHA-256 in the manifest, and the manifest its own.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def read_manifest(root: Path) -> PackedManifest:
         tree = parse_json(read_bytes(path))
         if not isinstance(tree, dict):
             raise UserError(f"{kind_of(tree)} in it")
-        if tree.get("version") == VERSION and tree.pop(OWN_HASH, None) != json_digest(tree):
+        own_hash = tree.pop(OWN_HASH, None)
+        if tree.get("version") == VERSION and own_hash != json_digest(tree):
             raise UserError("its own SHA-256 does not fit")
         manifest = PackedManifest.model_validate(tree)
     if manifest.version != VERSION:
