@@ -58,6 +58,9 @@ UserPath = Annotated[
 PathOrName = Annotated[str, AfterValidator(lambda text: expand_user(text) if text else text)]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Section(BaseModel):
     """A branch of the tree: unknown keys are errors, and values cannot be changed after reading."""
 
@@ -158,7 +161,7 @@ class ModelSettings(Section):
 class AdamSettings(Section):
     """The moments of AdamW."""
 
-    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the first and the second moment")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of the first and the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
 
 
@@ -360,17 +363,36 @@ def load_settings(
     becomes ``data.description``. Raises UserError with one sentence: the key, what was got, what was wanted, and the
     nearest right name.
     """
-    tree = read_tree(find_config(config or DEFAULT_CONFIG))
+    path = find_config(config or DEFAULT_CONFIG)
+    tree = read_tree(path)
     if baseline is not None:
         settings = build_settings(tree)
         apply_baseline(tree, baseline, lr=settings.train.lr, output=settings.output)
     changes = list(map(parse_override, overrides))
-    return _overridden(tree, changes + _described_data(tree, changes))
+    changed = deepcopy(tree)
+    try:
+        return _overridden(changed, changes + _described_data(changed, changes))
+    except UserError as error:
+        if path.parent != CONFIG_FOLDER and str(error) == _why_wrong(tree):  # the file's fault, not an override's
+            raise UserError(f"{path}: {error}") from None
+        raise
+
+
+def _why_wrong(tree: Mapping[str, Any]) -> str:
+    """What is wrong with the settings of a file alone."""
+    try:
+        build_settings(tree)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def recorded_settings(config: Path) -> Settings:
     """The settings in the config.yaml of a run as they were; no ``dataset.yaml`` is looked for."""
-    return build_settings(read_tree(config))
+    try:
+        return build_settings(read_tree(config))
+    except UserError as error:
+        raise UserError(str(error) if str(config) in str(error) else f"{config}: {error}") from None
 
 
 def override_settings(settings: Settings, overrides: Iterable[str] | Mapping[str, Any]) -> Settings:

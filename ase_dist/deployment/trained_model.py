@@ -147,5 +147,8 @@ def rebuild(settings: Settings, tasks: tuple[Task, ...], checkpoint: Checkpoint)
         raise UserError(f"{checkpoint.path} is not of the model in config.yaml: {other}; name another checkpoint")
     with torch.no_grad():
         for entry in entries:
-            entry.tensor.copy_(load_entry(checkpoint, entry, "weight", order=order))
+            value = load_entry(checkpoint, entry, "weight", order=order)
+            if not value.isfinite().all():
+                raise UserError(f"{checkpoint.path}: {entry.path!r} is not finite; name another checkpoint")
+            entry.tensor.copy_(value)
     return model

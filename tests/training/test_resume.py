@@ -87,6 +87,14 @@ def half(tensors):
     return {n: t.half() if n.startswith("weight/") else t for n, t in tensors.items()}
 
 
+def not_finite(tensors):
+    return {n: t.fill_(torch.inf) if n.startswith("exp_avg_sq/") else t for n, t in tensors.items()}
+
+
+def other_state(tensors):
+    return {n: t[:7].clone() if n.endswith("/torch") else t for n, t in tensors.items()}
+
+
 REFUSED = {
     "gating": (["model.moe.gating=naive"], "model.moe.gating is 'ase' there and 'naive' here"),
     "alpha": (["model.moe.alpha=7"], "model.moe.alpha is null there and 7.0 here"),
@@ -132,6 +140,12 @@ def one_process(rank, folder):
         sentences[name] = said(scenes, folder / name, *OLD_SETTINGS, f"resume={path}")
     path = change_tensor(copy("half"), "heads.edge.safetensors", half)
     sentences["half"] = said(scenes, folder / "half_run", *OLD_SETTINGS, f"resume={path}")
+    for name, file, edit in (
+        ("infinite", "heads.edge.safetensors", not_finite),
+        ("states", "random_0.safetensors", other_state),
+    ):
+        path = change_tensor(copy(name), file, edit)
+        sentences[name] = said(scenes, folder / f"{name}_run", *OLD_SETTINGS, f"resume={path}")
     for name, device in (("gpu", {"meta__device": "cuda"}), ("old_gpu", {})):
         path = change(change_tensor(copy(name), "random_0.safetensors", of_another_device), **device)
         sentences[name] = said(scenes, folder / f"{name}_run", *OLD_SETTINGS, f"resume={path}", config="z2")
@@ -291,6 +305,11 @@ def test_a_wrong_value_is_one_sentence_that_names_the_file(runs, name):
 
 def test_weights_of_another_type_are_refused(runs):
     assert re.search(r"tensors differ, the first, 'weight/heads\.edge[^']*', is .* of type F16 there", runs[1]["half"])
+
+
+def test_moments_that_are_not_finite_and_other_random_states_are_told(runs):
+    assert re.match(r"UserError.*infinite: 'exp_avg_sq/heads\.edge.*is not finite", runs[1]["infinite"])
+    assert re.match(r"UserError.*states: the random states in it are none", runs[1]["states"])
 
 
 @pytest.mark.parametrize("name", ["gpu", "old_gpu"])

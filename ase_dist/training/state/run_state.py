@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ase_dist import collectives
+from ase_dist.agreement import raise_together
 from ase_dist.config import Settings
 from ase_dist.data.loader import TrainLoader
-from ase_dist.errors import UserError
+from ase_dist.errors import UserError, describe
 from ase_dist.models.names import Entry, task_order, trained_entries
 from ase_dist.moe import deepspeed_compat
 from ase_dist.tasks import Task
@@ -193,17 +194,27 @@ class RunState:
 
     def _load(self, checkpoint: Checkpoint, meta: RunMeta, engine: Any, loader: TrainLoader) -> None:
         order = self._task_order(meta, engine)
+        damaged = ""
         for entry in trained_entries(engine.module):
             for kind in KINDS:
-                value = load_entry(checkpoint, entry, kind, order=order).to(entry.tensor.device)
+                value = load_entry(checkpoint, entry, kind, order=order)
+                if not damaged and not value.isfinite().all():
+                    damaged = f"{kind}/{entry.path}"
+                value = value.to(entry.tensor.device)
                 deepspeed_compat.write_master(engine, entry.tensor, kind, value, step=meta.optimizer_steps)
+
+        def refuse_damaged() -> None:
+            if damaged:
+                raise UserError(f"resume: {checkpoint.path}: {damaged!r} is not finite; name an earlier checkpoint")
+
+        raise_together(refuse_damaged)  # after the loop, which is collective: of experts each rank reads its own
         loader.load_state_dict(meta.sampler)
         deepspeed_compat.restore_counters(engine, meta.engine, last_epoch=meta.schedule.last_epoch)
         self.step, self.history, self.is_saved = checkpoint.step, History.from_meta(meta.history), True
         is_ours = checkpoint.path.resolve().parent == self.store.folder.resolve()  # else another run's: resume=PATH
         self._saved_step = self.step if is_ours else NEVER
         if meta.topology.world == self.world.size:
-            _restore_random_state(checkpoint, device=meta.device)
+            raise_together(lambda: _restore_random_state(checkpoint, device=meta.device))
 
 
 def _group_name(entry: Entry) -> str:
@@ -233,6 +244,17 @@ def _random_state() -> dict[str, Tensor]:
 
 def _restore_random_state(checkpoint: Checkpoint, *, device: str | None) -> None:
     """Set the generators of this rank; that of an accelerator only from the same kind of ``device``."""
+    try:
+        _set_random_state(checkpoint, device=device)
+    except UserError:
+        raise
+    except Exception as error:  # what torch, NumPy and Python raise for states of another form
+        raise UserError(
+            f"resume: {checkpoint.path}: the random states in it are none ({describe(error)}); use another"
+        ) from None
+
+
+def _set_random_state(checkpoint: Checkpoint, *, device: str | None) -> None:
     names = _random_names(collectives.rank())
     torch_state, keys, position, python, device_state = (checkpoint.tensor(name) for name in names)
     torch.set_rng_state(torch_state)
