@@ -186,10 +186,14 @@ def _read_archive(name: str) -> Callable[[Path], object]:
 
 
 DS_CONFIG: dict[str, Any] = {
-    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
-    "bf16": {"enabled": "auto"}, "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.99]}},
-    "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": True}, "steps_per_print": 10,
-}  # fmt: skip
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": 1,
+    "gradient_clipping": 1.0,
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.99]}},
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": True},
+    "steps_per_print": 10,
+}
 
 
 def _read_checkpoint(folder: Path) -> object:
