@@ -82,7 +82,9 @@ class Card(BaseModel):
 def card_digest(tree: Mapping[str, Any]) -> str:
     """SHA-256 of a card's tree, palettes left out: a change of colours changes no prediction."""
     tasks = tree.get("tasks")
-    plain = [{key: task[key] for key in task if key != "palette"} for task in tasks] if isinstance(tasks, list) else None
+    plain = (
+        [{key: task[key] for key in task if key != "palette"} for task in tasks] if isinstance(tasks, list) else None
+    )
     return json_digest({**tree, "tasks": plain})
 
 
