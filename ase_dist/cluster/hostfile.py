@@ -79,12 +79,12 @@ def _parse_line(words: list[str], *, taken: dict[str, Node]) -> Node:
     host, *rest = words
     if not _HOST.fullmatch(host):
         odd = sorted(set(re.sub(r"[A-Za-z0-9._-]", "", host)))
-        what = f"the characters {' '.join(odd)} in it" if odd else "such a beginning or end"
-        raise UserError(f"got the host {host!r}, and {what} mean something else to a shell or to pdsh; {_WANTED}")
+        what = f"the characters {' '.join(odd):.80} in it" if odd else "such a beginning or end"
+        raise UserError(f"got the host {host!r:.80}, and {what} mean something else to a shell or to pdsh; {_WANTED}")
     if len(rest) != 1 or not (found := re.fullmatch(r"slots=(.*)", rest[0])):
-        raise UserError(f"got {' '.join(words)!r}, {_WANTED}")
+        raise UserError(f"got {' '.join(words)!r:.80}, {_WANTED}")
     if not re.fullmatch(r"[0-9]{1,9}", found[1]) or not 1 <= int(found[1]) <= MOST_SLOTS:
-        raise UserError(f"got slots={found[1]} for {host}, wanted a whole number from 1 to {MOST_SLOTS}")
+        raise UserError(f"got slots={found[1]:.80} for {host:.80}, wanted a whole number from 1 to {MOST_SLOTS}")
     if host in taken:
-        raise UserError(f"{host} is listed twice; write one line with the sum of its slots")
+        raise UserError(f"{host:.80} is listed twice; write one line with the sum of its slots")
     return Node(host, int(found[1]))

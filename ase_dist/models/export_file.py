@@ -63,12 +63,22 @@ class Card(BaseModel):
     backbone: dict[str, str]
     versions: dict[str, str]
 
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _no_endless_palettes(cls, tasks: Any) -> Any:
+        """A task makes a colour for each of its channels, so these are checked before there is a task."""
+        for task in tasks if isinstance(tasks, list) else ():
+            channels = task.get("channels") if isinstance(task, dict) else None
+            if isinstance(channels, (int, float)) and not 1 <= channels <= MOST_CHANNELS:
+                raise ValueError(f"got a task of {channels} channels")
+        return tasks
+
     @field_validator("tasks")
     @classmethod
     def _tasks_that_can_have_heads(cls, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
         for task in tasks:
-            if not re.fullmatch(r"\w{1,64}", task.name, re.ASCII) or not 1 <= task.channels <= MOST_CHANNELS:
-                raise ValueError(f"got the task {task.name!r:.80} of {task.channels} channels")
+            if not re.fullmatch(r"\w{1,64}", task.name, re.ASCII):
+                raise ValueError(f"got the task {task.name!r:.80}, wanted letters, digits and _")
         if len({task.name for task in tasks}) < len(tasks):
             raise ValueError("got a task twice")
         return tasks

@@ -255,7 +255,7 @@ def test_an_error_while_writing_leaves_no_half_file(export, photos, tmp_path, pr
 
     monkeypatch.setattr(predict_folder.np, "savez_compressed", full)
     out = tmp_path / "out"
-    assert predict([str(export), str(photos / "b"), "--out", str(out), "--device", "cpu"]) == 2
+    assert predict([str(export), str(photos / "b"), "--out", str(out), "--device", "cpu"]) == 74
     assert "error: --out: cannot write to" in capsys.readouterr().err
     assert not [*out.rglob("*.npz"), *out.rglob("*.tmp")] and not (out / predict_folder.INDEX).exists()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -261,5 +260,3 @@ for _name in (
     READERS[_name] = Reader(_labels, (_name,), _read_label(_name))
 for _name in ("a.tar", "b.tgz", "c.tar.bz2", "d.tar.xz"):
     READERS[_name] = Reader(_archive, (_name,), _read_archive(_name))
-
-logging.getLogger("ase_dist").setLevel(logging.ERROR)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import signal
 import subprocess
@@ -124,6 +125,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
+    logging.getLogger("ase_dist").setLevel(logging.ERROR)
     folder = given.folder or Path(tempfile.mkdtemp(prefix="fuzz-"))
     counts = run_here(given.reader, count=given.count, seed=given.seed, folder=folder, start=given.start)
     sys.stdout.write(json.dumps(counts) + "\n")
