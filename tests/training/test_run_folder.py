@@ -95,10 +95,10 @@ def test_log_lines_carry_the_rank_and_are_appended(tmp_path: Path, rank: int, fi
 
 def test_environment_names_versions_and_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "wandb-secret-value")
-    monkeypatch.setattr("sys.argv", ["/home/me/launch/train.py", "train.lr=1e-4", "--api-key", "s3cr3t"])
+    monkeypatch.setattr("sys.argv", ["/elsewhere/code/launch/train.py", "train.lr=1e-4", "--api-key", "s3cr3t"])
     found = environment()
     text = json.dumps(found)
-    assert "wandb-secret-value" not in text and "s3cr3t" not in text and "/home/me" not in text
+    assert "wandb-secret-value" not in text and "s3cr3t" not in text and "/elsewhere/code" not in text
     assert found["command"] == ["launch/train.py", "train.lr=1e-4"]
     monkeypatch.setattr("sys.argv", ["/x/ase_dist/__main__.py", "train", "seed=1"])
     assert environment()["command"] == ["-m", "ase_dist", "train", "seed=1"]
