@@ -91,8 +91,8 @@ from ase_dist.training.process import launcher_watch
 from ase_dist.training.process.signals import StopFlag
 launcher_watch.INTERVAL = 0.05
 with StopFlag() as flag:
+    launcher_watch.watch_launchers()  # first: the test kills a launcher as soon as it has read who they are
     print(*[process.pid for process in launcher_watch._launchers()], flush=True)
-    launcher_watch.watch_launchers()
     deadline = time.monotonic() + 20
     while not flag.requested and time.monotonic() < deadline:
         time.sleep(0.05)
