@@ -218,6 +218,7 @@ class CheckpointSettings(Section):
 
     every: int = Field(0, ge=0, description="steps between two checkpoints; 0: at the end only")
     keep: int = Field(2, ge=1, description="how many of the newest are kept, in addition to the best")
+    keep_optimizer: bool = Field(True, description="false: a run that is done keeps weights alone and cannot go on")
 
 
 class GuardSettings(Section):
@@ -340,6 +341,7 @@ ON_RESUME: dict[str, OnResume] = {
     "eval.gradient_conflict_every": "listed",
     "checkpoint.every": "listed",
     "checkpoint.keep": "listed",
+    "checkpoint.keep_optimizer": "listed",
     "guard.non_finite": "listed",
     "guard.max_skips": "listed",
     "guard.timeout": "listed",

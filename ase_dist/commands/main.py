@@ -18,6 +18,7 @@ COMMANDS = (
     "export",
     "predict",
     "report",
+    "clean",
     "study",
     "plan",
     "prepare_data",

@@ -34,6 +34,7 @@ from ase_dist.training.record.metrics import Recorder
 from ase_dist.training.record.reports import start_tables, summary
 from ase_dist.training.record.run_folder import RunFolder
 from ase_dist.training.state.checkpoint import CheckpointStore
+from ase_dist.training.state.cleaning import apply_removals, plan_removals
 from ase_dist.training.state.compare_settings import compare_settings
 from ase_dist.training.state.run_state import RunState
 from ase_dist.versions import PACKAGES, versions_of
@@ -234,4 +235,6 @@ def conclude(folder: RunFolder, components: RunComponents, state: RunState, code
         from ase_dist.training.record.plots import draw_all  # matplotlib would delay the start
 
         draw_all(folder)
+        if not components.settings.checkpoint.keep_optimizer:
+            apply_removals(plan_removals(folder, keep=None, weights_only=True))
     LOGGER.info("the run's files are in %s", folder.path)

@@ -50,7 +50,8 @@ class RunMeta(_Part):
     """``meta`` of a run's checkpoint.
 
     ``tasks`` is the order in which the model's tensors have the tasks, ``device`` the kind of device that the random
-    states of devices are for; both are None in checkpoints of version 0.1.0 and before.
+    states of devices are for; both are None in checkpoints of version 0.1.0 and before. ``weights_only``: the states of
+    the optimiser and of random numbers were removed.
     """
 
     settings: dict[str, Any]
@@ -63,6 +64,7 @@ class RunMeta(_Part):
     engine: dict[str, NonNegativeInt]  # the counts that deepspeed_compat.COUNTERS names
     schedule: Schedule
     device: str | None = None
+    weights_only: bool = False
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> RunMeta:

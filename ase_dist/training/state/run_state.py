@@ -155,6 +155,11 @@ class RunState:
     def _check(self, checkpoint: Checkpoint, meta: RunMeta, engine: Any, *, total_steps: int) -> None:
         """Raise UserError unless this run can go on from the checkpoint; log which settings differ."""
         path = checkpoint.path
+        if meta.weights_only:
+            raise UserError(
+                f"resume: {path} holds weights alone, the optimiser's state was removed; export it and start another "
+                "run with model.init_from=EXPORT and output=FOLDER"
+            )
         differences = compare_settings(
             meta.settings, self.settings, tasks=engine.module.task_names, saved_tasks=meta.task_names()
         )
