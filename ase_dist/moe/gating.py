@@ -162,8 +162,8 @@ def top_routed(logits_TN: Tensor, *, k: int, num_shared: int) -> Tensor:
     """Mask [..., N]: the k largest routed logits (exactly k, also under ties) and all shared experts."""
     routed = logits_TN.shape[-1] - num_shared
     active_TN = torch.zeros_like(logits_TN, dtype=torch.bool)
-    active_TN[..., routed:].fill_(1)  # not True: torch.jit.trace knows no such fill
+    active_TN[..., routed:].fill_(True)
     if k:
         idx_Tk = logits_TN.detach()[..., :routed].topk(k, dim=-1, sorted=False).indices
-        active_TN.scatter_(-1, idx_Tk, 1)
+        active_TN.scatter_(-1, idx_Tk, value=True)
     return active_TN

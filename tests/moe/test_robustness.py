@@ -356,12 +356,3 @@ def test_global_state_is_the_same_for_both_kinds():
     for name, tensor in global_state(plain).items():
         assert torch.equal(tensor, deepspeed.global_state()[name])
     assert plain.state_dict().keys() == deepspeed.state_dict().keys()
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("experts", ["lora", "ffn"])
-def test_a_traced_layer_computes_the_same(experts):
-    layer = make(experts).eval()
-    traced = torch.jit.trace(layer, tokens(), strict=False, check_trace=False)
-    x = tokens(seed=4)
-    torch.testing.assert_close(traced(x)[0], layer(x).output)
