@@ -96,7 +96,7 @@ def _layer_step(shape: str, experts: Experts, images: float, tasks: int = TASKS)
     layer = ours(case).module
     if tasks != TASKS:
         layer = MoEFFN(case.base, num_experts=experts.count, k=experts.k, num_shared=experts.shared, rank=experts.rank,
-                       num_tasks=tasks)  # fmt: skip
+                       num_tasks=tasks, seed=0)  # fmt: skip
         fill(layer.routed)
     x = torch.randn(tasks, round(images * TOKENS), case.dim, generator=torch.Generator().manual_seed(0))
     return partial(_step, layer, x)

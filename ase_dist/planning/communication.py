@@ -60,9 +60,9 @@ def step_collectives(
     found = [Collective("label counts", "all_reduce", world, 1, _ring(2 * COUNTS_PER_TASK * FP32 * sizes.tasks, world))]
     if L:
         values = sizes.tasks * (3 * sizes.num_experts + STATISTICS_PER_TASK)
-        passes = accumulation * sizes.forwards
-        sent = _ring(2 * L * passes * values * FP32, world)
-        found.append(Collective("router statistics", "all_reduce", world, L * passes, sent))
+        # one for the layers of a micro-step together, outside of the blocks that activation checkpointing runs again
+        sent = _ring(2 * L * accumulation * values * FP32, world)
+        found.append(Collective("router statistics", "all_reduce", world, accumulation, sent))
     found += _dispatch(sizes, ep_size=ep_size, tokens=tokens, accumulation=accumulation, dispatch=dispatch)
     for what, elements, ranks in (("gradients", sizes.dense, world), ("gradients of experts", routed, replicas)):
         if elements and ranks > 1:

@@ -47,7 +47,8 @@ class PlainLoRA(nn.Module):
 def ours(case: Case) -> Side:
     """``MoEFFN``, its routers, gates and router loss included."""
     N, k, S, r = case.experts
-    layer = MoEFFN(case.base, num_experts=N, k=k, num_shared=S, rank=r, num_tasks=TASKS, gating="ase" if S else "topk")
+    gating = "ase" if S else "topk"
+    layer = MoEFFN(case.base, num_experts=N, k=k, num_shared=S, rank=r, num_tasks=TASKS, gating=gating, seed=0)
     for experts in (layer.routed, layer.shared):
         if experts is not None:
             fill(experts)

@@ -53,7 +53,7 @@ def test_a_signal_saves_the_runs_and_the_same_command_goes_on(toy, tmp_path):
     process.stdin.write(pickle.dumps(runner.waiting))
     process.stdin.close()
     deadline = time.monotonic() + SECONDS
-    while not (folder / "metrics.jsonl").is_file() or '"train"' not in (folder / "metrics.jsonl").read_text():
+    while not (folder / "metrics.jsonl").is_file() or '"kind":"train"' not in (folder / "metrics.jsonl").read_text():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
