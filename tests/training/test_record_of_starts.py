@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ase_dist.commands.train import main
-from ase_dist.config import load_settings
+from ase_dist.config import flat, load_settings
 from ase_dist.report.page import write_report
 from ase_dist.training.record.metrics import read_metrics
 from tests.training.conftest import start_world
@@ -60,10 +60,10 @@ def test_every_start_is_a_record_with_its_settings_and_what_it_changed(folder):
     assert [record["step"] for record in (first, second, third)] == [0, 2, 3]
     assert [record["attempt"] for record in (first, second, third)] == [1, 2, 3]
     assert first["changed"] == []
-    lr = first["settings"]["train"]["lr"]
+    lr = first["settings"]["train.lr"]
     assert second["changed"] == ["train.max_steps 2 -> 3", f"train.lr {lr} -> 0.002"]
     assert third["changed"] == ["train.max_steps 3 -> 4"]
-    assert third["settings"] == load_settings(folder / "run" / "config.yaml").model_dump(mode="json")
+    assert third["settings"] == flat(load_settings(folder / "run" / "config.yaml").model_dump(mode="json"))
     assert first["versions"]["torch"]
     log = (folder / "run" / "train.log").read_text()
     assert f"changed since step 2: train.max_steps 2 -> 3, train.lr {lr} -> 0.002" in log

@@ -14,7 +14,7 @@ import torch
 
 from ase_dist import collectives
 from ase_dist.agreement import on_rank_zero, raise_together
-from ase_dist.config import MonitorSettings, Settings, load_settings, to_yaml
+from ase_dist.config import MonitorSettings, Settings, flat, load_settings, to_yaml
 from ase_dist.data.loader import first_images
 from ase_dist.errors import ExitCode, RunError, UserError, describe, exit_code_of, has_traceback
 from ase_dist.evaluation.constant import ConstantPredictor
@@ -205,7 +205,7 @@ def start_record(recorder: Recorder, components: RunComponents, state: RunState)
         "shared_experts": list(range(moe.num_experts - moe.num_shared, moe.num_experts)) if moe.enabled else [],
         "world": world.size,
         "ranks": processes,
-        "settings": components.settings.model_dump(mode="json"),
+        "settings": flat(components.settings.model_dump(mode="json")),
         "versions": versions_of(*PACKAGES),
         "commit": git_commit(),
         "changed": state.changes,

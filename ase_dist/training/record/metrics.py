@@ -4,7 +4,7 @@ A line has ``kind``, ``step`` and the keys of its kind; those that ``plots`` dra
 
 - ``run``: tasks (names, in the model's order), task_facts {task: its row of the task table}, data (the data set's
   name), shared_experts (their ids); one at every start, with attempt (1 for the first), time, world, ranks
-  [{host, pid}], settings (the whole tree), versions, commit and changed (what differs from the checkpoint that the run
+  [{host, pid}], settings (by dotted key), versions, commit and changed (what differs from the checkpoint that the run
   goes on from, as text).
 - ``end``: how the start before it ended: exit (the name of its ``ExitCode`` in small letters), why (a sentence), time.
   Missing where the process was killed. ``step`` is the last one taken.
