@@ -18,6 +18,7 @@ from ase_dist.printable import printable
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+LONGEST_USER = 1500  # characters of a sentence of our own
 LONGEST_SENTENCE = 400  # characters of an error that are passed on; safetensors and pydantic can write pages
 
 
@@ -73,8 +74,14 @@ class ExitCode(IntEnum):
 class UserError(ValueError):
     """A mistake that the user can mend: settings, options, files or shapes that do not fit.
 
-    The message is one sentence: what, what was got, what was wanted, what to try.
+    The message is one sentence: what, what was got, what was wanted, what to try. Of one longer than ``LONGEST_USER``
+    characters, which quotes what was got at length, the middle is left out.
     """
+
+    def __init__(self, sentence: str) -> None:
+        if len(sentence) > LONGEST_USER:
+            sentence = f"{sentence[: LONGEST_USER - 300]}...{sentence[-290:]}"
+        super().__init__(sentence)
 
 
 class RunError(RuntimeError):

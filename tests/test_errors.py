@@ -5,7 +5,7 @@ from typing import Annotated
 import pytest
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from ase_dist.errors import first_problem
+from ase_dist.errors import UserError, first_problem
 
 pytestmark = pytest.mark.single_gpu
 
@@ -39,3 +39,10 @@ def test_the_first_problem_is_named(tree, kind, where, got, why):
     problem = first_problem(caught.value)
     assert (problem.kind, problem.where, problem.got) == (kind, where, got)
     assert problem.why.startswith(why)
+
+
+def test_a_sentence_that_quotes_a_lot_keeps_its_beginning_and_its_end():
+    error = UserError(f"lists/train.txt: got the line {'9' * 100_000!r}, wanted a name; write one")
+    assert len(str(error)) < 1600
+    assert str(error).startswith("lists/train.txt: got the line") and str(error).endswith("wanted a name; write one")
+    assert str(UserError("short")) == "short"
