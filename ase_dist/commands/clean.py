@@ -47,11 +47,10 @@ def _clean(arguments: argparse.Namespace) -> int:
     with ExitStack() as locked:
         planned = []
         for run in runs:
-            removals = plan_removals(run, keep=arguments.keep, weights_only=arguments.weights_only)
-            if not arguments.dry_run:  # no one trains there meanwhile
+            if run.config.is_file() and not arguments.dry_run:  # no one trains there meanwhile
                 lock = FolderLock(run.lock, folder=run.path, doing="cleaning", other="another RUN")
                 locked.enter_context(lock).take()
-            planned += removals
+            planned += plan_removals(run, keep=arguments.keep, weights_only=arguments.weights_only)
         for removal in planned:
             what = "remove" if removal.whole else "drop the optimiser's state of"
             show(f"{what} {removal.checkpoint}: {removal.bytes / 1e6:,.1f} MB\n")

@@ -17,6 +17,7 @@ from ase_dist.models.multitask import TaskEmbedding
 from ase_dist.models.sharing import CrossStitch, MixingConv, TaskList
 from ase_dist.moe import MoEFFN, deepspeed_compat
 from ase_dist.moe.router import TaskRouter
+from ase_dist.moe.state import expert_names
 
 # By module: the axes of its weight along which the tasks are stacked, in equal blocks.
 TASK_AXES: dict[type[nn.Module], tuple[int, ...]] = {
@@ -130,12 +131,13 @@ def _entries(model: nn.Module) -> Iterator[Entry]:
 
 def _expert_entries(layer: MoEFFN, path: str) -> Iterator[Entry]:
     """The stacked tensors of ``layer``, which is called ``path``."""
-    digits = len(str(layer.num_experts - 1))
     shard, routed_ids = layer.shard, range(layer.shard.routed)
     shared_ids = range(layer.shard.routed, layer.num_experts)
     kinds = [(layer.routed, shard.ids[: shard.real], routed_ids, shard.count > 1)]
     kinds += [(layer.shared, shared_ids, shared_ids, False)] if layer.shared is not None else []
     for experts, own, everyone, is_sharded in kinds:
         for name, tensor in experts.tensors().items():
-            names, all_names = (tuple(f"{path}.{name}.{i:0{digits}}" for i in ids) for ids in (own, everyone))
+            names, all_names = (
+                tuple(expert_names(f"{path}.{name}", ids, count=layer.num_experts)) for ids in (own, everyone)
+            )
             yield Entry(f"{path}.{name}", tensor, names, all_names, is_stacked=True, is_sharded=is_sharded)

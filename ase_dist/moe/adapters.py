@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from ase_dist.agreement import on_rank_zero
 from ase_dist.errors import UserError, file_error
 from ase_dist.files import expand_user, replacing
+from ase_dist.json_files import parse_json
 from ase_dist.moe import deepspeed_compat
 from ase_dist.moe.experts import LoRAExperts
 from ase_dist.moe.layer import MoEFFN
-from ase_dist.moe.state import check_global_state, global_state, load_global_state
+from ase_dist.moe.state import check_global_state, expert_names, global_state, load_global_state
 from ase_dist.moe.task_ffn import TaskFFN
 from ase_dist.versions import versions_of
 
@@ -117,9 +118,9 @@ def load_adapters(model: nn.Module, path: str | PathLike[str]) -> None:
     source = Path(expand_user(str(path)))
     try:
         with safe_open(source, framework="pt") as file:
-            card = json.loads((file.metadata() or {}).get("card", "null"))
+            card = parse_json((file.metadata() or {}).get("card", "null"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError, UserError) as error:
         raise file_error(
             error, f"{source}: cannot be read as adapters ({error}), wanted a file of save_adapters"
         ) from None
@@ -162,10 +163,8 @@ def _layers(model: nn.Module) -> dict[str, MoEFFN]:
 
 def _names(path: str, layer: MoEFFN) -> dict[str, list[str]]:
     """The global names of each tensor of ``global_state``: one for the router, one an expert for all others."""
-    digits = len(str(layer.num_experts - 1))
-    names = {
-        name: [f"{path}.{name}.{i:0{digits}}" for i in range(layer.num_experts)] for name in layer.routed.tensors()
-    }
+    ids = range(layer.num_experts)
+    names = {name: expert_names(f"{path}.{name}", ids, count=layer.num_experts) for name in layer.routed.tensors()}
     return {"router": [f"{path}.router.weight"], **names}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -40,6 +40,12 @@ def load_global_state(layer: MoEFFN, state: Mapping[str, Tensor]) -> None:
             own[: layer.shard.real].copy_(layer.shard.own(state[name][: layer.shard.routed]))
             if shared:
                 shared[name].copy_(state[name][layer.shard.routed :])
+
+
+def expert_names(tensor: str, ids: Iterable[int], *, count: int) -> list[str]:
+    """The names of the stacked ``tensor``'s experts in checkpoints, by global id: "fc1.A.07" where ``count`` is 16."""
+    digits = len(str(count - 1))
+    return [f"{tensor}.{i:0{digits}}" for i in ids]
 
 
 def check_global_state(layer: MoEFFN, state: Mapping[str, Tensor]) -> None:

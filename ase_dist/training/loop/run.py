@@ -34,7 +34,8 @@ from ase_dist.training.record.metrics import Recorder
 from ase_dist.training.record.reports import start_tables, summary
 from ase_dist.training.record.run_folder import RunFolder
 from ase_dist.training.state.checkpoint import CheckpointStore
-from ase_dist.training.state.cleaning import apply_removals, plan_removals
+from ase_dist.training.state.checkpoint.catalog import list_checkpoints
+from ase_dist.training.state.cleaning import drop_optimizer
 from ase_dist.training.state.compare_settings import compare_settings
 from ase_dist.training.state.run_state import RunState
 from ase_dist.versions import PACKAGES, versions_of
@@ -175,16 +176,20 @@ def what_is_finished(folder: RunFolder, settings: Settings) -> str | None:
 
     None for any other run, for settings that are refused on resuming, and where the end depends on the data.
     """
-    if settings.resume != "auto" or not (folder.summary.is_file() and folder.config.is_file()):
+    summary = folder.summary_if_done()
+    if settings.resume != "auto" or summary is None or not folder.config.is_file():
         return None
-    summary, own, train = folder.read_summary(), load_settings(folder.config), settings.train
-    step, is_done = summary.get("step"), summary.get("exit") == ExitCode.DONE.name.lower()
+    try:
+        own = load_settings(folder.config)
+    except UserError:  # of another version, or changed by hand
+        return None
+    step, train = summary.get("step"), settings.train
     same_end = train.max_steps == step
     if train.max_steps is None:
         same_end = settings.data == own.data and all(getattr(train, key) == getattr(own.train, key) for key in LENGTH)
     names, own_names = ([task.name for task in tree.chosen_tasks()] for tree in (settings, own))
     differences = compare_settings(own.model_dump(mode="json"), settings, tasks=names, saved_tasks=own_names)
-    if not is_done or step != summary.get("total_steps") or not same_end or differences.refused:
+    if step != summary.get("total_steps") or not same_end or differences.refused:
         return None
     unused = f" ({', '.join(differences.listed.values())}: no effect)" if differences.listed else ""
     return (
@@ -236,5 +241,7 @@ def conclude(folder: RunFolder, components: RunComponents, state: RunState, code
 
         draw_all(folder)
         if not components.settings.checkpoint.keep_optimizer:
-            apply_removals(plan_removals(folder, keep=None, weights_only=True))
+            for found in list_checkpoints(folder.checkpoints):
+                if found.is_whole:
+                    drop_optimizer(folder.checkpoints / found.name)
     LOGGER.info("the run's files are in %s", folder.path)

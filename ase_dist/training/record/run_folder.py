@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ase_dist.errors import UserError, file_error
+from ase_dist.errors import ExitCode, UserError, file_error
 from ase_dist.files import require_room, write_atomic
 from ase_dist.json_files import read_object
 from ase_dist.overwriting import contains, refuse_foreign
@@ -199,6 +199,14 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any]:
         """The result of the run. Raises OSError where there is none, UserError where it is not JSON."""
         return read_object(self.summary, allow_nan=True)
+
+    def summary_if_done(self) -> dict[str, Any] | None:
+        """The result of a run that has reached its end; None for any other, and where it cannot be read."""
+        try:
+            summary = self.read_summary()
+        except (OSError, UserError):
+            return None
+        return summary if summary.get("exit") == ExitCode.DONE.name.lower() else None
 
 
 def meaning(name: str) -> str:

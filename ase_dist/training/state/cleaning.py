@@ -8,11 +8,11 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from ase_dist.errors import ExitCode, UserError
+from ase_dist.errors import UserError
 from ase_dist.files import make_empty, put_in_place, remove, temporary_for, write_atomic
 from ase_dist.training.record.run_folder import RunFolder
 from ase_dist.training.state.checkpoint.catalog import BEST, LATEST, list_checkpoints, read_pointer
-from ase_dist.training.state.checkpoint.manifest import MANIFEST, make_manifest, read_manifest
+from ase_dist.training.state.checkpoint.manifest import MANIFEST, SUFFIX, make_manifest, read_manifest
 from ase_dist.training.state.checkpoint.reader import Checkpoint
 from ase_dist.training.state.checkpoint.shards import write_shards
 
@@ -39,7 +39,7 @@ def plan_removals(run: RunFolder, *, keep: Keep | None, weights_only: bool) -> l
     """
     if not run.config.is_file():
         raise UserError(f"{str(run.path)!r} is no run, there is no {run.config.name} in it; name the output= of a run")
-    if weights_only and not _is_done(run):
+    if weights_only and run.summary_if_done() is None:
         raise UserError(
             f"--weights-only: the run in {str(run.path)!r} is not done, and without the optimiser's state it could not "
             "go on; finish it, or leave the option out"
@@ -82,7 +82,7 @@ def drop_optimizer(path: Path) -> None:
             with Checkpoint(path, old.model_copy(update={"files": [entry]})) as one:
                 tensors = {name: one.tensor(name) for name in one.names() if name.startswith(WEIGHT)}
             if tensors:
-                yield entry.name.removesuffix(".safetensors"), tensors
+                yield entry.name.removesuffix(SUFFIX), tensors
 
     written = write_shards(temporary, weights(), patience=0)
     manifest = make_manifest(
@@ -95,13 +95,6 @@ def drop_optimizer(path: Path) -> None:
     )
     write_atomic(temporary / MANIFEST, manifest.to_bytes())
     put_in_place(temporary, path)
-
-
-def _is_done(run: RunFolder) -> bool:
-    try:
-        return run.read_summary().get("exit") == ExitCode.DONE.name.lower()
-    except (OSError, UserError):
-        return False
 
 
 def _bytes_of_state(path: Path) -> int:
