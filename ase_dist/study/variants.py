@@ -45,6 +45,7 @@ class Study:
 
 TABLE = tuple(name for name in baselines() if name != "ase_128_24_8_1")
 FINE_GRAINED = ("ase_16_3_1_4", "ase_32_6_2_2", "ase_64_12_4_1", "ase_128_24_8_1")
+EVIDENCE = ("mtl_vit_lora", "lora_moe_16_4_0_4", "naive_16_3_1_4", *FINE_GRAINED[:3])
 TOP_K = (3, 4, 5, 6, 7)
 ROUTER_SIZES = (16, 32, 64, 128, 256)
 CONFLICT_MEASUREMENTS = 10  # over a run
@@ -67,6 +68,15 @@ def _naive_vs_ase(preset: Preset) -> list[Variant]:
                 Variant(name, f"{baselines()[baseline].label}, {suffix}", baseline, changes, tasks, group=suffix)
             )
     return variants
+
+
+def _evidence(preset: Preset) -> list[Variant]:
+    """No experts, routed experts, and shared ones of each kind and grain, with the gradient conflict on the shared."""
+    measured = {"eval.gradient_conflict_every": max(1, preset.steps // CONFLICT_MEASUREMENTS)}
+    return [
+        _of_baseline(name, changes=measured if baselines()[name].model["moe"].get("num_shared") else {})
+        for name in EVIDENCE
+    ]
 
 
 def _topk(preset: Preset) -> list[Variant]:
@@ -179,6 +189,7 @@ STUDIES: dict[str, Study] = {
         ("lora_moe_16_4_0_4_pair", "lora_moe_16_4_0_4_all"),
         heat_map="ase_16_3_1_4_all",
     ),
+    "evidence": Study("Shared experts, naive and adaptive", _evidence, ("lora_moe_16_4_0_4",), heat_map="ase_16_3_1_4"),
     "topk": Study("Active experts", _topk, ("lora_moe_k3",), axis="routed experts active per token, k"),
     "fine_grained": Study(
         "Finer experts",
