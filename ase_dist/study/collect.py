@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
+from scipy.special import entr
 
 from ase_dist.evaluation.delta_m import delta_m, directions
-from ase_dist.evaluation.seeds import mean_and_spread
+from ase_dist.evaluation.seeds import mean_and_spread, paired_difference
 from ase_dist.planning.flops import count_flops
 from ase_dist.study.jobs import StudyJob
 from ase_dist.study.variants import Variant
@@ -23,7 +26,8 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
     """The tree of results.json; a variant without a complete seed is listed with empty values.
 
     Delta_m of a seed is relative to the reference variant's mean over its seeds, over the tasks that both have. Values
-    by seed have the order of ``seeds``, the complete ones.
+    by seed have the order of ``seeds``, the complete ones. Their ``differences`` from the reference, of the tasks'
+    metrics and of Delta_m, are paired by seed.
     """
     data = jobs[0].settings.data
     tasks = data.data_set.tasks
@@ -33,6 +37,8 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
         reference = by_name[references[entry["name"]]]
         entry["reference"] = reference["name"]
         entry["delta_m"] = _delta_m_by_seed(entry, reference, tasks)
+    for entry in found:
+        entry["differences"] = _differences(entry, by_name[entry["reference"]], tasks)
     names = list(dict.fromkeys(task for entry in found for task in entry["metrics"]))
     facts = {name: asdict(tasks[name]) for name in names}
     return {"data": data.name, "tasks": names, "task_facts": facts, "variants": found}
@@ -99,25 +105,97 @@ def _delta_m_by_seed(
     return found
 
 
+def _differences(
+    entry: Mapping[str, Any], reference: Mapping[str, Any], table: Mapping[str, Task]
+) -> dict[str, dict[str, float]]:
+    """By task, and as ``delta_m``: mean, low, high and pairs; nothing for the reference itself."""
+    if entry is reference:
+        return {}
+
+    def by_seed(of: Mapping[str, Any], values: Sequence[float | None] | None) -> dict[int, float | None]:
+        return dict(zip(of["seeds"], values or (), strict=False))
+
+    pairs = {
+        name: [by_seed(of, of["metrics"][name][table[name].metric]) for of in (entry, reference)]
+        for name in entry["metrics"]
+        if name in reference["metrics"]
+    }
+    pairs["delta_m"] = [by_seed(of, of["delta_m"]) for of in (entry, reference)]
+    return {name: asdict(paired_difference(*both)) for name, both in pairs.items()}
+
+
 def _over_training(jobs: Sequence[StudyJob]) -> dict[str, Any]:
-    """Mean shared gate and gradient conflict by step, averaged over layers and tasks, where all runs recorded them."""
+    """Curves by step of what all of the runs recorded: shared gates, gradient conflict, specialisation of the experts.
+
+    ``gate`` is the mean over layers and tasks, ``by_task`` that over layers, ``by_layer`` that over tasks, these two
+    averaged over seeds too.
+    """
     records = [read_metrics(job.run.metrics) for job in jobs]
     found: dict[str, Any] = {}
-    gates = [_curve(lines, "shared_gate") for lines in records]
+    gates = [_frames(lines, "shared_gate") for lines in records]
     if gates and all(gates):
-        found["shared_gate"] = _by_step(gates, "gate")
-    shares, cosines = ([_curve(lines, key) for lines in records] for key in ("conflicting", "cosines_by_layer"))
+        steps = _common_steps(gates)
+        mean_sLt = np.stack([np.mean([frames[step] for frames in gates], axis=0) for step in steps])
+        names = next(line["tasks"] for line in records[0] if line["kind"] == "run")
+        found["shared_gate"] = {
+            **_by_step(gates, "gate"),
+            "by_task": dict(zip(names, mean_sLt.mean(axis=1).T.tolist(), strict=True)),
+            "by_layer": mean_sLt.mean(axis=2).T.tolist(),
+        }
+    shares, cosines = ([_frames(lines, key) for lines in records] for key in ("conflicting", "cosines_by_layer"))
     if shares and all(shares) and all(cosines):
         found["conflict"] = {**_by_step(shares, "conflicting"), "cosine": _by_step(cosines, "cosine")["cosine"]}
+    loads = [_frames(lines, "expert_load") for lines in records]
+    if loads and all(loads) and next(iter(loads[0].values())).shape[1] > 1:  # between tasks
+        shared = [len(next(line["shared_experts"] for line in lines if line["kind"] == "run")) for lines in records]
+        routed = [
+            {step: load_LtN[..., : load_LtN.shape[-1] - number] for step, load_LtN in frames.items()}
+            for frames, number in zip(loads, shared, strict=True)
+        ]
+        informations, overlaps = (
+            [{step: measure(load_LtN) for step, load_LtN in frames.items()} for frames in routed]
+            for measure in (task_information, task_overlap)
+        )
+        found["specialisation"] = {
+            **_by_step(informations, "information"),
+            "overlap": _by_step(overlaps, "overlap")["overlap"],
+        }
     return found
 
 
-def _curve(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(line["step"], float(np.nanmean(np.array(line[key], dtype=float)))) for line in lines if key in line]
+def task_information(load_LtN: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mutual information of task and routed expert in each layer, as a share of what is possible: [L], 0 to 1.
+
+    I(T; E) = mean_t sum_e p(e|t) log(p(e|t) / mean_t p(e|t)) of equally frequent tasks, over log of their number. 0:
+    every task uses the experts alike. 1: an expert serves one task alone. ``load_LtN`` as metrics.jsonl has it.
+    """
+    p_LtN = load_LtN / load_LtN.sum(axis=-1, keepdims=True)
+    information_L = entr(p_LtN.mean(axis=-2)).sum(axis=-1) - entr(p_LtN).sum(axis=-1).mean(axis=-1)
+    return information_L / math.log(p_LtN.shape[-2])
 
 
-def _by_step(curves: Sequence[Sequence[tuple[int, float]]], name: str) -> dict[str, Any]:
-    """The steps that all curves have, and for each step one value per seed."""
-    common = sorted(set.intersection(*({step for step, _ in curve} for curve in curves)))
-    values = [dict(curve) for curve in curves]
-    return {"steps": common, name: [[curve[step] for curve in values] for step in common]}
+def task_overlap(load_LtN: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The share of their routed experts' use that two tasks have in common, the mean over pairs of tasks: [L], 0 to 1.
+
+    sum_e min(p(e|t), p(e|u)), one minus the total variation between the two tasks' use of the experts.
+    """
+    p_LtN = load_LtN / load_LtN.sum(axis=-1, keepdims=True)
+    pairs = itertools.combinations(range(p_LtN.shape[-2]), 2)
+    return np.mean([np.minimum(p_LtN[:, t], p_LtN[:, u]).sum(axis=-1) for t, u in pairs], axis=0)
+
+
+Frames = dict[int, NDArray[np.float64]]  # by step
+
+
+def _frames(lines: Sequence[Mapping[str, Any]], key: str) -> Frames:
+    return {line["step"]: np.array(line[key], dtype=float) for line in lines if key in line}
+
+
+def _common_steps(frames: Sequence[Frames]) -> list[int]:
+    return sorted(set.intersection(*(set(of_run) for of_run in frames)))
+
+
+def _by_step(frames: Sequence[Frames], name: str) -> dict[str, Any]:
+    """The steps that all runs have, and for each step one mean per seed."""
+    steps = _common_steps(frames)
+    return {"steps": steps, name: [[float(np.nanmean(of_run[step])) for of_run in frames] for step in steps]}

@@ -9,6 +9,7 @@ from itertools import cycle
 from textwrap import fill
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -32,6 +33,12 @@ def draw(results: Mapping[str, Any], *, title: str, axis: str) -> dict[str, byte
         "shared_gate": lambda: _curves(done, "shared_gate", "gate", "mean gate of the shared experts"),
         "conflict": lambda: _curves(done, "conflict", "conflicting", "share of task pairs in conflict"),
         "cosine": lambda: _curves(done, "conflict", "cosine", "mean cosine between tasks' gradients"),
+        "shared_gate_by_task": lambda: _gates(done, by_task=True),
+        "shared_gate_by_layer": lambda: _gates(done, by_task=False),
+        "task_information": lambda: _curves(
+            done, "specialisation", "information", "information of task and expert, of what is possible"
+        ),
+        "task_overlap": lambda: _curves(done, "specialisation", "overlap", "use of experts that two tasks share"),
     }
     drawn = {}
     for name, plot in plots.items():
@@ -94,6 +101,25 @@ def _lines(variants: Variants, key: str, title: str, axis: str, ylabel: str) -> 
     ax.set_xticks(xs, [f"{x:g}" for x in xs])
     ax.set(xlabel=axis, ylabel=ylabel, title=title)
     ax.legend()
+    return figure
+
+
+def _gates(variants: Variants, *, by_task: bool) -> Figure | None:
+    """The shared experts' gate over the steps, a panel per variant, a line per task or per layer (early ones dark)."""
+    shown = [variant for variant in variants if variant.get("shared_gate", {}).get("steps")]
+    if not shown:
+        return None
+    figure = Figure(figsize=(1.0 + 2.8 * len(shown), 3.2), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(shown), sharey=True))
+    for ax, variant in zip(panels, shown, strict=True):
+        found = variant["shared_gate"]
+        lines = found["by_task"] if by_task else {f"layer {i + 1}": v for i, v in enumerate(found["by_layer"])}
+        colors = COLORS if by_task else matplotlib.colormaps["viridis"](np.linspace(0, 1, len(lines)))
+        for (label, values), color in zip(lines.items(), cycle(colors), strict=False):
+            ax.plot(found["steps"], values, color=color, linewidth=1.2, label=label)
+        ax.set(xlabel="step", title=fill(variant["label"], 26))
+    panels[0].set_ylabel("gate of the shared experts, mean over seeds")
+    panels[-1].legend(ncols=1 if by_task else 2)
     return figure
 
 

@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ase_dist.evaluation.seeds import mean_and_spread
+from ase_dist.evaluation.seeds import CONFIDENCE, Difference, mean_and_spread
 from ase_dist.study.collect import task_of
 from ase_dist.tables import MISSING, Column, Measured, Table
 from ase_dist.tasks import Task
 
 
 def markdown(title: str, data_title: str, results: Mapping[str, Any]) -> str:
-    """The table with mean +- sample standard deviation over seeds, the best mean of each column in bold."""
+    """The tables: mean +- sample standard deviation over seeds, each column's best mean in bold, and differences."""
     tasks = [task_of(results, name) for name in results["tasks"]]
     variants = results["variants"]
     columns: list[Column | str] = [
@@ -38,10 +38,54 @@ def markdown(title: str, data_title: str, results: Mapping[str, Any]) -> str:
         "together in sizes and speed; FLOPs are of the forward pass."
     )
     lines = [f"# {title}", "", preamble, "", table.to_markdown(), ""]
+    lines += _differences(variants, tasks, labels)
     missing = [name for variant in variants for name in variant["missing"]]
     if missing:
         lines += [f"Not done: {', '.join(missing)}.", ""]
     return "\n".join(lines)
+
+
+def _differences(variants: Sequence[Mapping[str, Any]], tasks: Sequence[Task], labels: Mapping[str, str]) -> list[str]:
+    """The lines of the second table, variants minus their references; empty where no two seeds are paired."""
+    shown = [variant for variant in variants if any(each["pairs"] > 1 for each in variant["differences"].values())]
+    if not shown:
+        return []
+    by_name = {variant["name"]: variant for variant in variants}
+    columns: list[Column | str] = [
+        "variant minus reference",
+        *(Column(f"{task.title}, {task.metric_title}", higher_is_better=task.higher_is_better) for task in tasks),
+        Column("Delta_m", "%", higher_is_better=True),
+        "pairs",
+    ]
+    rows = []
+    for variant in shown:
+        reference, found = by_name[variant["reference"]], variant["differences"]
+        cells = [
+            _difference(found.get(task.name), _form(reference["metrics"].get(task.name, {}).get(task.metric, [])))
+            for task in tasks
+        ]
+        pairs = str(max(each["pairs"] for each in found.values()))
+        label = f"{variant['label']} minus {labels[reference['name']]}"
+        rows.append([label, *cells, _difference(found["delta_m"], ".2f"), pairs])
+    explained = (
+        f"Differences are paired by seed: mean and {CONFIDENCE:.0%} interval (Student's t). Where the interval holds 0 "
+        "no difference was found, and the cell says none."
+    )
+    return [explained, "", Table(columns, rows).to_markdown(), ""]
+
+
+def _difference(found: Mapping[str, Any] | None, form: str) -> str:
+    """``+1.20 [+0.40, +2.00]``, after "none:" where that interval holds 0."""
+    if found is None or found["pairs"] < 2:
+        return MISSING
+    difference = Difference(**found)
+    mean, low, high = (f"{value:+{form}}" for value in (difference.mean, difference.low, difference.high))
+    return f"{'none: ' if difference.is_none else ''}{mean} [{low}, {high}]"
+
+
+def _form(values: Sequence[float | None]) -> str:
+    """How a score is written: losses are small numbers."""
+    return ".4f" if mean_and_spread(values)[0] < 1 else ".2f"
 
 
 def as_csv(results: Mapping[str, Any]) -> str:
@@ -61,8 +105,7 @@ def _row(variant: Mapping[str, Any], tasks: Sequence[Task]) -> list[str | Measur
     scores = []
     for task in tasks:
         values = variant["metrics"].get(task.name, {}).get(task.metric, [])
-        mean = mean_and_spread(values)[0]
-        scores.append(_mean_and_spread(values, ".4f" if mean < 1 else ".2f"))  # losses are small numbers
+        scores.append(_mean_and_spread(values, _form(values)))
     sizes = variant["parameters"] or {}
     speed, memory = (mean_and_spread(variant[key])[0] for key in ("images_per_second", "memory_bytes"))
     millions = [sizes.get(key, math.nan) / 1e6 for key in ("trained", "total")]

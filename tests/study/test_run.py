@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.single_gpu
 SOME = {  # where all variants would take long and say nothing more
     "table1": ["stl_resnet18", "cross_stitch", "mtan", "nddr_cnn", "stl_vit", "mtl_vit", "mtl_vit_lora",
                "naive_16_3_1_4", "ase_16_3_1_4", "m3vit_ffn", "mod_squad_ffn"],
+    "evidence": ["lora_moe_16_4_0_4", "naive_16_3_1_4", "ase_64_12_4_1"],
     "topk": ["lora_moe_k3", "lora_moe_k7", "ase_k3", "ase_k7"],
     "router_cost": ["n16", "n256"],
     "resolution": ["mtl_vit_lora_32", "ase_16_3_1_4_48"],
@@ -53,7 +55,25 @@ def test_conflict_and_shared_gates_are_collected(toy, in_process, tmp_path):
     assert "conflict" not in lora and "shared_gate" not in lora
     assert ase["conflict"]["steps"] == [1, 2, 3] and len(ase["conflict"]["cosine"][0]) == 2
     assert all(0 < gate < 1 for values in ase["shared_gate"]["gate"] for gate in values)
-    assert {path.name for path in (out / "plots").glob("*.png")} >= {"conflict.png", "cosine.png", "shared_gate.png"}
+    gates = ase["shared_gate"]
+    assert set(gates["by_task"]) == {"semseg", "edge"} and len(gates["by_layer"]) == 2
+    by_task, by_layer = (np.mean(list(lines), axis=0) for lines in (gates["by_task"].values(), gates["by_layer"]))
+    assert np.allclose(by_task, by_layer) and np.allclose(by_task, np.mean(gates["gate"], axis=1))
+    assert lora["specialisation"]["steps"] == ase["specialisation"]["steps"]
+    assert all(0 <= value <= 1 for kind in ("information", "overlap") for value in ase["specialisation"][kind][-1])
+    differences = ase["differences"]["semseg"]
+    scores = [variant["metrics"]["semseg"]["miou"] for variant in (ase, lora)]
+    assert differences["pairs"] == 2 and np.isclose(differences["mean"], np.subtract(*scores).mean())
+    assert lora["differences"] == {} and "paired by seed" in (out / "results.md").read_text()
+    drawn = {path.name for path in (out / "plots").glob("*.png")}
+    assert drawn >= {
+        "conflict.png",
+        "cosine.png",
+        "shared_gate.png",
+        "shared_gate_by_task.png",
+        "shared_gate_by_layer.png",
+    }
+    assert drawn >= {"task_information.png", "task_overlap.png"}
     assert set(ase["metrics"]) == {"semseg", "edge"}
 
 

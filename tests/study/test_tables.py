@@ -3,9 +3,12 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from ase_dist.evaluation.seeds import mean_and_spread
+from ase_dist.evaluation.seeds import mean_and_spread, paired_difference
+from ase_dist.study.collect import task_information, task_overlap
 from ase_dist.study.tables import as_csv, markdown
 from ase_dist.study.variants import STUDIES, references
 
@@ -17,7 +20,8 @@ def variant(name, scores, gains, **more):
     return {
         "name": name, "label": f"row {name}", "seeds": seeds, "missing": [], "reference": "a", "delta_m": gains,
         "metrics": {"semseg": {"miou": scores}} if scores else {}, "parameters": {"total": 3e6, "trained": 1e6},
-        "flops": {"forward": 2e9, "backward": 4e9}, "images_per_second": [2.0, 4.0], "memory_bytes": [1e9], **more,
+        "flops": {"forward": 2e9, "backward": 4e9}, "images_per_second": [2.0, 4.0], "memory_bytes": [1e9],
+        "differences": {}, **more,
     }  # fmt: skip
 
 
@@ -47,6 +51,49 @@ def test_markdown_has_means_spreads_the_best_and_what_is_missing():
     assert cells["row b"][:2] == ["**30.00**", "**+100.00**"]
     assert cells["row c"][:4] == ["-", "-", "-", "-"]
     assert lines[-1] == "Not done: c/seed_0."
+
+
+def test_differences_are_paired_by_seed_and_called_none_where_the_interval_holds_0():
+    rng = np.random.default_rng(0)
+    seeds, hard = range(5), rng.normal(size=5)  # what a seed does to both rows
+    reference = {i: 40 + 10 * hard[i] for i in seeds}
+    better = {i: reference[i] + 1 + 0.1 * rng.normal() for i in seeds}
+    found = paired_difference({**better, 7: 1.0}, {**reference, 8: 2.0})  # seeds of one row alone do not count
+    wanted = stats.ttest_rel(list(better.values()), list(reference.values())).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high)) and found.pairs == 5
+    assert not found.is_none and paired_difference(reference, better).high < 0
+    assert paired_difference(dict(enumerate(hard)), dict.fromkeys(seeds, 0.0)).is_none
+    alone = paired_difference({0: 1.0, 1: None, 2: math.nan}, {0: 0.5, 1: 0.5, 2: 0.5})
+    assert (alone.mean, alone.pairs) == (0.5, 1) and alone.is_none and math.isnan(alone.low)
+
+
+def test_the_second_table_tells_none_from_a_difference():
+    def found(low, high):
+        return {"mean": (low + high) / 2, "low": low, "high": high, "pairs": 3}
+
+    variants = [
+        variant("a", [10.0, 20.0, 15.0], [0.0] * 3),
+        variant("b", [11.0] * 3, [1.0] * 3, differences={"semseg": found(0.5, 1.5), "delta_m": found(-1.0, 3.0)}),
+    ]
+    line = next(
+        line for line in markdown("T", "toy", {**RESULTS, "variants": variants}).splitlines() if "minus row" in line
+    )
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["row b minus row a", "+1.00 [+0.50, +1.50]", "none: +1.00 [-1.00, +3.00]", "3"]
+
+
+def test_specialisation_against_sums_over_tasks_and_experts():
+    load = np.random.default_rng(0).random((2, 3, 5))
+    for layer, (information, overlap) in enumerate(zip(task_information(load), task_overlap(load), strict=True)):
+        p = load[layer] / load[layer].sum(axis=1, keepdims=True)
+        total = sum(
+            p[t, e] / 3 * math.log(p[t, e] / (sum(p[u, e] for u in range(3)) / 3)) for t in range(3) for e in range(5)
+        )
+        common = [sum(min(p[t, e], p[u, e]) for e in range(5)) for t in range(3) for u in range(t)]
+        assert information == pytest.approx(total / math.log(3)) and overlap == pytest.approx(sum(common) / 3)
+    own, alike = np.eye(4)[None], np.ones((1, 4, 8))
+    assert task_information(own) == pytest.approx(1) and task_overlap(own) == 0
+    assert task_information(alike) == pytest.approx(0) and task_overlap(alike) == pytest.approx(1)
 
 
 def test_csv_has_a_line_a_value():
