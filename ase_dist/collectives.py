@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _functional_collectives as traceable
 
 
 def is_distributed() -> bool:
@@ -45,6 +46,8 @@ def limit_all_groups(seconds: float) -> None:
 
 def all_reduce_sum(value: Tensor) -> Tensor:
     """The sum of ``value`` over all ranks, as a new tensor; no gradient flows through it."""
+    if world_size() > 1 and torch.compiler.is_compiling():
+        return traceable.all_reduce(value.detach(), "sum", dist.group.WORLD)  # type: ignore[arg-type]
     total = value.detach().clone()
     if world_size() > 1:
         dist.all_reduce(total)
@@ -80,6 +83,7 @@ def any_rank(flag: bool, device: torch.device | str) -> bool:
 # torch 2.14 renamed both; the old names still work there and warn
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_traceable_all_gather = getattr(traceable, "all_gather_single_autograd", None) or traceable.all_gather_tensor_autograd
 
 
 class Traffic:
@@ -140,6 +144,11 @@ def group_rank(group: dist.ProcessGroup | None) -> int:
 def all_gather_rows(rows: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     """The equally shaped ``rows`` [m, ...] of a group's ranks one after another: [m * size, ...], no gradient."""
     return start_all_gather_rows(rows, group=group).wait()
+
+
+def all_gather_rows_in_graph(rows: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+    """``all_gather_rows`` as an operator of a graph that is being compiled; its gradient is reduced and scattered."""
+    return _traceable_all_gather(rows, 0, group)
 
 
 def start_all_gather_rows(rows: Tensor, *, group: dist.ProcessGroup | None) -> Pending:

@@ -28,8 +28,12 @@ class Experts(Protocol):
 
 def gather_experts(experts: Experts, *, num_routed: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
     """The tensors of all ranks' routed experts in global order, without padding (collective)."""
-    prefetcher = _PREFETCHERS.setdefault(group, ExpertPrefetcher())
     own = experts.tensors()
+    if torch.compiler.is_compiling():  # a fetch for the next layer would outlive the graph of this one
+        flat = torch.cat([tensor.flatten() for tensor in own.values()]).unsqueeze(0)
+        full = _split(collectives.all_gather_rows_in_graph(flat, group=group), [t.shape for t in own.values()])
+        return {name: tensor[:num_routed] for name, tensor in zip(own, full, strict=True)}
+    prefetcher = _PREFETCHERS.setdefault(group, ExpertPrefetcher())
     full = _Gather.apply(prefetcher.take(experts, group), prefetcher, group, *own.values())
     return {name: tensor[:num_routed] for name, tensor in zip(own, full, strict=True)}
 
@@ -94,8 +98,7 @@ class _Gather(torch.autograd.Function):
         ctx: Any, flat: Tensor, prefetcher: ExpertPrefetcher, group: dist.ProcessGroup, *own: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.prefetcher, ctx.group, ctx.shapes = prefetcher, group, [tensor.shape for tensor in own]
-        parts: Sequence[Tensor] = flat.split([tensor.numel() for tensor in own], dim=1)
-        return tuple(part.reshape(-1, *tensor.shape[1:]) for part, tensor in zip(parts, own, strict=True))
+        return _split(flat, ctx.shapes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -105,3 +108,9 @@ class _Gather(torch.autograd.Function):
         own = collectives.reduce_scatter_rows(flat, group=ctx.group).flatten()
         parts = own.split([shape.numel() for shape in ctx.shapes])
         return None, None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+
+
+def _split(flat: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
+    """The gathered buffer [ranks, values per rank] as tensors [ranks * slots, ...]."""
+    parts: Sequence[Tensor] = flat.split([shape.numel() for shape in shapes], dim=1)
+    return tuple(part.reshape(-1, *shape[1:]) for part, shape in zip(parts, shapes, strict=True))
