@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    PlainValidator,
     ValidationError,
     model_validator,
 )
@@ -29,12 +30,14 @@ from ase_dist.baselines import apply_baseline
 from ase_dist.description import DataSetDescription, described, find_description, problem_in, read_description
 from ase_dist.errors import UserError, did_you_mean, first_problem
 from ase_dist.files import expand_user, read_text
+from ase_dist.image_size import ImageSize
 from ase_dist.registries import GATINGS, HEADS
 from ase_dist.tasks import DATA_SETS, DataSet, Task, find_data_set, select_tasks
 
 LOGGER = logging.getLogger("ase_dist")
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = "scenes"
+LARGEST_INPUT = 1 << 14  # side in pixels
 
 # Settings that were renamed or moved. The old dotted keys work for one more version, with a warning.
 ALIASES = {
@@ -58,6 +61,12 @@ UserPath = Annotated[
 PathOrName = Annotated[str, AfterValidator(lambda text: expand_user(text) if text else text)]
 
 
+SizeSetting = Annotated[
+    ImageSize,
+    PlainValidator(ImageSize.read),
+    PlainSerializer(lambda size: size.written),
+    typed_yaml.WrittenAs(int | tuple[int, int]),
+]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -72,7 +81,9 @@ class SceneSettings(Section):
 
     train_images: int = Field(480, ge=1, description="how many images to render for training")
     val_images: int = Field(64, ge=1, description="how many images to render for validation")
-    size: int = Field(224, ge=32, description="side in pixels of the rendered images")
+    size: Annotated[SizeSetting, AfterValidator(lambda size: size.within(32, 4096))] = Field(
+        ImageSize(224, 224), description="pixels of the rendered images: a square's side, or height x width"
+    )
     seed: int = Field(0, ge=0, description="another seed is another data set")
 
 
@@ -84,7 +95,9 @@ class DataSettings(Section):
     )
     root: UserPath | None = Field(None, description="the data folder, unpacked or packed; scenes are made there")
     description: DataSetDescription | None = Field(None, description="what a dataset.yaml says; read from the file")
-    size: int = Field(224, ge=16, description="side in pixels of the square that the model sees")
+    size: Annotated[SizeSetting, AfterValidator(lambda size: size.within(16, LARGEST_INPUT))] = Field(
+        ImageSize(224, 224), description="pixels that the model sees: a square's side, or height x width as 448x576"
+    )
     augment: bool = Field(True, description="scale, crop, flip and recolour training images at random")
     workers: int = Field(0, ge=0, description="loader processes per rank; 0 loads in the training process")
     cache_in_memory: bool = Field(False, description="keep decoded images and labels after their first reading")

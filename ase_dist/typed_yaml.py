@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
 
@@ -31,6 +31,12 @@ _TOO_LARGE = 2**64  # no setting, and nothing that a seed or a size goes to, tak
 MOST_BYTES = 1 << 18  # of a YAML file; a config with every setting has 5 kB
 MOST_VALUES = 20_000  # in a tree; aliases let a few lines stand for billions
 DEEPEST = 32  # mappings and lists in each other
+
+
+class WrittenAs(NamedTuple):
+    """In the annotations of a pydantic field: the plain types in which its value is written, where it has its own."""
+
+    type: Any
 
 
 class _Loader(yaml.SafeLoader):
@@ -210,7 +216,8 @@ def annotation_at(wanted: Any, path: Sequence[str]) -> Any:
         found = Any
         for kind in alternatives(wanted):
             if hasattr(kind, "model_fields") and name in kind.model_fields:
-                found = kind.model_fields[name].annotation
+                field = kind.model_fields[name]
+                found = next((m.type for m in field.metadata if isinstance(m, WrittenAs)), field.annotation)
             elif get_origin(kind) is dict:
                 found = get_args(kind)[1]
             elif get_origin(kind) in (tuple, list) and name.isdigit():

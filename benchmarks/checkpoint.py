@@ -87,7 +87,7 @@ def measure(arguments: argparse.Namespace, world: Any, folder: Path) -> dict[str
     step, save = statistics.median(step_seconds), statistics.median(save_seconds)
     return {
         "config": arguments.config, "ranks": world.size, "device": str(world.device), "zero": arguments.zero,
-        "ep": arguments.ep, "batch_size": arguments.batch_size, "image_size": parts.settings.data.size,
+        "ep": arguments.ep, "batch_size": arguments.batch_size, "image_size": parts.settings.data.size.written,
         "trained_parameters": parts.parameters.as_dict()["all"]["trained"], "bytes": size, "step_seconds": step,
         "save_seconds": save, "steps_per_save": save / step, "slowest_save_seconds": max(save_seconds),
     }  # fmt: skip

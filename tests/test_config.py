@@ -31,7 +31,7 @@ def test_the_paper_configs_are_what_their_names_say():
     for name in ("pascal_ase_16_3_1_4", "pascal_ase_32_6_2_2", "pascal_ase_64_12_4_1"):
         moe = load_settings(name).model.moe
         assert name == f"pascal_ase_{moe.num_experts}_{moe.k}_{moe.num_shared}_{moe.rank}"
-        assert load_settings(name).data.size == 224 and load_settings(name).train.epochs == 40
+        assert load_settings(name).data.size == (224, 224) and load_settings(name).train.epochs == 40
 
 
 def test_overrides_apply_in_order_and_reach_every_depth():

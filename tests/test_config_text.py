@@ -358,7 +358,7 @@ def test_old_names_of_settings_work_with_one_warning(tmp_path, caplog):
     )
     with caplog.at_level(logging.WARNING, logger="ase_dist"):
         tree = load_settings(tmp_path / "old.yaml")
-    assert (tree.data.scenes.train_images, tree.data.scenes.size) == (7, 48)
+    assert (tree.data.scenes.train_images, tree.data.scenes.size) == (7, (48, 48))
     assert (tree.train.adam.betas, tree.train.adam.eps) == ((0.8, 0.9), 1e-6)
     assert len(caplog.records) == 1 and "data.train_images is data.scenes.train_images" in caplog.text
     caplog.clear()

@@ -17,6 +17,7 @@ from typing import NoReturn
 from ase_dist.commands.start import end_at_once
 from ase_dist.errors import ExitCode, UserError, describe, exit_code_of, has_traceback
 from ase_dist.files import expand_user
+from ase_dist.image_size import ImageSize
 from ase_dist.printable import printable, say
 
 SCRIPTS = Path("launch")  # of a checkout; without one there is python -m ase_dist
@@ -56,6 +57,14 @@ def path_or_name(text: str) -> str:
 def path(text: str) -> Path:
     """The type of an option that takes a path: ~ is the home folder; empty text is refused."""
     return Path(path_or_name(text))
+
+
+def image_size(text: str) -> ImageSize:
+    """The type of an option that takes an image's size: 224, 448x576."""
+    try:
+        return ImageSize.read(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class RenamedOption(argparse.Action):

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ase_dist.commands.cli import command_parser, path, run_command
+from ase_dist.commands.cli import command_parser, image_size, path, run_command
 from ase_dist.printable import log_messages
 
 EPILOG = """examples:
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("out", type=path, nargs="?", help="folder to make the data set in; default: the user's cache")
     p.add_argument("--train", type=int, default=480, metavar="N", help="training images (default %(default)s)")
     p.add_argument("--val", type=int, default=64, metavar="N", help="validation images (default %(default)s)")
-    p.add_argument("--size", type=int, default=224, metavar="S", help="side in pixels (default %(default)s)")
+    p.add_argument("--size", type=image_size, default=224, metavar="S", help="pixels, S or HxW (default %(default)s)")
     p.add_argument("--seed", type=int, default=0, metavar="K", help="another seed is another data set")
     p.add_argument("--workers", type=int, metavar="W", help="rendering processes (default: one for each core)")
     p.add_argument("--contact-sheet", type=path, metavar="FILE", help="write only a PNG of scenes and labels")

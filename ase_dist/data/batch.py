@@ -1,6 +1,6 @@
 """What is passed from a data set to the training loop: records, samples and batches.
 
-B images, S the side of the square the model sees; label forms as in ``tasks.py``'s table.
+B images, h w the size that the model sees; label forms as in ``tasks.py``'s table.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ase_dist.data.files import Array
+from ase_dist.image_size import ImageSize
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Record:
 
 @dataclass
 class Sample:
-    """One image ready for the model: float32 [3, S, S], ImageNet-normalised, with a label for each task.
+    """One image ready for the model: float32 [3, h, w], ImageNet-normalised, with a label for each task.
 
-    Labels are [S, S] in training and of the image's own size in evaluation.
+    Labels are [..., h, w] in training and of the image's own size in evaluation.
     """
 
     image: Tensor
@@ -41,7 +42,7 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Images [B, 3, S, S], labels [B, ...] by task, indices int64 [B] into the list, names of the images."""
+    """Images [B, 3, h, w], labels [B, ...] by task, indices int64 [B] into the list, names of the images."""
 
     images: Tensor
     labels: dict[str, Tensor]
@@ -104,9 +105,9 @@ def collate(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
     return Batch(_stack([sample.image for sample in samples]), labels, _indices(samples), _names(samples))
 
 
-def collate_eval(samples: Sequence[Sample], tasks: Sequence[str], *, size: int) -> EvalBatch:
+def collate_eval(samples: Sequence[Sample], tasks: Sequence[str], *, size: ImageSize) -> EvalBatch:
     """Samples as a batch, possibly an empty one; labels keep their own sizes."""
-    images = _stack([sample.image for sample in samples]) if samples else torch.zeros(0, 3, size, size)
+    images = _stack([sample.image for sample in samples]) if samples else torch.zeros(0, 3, *size)
     labels = {task: [sample.labels[task] for sample in samples] for task in tasks}
     return EvalBatch(images, labels, _indices(samples), _names(samples))
 

@@ -1,10 +1,11 @@
-"""From a record to a sample: one random affine warp for the image and all of its labels, straight to S x S.
+"""From a record to a sample: one random affine warp for the image and all of its labels, straight to the
+input size.
 
 The multi-task line that the paper follows (ASTMT, M3ViT) flips, then scales and rotates about the centre on an
-unchanged canvas, then resizes to S x S, which interpolates twice. Here the three maps are multiplied and the original
-is sampled once: the same pixels are seen (what leaves the canvas lies outside the square too), with less blur, in one
-pass. The image is sampled with Pillow's cubic kernel, clipped to 8 bits and without anti-aliasing, as that line does
-with OpenCV; evaluation uses the same kernel, so that the model meets the same sharpness as in training.
+unchanged canvas, then resizes to the input size, which interpolates twice. Here the three maps are multiplied and the
+original is sampled once: the same pixels are seen (what leaves the canvas lies outside the input too), with less blur,
+in one pass. The image is sampled with Pillow's cubic kernel, clipped to 8 bits and without anti-aliasing, as that line
+does with OpenCV; evaluation uses the same kernel, so that the model meets the same sharpness as in training.
 
 Points are (x, y) in pixels, y down; the centre of the pixel in row i, column j is (j + 0.5, i + 0.5).
 """
@@ -24,6 +25,7 @@ from ase_dist import imagenet
 from ase_dist.data.batch import Record, Sample
 from ase_dist.data.files import Array
 from ase_dist.data.labels import ignored_value, label_tensor
+from ase_dist.image_size import ImageSize
 from ase_dist.seeding import generator
 from ase_dist.tasks import Task
 
@@ -54,11 +56,11 @@ class Warp:
         mirror = -1.0 if self.flip else 1.0
         return np.array([[cos * mirror, -sin], [sin * mirror, cos]])
 
-    def source(self, shape: tuple[int, int], size: int) -> tuple[Array, Array]:
-        """[2, 2] matrix and [2] offset that take a point of the S x S output to the point of the original [H, W]."""
+    def source(self, shape: tuple[int, int], size: ImageSize) -> tuple[Array, Array]:
+        """[2, 2] matrix and [2] offset that take a point of the output to the point of the original [H, W]."""
         extent = np.array([shape[1], shape[0]], dtype=np.float64)
         inverse = self.turn.T / self.scale
-        matrix = inverse * (extent / size)
+        matrix = inverse * (extent / np.array([size.width, size.height]))
         return matrix, extent / 2 - inverse @ (extent / 2)
 
 
@@ -71,10 +73,10 @@ def draw_warp(*, seed: int, epoch: int, index: int) -> Warp:
 
 
 class Transform:
-    """Makes samples of S x S for ``tasks``; without ``augment``, training samples are resized only."""
+    """Makes samples of ``size`` for ``tasks``; without ``augment``, training samples are resized only."""
 
-    def __init__(self, size: int, *, tasks: Sequence[Task], augment: bool) -> None:
-        self.size = size
+    def __init__(self, size: ImageSize | int, *, tasks: Sequence[Task], augment: bool) -> None:
+        self.size = ImageSize.read(size)
         self.tasks = tuple(tasks)
         self.augment = augment
 
@@ -96,7 +98,7 @@ class Transform:
         return Sample(image, labels, record.index, record.name)
 
     def eval_sample(self, record: Record) -> Sample:
-        """The image resized to S x S; the labels stay at the image's own size, at which they are scored."""
+        """The image resized to ``size``; the labels stay at the image's own size, at which they are scored."""
         matrix, offset = Warp().source(_shape(record.image), self.size)
         image = _warp_image(record.image, matrix, offset, self.size)
         labels = {task.name: label_tensor(task.kind, record.labels[task.name]) for task in self.tasks}
@@ -108,8 +110,7 @@ class Transform:
         warped[outside] = ignored_value(task.kind)
         if task.kind == "depth":
             warped /= np.float32(warp.scale)
-        square = warped.reshape(self.size, self.size, *compact.shape[2:])
-        return label_tensor(task.kind, square, turn=warp.turn)
+        return label_tensor(task.kind, warped.reshape(*self.size, *compact.shape[2:]), turn=warp.turn)
 
 
 def normalise(image_HW3: Array) -> Tensor:
@@ -124,20 +125,20 @@ def _shape(image: Array) -> tuple[int, int]:
     return image.shape[0], image.shape[1]
 
 
-def _warp_image(image: Array, matrix: Array, offset: Array, size: int) -> Tensor:
+def _warp_image(image: Array, matrix: Array, offset: Array, size: ImageSize) -> Tensor:
     (a, b), (d, e) = matrix.tolist()
     c, f = offset.tolist()
     picture = Image.fromarray(image).transform(
-        (size, size), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BICUBIC, fillcolor=_FILL
+        (size.width, size.height), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BICUBIC, fillcolor=_FILL
     )
     return normalise(np.asarray(picture))
 
 
-def _nearest(shape: tuple[int, int], matrix: Array, offset: Array, size: int) -> tuple[Array, Array]:
+def _nearest(shape: tuple[int, int], matrix: Array, offset: Array, size: ImageSize) -> tuple[Array, Array]:
     """For each output pixel, row by row, the flat index of the original pixel under it; and which are outside."""
-    centres = np.arange(size) + 0.5
-    x = np.floor(matrix[0, 0] * centres + (matrix[0, 1] * centres + offset[0])[:, None]).astype(np.int32).reshape(-1)
-    y = np.floor(matrix[1, 0] * centres + (matrix[1, 1] * centres + offset[1])[:, None]).astype(np.int32).reshape(-1)
+    u, v = np.arange(size.width) + 0.5, np.arange(size.height) + 0.5
+    x = np.floor(matrix[0, 0] * u + (matrix[0, 1] * v + offset[0])[:, None]).astype(np.int32).reshape(-1)
+    y = np.floor(matrix[1, 0] * u + (matrix[1, 1] * v + offset[1])[:, None]).astype(np.int32).reshape(-1)
     outside = np.flatnonzero((x.view(np.uint32) >= shape[1]) | (y.view(np.uint32) >= shape[0]))  # negative: huge
     where = y.astype(np.intp) * shape[1] + x
     where[outside] = 0

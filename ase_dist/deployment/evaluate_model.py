@@ -272,7 +272,7 @@ def _facts(
         "folder": folder,
         "split": request.split,
         "images": images,
-        "input_size": data.size,
+        "input_size": data.size.height if data.size.is_square else str(data.size),
         "edges": edges,
     }
 

@@ -34,9 +34,9 @@ class ExportedModel(nn.Module):
             for task, values in (card.metrics or {}).items()
         }
 
-    def forward(self, images_B3SS: Tensor, *, tasks: Sequence[str] | None = None) -> ModelOutput:
+    def forward(self, images_B3HW: Tensor, *, tasks: Sequence[str] | None = None) -> ModelOutput:
         """Raw logits for normalised images: ``forward(images).predictions[task]`` [B, C, h, w]; see MultiTaskViT."""
-        return self.model(images_B3SS, tasks=tasks)
+        return self.model(images_B3HW, tasks=tasks)
 
 
 def load(path: str | PathLike[str], *, device: torch.device | str = "cpu") -> ExportedModel:

@@ -1,6 +1,6 @@
 """A trained model as one file that runs without this package: a program of torch.export (.pt2), or ONNX.
 
-The program takes ``images`` float32 [B, 3, S, S], RGB from 0 to 1, any B, and gives the raw logits [B, C, h, w] of each
+The program takes ``images`` float32 [B, 3, H, W], RGB from 0 to 1, any B, and gives the raw logits [B, C, h, w] of each
 task by name. Normalisation is inside; the backbone's LoRA is merged into its weights; experts stay routed; only the
 requested tasks are in the file. It also holds JSON that describes inputs and outputs, see ``facts``.
 """
@@ -63,7 +63,7 @@ class DeployedModel(nn.Module):
             self.register_buffer(name, torch.tensor(values, device=device).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Raw logits [B, C, h, w] by task, for [B, 3, S, S]."""
+        """Raw logits [B, C, h, w] by task, for [B, 3, H, W]."""
         output = self.model((images - self.mean) / self.std, tasks=self.names)
         return dict(output.predictions)
 
@@ -111,8 +111,8 @@ def check_formats(formats: Iterable[str]) -> None:
 
 def trace(model: ExportedModel, *, tasks: Sequence[str] | None = None) -> ExportedProgram:
     """The program of ``model`` for ``tasks`` (None: all): only PyTorch's own operations, any number of images."""
-    deployed, side = DeployedModel(model, tasks=tasks), model.image.size
-    images = torch.rand(2, 3, side, side, device=next(model.parameters()).device)
+    deployed = DeployedModel(model, tasks=tasks)
+    images = torch.rand(2, 3, *model.image.size, device=next(model.parameters()).device)
     with torch.no_grad():
         program = torch.export.export(deployed, (images,), dynamic_shapes={"images": {0: Dim("batch", min=1)}})
     program.graph_module.graph.eliminate_dead_code()  # the statistics of the routers
@@ -132,7 +132,6 @@ def operations(program: ExportedProgram) -> list[Any]:
 def facts(model: ExportedModel, program: ExportedProgram) -> str:
     """The file's description as JSON: input, outputs with how to decode them, classes and palettes, metrics."""
     names = output_names(program)
-    side = model.image.size
     outputs = [
         {
             "name": task.name,
@@ -148,7 +147,7 @@ def facts(model: ExportedModel, program: ExportedProgram) -> str:
     ]
     tree = {
         "format": "ase_dist program",
-        "input": {"name": "images", "shape": ["B", 3, side, side], "values": "RGB from 0 to 1"},
+        "input": {"name": "images", "shape": ["B", 3, *model.image.size], "values": "RGB from 0 to 1"},
         "outputs": sorted(outputs, key=lambda output: names.index(str(output["name"]))),
         "step": model.card.step,
         "metrics": model.card.metrics,
@@ -169,11 +168,11 @@ def difference(model: ExportedModel, run: Run | None, *, path: Path) -> float:
     """
     if run is None:
         return math.nan
-    worst, side = 0.0, model.image.size
+    worst = 0.0
     place = next(model.parameters())
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.image.mean, model.image.std))
     for count in BATCHES:
-        images = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(count))
+        images = torch.rand(count, 3, *model.image.size, generator=torch.Generator().manual_seed(count))
         found = run(images.to(place.device))
         with torch.no_grad():
             wanted = model(((images - mean) / std).to(place), tasks=list(found)).predictions

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from ase_dist.errors import UserError
+from ase_dist.image_size import ImageSize
 from ase_dist.models import mini, pretrained, timm_model
 from ase_dist.models.seeded import seeded_initialisation
 from ase_dist.models.timm_model import is_of_timm
@@ -39,20 +40,21 @@ class Backbone(NamedTuple):
 def build_backbone(
     name: str,
     *,
-    size: int,
+    size: ImageSize | int,
     weights: str = "none",
     args: Mapping[str, Any] | None = None,
     drop_path: float = 0.0,
     seed: int = 0,
 ) -> Backbone:
-    """Build timm's ``name`` for images of ``size`` pixels with the weights that ``pretrained.load`` knows.
+    """Build timm's ``name`` for images of ``size`` with the weights that ``pretrained.load`` knows.
 
     Position embeddings are resampled by timm, once, here. Raises UserError, naming the setting, for anything but a
     plain ViT (pre-norm blocks, linear patch embedding), for a size that its patch does not divide, for unknown
     ``args`` and for weights that do not fit.
     """
     _check_name(name)
-    fixed = {"img_size": size, "drop_path_rate": drop_path, "num_classes": 0}
+    size = ImageSize.read(size)
+    fixed = {"img_size": tuple(size), "drop_path_rate": drop_path, "num_classes": 0}
     with seeded_initialisation(seed, "backbone"):
         vit: Any = timm_model.create(name, args or {}, **fixed)
     _check_structure(name, vit, size)
@@ -90,7 +92,7 @@ def _check_name(name: str) -> None:
     raise UserError(f"model.backbone: {name!r} {problem}, wanted a ViT of timm such as {', '.join(near)}")
 
 
-def _check_structure(name: str, vit: nn.Module, size: int) -> None:
+def _check_structure(name: str, vit: nn.Module, size: ImageSize) -> None:
     """UserError for a model that ``Backbone`` and ``TaskBlock`` do not support, and for a size that does not fit it."""
     if not isinstance(vit, VisionTransformer):
         raise UserError(f"model.backbone: {name!r} is a {type(vit).__name__}, wanted a plain vision transformer")
@@ -101,8 +103,7 @@ def _check_structure(name: str, vit: nn.Module, size: int) -> None:
             raise UserError(f"model.backbone: {name!r} has {type(block).__name__}s, wanted plain pre-norm blocks")
     if not isinstance(vit.patch_drop, nn.Identity):
         raise UserError("model.backbone_args.patch_drop_rate: every patch needs a prediction, leave it at 0")
-    patch = int(vit.patch_embed.patch_size[0])
-    below = size // patch * patch
-    if size != below:
-        near = " or ".join(str(fit) for fit in (below, below + patch) if fit)
-        raise UserError(f"data.size: got {size}, which the {patch}-pixel patches of {name} do not divide; take {near}")
+    rows, columns = vit.patch_embed.patch_size
+    if rows != columns:
+        raise UserError(f"model.backbone: {name!r} has patches of {rows}x{columns} pixels, wanted square ones")
+    size.require_divisible(rows, what=f"the {rows}-pixel patches of {name}")

@@ -68,10 +68,10 @@ def _build_resnet_model(settings: Settings, tasks: tuple[Task, ...]) -> MultiTas
                 f"{name}: got {got} for {chosen.backbone}, wanted {right}: a ResNet is trained whole and has no "
                 "experts; the baselines of --baseline set all of this"
             )
-    if size % STRIDE:
-        raise UserError(f"data.size: got {size}, which {chosen.backbone} at stride {STRIDE} does not divide")
+    size.require_divisible(STRIDE, what=f"the {STRIDE}-pixel strides of {chosen.backbone}")
     parts = build_resnet(chosen.backbone, weights=chosen.pretrained, args=chosen.backbone_args, seed=settings.seed)
-    heads = _build_heads(settings, tasks, width=parts.widths[-1], grid=(size // STRIDE, size // STRIDE), patch=STRIDE)
+    grid = size.height // STRIDE, size.width // STRIDE
+    heads = _build_heads(settings, tasks, width=parts.widths[-1], grid=grid, patch=STRIDE)
     with seeded_initialisation(settings.seed, "sharing"):
         trunk = TRUNKS[chosen.sharing](parts, len(heads))
     return MultiTaskResNet(trunk, heads)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ase_dist.config import ModelSettings
+from ase_dist.config import LARGEST_INPUT, ModelSettings, SizeSetting
 from ase_dist.description import DataSetDescription
 from ase_dist.errors import UserError, first_problem
 from ase_dist.files import sha256_of
@@ -37,10 +37,10 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class ImageFacts(BaseModel):
-    """What the model wants to see: squares of ``size`` pixels, RGB in [0, 1] less ``mean``, over ``std``."""
+    """What the model wants to see: images of ``size`` pixels, RGB in [0, 1] less ``mean``, over ``std``."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-    size: int = Field(ge=16, le=1 << 14)
+    size: Annotated[SizeSetting, AfterValidator(lambda size: size.within(16, LARGEST_INPUT))]
     mean: tuple[float, float, float]
     std: tuple[Positive, Positive, Positive]
 

@@ -51,9 +51,9 @@ def measure_activations(settings: Settings, *, width: int) -> Activations:
         with torch.autograd.graph.saved_tensors_hooks(kept.save, lambda tensor: tensor):
             output = model(image)
             labels = {
-                task.name: torch.ones(1, task.channels, size, size)
+                task.name: torch.ones(1, task.channels, *size)
                 if task.kind in {"normals", "depth"}
-                else torch.ones(1, size, size, dtype=torch.uint8)
+                else torch.ones(1, *size, dtype=torch.uint8)
                 for task in tasks
             }
             losses.task_losses(output.predictions, labels, tasks, torch.ones(len(tasks), 2))

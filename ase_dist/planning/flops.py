@@ -52,7 +52,7 @@ def on_fake_tensors(
                 setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-        yield model, torch.empty(1, 3, settings.data.size, settings.data.size, dtype=dtype)
+        yield model, torch.empty(1, 3, *settings.data.size, dtype=dtype)
 
 
 def count_flops(settings: Settings) -> Flops:

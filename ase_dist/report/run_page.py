@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ase_dist.errors import UserError
+from ase_dist.image_size import ImageSize
 from ase_dist.report import curves, listing
 from ase_dist.report.heatmaps import draw_matrix, heat_maps, short
 from ase_dist.report.images import Candidate, make_album
@@ -112,7 +114,7 @@ def _facts(
     place = (environment.get("device"), environment.get("hostname"))
     name = str(records.data or data.get("name", "")).replace("_", " ")
     found = [
-        ("Data", name, f"{data['size']} px" if data.get("size") else ""),
+        ("Data", name, _pixels(data.get("size"))),
         ("Steps", f"{step:,}", f"of {total:,}" if total else ""),
         ("Training time", clock(seconds), "h:mm:ss, evaluations left out"),
         ("Speed", significant(number(summary.get("images_per_second") or speed), 3), "images/s"),
@@ -171,3 +173,11 @@ def _ranks(ranks: list[RankReport], records: Records, settings: Mapping[str, Any
             *([f"{plural(left_out, 'more rank')} with nothing to report."] if left_out else []),
         ],
     }
+
+
+def _pixels(input_size: object) -> str:
+    """``data.size`` of a config in words; nothing where it holds no size."""
+    try:
+        return f"{ImageSize.read(input_size)} px"
+    except UserError:
+        return ""

@@ -17,6 +17,7 @@ from ase_dist.cores import usable_cores
 from ase_dist.data.cache import cache_folder, locked, track_progress
 from ase_dist.errors import RunError, UserError, file_error
 from ase_dist.files import discard, flush, make_empty, put_in_place, temporary_for
+from ase_dist.image_size import ImageSize
 from ase_dist.scenes.layout import VAL_START, make_folders, scene_id, write_lists, write_scene
 from ase_dist.scenes.render import RENDERER_VERSION, render_scene
 from ase_dist.workers import WorkerDiedError, run_calls
@@ -34,7 +35,7 @@ class SceneSet:
 
     train: int
     val: int
-    size: int
+    size: ImageSize
     seed: int
     renderer: int = RENDERER_VERSION
 
@@ -44,12 +45,19 @@ class SceneSet:
         return f"scenes-v{self.renderer}-seed{self.seed}-{self.size}px-{self.train}+{self.val}"
 
     @property
+    def manifest(self) -> dict[str, object]:
+        """The settings as the manifest holds them."""
+        return {**asdict(self), "size": self.size.written}
+
+    @property
     def numbers(self) -> list[int]:
         """The numbers of all scenes, validation after training."""
         return [*range(self.train), *range(VAL_START, VAL_START + self.val)]
 
 
-def ensure_scenes(root: Path | None, *, train: int, val: int, size: int, seed: int, workers: int | None = None) -> Path:
+def ensure_scenes(
+    root: Path | None, *, train: int, val: int, size: ImageSize | int, seed: int, workers: int | None = None
+) -> Path:
     """The folder of a generated data set in the layout of PASCAL_MT, made now if it is not there yet.
 
     It is a folder in ``root`` (None: the user's cache folder), named after the settings. ``workers`` processes render,
@@ -58,8 +66,11 @@ def ensure_scenes(root: Path | None, *, train: int, val: int, size: int, seed: i
     Raises UserError for settings out of range and where the folder cannot be written, RunError where the disk is full
     or a process is killed; then nothing is left behind.
     """
-    wanted = SceneSet(train, val, size, seed)
-    for name, low, high in (("train", 1, VAL_START), ("val", 1, VAL_START), ("size", 32, 4096), ("seed", 0, 2**31 - 1)):
+    try:
+        wanted = SceneSet(train, val, ImageSize.read(size).within(32, 4096), seed)
+    except UserError as error:
+        raise UserError(f"scenes: size: {error}") from None
+    for name, low, high in (("train", 1, VAL_START), ("val", 1, VAL_START), ("seed", 0, 2**31 - 1)):
         value = getattr(wanted, name)
         if not isinstance(value, int) or not low <= value <= high:
             raise UserError(f"scenes: {name} is {value!r}, wanted a whole number from {low} to {high}")
@@ -89,12 +100,12 @@ def ensure_scenes(root: Path | None, *, train: int, val: int, size: int, seed: i
 def is_complete(place: Path, wanted: SceneSet) -> bool:
     """Whether ``place`` holds a complete data set of these settings, by its manifest, which is written last."""
     try:
-        return bool(json.loads((place / MANIFEST).read_text(encoding="utf-8")) == asdict(wanted))
+        return bool(json.loads((place / MANIFEST).read_text(encoding="utf-8")) == wanted.manifest)
     except (OSError, ValueError):
         return False
 
 
-def make_scene(folder: Path, seed: int, number: int, size: int) -> int:
+def make_scene(folder: Path, seed: int, number: int, size: ImageSize) -> int:
     """Render scene ``number`` of data set ``seed``, write its files into ``folder`` and return 1, for counting."""
     write_scene(folder, scene_id(seed, number), render_scene(seed=seed, index=number, size=size))
     return 1
@@ -112,7 +123,7 @@ def _make(place: Path, wanted: SceneSet, workers: int) -> None:
         calls = ((making, wanted.seed, number, wanted.size) for number in numbers)
         done = run_calls(make_scene, calls, workers=workers, in_order=False)
         track_progress(done, len(numbers), doing="rendering", did="rendered", things="scenes", where=f"into {place}")
-        (making / MANIFEST).write_text(json.dumps(asdict(wanted), indent=1) + "\n", encoding="utf-8")
+        (making / MANIFEST).write_text(json.dumps(wanted.manifest, indent=1) + "\n", encoding="utf-8")
         flush(making)
         put_in_place(making, place)
     finally:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ase_dist.errors import UserError
+from ase_dist.image_size import ImageSize
 from ase_dist.scenes.classes import normals_table
 from ase_dist.scenes.compose import compose
 from ase_dist.scenes.lighting import ShadowMap, shadow_map
@@ -29,7 +30,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Instance:
-    """A visible object of a VOC class: its mask [S, S], and a person's visible parts under PASCAL-Part's names."""
+    """A visible object of a VOC class: its mask [H, W], and a person's visible parts under PASCAL-Part's names."""
 
     name: str
     voc: int
@@ -39,11 +40,11 @@ class Instance:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and its labels; S is the side in pixels.
+    """A picture and its labels, H x W pixels.
 
-    ``image`` uint8 [S, S, 3] sRGB; ``semseg`` uint8 [S, S] VOC ids 0..20; ``label_map`` uint16 [S, S] ids of
-    PASCAL-Context's 459 classes; ``parts`` uint8 [S, S] 0..6, all zero without a person; ``saliency`` uint8 [S, S], 0
-    or 255; ``normals`` float32 [S, S, 3], unit vectors with x to the right, y down and z towards the viewer, zero on
+    ``image`` uint8 [H, W, 3] sRGB; ``semseg`` uint8 [H, W] VOC ids 0..20; ``label_map`` uint16 [H, W] ids of
+    PASCAL-Context's 459 classes; ``parts`` uint8 [H, W] 0..6, all zero without a person; ``saliency`` uint8 [H, W], 0
+    or 255; ``normals`` float32 [H, W, 3], unit vectors with x to the right, y down and z towards the viewer, zero on
     the classes whose normals PASCAL-Context does not have.
     """
 
@@ -57,17 +58,20 @@ class Scene:
     instances: tuple[Instance, ...]
 
 
-def render_scene(*, seed: int, index: int, size: int = 224, flip: bool = False, roll: float = 0.0) -> Scene:
-    """Scene number ``index`` of the data set ``seed``, ``size`` pixels square.
+def render_scene(*, seed: int, index: int, size: ImageSize | int = 224, flip: bool = False, roll: float = 0.0) -> Scene:
+    """Scene number ``index`` of the data set ``seed``, of ``size`` pixels.
 
+    The longer side sees the camera's whole field of view: a rectangle is what the square of that side shows in its
+    middle, so that whatever lies in it is where it was composed.
     ``flip`` looks at the same scene through a mirror (left and right change places); ``roll`` then turns the camera
     about its axis, so that the picture turns by so many degrees counter-clockwise about its centre. The light and the
     textures stay with the world. A scene depends on nothing but the arguments (on another processor or with other
     libraries a value may round the other way); flips and rolls by multiples of 90 degrees give exactly the flipped and
     turned picture and labels.
     """
-    if size < 8:
-        raise UserError(f"size: got {size}, wanted a side of at least 8 pixels")
+    size = ImageSize.read(size)
+    if min(size) < 8:
+        raise UserError(f"size: got {size}, wanted sides of at least 8 pixels")
     if seed < 0 or index < 0:
         raise UserError(f"seed and index: got {seed} and {index}, wanted numbers from 0 on")
     scenery = compose(np.random.default_rng([seed, index]))
@@ -77,7 +81,7 @@ def render_scene(*, seed: int, index: int, size: int = 224, flip: bool = False, 
 class _Renderer:
     """1. Trace the pixels' centres. 2. Shade them. 3. Trace and shade corners at outlines. 4. Collect the labels."""
 
-    def __init__(self, scenery: Scenery, size: int, *, flip: bool, roll: float) -> None:
+    def __init__(self, scenery: Scenery, size: ImageSize, *, flip: bool, roll: float) -> None:
         self.size, self.world, self.things = size, scenery.world, scenery.things
         self.camera, self.flip, self.roll = scenery.camera, flip, roll
         self.shapes: Shapes = pack(self.things)
@@ -90,9 +94,7 @@ class _Renderer:
         view, rays = self._cast()
         seen = shade(rays, self.world, self.shapes, self.look, self.shadows, self.things)
         outline = self._outline(rays)
-        colors = self._smooth(
-            seen.colors.reshape(3, self.size, self.size), outline, np.unique(rays.shape[rays.shape >= 0])
-        )
+        colors = self._smooth(seen.colors.reshape(3, *self.size), outline, np.unique(rays.shape[rays.shape >= 0]))
         image = (np.clip(colors, 0, 1) * 255 + np.float32(0.5)).astype(np.uint8).transpose(1, 2, 0)
         normals = self._picture_normals(view, seen.normals, seen.context)
         return self._label(np.ascontiguousarray(image), rays, seen.context, normals)
@@ -100,19 +102,18 @@ class _Renderer:
     def _cast(
         self, *, corners: bool = False, where: Indices | None = None, only: Indices | None = None
     ) -> tuple[View, Rays]:
-        """Rays through the pixels' centres or through their (S + 1)^2 corners; see ``trace`` for the rest."""
+        """Rays through the pixels' centres or through their (H + 1) (W + 1) corners; see ``trace`` for the rest."""
         view = camera_view(self.camera, self.size, corners=corners, flip=self.flip, roll=self.roll)
         direction = directions(view, where)
         limit, surface = surroundings(self.world, view.origin, direction)
         hits = trace(self.shapes, view, limit, where=where, only=only)
-        pixel = 2 * self.camera.tangent / self.size
+        pixel = 2 * self.camera.tangent / max(self.size)
         return view, Rays(view.origin[:, None], direction, *hits, surface, pixel)
 
     def _outline(self, rays: Rays) -> Mask:
-        """The pixels [S, S] with a corner that touches a pixel of another thing, material or surface."""
+        """The pixels [H, W] with a corner that touches a pixel of another thing, material or surface."""
         ids = np.where(rays.shape >= 0, self.look.look_alike[rays.shape], -1 - rays.surface.astype(np.int64))
-        ids = ids.reshape(self.size, self.size)
-        ids = np.pad(ids, 1, mode="edge")
+        ids = np.pad(ids.reshape(self.size), 1, mode="edge")
         a, b, c, d = ids[:-1, :-1], ids[:-1, 1:], ids[1:, :-1], ids[1:, 1:]
         corner = (a != b) | (a != c) | (a != d)
         outline: Mask = corner[:-1, :-1] | corner[:-1, 1:] | corner[1:, :-1] | corner[1:, 1:]
@@ -120,10 +121,11 @@ class _Renderer:
 
     def _smooth(self, colors: Array, outline: Mask, visible: NDArray[np.int16]) -> Array:
         """Replace pixels of the outline by half their centre and an eighth of each corner."""
-        wanted = np.zeros((self.size + 1, self.size + 1), np.bool_)
+        height, width = self.size
+        wanted = np.zeros((height + 1, width + 1), np.bool_)
         for i in (0, 1):
             for j in (0, 1):
-                wanted[i : self.size + i, j : self.size + j] |= outline
+                wanted[i : height + i, j : width + j] |= outline
         if not wanted.any():
             return colors
         _, rays = self._cast(corners=True, where=np.flatnonzero(wanted), only=visible.astype(np.int64))
@@ -133,27 +135,26 @@ class _Renderer:
         return np.where(outline, np.float32(0.5) * colors + np.float32(0.125) * (diagonal + other), colors)
 
     def _picture_normals(self, view: View, normals: Array, context: NDArray[np.uint16]) -> Array:
-        """Surroundings normals [3, n] in the picture's axes [S, S, 3], zero where PASCAL-Context has none."""
+        """Surroundings normals [3, n] in the picture's axes [H, W, 3], zero where PASCAL-Context has none."""
         axes = (view.right, view.down, -view.forward)
         turned = np.stack([a[0] * normals[0] + a[1] * normals[1] + a[2] * normals[2] for a in axes], axis=-1)
         turned *= normals_table()[context][:, None]
-        return turned.reshape(self.size, self.size, 3)
+        return turned.reshape(*self.size, 3)
 
     def _label(self, image: Bytes, rays: Rays, context: NDArray[np.uint16], normals: Array) -> Scene:
-        square = (self.size, self.size)
         owner = np.append(self.shapes.thing, len(self.things))[rays.shape]  # shape -1: the last one, no thing
-        voc = np.array([thing.voc for thing in self.things] + [0], np.uint8)[owner].reshape(square)
-        salient = np.array([thing.salient for thing in self.things] + [False], np.bool_)[owner].reshape(square)
-        part = np.append(self.look.part, np.uint8(0))[rays.shape].reshape(square)
+        voc = np.array([thing.voc for thing in self.things] + [0], np.uint8)[owner].reshape(self.size)
+        salient = np.array([thing.salient for thing in self.things] + [False], np.bool_)[owner].reshape(self.size)
+        part = np.append(self.look.part, np.uint8(0))[rays.shape].reshape(self.size)
         return Scene(
             image=image,
             semseg=voc,
-            label_map=context.reshape(square),
+            label_map=context.reshape(self.size),
             parts=part,
             saliency=salient.astype(np.uint8) * np.uint8(255),
             normals=normals,
             has_person=bool((part > 0).any()),
-            instances=self._instances(rays.shape.reshape(square), owner.reshape(square)),
+            instances=self._instances(rays.shape.reshape(self.size), owner.reshape(self.size)),
         )
 
     def _instances(self, shape: NDArray[np.int16], owner: NDArray[np.int64]) -> tuple[Instance, ...]:
@@ -175,7 +176,7 @@ class _Renderer:
         return tuple(instances)
 
 
-def camera_view(camera: Camera, size: int, *, corners: bool, flip: bool, roll: float) -> View:
+def camera_view(camera: Camera, size: ImageSize, *, corners: bool, flip: bool, roll: float) -> View:
     """The camera's rays through the pixels' centres, or through their corners; see ``render_scene`` for the rest."""
     c, s = math.cos(camera.pitch), math.sin(camera.pitch)
     forward, down = np.array([0.0, -s, c], np.float32), np.array([0.0, -c, -s], np.float32)
@@ -186,6 +187,7 @@ def camera_view(camera: Camera, size: int, *, corners: bool, flip: bool, roll: f
     if rest:
         c, s = np.float32(math.cos(math.radians(rest))), np.float32(math.sin(math.radians(rest)))
         right, down = c * right + s * down, c * down - s * right
-    count, shift = (size + 1, 0.0) if corners else (size, 0.5)
-    grid = (np.arange(count, dtype=np.float32) + np.float32(shift - size / 2)) * np.float32(2 * camera.tangent / size)
-    return View(np.array([0.0, camera.height, 0.0], np.float32), right, down, forward, grid, grid)
+    more, shift = (1, 0.0) if corners else (0, 0.5)
+    step = np.float32(2 * camera.tangent / max(size))
+    v, u = ((np.arange(n + more, dtype=np.float32) + np.float32(shift - n / 2)) * step for n in size)
+    return View(np.array([0.0, camera.height, 0.0], np.float32), right, down, forward, u, v)

@@ -12,6 +12,7 @@ from ase_dist import imagenet
 from ase_dist.data.batch import Record
 from ase_dist.data.labels import codes_from_normals, normals_from_codes
 from ase_dist.data.transforms import Transform, Warp, draw_warp, normalise
+from ase_dist.image_size import ImageSize
 from ase_dist.tasks import NYUD_TASKS, PASCAL_TASKS
 
 pytestmark = pytest.mark.single_gpu
@@ -50,24 +51,27 @@ def as_bytes(image_3SS):
 
 
 def forward(warp, points, *, shape, size):
-    """Where the warp takes complex points x + iy of an image [H, W] in the S x S square, in three separate steps."""
+    """Where the warp takes complex points x + iy of an image [H, W] in an output of ``size``, in three steps."""
     centre = complex(shape[1] / 2, shape[0] / 2)
     p = points - centre
     p = -p.conjugate() if warp.flip else p
     p = p * warp.scale * np.exp(1j * warp.angle) + centre
-    return p.real * size / shape[1] + 1j * (p.imag * size / shape[0])
+    height, width = ImageSize.read(size)
+    return p.real * width / shape[1] + 1j * (p.imag * height / shape[0])
 
 
 def output_centres(size):
-    x, y = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5)
+    height, width = ImageSize.read(size)
+    x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
     return x + 1j * y
 
 
 def source_points(warp, *, shape, size):
     """The original points under the output's pixel centres: ``forward`` undone step by step."""
     centre = complex(shape[1] / 2, shape[0] / 2)
+    height, width = ImageSize.read(size)
     p = output_centres(size)
-    p = p.real * shape[1] / size + 1j * (p.imag * shape[0] / size) - centre
+    p = p.real * shape[1] / width + 1j * (p.imag * shape[0] / height) - centre
     p = p / (warp.scale * np.exp(1j * warp.angle))
     p = -p.conjugate() if warp.flip else p
     return p + centre
@@ -97,8 +101,9 @@ def test_mirroring_alone():
 
 
 @pytest.mark.parametrize("warp", WARPS)
-def test_source_undoes_flip_scale_rotate_resize(warp):
-    shape, size = (31, 47), 20
+@pytest.mark.parametrize("size", [ImageSize(20, 20), ImageSize(16, 28), ImageSize(28, 16)], ids=str)
+def test_source_undoes_flip_scale_rotate_resize(warp, size):
+    shape = (31, 47)
     matrix, offset = warp.source(shape, size)
     x, y = np.meshgrid(np.arange(47.0), np.arange(31.0))
     out = forward(warp, x + 1j * y, shape=shape, size=size)
@@ -107,15 +112,17 @@ def test_source_undoes_flip_scale_rotate_resize(warp):
 
 
 @pytest.mark.parametrize("warp", WARPS)
-def test_every_label_takes_the_pixel_under_its_centre_or_is_ignored(warp):
-    shape, size = (31, 47), 20
+@pytest.mark.parametrize("size", [ImageSize(20, 20), ImageSize(16, 28), ImageSize(28, 16)], ids=str)
+def test_every_label_takes_the_pixel_under_its_centre_or_is_ignored(warp, size):
+    shape = (31, 47)
     record = make_record(*shape)
     labels = transform(size).warped_sample(record, warp).labels
     points = source_points(warp, shape=shape, size=size)
     normals = normals_from_codes(record.labels["normals"], turn=warp.turn)
     inside = 0
-    for i in range(size):
-        for j in range(size):
+    assert labels["semseg"].shape == size and labels["depth"].shape == (1, *size)
+    for i in range(size.height):
+        for j in range(size.width):
             row, column = math.floor(points[i, j].imag), math.floor(points[i, j].real)
             if 0 <= row < shape[0] and 0 <= column < shape[1]:
                 inside += 1
@@ -127,13 +134,14 @@ def test_every_label_takes_the_pixel_under_its_centre_or_is_ignored(warp):
                 assert all(labels[task][i, j] == 255 for task in ("semseg", "human_parts", "saliency", "edge"))
                 assert not labels["normals"][:, i, j].any()
                 assert labels["depth"][0, i, j] == 0
-    assert (inside < size * size) == (warp.scale < 1)
+    assert (inside < size.height * size.width) == (warp.scale < 1)
 
 
 @pytest.mark.parametrize("warp", WARPS)
-def test_the_image_moves_with_its_labels(warp):
+@pytest.mark.parametrize("size", [ImageSize(40, 40), ImageSize(32, 56), ImageSize(56, 32)], ids=str)
+def test_the_image_moves_with_its_labels(warp, size):
     """A cubic kernel reproduces a ramp, so the colour tells which original point is seen."""
-    shape, size = (60, 90), 40
+    shape = (60, 90)
     x, y = np.meshgrid(np.arange(90) + 0.5, np.arange(60) + 0.5)
     image = np.stack([2 * x, 3 * y, 0 * x + 50], axis=-1)
     record = Record(0, "ramp", np.rint(image).astype(np.uint8), {})
