@@ -417,4 +417,4 @@ def test_scenes_are_made_where_the_settings_say(folder, settings, monkeypatch, t
     wanted = {"train_images": 7, "val_images": 4, "size": 48, "seed": 5}
     tree = settings(name="scenes", root=tmp_path, scenes=wanted)
     assert len(open_dataset(tree, ALL, split="val")) == VAL
-    assert asked == [(tmp_path, {"train": 7, "val": 4, "size": 48, "seed": 5})]
+    assert asked == [(tmp_path, {"train": 7, "val": 4, "size": (48, 48), "seed": 5})]

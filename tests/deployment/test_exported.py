@@ -65,7 +65,7 @@ def test_the_model_comes_back_bit_for_bit(variant, exported, images):
     assert [*got] == TASKS and all(torch.equal(got[task], expected[task]) for task in TASKS)
     assert [*predictions(loaded, images(), tasks=["edge"])] == ["edge"]
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    assert loaded.tasks == select_tasks("scenes", TASKS) and loaded.image.size == 32 and loaded.card.step == 7
+    assert loaded.tasks == select_tasks("scenes", TASKS) and loaded.image.size == (32, 32) and loaded.card.step == 7
     assert loaded.metrics["edge"]["bce"] == 0.5 and math.isnan(loaded.metrics["edge"]["odd"])
 
 
@@ -126,8 +126,8 @@ def test_a_photograph_goes_in_and_classes_come_out_at_its_size(exported):
     """The lines that ``load`` tells users to write."""
     model = ase_dist.load(exported()[0])
     photograph = Image.effect_noise((50, 40), 60).convert("RGB")
-    square = photograph.resize((model.image.size, model.image.size))
-    logits = predictions(model, normalise(np.asarray(square))[None])
+    resized = photograph.resize((model.image.size.width, model.image.size.height))
+    logits = predictions(model, normalise(np.asarray(resized))[None])
     task = model.tasks[0]
     classes = decode(task, logits[task.name], size=(40, 50))[0]
     assert classes.shape == (40, 50) and classes.max() < len(task.class_names)
