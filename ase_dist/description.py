@@ -27,7 +27,7 @@ from pydantic import (
 from ase_dist import typed_yaml
 from ase_dist.errors import UserError, did_you_mean, file_error, first_problem
 from ase_dist.files import expand_user, read_text
-from ase_dist.tasks import DATA_SETS, IGNORE, SCORES, Color, DataSet, Kind, Task, voc_color
+from ase_dist.tasks import DATA_SETS, IGNORE, RENAMED_SCORES, SCORES, Color, DataSet, Kind, Task, voc_color
 
 FILE_NAME = "dataset.yaml"
 DescribedKind = Literal["classes", "parts", "mask", "edges", "normals", "depth"]
@@ -66,7 +66,7 @@ KINDS: Mapping[str, KindFacts] = {
     "classes": KindFacts("classes", None, 1.0, "miou", _CLASSES),
     "parts": KindFacts("classes", None, 2.0, "miou", _CLASSES),
     "mask": KindFacts("mask", 1, 5.0, "miou", _IDS | {"threshold"}),
-    "edges": KindFacts("edges", 1, 50.0, "bce", _IDS | {"threshold", "thickness"}),
+    "edges": KindFacts("edges", 1, 50.0, "bce", _IDS | {"threshold", "thickness", "tolerance"}),
     "normals": KindFacts("normals", 3, 10.0, "mean"),
     "depth": KindFacts("depth", 1, 1.0, "rmse", frozenset({"unit", "ignore"})),
 }
@@ -174,6 +174,7 @@ class TaskDescription(_Part):
     unlisted: Literal["refuse", "ignore"] = "refuse"
     threshold: float | None = None
     thickness: int | None = Field(None, ge=1, le=99)
+    tolerance: float | None = Field(None, gt=0, lt=1)
     unit: Literal["m", "cm", "mm"] | Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="before")
@@ -192,6 +193,11 @@ class TaskDescription(_Part):
         if sorted(by_id) != list(range(len(by_id))):
             named["id_map"] = by_id
         return named
+
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _read_earlier_names(cls, value: Any) -> Any:
+        return RENAMED_SCORES.get(value, value) if isinstance(value, str) else value
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -305,6 +311,7 @@ class TaskDescription(_Part):
             bool(score.higher_is_better),
             tuple(each.name for each in classes),
             tuple(each.color for each in classes),
+            tolerance=self.tolerance,
         )
 
 
@@ -481,7 +488,7 @@ def to_yaml(description: DataSetDescription) -> str:
 # Keys whose change a resumed run only lists, as ``config.ON_RESUME`` has it: where files lie, how results are called,
 # drawn, weighed and judged. What a label means and which images are trained on must stay.
 LISTED = re.compile(
-    r"data\.description\.(name|images|splits\.val|tasks\.\w+\.(title|files|loss_weight|metric|classes\.\d+\.color\b))\b.*"
+    r"data\.description\.(name|images|splits\.val|tasks\.\w+\.(title|files|loss_weight|metric|tolerance|classes\.\d+\.color\b))\b.*"
 )
 
 

@@ -9,7 +9,7 @@ kind, the same for every data set:
 | mask    | uint8 [H, W]       | 0 or 1; 255 is ignored                                       |
 | edges   | uint8 [H, W]       | 0 or 1; 255 is ignored                                       |
 | normals | float32 [3, H, W]  | unit vectors (x right, y down, z as stored); zero is ignored |
-| depth   | float32 [1, H, W]  | metres; zero is ignored                                      |
+| depth   | float32 [1, H, W]  | metres (or disparity, ``inverse_depth``); zero is ignored    |
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ Color = tuple[int, int, int]
 
 IGNORE = 255  # the label value that no loss and no metric counts
 EDGE_POSITIVE_WEIGHT = 0.95  # of the edge pixels in the edge loss, ASTMT's; the others have the rest
+TOLERANCE = 0.0075  # of boundary matching where a data set has no other: BSDS500's and PASCAL's
+NYUD_TOLERANCE = 0.011  # what is published on NYUD-v2 was scored with it (maxDist, Gupta et al., CVPR 2013)
+RENAMED_SCORES = {"absrel": "rel"}  # keys of results and descriptions that earlier versions wrote
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,10 @@ class Task:
 
     ``channels`` is the width of the head's output, ``loss_weight`` M3ViT's weight of the loss in the sum, ``metric``
     the key in the evaluation's result that stands for the task in tables and in Delta_m. ``palette`` is one RGB colour
-    per class, by default the PASCAL VOC colour map; for masks and edges black and white.
+    per class, by default the PASCAL VOC colour map; for masks and edges black and white. ``tolerance``, of edges only,
+    is how far apart a predicted and a true boundary pixel may match in odsF, as a share of the image diagonal; it
+    belongs to the data set, and numbers with another do not compare. ``inverse_depth``: labels of depth are
+    disparities, larger where things are nearer, in a unit of the data set's own.
     """
 
     name: str
@@ -49,8 +55,19 @@ class Task:
     higher_is_better: bool
     class_names: tuple[str, ...] = ()
     palette: tuple[Color, ...] = ()
+    tolerance: float | None = None
+    inverse_depth: bool = False
 
     def __post_init__(self) -> None:
+        if self.kind == "edges" and self.tolerance is None:
+            object.__setattr__(self, "tolerance", TOLERANCE)
+        if self.tolerance is not None and (self.kind != "edges" or not 0 < self.tolerance < 1):
+            raise UserError(
+                f"the tolerance of {self.name}: got {self.tolerance}, wanted a share of the image diagonal such as "
+                f"{TOLERANCE}, of edges only"
+            )
+        if self.inverse_depth and self.kind != "depth":
+            raise UserError(f"inverse_depth of {self.name}: it is of the kind {self.kind}, only depth may be inverse")
         if not self.palette:
             is_classes = self.kind == "classes"
             default = tuple(map(voc_color, range(self.channels))) if is_classes else ((0, 0, 0), (255, 255, 255))
@@ -77,6 +94,13 @@ VOC_CLASSES = (
 )  # fmt: skip
 PART_CLASSES = ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
 
+NYUD_CLASSES = (
+    "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture", "counter",
+    "blinds", "desk", "shelves", "curtain", "dresser", "pillow", "mirror", "floor mat", "clothes", "ceiling", "books",
+    "refrigerator", "television", "paper", "towel", "shower curtain", "box", "whiteboard", "person", "night stand",
+    "toilet", "sink", "lamp", "bathtub", "bag", "otherstructure", "otherfurniture", "otherprop",
+)  # fmt: skip
+
 PASCAL_TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -92,10 +116,10 @@ NYUD_TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task("semseg", "Semantic segmentation", "classes", 40, 1.0, "miou", "mIoU %", True,
-             tuple(f"class {i + 1}" for i in range(40))),
+             NYUD_CLASSES),
         Task("depth", "Depth", "depth", 1, 1.0, "rmse", "RMSE m", False),
         Task("normals", "Surface normals", "normals", 3, 10.0, "mean", "mean angle deg", False),
-        Task("edge", "Edges", "edges", 1, 50.0, "bce", "BCE", False),
+        Task("edge", "Edges", "edges", 1, 50.0, "bce", "BCE", False, tolerance=NYUD_TOLERANCE),
     )
 }  # fmt: skip
 
@@ -149,7 +173,8 @@ SCORES: Mapping[Kind, Mapping[str, Score]] = {
     },
     "depth": {
         "rmse": Score("RMSE", "m", False),
-        "absrel": Score("absolute relative error", "", False),
+        "abs_err": Score("mean absolute error", "m", False),
+        "rel": Score("mean relative error", "", False),
         "log10": Score("mean log10 error", "", False),
         "delta1": Score("delta < 1.25", "%", True),
         "delta2": Score("delta < 1.25^2", "%", True),

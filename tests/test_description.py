@@ -57,6 +57,21 @@ def test_the_words_of_the_field_are_kinds_with_the_tables_weights_and_metrics(tm
 
 
 MAP = "classes: [a, b, c]\n"
+
+
+def test_edges_may_have_a_tolerance_and_an_earlier_name_of_a_score_is_read(tmp_path):
+    lines = (
+        "  a: {kind: edges, files: 'a/{}.png', tolerance: 0.011}",
+        "  b: {kind: edges, files: 'b/{}.png'}",
+        "  d: {kind: depth, files: 'd/{}.npy', unit: m, metric: absrel}",
+    )
+    found = read(tmp_path, START + "\n".join(lines) + "\n")
+    tasks = description.described(found).tasks
+    assert (tasks["a"].tolerance, tasks["b"].tolerance, tasks["d"].tolerance) == (0.011, 0.0075, None)
+    assert tasks["d"].metric == "rel"
+    assert read(tmp_path, description.to_yaml(found)) == found
+
+
 WRONG = {
     "no file kind": (f"{START}  d: {{kind: depht, files: 'd/{{}}.png'}}", "tasks.d.kind: got 'depht'"),
     "an unknown key": (f"{START}{DEPTH}imges: x", "imges: there is no such key, did you mean 'images'?"),
@@ -81,7 +96,14 @@ WRONG = {
     ),
     "an odd metric": (
         f"{START}  d: {{kind: depth, files: 'd/{{}}.png', unit: m, metric: rsme}}",
-        "metric: got 'rsme', wanted one of ['rmse', 'absrel', ",
+        "metric: got 'rsme', wanted one of ['rmse', 'abs_err', 'rel', ",
+    ),
+    "a tolerance in pixels": (
+        f"{START}  e: {{kind: edges, files: 'e/{{}}.png', tolerance: 4}}", "tasks.e.tolerance: got 4"
+    ),
+    "a tolerance of depth": (
+        f"{START}  d: {{kind: depth, files: 'd/{{}}.png', unit: m, tolerance: 0.01}}",
+        "tolerance: labels of the kind depth have none, only edges have",
     ),
     "no YAML": (f"{START}  d: {{kind: depth, files: d/{{}}.png}}", "not plain YAML"),
     "empty": ("", "got nothing, wanted images, splits and tasks"),

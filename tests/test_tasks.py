@@ -6,7 +6,7 @@ import torch
 
 from ase_dist.errors import did_you_mean
 from ase_dist.evaluation.metrics import build_metric
-from ase_dist.tasks import DATA_SETS, NYUD_TASKS, PASCAL_TASKS, find_task, select_tasks, voc_color
+from ase_dist.tasks import DATA_SETS, NYUD_TASKS, PASCAL_TASKS, Task, find_task, select_tasks, voc_color
 
 pytestmark = pytest.mark.single_gpu
 ROWS = [(name, task) for name, data in DATA_SETS.items() for task in data.tasks.values()]
@@ -30,6 +30,25 @@ def test_the_metric_of_a_row_is_one_that_is_computed(data, task):
     prediction = label if task.kind == "classes" else label.float()
     metric.update(prediction, label)
     assert task.metric in metric.result()
+
+
+def test_boundaries_match_as_far_apart_as_the_data_sets_papers_let_them():
+    assert NYUD_TASKS["edge"].tolerance == 0.011 and PASCAL_TASKS["edge"].tolerance == 0.0075
+    assert all(task.tolerance is None for _, task in ROWS if task.kind != "edges")
+    assert Task("e", "E", "edges", 1, 1.0, "bce", "BCE", False).tolerance == 0.0075
+    for kind, tolerance in (("depth", 0.011), ("edges", 0.0), ("edges", 1.0)):
+        with pytest.raises(ValueError, match="tolerance of e: got"):
+            Task("e", "E", kind, 1, 1.0, "bce", "BCE", False, tolerance=tolerance)
+    with pytest.raises(ValueError, match="only depth may be inverse"):
+        Task("e", "E", "edges", 1, 1.0, "bce", "BCE", False, inverse_depth=True)
+
+
+def test_the_classes_of_nyud_have_their_names():
+    """By the numbers of the 40-class task (Gupta et al. 2013), from 1 on."""
+    names = dict(enumerate(NYUD_TASKS["semseg"].class_names, start=1))
+    known = {1: "wall", 2: "floor", 5: "chair", 10: "bookshelf", 16: "curtain", 22: "ceiling", 25: "television",
+             31: "person", 33: "toilet", 36: "bathtub", 37: "bag", 40: "otherprop"}  # fmt: skip
+    assert known.items() <= names.items()
 
 
 def test_weights_are_those_of_m3vit():

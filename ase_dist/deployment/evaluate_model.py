@@ -6,7 +6,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from ase_dist.description import FILE_NAME, find_description
 from ase_dist.errors import RunError, UserError, did_you_mean, file_error
 from ase_dist.evaluation.comparison import Reference, compare
 from ase_dist.evaluation.metrics import EdgeOds
-from ase_dist.evaluation.ods import MAX_DIST, THRESHOLDS
+from ase_dist.evaluation.ods import THRESHOLDS
 from ase_dist.evaluation.tables import FORMAT, Report, to_json, to_latex, to_markdown
 from ase_dist.files import require_room, sha256_of, write_atomic
 from ase_dist.json_files import read_object
@@ -97,7 +97,13 @@ def evaluate_model(
                 f"--data: {task.name} has other classes in {settings.data.name}, {odd[0]!r} where the model has "
                 f"{odd[1]!r}; leave it out with --tasks, or take other data"
             )
-    tasks = tuple(own[task.name] for task in there)
+        if own[task.name].inverse_depth != task.inverse_depth:
+            raise UserError(
+                f"--data: {task.name} is {_quantity(task)} in {settings.data.name}, {_quantity(own[task.name])} in the "
+                "model; leave it out with --tasks, or take other data"
+            )
+    # how far boundaries may be apart is a fact of the data that they are scored on, not of the model's own
+    tasks = tuple(replace(own[task.name], tolerance=task.tolerance) for task in there)
     if request.nms and not request.edge_ods:
         raise UserError("--nms: it is a part of the boundary F-measure; add --edge-ods")
     if request.edge_ods and not any(task.kind == "edges" for task in tasks):
@@ -110,7 +116,7 @@ def evaluate_model(
         compare(tasks, {name: dict.fromkeys(found, 1.0) for name, found in keys.items()}, reference)
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "device": world.device}
     loader = build_eval_loader(settings, tasks, split=request.split, **place)
-    facts = _facts(trained, settings, request, images=len(loader.dataset), ods=ods)
+    facts = _facts(trained, settings, request, tasks, images=len(loader.dataset), ods=ods)
     try:
         if request.out is not None and (other := _other_report(request.out, facts)):
             raise UserError(f"--out: {str(request.out)!r} holds the evaluation {other!r}; name another folder")
@@ -254,8 +260,18 @@ def _evaluate_with_progress(
     return evaluation.results
 
 
+def _quantity(task: Task) -> str:
+    return "disparity" if task.inverse_depth else "depth"
+
+
 def _facts(
-    trained: TrainedModel, settings: Settings, request: EvaluationRequest, *, images: int, ods: EdgeOds | None
+    trained: TrainedModel,
+    settings: Settings,
+    request: EvaluationRequest,
+    tasks: Sequence[Task],
+    *,
+    images: int,
+    ods: EdgeOds | None,
 ) -> dict[str, str | int | None]:
     """What was evaluated on what; nothing depends on the number of ranks."""
     data = settings.data
@@ -263,7 +279,8 @@ def _facts(
     edges = None
     if ods is not None:
         first = "non-maxima suppressed, " if ods.nms else ""
-        edges = f"{first}{THRESHOLDS} thresholds, thinned, matched within {MAX_DIST} of the diagonal as published"
+        within = " and ".join(dict.fromkeys(f"{task.tolerance:g}" for task in tasks if task.tolerance is not None))
+        edges = f"{first}{THRESHOLDS} thresholds, thinned, matched within {within} of the diagonal as published"
     return {
         "model": str(trained.path),
         "kind": trained.kind,

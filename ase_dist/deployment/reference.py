@@ -12,6 +12,7 @@ from ase_dist.evaluation.comparison import Reference, paper_reference
 from ase_dist.evaluation.tables import FORMAT
 from ase_dist.json_files import read_object
 from ase_dist.models.export_file import CARD
+from ase_dist.tasks import RENAMED_SCORES, TOLERANCE
 from ase_dist.training.record.run_folder import RunFolder
 from ase_dist.training.state.meta import read_meta
 
@@ -37,10 +38,13 @@ def read_reference(name: str) -> Reference:
         return _from_checkpoint(folder, checkpoint, name)
     if (path / CARD).is_file():
         card = _read(path / CARD)
-        return _reference(name, card.get("data", ""), card.get("metrics"), path / CARD)
+        tasks = [task for task in card.get("tasks") or () if isinstance(task, dict)]
+        tolerances = {str(task.get("name")): task.get("tolerance") for task in tasks}
+        return _reference(name, card.get("data", ""), card.get("metrics"), path / CARD, tolerances=tolerances)
     if run.config.is_file():
         summary = _read(run.summary)
-        return _reference(name, summary.get("data", ""), summary.get("metrics"), run.summary)
+        found = summary.get("tolerances")
+        return _reference(name, summary.get("data", ""), summary.get("metrics"), run.summary, tolerances=found or {})
     raise UserError(
         f"--reference: got {name!r}, wanted {PAPER!r}, the folder of a run, an export or an "
         "evaluation, RUN@best, or a JSON file"
@@ -50,23 +54,29 @@ def read_reference(name: str) -> Reference:
 def _from_file(path: Path, name: str) -> Reference:
     tree = _read(path)
     if tree.get("format") == FORMAT:
-        return _reference(str(tree.get("title", name)), str(tree.get("data", "")), tree.get("results"), path)
+        title, data = str(tree.get("title", name)), str(tree.get("data", ""))
+        return _reference(title, data, tree.get("results"), path, tolerances=tree.get("tolerances") or {})
     return _reference(name, "", tree, path)
 
 
 def _from_checkpoint(run: str, checkpoint: str, name: str) -> Reference:
     """What the run found when it evaluated at the step of the checkpoint."""
     with choose_checkpoint(Path(run), checkpoint) as found:
-        history, step = read_meta(found).history, found.step
+        meta, step = read_meta(found), found.step
+    history = meta.history
     if history.latest is None or history.evaluated_at != step:
         raise UserError(
             f"--reference: {name} was not evaluated while training; evaluate it and give the folder of that"
         )
-    return _reference(name, read_run(Path(run)).data.name, history.latest, found.path)
+    data = read_run(Path(run)).data.name
+    return _reference(name, data, history.latest, found.path, tolerances=meta.tolerances)
 
 
-def _reference(name: str, data: str, scores: Any, path: Path) -> Reference:
-    """The scores as numbers; null, where there was nothing to count, as NaN."""
+def _reference(name: str, data: str, scores: Any, path: Path, *, tolerances: Any = None) -> Reference:
+    """The scores as numbers; null, where there was nothing to count, as NaN.
+
+    ``tolerances`` None: nothing is known about them. Earlier versions wrote none and counted with ``TOLERANCE``.
+    """
     by_task = list(scores.values()) if isinstance(scores, dict) else []
     values = [value for of_task in by_task if isinstance(of_task, dict) for value in of_task.values()]
     are_scores = all(isinstance(of_task, dict) for of_task in by_task)
@@ -74,10 +84,15 @@ def _reference(name: str, data: str, scores: Any, path: Path) -> Reference:
     if not (by_task and are_scores and are_numbers):
         raise UserError(f"--reference: {path} holds no scores, wanted {{task: {{score: value}}}}; evaluate it first")
     numbers = {
-        task: {key: math.nan if value is None else float(value) for key, value in of_task.items()}
+        task: {
+            RENAMED_SCORES.get(key, key): math.nan if value is None else float(value) for key, value in of_task.items()
+        }
         for task, of_task in scores.items()
     }
-    return Reference(name, data, numbers)
+    known = {} if tolerances is None else {task: TOLERANCE for task, of_task in numbers.items() if "ods_f" in of_task}
+    if isinstance(tolerances, dict):
+        known |= {task: float(found) for task, found in tolerances.items() if isinstance(found, (int, float))}
+    return Reference(name, data, numbers, known)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ase_dist.errors import UserError
 from ase_dist.evaluation.delta_m import PAPER_METRICS, PAPER_REFERENCE, delta_m
-from ase_dist.evaluation.scores import Results, headline, score_of
-from ase_dist.tasks import Task
+from ase_dist.evaluation.scores import BOUNDARY_PREFIXES, Results, headline, score_of
+from ase_dist.tasks import TOLERANCE, Task
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Scores to compare with: of the model ``name``, measured on the data set ``data`` (empty: unknown)."""
+    """Scores to compare with: of the model ``name``, measured on the data set ``data`` (empty: unknown).
+
+    ``tolerances`` are those of its odsF by task, where they are known; see ``Task.tolerance``.
+    """
 
     name: str
     data: str
     scores: Results
+    tolerances: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,13 @@ def paper_reference() -> Reference:
     """The paper's single-task baseline, the reference of its own Delta_m."""
     scores = {task: {PAPER_METRICS[task]: value} for task, value in PAPER_REFERENCE.scores.items()}
     name = f"{PAPER_REFERENCE.method}, {PAPER_REFERENCE.backbone} (arXiv 2510.00570)"
-    return Reference(name, "PASCAL-Context", scores)
+    return Reference(name, "PASCAL-Context", scores, {"edge": TOLERANCE})
 
 
 def compare(tasks: Sequence[Task], results: Results, reference: Reference) -> Comparison:
     """Compare every one of ``tasks``; edges by odsF where both sides have it, else by their cross-entropy.
 
-    Raises UserError where the reference lacks a task or its score.
+    Raises UserError where the reference lacks a task or its score, and where its odsF has another tolerance.
     """
     gains: list[Gain] = []
     values: dict[str, float] = {}
@@ -78,6 +82,13 @@ def _common_score(task: Task, values: Mapping[str, float], reference: Reference)
     theirs = reference.scores[task.name]
     for key in (headline(task, values), task.metric):
         if math.isfinite(theirs.get(key, math.nan)):
+            tolerance = reference.tolerances.get(task.name, task.tolerance)
+            if key.startswith(BOUNDARY_PREFIXES) and tolerance != task.tolerance:
+                raise UserError(
+                    f"--reference: odsF of {task.name} is counted within {tolerance:g} of the diagonal in "
+                    f"{reference.name}, within {task.tolerance:g} here, which says nothing about a gain; name a "
+                    "reference on the same data, or leave edges out with --tasks"
+                )
             return key
     wanted = score_of(task, headline(task, values)).title
     advice = "add --edge-ods" if "ods_f" in theirs else "name a reference that has it"

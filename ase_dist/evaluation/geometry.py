@@ -63,30 +63,37 @@ class NormalsMetric(Metric):
 class DepthMetric(Metric):
     """Depth in metres, over all valid pixels (label above zero) of the set; p is predicted, d is true.
 
+    Every mean is over the pixels of the whole set, not first over those of an image: an image with more valid pixels
+    counts more. So count ASTMT, MTI-Net and InvPT (RMSE), and LibMTL (the other two).
+
     - ``rmse``: the root of the mean of (p - d)^2, metres.
-    - ``absrel``: the mean of |p - d| / d.
+    - ``abs_err``: the mean of |p - d|, metres.
+    - ``rel``: the mean of |p - d| / d.
     - ``log10``: the mean of |log10 p - log10 d|.
     - ``delta1``, ``delta2``, ``delta3``: pixels with max(p / d, d / p) below 1.25, 1.25^2, 1.25^3, percent.
 
-    In ``log10`` and ``delta*`` a prediction below 1 mm counts as 1 mm.
+    In ``log10`` and ``delta*`` a prediction below 1 mm counts as 1 mm. Disparities (``task.inverse_depth``) have the
+    same scores in their own unit.
     """
 
     def __init__(self, task: Task) -> None:
-        super().__init__(task, size=7)
+        super().__init__(task, size=8)
 
     def _count(self, prediction: Tensor, label: Tensor) -> Tensor:
         valid = label > 0
         true, predicted = (depth.masked_fill(~valid, 1).double() for depth in (label, prediction))
         error, scale = (predicted - true).abs(), (predicted.clamp(min=NEAREST) / true).log10().abs()
         near = [((scale < k * math.log10(DELTA)) & valid).sum() for k in (1, 2, 3)]
-        return torch.stack((valid.sum(), error.square().sum(), (error / true).sum(), scale.sum(), *near)).double()
+        sums = (valid.sum(), error.square().sum(), error.sum(), (error / true).sum(), scale.sum())
+        return torch.stack((*sums, *near)).double()
 
     def result(self) -> dict[str, float]:
-        """``rmse`` (metres), ``absrel``, ``log10`` and ``delta1`` to ``delta3`` (percent)."""
-        pixels, squares, relative, logs, *near = self.totals.cpu()
+        """``rmse`` and ``abs_err`` (metres), ``rel``, ``log10`` and ``delta1`` to ``delta3`` (percent)."""
+        pixels, squares, absolute, relative, logs, *near = self.totals.cpu()
         scores = {
             "rmse": math.sqrt(ratio(squares, pixels)),
-            "absrel": ratio(relative, pixels),
+            "abs_err": ratio(absolute, pixels),
+            "rel": ratio(relative, pixels),
             "log10": ratio(logs, pixels),
         }
         return {**scores, **{f"delta{k + 1}": 100 * ratio(n, pixels) for k, n in enumerate(near)}}

@@ -17,7 +17,7 @@ from ase_dist.evaluation.boundary_workers import ImageCounter
 from ase_dist.evaluation.metric import NOTHING
 from ase_dist.tasks import Task
 
-THRESHOLDS, MAX_DIST = 99, 0.0075  # the protocol of PASCAL-Context and NYUD papers
+THRESHOLDS = 99  # the protocol of PASCAL-Context and NYUD papers; ``Task.tolerance`` has how far pixels may match
 SCORES = ("ods_f", "ods_precision", "ods_recall", "ods_threshold", "ois_f")
 
 
@@ -30,7 +30,7 @@ class EdgeOds:
 
 
 class BoundaryMetric(EdgesMetric):
-    """What ``EdgesMetric`` has, and the boundary F-measure at 99 thresholds within 0.0075 of the image diagonal.
+    """What ``EdgesMetric`` has, and the boundary F-measure at 99 thresholds within ``task.tolerance`` of the diagonal.
 
     - ``ods_f``, ``ods_precision``, ``ods_recall`` (percent) at ``ods_threshold``, the best one of the whole set;
       ``ois_f`` (percent): each image at its own best. NaN where no label of the set has an
@@ -44,7 +44,8 @@ class BoundaryMetric(EdgesMetric):
         self._edges = len(self.totals)
         self.totals = torch.cat((self.totals, torch.zeros(4 * (THRESHOLDS + 1), dtype=torch.float64)))
         levels = tuple(threshold_values(THRESHOLDS).tolist())
-        protocol = Protocol(levels, max_dist=MAX_DIST, thin=True, nms=ods.nms, matching="published")
+        assert task.tolerance is not None  # edges have one
+        protocol = Protocol(levels, max_dist=task.tolerance, thin=True, nms=ods.nms, matching="published")
         self._counter = ImageCounter(protocol, workers=usable_cores() if ods.workers is None else ods.workers)
         self._pushed = 0
 

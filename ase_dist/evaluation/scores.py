@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from ase_dist.tasks import SCORES, Score, Task
 
 Results = Mapping[str, Mapping[str, float]]  # {task: {key: value}}
 CLASS_PREFIX = "iou/"  # of the IoU of one class
+BOUNDARY_PREFIXES = ("ods_", "ois_")  # of the scores that depend on a tolerance
 
-__all__ = ["CLASS_PREFIX", "SCORES", "Results", "Score", "format_score", "headline", "score_of"]
+__all__ = [
+    "CLASS_PREFIX",
+    "SCORES",
+    "Results",
+    "Score",
+    "format_score",
+    "headline",
+    "score_of",
+    "tolerances",
+    "with_tolerance",
+]
 
 
 def score_of(task: Task, key: str) -> Score:
-    """How ``key`` is written; ``iou/<class name>`` is the IoU of that class."""
+    """How ``key`` is written; ``iou/<class name>`` is the IoU of that class. odsF is named with its tolerance."""
     if key.startswith(CLASS_PREFIX):
         return Score(f"IoU {key.removeprefix(CLASS_PREFIX)}", "%", True)
-    return SCORES[task.kind][key]
+    score = SCORES[task.kind][key]
+    if task.inverse_depth and score.unit == "m":
+        score = replace(score, unit="")  # a disparity is in no unit that is known
+    return replace(score, title=with_tolerance(key, task.tolerance, text=score.title))
+
+
+def with_tolerance(key: str, tolerance: float | None, *, text: str | None = None) -> str:
+    """``text``, by default the key itself, with the tolerance that the boundary score ``key`` was counted with."""
+    text = key if text is None else text
+    return f"{text} (tolerance {tolerance:g})" if key.startswith(BOUNDARY_PREFIXES) and tolerance else text
+
+
+def tolerances(tasks: Iterable[Task]) -> dict[str, float]:
+    """By task of edges the tolerance of its odsF, as reports, summaries and checkpoints have it."""
+    return {task.name: task.tolerance for task in tasks if task.tolerance is not None}
 
 
 def headline(task: Task, values: Mapping[str, float]) -> str:

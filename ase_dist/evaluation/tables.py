@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ase_dist.evaluation.comparison import Comparison
-from ase_dist.evaluation.scores import CLASS_PREFIX, Results, format_score, headline, score_of
+from ase_dist.evaluation.scores import CLASS_PREFIX, Results, format_score, headline, score_of, tolerances
 from ase_dist.files import json_safe
 from ase_dist.printable import printable
 from ase_dist.tables import Column, Table
@@ -36,6 +36,7 @@ def to_json(report: Report, *, files: Mapping[str, str] | None = None) -> str:
         "title": report.title,
         **report.facts,
         "results": {task: dict(values) for task, values in report.results.items()},
+        "tolerances": tolerances(report.tasks),
         "comparison": None,
     }
     if report.comparison is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ase_dist.evaluation.delta_m import delta_m
-from ase_dist.evaluation.scores import CLASS_PREFIX
+from ase_dist.evaluation.scores import CLASS_PREFIX, with_tolerance
 from ase_dist.report.text import DASH, significant
 from ase_dist.training.record.records import Records, Series, TaskFacts
 
@@ -95,11 +95,12 @@ def other_metrics(records: Records) -> list[tuple[str, list[tuple[str, str, str,
     """By task the title and rows of every metric: name, trivial, first and latest value as text."""
     tables = []
     for task in records.evaluated_tasks():
-        rows = []
+        facts, rows = records.facts_of(task), []
         for metric in records.metric_names(task):
             values = records.series("eval", "metrics", task, metric)
             trivial = records.series("eval", "trivial", task, metric).last
             first = next((value for value in values.values if math.isfinite(value)), math.nan)
-            rows.append((metric, significant(trivial), significant(first), significant(values.last)))
-        tables.append((records.facts_of(task).title, rows))
+            name = with_tolerance(metric, facts.tolerance)
+            rows.append((name, significant(trivial), significant(first), significant(values.last)))
+        tables.append((facts.title, rows))
     return tables

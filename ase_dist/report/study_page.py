@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ase_dist.evaluation.scores import with_tolerance
 from ase_dist.evaluation.seeds import mean_and_spread
 from ase_dist.files import open_regular
 from ase_dist.json_files import parse_json
@@ -141,8 +142,11 @@ def _variant(folder: Path, row: Row, results: Results, album: Album, reader: Rea
         "settings": [(key, as_text(value)) for key, value in variant.settings.items()],
         "runs": runs,
         "metrics": [
-            (study_task(results, task).title, [(metric, spread_text(v)) for metric, v in found.items()])
-            for task, found in variant.metrics.items()
+            (
+                facts.title,
+                [(with_tolerance(metric, facts.tolerance), spread_text(values)) for metric, values in found.items()],
+            )
+            for facts, found in ((study_task(results, task), found) for task, found in variant.metrics.items())
         ],
         "shown": shown,
     }

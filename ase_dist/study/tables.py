@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ase_dist.evaluation.scores import BOUNDARY_PREFIXES
 from ase_dist.evaluation.seeds import CONFIDENCE, Difference, mean_and_spread
 from ase_dist.study.collect import task_of
 from ase_dist.tables import MISSING, Column, Measured, Table
@@ -89,16 +90,23 @@ def _form(values: Sequence[float | None]) -> str:
 
 
 def as_csv(results: Mapping[str, Any]) -> str:
-    """One line per variant, task, metric and seed, and per variant and seed its Delta_m."""
-    rows = []
+    """One line per variant, task, metric and seed, and per variant and seed its Delta_m.
+
+    Boundary scores have the tolerance that they were counted with, other lines none.
+    """
+    rows: list[tuple[Any, ...]] = []
+    within = {name: task_of(results, name).tolerance for name in results["tasks"]}
     for variant in results["variants"]:
         for i, seed in enumerate(variant["seeds"]):
             head = variant["name"], variant["label"], seed
             for task, metrics in variant["metrics"].items():
-                rows += [(*head, task, metric, values[i]) for metric, values in metrics.items()]
+                rows += [
+                    (*head, task, metric, values[i], within.get(task) if metric.startswith(BOUNDARY_PREFIXES) else None)
+                    for metric, values in metrics.items()
+                ]
             if variant["delta_m"] is not None:
-                rows.append((*head, "", "delta_m", variant["delta_m"][i]))
-    return Table(("variant", "label", "seed", "task", "metric", "value"), rows).to_csv()
+                rows.append((*head, "", "delta_m", variant["delta_m"][i], None))
+    return Table(("variant", "label", "seed", "task", "metric", "value", "tolerance"), rows).to_csv()
 
 
 def _row(variant: Mapping[str, Any], tasks: Sequence[Task]) -> list[str | Measured]:

@@ -240,18 +240,23 @@ def test_references_come_from_wherever_scores_are_kept(folder, tmp_path):
     run = shutil.copytree(folder / "run", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "checkpoints"))
     summary, card = read_reference(str(run)), read_reference(str(folder / "export"))
     assert summary.scores == card.scores and summary.data == card.data == "scenes"
+    assert summary.tolerances == card.tolerances == {"edge": 0.0075}
     (run / "evaluation").mkdir()
     report = {
         "format": "ase_dist evaluation",
         "title": "t",
         "data": "d",
-        "results": {"edge": {"bce": 1.0, "ods_f": None}},
+        "results": {"edge": {"bce": 1.0, "ods_f": None}, "depth": {"absrel": 0.5}},
     }
     (run / "evaluation" / "metrics.json").write_text(json.dumps(report))
+    assert read_reference(str(run)).tolerances == {"edge": 0.0075}  # of an earlier version, which had no other
+    (run / "evaluation" / "metrics.json").write_text(json.dumps({**report, "tolerances": {"edge": 0.011}}))
     newer = read_reference(str(run))
+    assert newer.tolerances == {"edge": 0.011} and newer.scores["depth"] == {"rel": 0.5}
     assert (newer.name, newer.data, newer.scores["edge"]["bce"]) == ("t", "d", 1.0)
     (tmp_path / "plain.json").write_text('{"edge": {"bce": 2}}')
     assert read_reference(str(tmp_path / "plain.json")).scores == {"edge": {"bce": 2.0}}
+    assert read_reference(str(tmp_path / "plain.json")).tolerances == {}
 
 
 @pytest.mark.single_gpu
@@ -278,6 +283,7 @@ def test_a_reference_is_a_checkpoint_of_a_run_or_an_evaluations_folder(folder, t
     run = folder / "run"
     found_while_training = metric_lines(run, "eval")[2]["metrics"]
     two = read_reference(f"{run}@best").scores
+    assert read_reference(f"{run}@best").tolerances == {"edge": 0.0075}
     assert two == read_reference(f"{run}@newest").scores == read_reference(f"{run}@step_2").scores
     assert two["normals"]["mean"] == pytest.approx(found_while_training["normals"]["mean"])
     with pytest.raises(ValueError, match="step_1 was not evaluated while training"):

@@ -4,6 +4,8 @@ from functools import partial
 
 import numpy as np
 import pytest
+from PIL import Image
+from scipy.io import loadmat
 from scipy.optimize import linear_sum_assignment
 from skimage.morphology import thin
 
@@ -237,6 +239,25 @@ def test_agrees_with_pyedgeeval_on_photographs(photograph_labels, count, thresho
     predictions, truths = zip(*(edge_sample(map_, seed=i, **options) for i, map_ in enumerate(labels)), strict=True)
     expected = mean_of_pyedgeeval(predictions, truths, thresholds)
     assert ours(predictions, truths, thresholds)[0] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.shared_data
+def test_the_published_numbers_of_five_images_of_bsds500(shared_data):
+    """What the benchmark's own MATLAB code gives for its example, to its own scatter of 1e-3."""
+    folder = shared_data / "data" / "golden_bsds"
+    predictions, truths = [], []
+    for path in sorted((folder / "png" / "test").glob("*.png")):
+        predictions.append(np.asarray(Image.open(path)) / 255)
+        annotators = loadmat(str(folder / "groundTruth" / "test" / f"{path.stem}.mat"))["groundTruth"][0]
+        truths.append([annotator["Boundaries"][0, 0] > 0 for annotator in annotators])
+    scores = evaluate_boundaries(predictions, truths, thresholds=5, max_dist=0.0075, workers=0)
+    found = [scores.ods_threshold, scores.ods_recall, scores.ods_precision, scores.ods_f]
+    assert found == pytest.approx([0.166667, 0.60236, 0.848723, 0.704628], abs=1e-3)
+    found = [scores.ois_recall, scores.ois_precision, scores.ois_f]
+    assert found == pytest.approx([0.580822, 0.908779, 0.708698], abs=1e-3)
+    order = np.argsort(scores.recall)  # the area under the curve, at 101 recalls
+    curve = np.interp(np.linspace(0, 1, 101), scores.recall[order], scores.precision[order], left=0, right=0)
+    assert curve.sum() / 100 == pytest.approx(0.307627, abs=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

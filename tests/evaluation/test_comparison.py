@@ -6,7 +6,7 @@ import pytest
 
 from ase_dist.evaluation.comparison import Reference, compare, paper_reference
 from ase_dist.evaluation.delta_m import PAPER_METRICS, PAPER_TABLE
-from ase_dist.tasks import PASCAL_TASKS
+from ase_dist.tasks import NYUD_TASKS, PASCAL_TASKS
 
 pytestmark = pytest.mark.single_gpu
 TASKS = tuple(PASCAL_TASKS.values())
@@ -38,6 +38,18 @@ def test_edges_are_compared_by_what_both_sides_have():
     for other in ({"bce": 0.05}, {"bce": 0.05, "ods_f": math.nan}):
         gain = compare(tasks, ours, Reference("x", "", {"edge": other})).gains[0]
         assert gain.key == "bce" and gain.percent == pytest.approx(20)  # lower is better
+
+
+def test_boundaries_counted_with_other_tolerances_are_not_compared():
+    ours, theirs = {"edge": {"bce": 0.04, "ods_f": 55.0}}, {"edge": {"bce": 0.05, "ods_f": 50.0}}
+    for task in (PASCAL_TASKS["edge"], NYUD_TASKS["edge"]):
+        same = Reference("x", "", theirs, {"edge": task.tolerance})
+        assert compare([task], ours, same).delta_m == pytest.approx(10)
+    with pytest.raises(ValueError, match=r"within 0\.0075 of the diagonal in STL, ResNet-18.*, within 0\.011 here"):
+        compare([NYUD_TASKS["edge"]], ours, paper_reference())
+    other = Reference("x", "", theirs, {"edge": 0.011})
+    gain = compare([PASCAL_TASKS["edge"]], {"edge": {"bce": 0.04}}, other).gains[0]  # without odsF there is no conflict
+    assert gain.key == "bce" and gain.percent == pytest.approx(20)
 
 
 @pytest.mark.parametrize(

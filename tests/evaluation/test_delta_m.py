@@ -14,6 +14,13 @@ def test_the_papers_column_follows_from_its_scores(row):
     assert value == pytest.approx(row.delta_m, abs=0.0101)
 
 
+def test_a_row_of_nyud_that_its_table_prints_otherwise():
+    """M-ViT of M3ViT's table (arXiv 2210.14793): 40.9 mIoU and 0.631 m over 43.9 and 0.585, printed as -6.27."""
+    directions = {"semseg": True, "depth": False}
+    value = delta_m({"semseg": 40.9, "depth": 0.631}, {"semseg": 43.9, "depth": 0.585}, higher_is_better=directions)
+    assert value == pytest.approx(-7.35, abs=0.005)
+
+
 def test_lower_is_better_turns_the_sign():
     assert delta_m({"a": 9.0}, {"a": 10.0}, higher_is_better={"a": False}) == pytest.approx(10)
     assert delta_m({"a": 9.0}, {"a": 10.0}, higher_is_better={"a": True}) == pytest.approx(-10)

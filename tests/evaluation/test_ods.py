@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,6 +48,19 @@ def test_equals_evaluate_boundaries(nms, device):
     for prediction, label in pairs:
         plain.update(prediction.to(device), label.to(device))
     assert {name: found[name] for name in ("bce", "edge_share")} == plain.result()
+
+
+@pytest.mark.parametrize("tolerance", [0.0075, 0.011])
+def test_the_tolerance_is_the_tasks(tolerance):
+    pairs = images(2)
+    metric = build_metric(replace(EDGES, tolerance=tolerance), edge_ods=EdgeOds(workers=0))
+    for prediction, label in pairs:
+        metric.update(prediction, label)
+    metric.finish()
+    maps = [p.numpy() for p, _ in pairs], [[y.numpy() == 1] for _, y in pairs]
+    expected, lenient = (evaluate_boundaries(*maps, max_dist=share, workers=0) for share in (tolerance, 0.05))
+    assert metric.result()["ods_f"] == pytest.approx(100 * expected.ods_f)
+    assert lenient.ods_f > expected.ods_f + 0.01  # so it matters on these images
 
 
 def test_processes_and_ranks_change_no_bit(device):

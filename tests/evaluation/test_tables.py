@@ -37,7 +37,7 @@ def test_markdown_has_every_score_and_the_gains():
     text = to_markdown(report())
     rows = cells(text)
     assert ["Surface normals", "mean angle, deg", "lower", "17.30", "15.40", "-12.34"] in rows
-    assert ["Edges", "odsF, %", "higher", "55.30", "50.80", "+8.86"] in rows
+    assert ["Edges", "odsF (tolerance 0.0075), %", "higher", "55.30", "50.80", "+8.86"] in rows
     assert ["Saliency", "maxF (beta^2 = 0.3), %", "84.00"] in rows and ["Edges", "weighted BCE", "0.041"] in rows
     assert ["tvmonitor", "-"] in rows and ["background", "91.00"] in rows
     assert "Delta_m over 5 tasks: +7.50 % relative to STL, ResNet-18 (arXiv 2510.00570)" in text
@@ -48,7 +48,7 @@ def test_markdown_has_every_score_and_the_gains():
 
 def test_without_a_reference_there_is_no_gain():
     text = to_markdown(report(compared=False))
-    assert "Delta_m" not in text and ["Edges", "odsF, %", "higher", "55.30"] in cells(text)
+    assert "Delta_m" not in text and ["Edges", "odsF (tolerance 0.0075), %", "higher", "55.30"] in cells(text)
 
 
 def test_tasks_that_only_the_reference_has_are_named():

@@ -98,8 +98,8 @@ def test_specialisation_against_sums_over_tasks_and_experts():
 
 def test_csv_has_a_line_a_value():
     lines = as_csv(RESULTS).splitlines()
-    assert lines[0] == "variant,label,seed,task,metric,value"
-    assert "a,row a,1,semseg,miou,20.0" in lines and "b,row b,0,,delta_m,100.0" in lines
+    assert lines[0] == "variant,label,seed,task,metric,value,tolerance"
+    assert "a,row a,1,semseg,miou,20.0," in lines and "b,row b,0,,delta_m,100.0," in lines
     assert not [line for line in lines if line.startswith("c,")]
 
 

@@ -209,6 +209,7 @@ class TaskFacts(Judged):
     metric_title: str
     higher_is_better: bool | None
     classes: tuple[tuple[str, Color], ...] = ()  # name and colour, of a task with classes
+    tolerance: float | None = None  # of odsF, of a task of edges
 
 
 def task_facts(
@@ -221,10 +222,11 @@ def task_facts(
     """
     task = _recorded_task(name, branch(recorded, name)) or find_task(data, name)
     classes = tuple(zip(task.class_names, task.palette, strict=False)) if task and task.kind == "classes" else ()
+    tolerance = task.tolerance if task else None
     if task is not None and (task.metric in metrics or not metrics):
-        return TaskFacts(name, task.title, task.metric, task.metric_title, task.higher_is_better, classes)
+        return TaskFacts(name, task.title, task.metric, task.metric_title, task.higher_is_better, classes, tolerance)
     metric = metrics[0] if metrics else ""
-    return TaskFacts(name, task.title if task else name, metric, metric, None, classes)
+    return TaskFacts(name, task.title if task else name, metric, metric, None, classes, tolerance)
 
 
 def _recorded_task(name: str, facts: Mapping[str, Any]) -> Task | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ase_dist import collectives
 from ase_dist.errors import ExitCode
-from ase_dist.evaluation.scores import headline, score_of
+from ase_dist.evaluation.scores import headline, score_of, tolerances
 from ase_dist.moe import MoEFFN
 from ase_dist.tables import Table
 from ase_dist.tasks import Task
@@ -173,6 +173,7 @@ def summary(components: RunComponents, history: History, *, step: int, code: Exi
         "total_steps": components.total_steps,
         "data": components.settings.data.name,
         "metrics": history.latest,
+        "tolerances": tolerances(components.tasks),
         "metrics_step": history.evaluated_at if history.latest else None,
         "first_metrics": history.first,
         "trivial": history.trivial,

@@ -10,7 +10,7 @@ from typing import Any
 from ase_dist import collectives
 from ase_dist.evaluation.delta_m import delta_m, directions
 from ase_dist.files import json_safe
-from ase_dist.tasks import Task
+from ase_dist.tasks import RENAMED_SCORES, Task
 from ase_dist.training.loop.evaluate import Results
 from ase_dist.training.state.meta import StoredHistory, StoredResults
 
@@ -79,6 +79,6 @@ def _results(stored: StoredResults | None) -> Results | None:
     if stored is None:
         return None
     return {
-        task: {name: math.nan if value is None else value for name, value in metrics.items()}
+        task: {RENAMED_SCORES.get(name, name): math.nan if value is None else value for name, value in metrics.items()}
         for task, metrics in stored.items()
     }

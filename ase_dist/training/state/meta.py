@@ -51,7 +51,7 @@ class RunMeta(_Part):
 
     ``tasks`` is the order in which the model's tensors have the tasks, ``device`` the kind of device that the random
     states of devices are for; both are None in checkpoints of version 0.1.0 and before. ``weights_only``: the states of
-    the optimiser and of random numbers were removed.
+    the optimiser and of random numbers were removed. ``tolerances``: with which odsF was counted, by task of edges.
     """
 
     settings: dict[str, Any]
@@ -65,6 +65,7 @@ class RunMeta(_Part):
     schedule: Schedule
     device: str | None = None
     weights_only: bool = False
+    tolerances: dict[str, float] = {}
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> RunMeta:

@@ -24,6 +24,7 @@ from ase_dist.agreement import raise_together
 from ase_dist.config import Settings
 from ase_dist.data.loader import TrainLoader
 from ase_dist.errors import UserError, describe
+from ase_dist.evaluation.scores import tolerances
 from ase_dist.models.names import Entry, task_order, trained_entries
 from ase_dist.moe import deepspeed_compat
 from ase_dist.tasks import Task
@@ -90,6 +91,7 @@ class RunState:
             "engine": {name: getattr(engine, name) for name in deepspeed_compat.COUNTERS},
             "schedule": {"last_epoch": engine.lr_scheduler.last_epoch},
             "device": deepspeed_compat.device_kind(),
+            "tolerances": tolerances(self.settings.chosen_tasks()),
         }
         path = self.store.save(self.step, self._shards(engine), meta=meta)
         self._mark_best()
