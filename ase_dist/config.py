@@ -437,17 +437,20 @@ def shipped_configs() -> list[str]:
 
 def find_config(config: str | Path) -> Path:
     """The file of a shipped config's name or of a path; UserError if there is neither."""
-    path = Path(expand_user(str(config)))
+    text = expand_user(str(config))
+    path, names = Path(text), shipped_configs()
     if path.suffix in {".yaml", ".yml"} and path.is_file():
         return path
-    shipped = CONFIG_FOLDER / f"{config}.yaml"
-    if shipped.is_file():
-        return shipped
-    names = shipped_configs()
-    raise UserError(
-        f"--config: no file and no shipped config {str(config)!r}{did_you_mean(str(config), names)} "
-        f"(shipped: {', '.join(names)})"
-    )
+    if text in names:
+        return CONFIG_FOLDER / f"{text}.yaml"
+    if path.is_file():
+        raise UserError(f"--config: got {text!r}, wanted a name that ends with .yaml or .yml, or a shipped config's")
+    stems = dict.fromkeys((path.name, path.stem)) if path.name else ()
+    others = [path.with_name(f"{stem}{suffix}") for stem in stems for suffix in (".yaml", ".yml")]
+    others.append(path / "config.yaml")  # of a run
+    there = next((other for other in others if other.is_file()), None)
+    hint = did_you_mean(text, names) if there is None else f", did you mean {str(there)!r}?"
+    raise UserError(f"--config: no file and no shipped config {text!r}{hint} (shipped: {', '.join(names)})")
 
 
 def read_tree(path: Path) -> dict[str, Any]:
@@ -547,13 +550,28 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Put ``value`` at a dotted key. What a section is not told stays; a setting that is a dictionary is replaced."""
     *path, name = key.split(".")
-    for part in path:
-        branch = tree.setdefault(part, {})
+    branch = tree
+    for depth, part in enumerate(path, start=1):
+        if part not in branch:
+            branch[part] = _default_entries(".".join(path[:depth]))
+        branch = branch[part]
         if not isinstance(branch, dict):
             raise UserError(f"{key}: {part!r} is a value, not a section")
-        tree = branch
-    tree[name] = value
+    if isinstance(value, dict) and isinstance(branch.get(name), dict) and _is_section(type_of(key)):
+        for inner, each in value.items():
+            _set(tree, f"{key}.{inner}", each)
+    else:
+        branch[name] = value
+
+
+def _default_entries(key: str) -> dict[str, Any]:
+    """A copy of what a setting that is a dictionary has by default; {} for a section."""
+    default: Any = Settings()
+    for name in key.split("."):
+        default = getattr(default, name, None)
+    return dict(default) if isinstance(default, dict) else {}
 
 
 def _branch(tree: Any, key: str) -> dict[str, Any]:
@@ -587,7 +605,9 @@ def _sentence(error: ValidationError) -> str:
         return f"{problem.where}: there is no such setting{hint}"
     if problem.kind == "value_error":  # of a registry: a complete sentence
         return f"{problem.where}: {problem.why}"
-    return f"{problem.where}: got {problem.got!r}; {problem.why}"
+    if problem.kind in ("tuple_type", "list_type") and isinstance(problem.got, str):
+        return f"{problem.where}: got {problem.got!r}, wanted a list; write {problem.where}=[{problem.got}]"
+    return f"{problem.where}: got {problem.got!r}, {problem.why}"
 
 
 def _is_section(annotation: Any) -> TypeGuard[type[Section]]:

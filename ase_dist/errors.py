@@ -157,7 +157,7 @@ class Problem(NamedTuple):
     kind: str  # pydantic's name of it, such as "extra_forbidden"
     keys: tuple[str, ...]  # from the top down to the value; none where the whole is wrong
     got: Any
-    why: str  # a clause: "input should be a valid integer"
+    why: str  # a clause: "wanted a whole number"
 
     @property
     def where(self) -> str:
@@ -165,8 +165,44 @@ class Problem(NamedTuple):
         return ".".join(self.keys)
 
 
+# What is wanted, by pydantic's name of the problem; {gt} and its like are of the problem itself.
+WANTED = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("tuple_type", "list_type"), "a list such as [a, b]"),
+    **dict.fromkeys(
+        ("dict_type", "model_type", "model_attributes_type", "mapping_type"), "names with values, such as {{a: 1}}"
+    ),
+    "string_type": "text",
+    "missing": "a value",
+    "none_required": "null",
+    "finite_number": "a finite number",
+    "literal_error": "{expected}",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "{le:g} or less",
+}
+_ALTERNATIVE = re.compile(r"literal\[.*\]|bool|int|float|str|none|\[key\]")  # what pydantic puts after the last key
+
+
 def first_problem(error: ValidationError) -> Problem:
-    """The first problem of a validation; a validator's own ValueError gives its words unchanged."""
-    first = error.errors(include_url=False)[0]
-    said = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"][0].lower() + first["msg"][1:]
-    return Problem(first["type"], tuple(map(str, first["loc"])), first["input"], said)
+    """The first problem of a validation; a validator's own ValueError gives its words unchanged.
+
+    Of a value that is none of several alternatives, ``why`` names what any of them wants.
+    """
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    keys = _keys_of(first["loc"])
+    if first["type"] == "value_error":
+        return Problem(first["type"], keys, first["input"], str(first["ctx"]["error"]))
+    same = [each for each in problems if _keys_of(each["loc"]) == keys and each["type"] in WANTED]
+    wanted = [WANTED[each["type"]].format(**each.get("ctx", {})) for each in same]
+    why = f"wanted {' or '.join(dict.fromkeys(wanted))}" if wanted else first["msg"][0].lower() + first["msg"][1:]
+    return Problem(first["type"], keys, first["input"], why)
+
+
+def _keys_of(place: tuple[int | str, ...]) -> tuple[str, ...]:
+    keys = tuple(map(str, place))
+    return keys[:-1] if len(keys) > 1 and _ALTERNATIVE.fullmatch(keys[-1]) else keys

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ase_dist.config import ON_RESUME, build_settings, load_settings, setting_keys, shipped_configs, to_yaml
+from ase_dist.config import ON_RESUME, Settings, build_settings, load_settings, setting_keys, shipped_configs, to_yaml
 
 pytestmark = pytest.mark.single_gpu
 
@@ -88,7 +88,13 @@ def test_every_setting_says_what_a_resumed_run_does_about_it():
         ("modle.moe.k=2", r"modle: there is no such setting, did you mean 'model'\?"),
         ("train.lr=fast", "train.lr: got 'fast'"),
         ("train.batch_size=0", "train.batch_size: got 0"),
-        ("train.batch_size=2.5", "train.batch_size: got 2.5"),
+        ("train.batch_size=2.5", "train.batch_size: got 2.5, wanted a whole number$"),
+        ("train.bf16=x", "train.bf16: got 'x', wanted 'auto' or true or false$"),
+        ("tasks=semseg", r"tasks: got 'semseg', wanted a list; write tasks=\[semseg\]$"),
+        ("tasks=semseg,edge", r"write tasks=\[semseg,edge\]$"),
+        ("model.moe.adapt=fc1", r"write model.moe.adapt=\[fc1\]$"),
+        ("model.moe.aux_losses.q=1", "model.moe.aux_losses.q: got 'q', wanted 'mutual_information'"),
+        ("model.moe=5", "model.moe: got '5', wanted names with values"),
         ("model.moe.gating=asee", "model.moe.gating: got 'asee'"),
         ("data.name=voc", "data.name: got 'voc'"),
         ("tasks=[semseg,edges]", r"scenes has no task 'edges', .* did you mean 'edge'\?"),
@@ -149,6 +155,47 @@ def test_a_wrong_file_is_one_sentence_and_runs_nothing(text, sentence, tmp_path,
         load_settings(path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "losses"),
+    [
+        ("model.moe.aux_losses.z=0.1", {"mutual_information": 0.005, "z": 0.1}),
+        ("model.moe.aux_losses.mutual_information=0.1", {"mutual_information": 0.1}),
+        ("model.moe.aux_losses={z: 0.1}", {"z": 0.1}),
+        ("model.moe={aux_losses: {z: 0.1}}", {"z": 0.1}),
+    ],
+)
+def test_an_entry_of_a_dictionary_keeps_the_default_entries(override, losses, tmp_path):
+    """As its value in the config does; a whole dictionary replaces it."""
+    assert load_settings(None, [override]).model.moe.aux_losses == losses
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
+    assert load_settings(tmp_path / "config.yaml", [override]).model.moe.aux_losses == losses
+    assert Settings().model.moe.aux_losses == {"mutual_information": 0.005}
+
+
+def test_a_section_as_a_value_keeps_what_it_does_not_name():
+    chosen = load_settings(None, ["model.moe.num_experts=8", "model.moe={k: 2, rank: 1}", "train={adam: {eps: 1e-6}}"])
+    assert (chosen.model.moe.num_experts, chosen.model.moe.k, chosen.model.moe.rank) == (8, 2, 1)
+    assert chosen.train.max_steps == load_settings(None).train.max_steps and chosen.train.adam.eps == 1e-6
+
+
+def test_a_whole_number_may_be_written_as_a_float():
+    assert load_settings(None, ["train.max_steps=1e4"]).train.max_steps == 10_000
+
+
+@pytest.mark.parametrize("given", ["mine", "mine.yml", "mine.txt", "."])
+def test_a_config_under_another_suffix_is_named(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("seed: 3\n")
+    (tmp_path / "config.yaml").write_text("seed: 4\n")
+    wanted = "config.yaml" if given == "." else "mine.yaml"
+    for name in (given, str(tmp_path / given)):
+        with pytest.raises(ValueError, match=f"--config: no file and no shipped config .*did you mean '.*{wanted}'"):
+            load_settings(name)
+    (tmp_path / "mine.txt").write_text("seed: 3\n")
+    with pytest.raises(ValueError, match=r"--config: got 'mine.txt', wanted a name that ends with .yaml"):
+        load_settings("mine.txt")
 
 
 def test_an_unknown_config_names_the_shipped_ones():

@@ -1,6 +1,6 @@
 """One sentence from pydantic's errors."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
@@ -18,6 +18,8 @@ class Leaf(BaseModel):
     model_config = ConfigDict(extra="forbid")
     size: int = 1
     never: Annotated[int, AfterValidator(refuse)] = 0
+    kind: Literal["auto"] | bool = "auto"
+    by_name: dict[Literal["a", "b"], float] = {}
 
 
 class Tree(BaseModel):
@@ -27,10 +29,12 @@ class Tree(BaseModel):
 @pytest.mark.parametrize(
     ("tree", "kind", "where", "got", "why"),
     [
-        ({"leaves": [{}, {"size": "x"}]}, "int_parsing", "leaves.1.size", "x", "input should be a valid integer"),
+        ({"leaves": [{}, {"size": "x"}]}, "int_parsing", "leaves.1.size", "x", "wanted a whole number"),
         ({"leaves": [{"sise": 1}]}, "extra_forbidden", "leaves.0.sise", 1, "extra inputs are not permitted"),
         ({"leaves": [{"never": 3}]}, "value_error", "leaves.0.never", 3, "Never 3"),
-        ([], "model_type", "", [], "input should be a valid dictionary"),
+        ([], "model_type", "", [], "wanted names with values, such as {a: 1}"),
+        ({"leaves": [{"kind": 3}]}, "literal_error", "leaves.0.kind", 3, "wanted 'auto' or true or false"),
+        ({"leaves": [{"by_name": {"q": 1.0}}]}, "literal_error", "leaves.0.by_name.q", "q", "wanted 'a' or 'b'"),
     ],
 )
 def test_the_first_problem_is_named(tree, kind, where, got, why):

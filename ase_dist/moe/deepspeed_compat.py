@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ase_dist.collectives import all_reduce_sum
+from ase_dist.errors import UserError
 
 
 def group_name(ep_size: int) -> str:
@@ -63,6 +65,38 @@ def optimizer_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     assert len(set(names)) == len(names), names
     split = split_params_into_different_moe_groups_for_optimizer([dict(group) for group in groups])
     return [group for group in split if group["params"]]
+
+
+def require_expert_groups(routed: Iterable[nn.Parameter], *, ep_size: int) -> None:
+    """To be called in ``set_deepspeed_parallelism``: does the optimiser of ``deepspeed.initialize`` suit experts?
+
+    At ZeRO 1 and 2 and in bf16 it must have them in groups of their own: a UserError says how, in place of DeepSpeed's
+    assertion later on. Elsewhere they only have to be if the stage is to be changed: a warning where ranks share them.
+    """
+    caller: Any = sys._getframe(2).f_locals.get("self")  # the engine, which does not pass itself (0.19.8)
+    optimizer = getattr(caller, "client_optimizer", None)
+    if caller is None or not isinstance(optimizer, torch.optim.Optimizer):  # DeepSpeed makes its own, and the groups
+        return
+    ours = set(map(id, routed))
+    mixed = any(id(p) in ours for group in optimizer.param_groups if not group.get("moe") for p in group["params"])
+    if not mixed:
+        return
+    advice = (
+        f"give {type(optimizer).__name__} the groups of ase_dist.moe.optimizer_groups([{{'name': 'all', 'params': "
+        "[p for p in model.parameters() if p.requires_grad]}])"
+    )
+    stage = caller.zero_optimization_stage()
+    if stage in (1, 2) or caller.bfloat16_enabled():
+        raise UserError(
+            f"optimizer: its groups hold routed experts and other parameters together, and at ZeRO {stage}"
+            f"{' in bf16' if caller.bfloat16_enabled() else ''} experts need groups of their own; {advice}"
+        )
+    if ep_size > 1:
+        warnings.warn(
+            f"optimizer: its groups hold routed experts of {ep_size} ranks and other parameters together, which fails "
+            f"at every ZeRO stage but {stage}; {advice}",
+            stacklevel=2,
+        )
 
 
 def skip_cpu_communication_build() -> None:

@@ -137,6 +137,7 @@ class ASEMoE(MoEFFN, MoE):  # type: ignore[misc]
                 "use_data_before_expert_parallelism: experts are sharded over consecutive ranks; set it false"
             )
         self._tag_parameters()
+        deepspeed_compat.require_expert_groups(self.routed.parameters(), ep_size=self.ep_size)
         self._in_engine = True
         self.sync_statistics = True
         group = deepspeed_compat.expert_parallel_group(self.ep_size)

@@ -90,6 +90,7 @@ class MoEFFN(nn.Module):
         self.k = check_gating(gating, num_experts=num_experts, k=k, num_shared=num_shared)
         check_base(base)
         self.num_experts, self.num_shared, self.num_tasks = num_experts, num_shared, num_tasks
+        self.kept_tasks = tuple(range(num_tasks))  # those of ``num_tasks`` that ``keep_tasks`` has left, in order
         num_routed = num_experts - num_shared
         self.dim: int = base.fc1.in_features
         self.aux_losses = dict({"mutual_information": 0.005} if aux_losses is None else aux_losses)
@@ -212,7 +213,7 @@ class MoEFFN(nn.Module):
     def keep_tasks(self, tasks: Sequence[int]) -> None:
         """Drop the routers of all other tasks, for good; those of ``tasks``, no longer trained, count from 0."""
         self.router.weight = nn.Parameter(self.router.weight.detach()[list(tasks)], requires_grad=False)
-        self.num_tasks = len(tasks)
+        self.num_tasks, self.kept_tasks = len(tasks), tuple(self.kept_tasks[task] for task in tasks)
 
     @property
     def group(self) -> dist.ProcessGroup | None:

@@ -8,7 +8,6 @@ loss = criterion(model(batch)) + router_loss(model)
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,44 +36,46 @@ class TaskFFN(nn.Module):
     """A ``MoEFFN`` or ``ASEMoE`` where a model expects its FFN: one tensor in, one tensor out.
 
     ``tasks`` are those whose tokens come, as ``set_tasks`` says: the first axis of the input is cut into as many equal
-    parts. Before, only a layer of one task and a first axis of one entry for each task are taken. A model has no way to
-    pass on what the layer computes besides its output, so ``last`` keeps it until the next forward pass; copies and
-    pickles leave it out.
+    parts. Before, only a layer of one task is taken. They follow ``MoEFFN.keep_tasks``: of the tasks that were set
+    those that are kept remain, under their new numbers. A model has no way to pass on what the layer computes besides
+    its output, so ``last`` keeps it until the next forward pass; copies and pickles leave it out.
     """
 
     def __init__(self, layer: MoEFFN) -> None:
         super().__init__()
         self.layer = layer
-        self._tasks: tuple[int, ...] | None = None
+        self._tasks: tuple[int, ...] | None = None  # as numbered when the layer was built
         self.last: MoEOutput | None = None
 
     @property
     def tasks(self) -> tuple[int, ...]:
-        """The tasks of the equal parts of a batch, in order."""
-        return tuple(range(self.layer.num_tasks)) if self._tasks is None else self._tasks
+        """The tasks of the equal parts of a batch, in order; all of the layer's before they are set."""
+        now = {built: number for number, built in enumerate(self.layer.kept_tasks)}
+        tasks = tuple(now[task] for task in self._tasks or () if task in now)
+        return tasks or tuple(range(self.layer.num_tasks))
 
     @tasks.setter
     def tasks(self, tasks: Sequence[int]) -> None:
-        numbers = tuple(operator.index(task) for task in tasks)
+        self._tasks = tuple(self.layer.kept_tasks[number] for number in self.checked_tasks(tasks))
+
+    def checked_tasks(self, tasks: Sequence[int]) -> tuple[int, ...]:
+        """``tasks`` as numbers; UserError where the layer does not have one of them."""
+        try:
+            numbers = tuple(operator.index(task) for task in tasks)
+        except TypeError:
+            numbers = ()
         if not numbers or any(not 0 <= number < self.layer.num_tasks for number in numbers):
-            raise UserError(
-                f"set_tasks: got {list(tasks)}, wanted one or more numbers from 0 to {self.layer.num_tasks - 1}"
-            )
-        self._tasks = numbers
+            got = list(tasks) if isinstance(tasks, Sequence) and not isinstance(tasks, str) else tasks
+            raise UserError(f"set_tasks: got {got!r}, wanted one or more numbers from 0 to {self.layer.num_tasks - 1}")
+        return numbers
 
     def forward(self, x: Tensor) -> Tensor:
         """[tasks * B, ..., D] to the same; UserError where tasks were never set or the parts cannot be equal."""
         tasks = self.tasks
         if self._tasks is None and len(tasks) > 1:
-            if x.shape[0] != len(tasks):
-                raise UserError(
-                    f"x: got a batch of {x.shape[0]} before set_tasks, and the layer has {len(tasks)} tasks; say whose "
-                    "the equal parts of a batch are with set_tasks(model, [...])"
-                )
-            warnings.warn(
-                f"TaskFFN: got a batch of {len(tasks)} before set_tasks, taken as one entry for each task; say so with "
-                f"set_tasks(model, {list(tasks)}), or whose the parts of a batch are",
-                stacklevel=2,
+            raise UserError(
+                f"x: got a batch of {x.shape[0]} before set_tasks, and the layer has {len(tasks)} tasks; say whose the "
+                f"equal parts of a batch are with set_tasks(model, [...]), all tasks in turn with {list(tasks)}"
             )
         if x.shape[0] % len(tasks):
             raise UserError(
@@ -90,8 +91,14 @@ class TaskFFN(nn.Module):
 
 
 def set_tasks(model: nn.Module, tasks: Sequence[int]) -> None:
-    """From now on the equal parts of a batch are of ``tasks``, in this order, in every ``TaskFFN`` of ``model``."""
-    for layer in _task_ffns(model):
+    """From now on the equal parts of a batch are of ``tasks``, in this order, in every ``TaskFFN`` of ``model``.
+
+    Raises UserError, and changes nothing, where one of the layers does not have one of the tasks.
+    """
+    layers = _task_ffns(model)
+    for layer in layers:
+        layer.checked_tasks(tasks)
+    for layer in layers:
         layer.tasks = tasks  # type: ignore[assignment]
 
 

@@ -1,12 +1,14 @@
 """ASEMoE under DeepSpeed's engine against plain torch in one process: ZeRO stage, group size, dispatch, clipping."""
 
 import os
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from ase_dist.errors import UserError
 from ase_dist.moe import ASEMoE, MoEFFN, deepspeed_compat, global_state, load_global_state
 from tests.moe.conftest import FFN, randomise
 from tests.training.conftest import start_world
@@ -59,14 +61,14 @@ def reference(ranks, accumulation):
     return norms, [global_state(layer) for layer in model.layers], model.head.weight.detach()
 
 
-def engine_of(stage, ep_size, dispatch, accumulation):
+def engine_of(stage, ep_size, dispatch, accumulation, *, groups=deepspeed_compat.optimizer_groups):
     import deepspeed
 
     model = Model(lambda base, seed: ASEMoE(base, ep_size=ep_size, dispatch=dispatch, seed=seed, **OPTIONS))
     for i, layer in enumerate(model.layers):
         randomise(layer, seed=i) if ep_size == 1 else load_random(layer, seed=i)
     group = {"name": "all", "params": [p for p in model.parameters() if p.requires_grad]}
-    optimizer = torch.optim.AdamW(deepspeed_compat.optimizer_groups([group]), lr=0.01, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(groups([group]), lr=0.01, weight_decay=0.1)
     config = {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulation, "steps_per_print": 2**31,
         "gradient_clipping": CLIP, "zero_optimization": {"stage": stage, "contiguous_gradients": True},
@@ -167,7 +169,19 @@ def auto_dispatch(rank, folder):
     fixed = ASEMoE(FFN(), ep_size=2, dispatch="gather", **OPTIONS)
     fixed.set_deepspeed_parallelism()
     fixed.decide_dispatch(4.0)
-    return {"cheaper": cheaper, "seen": seen, "told": told.dispatch, "fixed": fixed.dispatch}
+    chosen = {"cheaper": cheaper, "seen": seen, "told": told.dispatch, "fixed": fixed.dispatch}
+    return chosen | {"plain": [plain_optimizer(stage, ep_size) for stage, ep_size in ((0, 1), (0, 2), (1, 1), (2, 2))]}
+
+
+def plain_optimizer(stage, ep_size):
+    """What is said of an optimiser whose one group holds experts and the rest: an error's or a warning's words."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            engine_of(stage, ep_size, "auto", 1, groups=list)
+        except UserError as error:
+            return ["error", str(error)]
+    return next((["warning", str(w.message)] for w in caught if "optimizer:" in str(w.message)), [])
 
 
 def test_auto_is_decided_by_the_training_batch(tmp_path):
@@ -177,6 +191,13 @@ def test_auto_is_decided_by_the_training_batch(tmp_path):
         assert result["cheaper"] == ["all_to_all", "gather"]
         assert result["seen"] == [None, None, "gather", "gather"]
         assert (result["told"], result["fixed"]) == ("all_to_all", "gather")
+        works, warned, *refused = result["plain"]
+        assert works == []  # every rank has all experts
+        assert warned[0] == "warning" and "routed experts of 2 ranks" in warned[1]
+        assert [kind for kind, _ in refused] == ["error"] * 2
+        for (_, sentence), stage in zip(refused, (1, 2), strict=True):
+            assert f"at ZeRO {stage} experts need groups of their own; give AdamW the groups of " in sentence
+            assert "ase_dist.moe.optimizer_groups([{'name': 'all', 'params': " in sentence and "\n" not in sentence
 
 
 def test_the_engine_trains_like_one_process(tmp_path):

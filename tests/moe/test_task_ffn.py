@@ -65,14 +65,37 @@ def test_a_batch_that_cannot_be_cut_and_a_model_without_the_layer_are_refused():
 
 def test_a_forgotten_set_tasks_is_an_error_where_the_batch_happens_to_divide(one_sentence):
     model = TaskFFN(layer())
-    for batch in (6, 4, 1):
+    for batch in (6, 4, 3, 1):
         with pytest.raises(ValueError, match="before set_tasks") as raised:
             model(tokens(batch))
-        one_sentence(raised, f"batch of {batch}", "3 tasks", "set_tasks(model")
-    with pytest.warns(UserWarning, match="one entry for each task"):
-        output = model(tokens(3))
+        one_sentence(raised, f"batch of {batch}", "3 tasks", "set_tasks(model", "[0, 1, 2]")
     set_tasks(model, [0, 1, 2])
-    torch.testing.assert_close(model(tokens(3)), output)
+    torch.testing.assert_close(model(tokens(3)), model.layer(tokens(3).unsqueeze(1)).output.squeeze(1))
     model(tokens(6))
     single = TaskFFN(MoEFFN(conftest.FFN(), num_experts=3, k=1, num_tasks=1))
     single(tokens(6))
+
+
+@pytest.mark.parametrize("tasks", [[2], [-1], [], ["0"], "0", 1, [0.0], None])
+def test_tasks_that_one_layer_of_the_model_does_not_have_change_none_of_them(tasks, one_sentence):
+    model = nn.Sequential(TaskFFN(layer()), TaskFFN(MoEFFN(conftest.FFN(), num_experts=3, k=1, num_tasks=2)))
+    set_tasks(model, [1, 0])
+    with pytest.raises(ValueError, match="set_tasks: got") as raised:
+        set_tasks(model, tasks)
+    one_sentence(raised, "wanted one or more numbers from 0 to 1" if tasks == [2] else "wanted one or more numbers")
+    assert [ffn.tasks for ffn in model] == [(1, 0), (1, 0)]
+
+
+@pytest.mark.parametrize(("set_", "kept", "then"), [([2, 0, 1], [1, 2], (1, 0)), ([0, 2], [2], (0,)), ([2], [2], (0,))])
+def test_tasks_follow_those_that_the_layer_keeps(set_, kept, then):
+    """Each part of a batch is still computed as the task that it was set to, under the number that this has now."""
+    model, x = TaskFFN(layer()), tokens(2)
+    set_tasks(model, set_)
+    want = {task: model.layer(x, task=task).output for task in kept}
+    model.layer.keep_tasks(kept)
+    assert model.tasks == then
+    parts = model(torch.cat([x] * len(then))).chunk(len(then))
+    for number, part in zip(then, parts, strict=True):
+        torch.testing.assert_close(part, want[kept[number]])
+    set_tasks(model, [0])
+    torch.testing.assert_close(model(x), want[kept[0]])

@@ -253,7 +253,8 @@ def test_a_launcher_that_is_asked_to_stop_leaves_a_checkpoint(started, way):
     assert summary["exit"] == "stopped" and summary["step"] >= 3
     assert (run.output / "checkpoints" / "latest").read_text() == f"step_{summary['step']}\n"
     assert checkpoint(run.output, summary["step"])
-    assert "stopped by a signal" in (run.output / "rank_1.log").read_text()
+    go_on = f"or: torchrun --nproc_per_node 2 -m ase_dist train --resume {run.output}\n"
+    assert re.search(rf"stopped by a signal at step \d+, .*{go_on}", (run.output / "rank_1.log").read_text())
 
 
 def dry(rank, folder):

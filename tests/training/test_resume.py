@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from ase_dist import collectives
-from ase_dist.config import ON_RESUME, build_settings, load_settings, setting_keys
+from ase_dist.baselines import baselines
+from ase_dist.config import ON_RESUME, build_settings, load_settings, override_settings, setting_keys
 from ase_dist.deployment.export import export_run
 from ase_dist.training.state.checkpoint import manifest as manifests
 from ase_dist.training.state.checkpoint import open_checkpoint
@@ -103,6 +104,11 @@ REFUSED = {
         "model.lora_alpha is null there and 5.0 here, model.moe.k is 2 there and 1 here; use the run's own values",
     ),
     "set of tasks": (["tasks=[edge, normals]"], 'tasks is ["saliency", "edge"] there and ["edge", "normals"] here'),
+    "size": (["data.size=48"], "data.size is 32 there and 48 here; use the run's own value,"),
+    "baseline": (
+        ["model.tune=full", "model.lora_rank=0", "model.task_embedding=false", "model.moe.enabled=false"],
+        "the run was started without --baseline mtl_vit or its settings: model.tune is 'adapters' there",
+    ),
     "beyond the end": (["train.max_steps=1"], "of step 2, beyond the end of this run at step 1"),
 }
 FORGED = {  # changes of the manifest, and what must be said of them, the file by name
@@ -113,6 +119,10 @@ FORGED = {  # changes of the manifest, and what must be said of them, the file b
     "no tasks known": ({"meta__settings__data": None}, "meta.settings"),
     "steps of a fraction": ({"meta__optimizer_steps": 1.5}, "meta.optimizer_steps"),
     "history of text": ({"meta__history": "best"}, "meta.history"),
+}
+OTHER_WEIGHTS = {  # the same
+    "another file": ({"meta__settings__model__pretrained": "a.pth"}, "model.pretrained 'a.pth' -> 'none'; use those"),
+    "file has changed": ({}, "model.pretrained 'none' gives others now"),
 }
 LISTED = ["train.lr=2e-3", "train.loss_weights={edge: 7}", "train.batch_size=2"]
 
@@ -137,6 +147,9 @@ def one_process(rank, folder):
         sentences[name] = said(scenes, folder / name, *OLD_SETTINGS, f"resume={STEP_2}", *overrides)
     for name, (changes, _) in FORGED.items():
         path = change(copy(f"forged_{name}"), **changes)
+        sentences[name] = said(scenes, folder / name, *OLD_SETTINGS, f"resume={path}")
+    for name, (changes, _) in OTHER_WEIGHTS.items():
+        path = change(copy(f"forged_{name}"), meta__backbone__sha256="0" * 64, **changes)
         sentences[name] = said(scenes, folder / name, *OLD_SETTINGS, f"resume={path}")
     path = change_tensor(copy("half"), "heads.edge.safetensors", half)
     sentences["half"] = said(scenes, folder / "half_run", *OLD_SETTINGS, f"resume={path}")
@@ -251,6 +264,29 @@ def test_what_cannot_be_honoured_is_refused_by_name(runs, name):
     assert REFUSED[name][1] in sentence and str(STEP_2) in sentence and "\n" not in sentence
 
 
+@pytest.mark.parametrize("name", OTHER_WEIGHTS)
+def test_other_frozen_weights_are_explained_by_the_setting_that_names_them(runs, name):
+    assert f"was trained on other frozen weights: {OTHER_WEIGHTS[name][1]}" in runs[1][name]
+    assert "000" not in runs[1][name]
+
+
+@pytest.mark.parametrize("name", [name for name in baselines() if name != "ase_16_3_1_4"])  # that is the config itself
+@pytest.mark.parametrize("started", ["with", "without"])
+def test_a_baseline_that_explains_what_is_refused_is_named(name, started):
+    """Started with it and gone on without, and the reverse; not where other settings differ too."""
+    alone, tasks = load_settings("scenes"), ("edge", "normals")[: 2 - ("stl" in name)]
+    other = load_settings("scenes", baseline=name)
+    saved, now = (other, alone) if started == "with" else (alone, other)
+    found = compare_settings(saved.model_dump(mode="json"), now, tasks=tasks, saved_tasks=tasks)
+    which = f"{started} --baseline {name}"
+    if started == "without" and name.startswith(("lora_moe", "naive", "ase")):
+        which = "with --baseline ase_16_3_1_4"  # what the config is
+    assert found.refused and found.baseline == f"the run was started {which} or its settings"
+    assert found.why_refused.startswith(f"{found.baseline}: model.")
+    more = override_settings(now, ["seed=9"])
+    assert not compare_settings(saved.model_dump(mode="json"), more, tasks=tasks, saved_tasks=tasks).baseline
+
+
 def test_what_may_differ_is_listed_and_honoured(runs):
     folder, _ = runs
     log = (folder / "listed" / "train.log").read_text()
@@ -287,7 +323,7 @@ def test_an_older_checkpoint_lacks_a_setting_and_a_scale_of_one_has_two_names():
     saved = settings.model_dump(mode="json")
     saved["model"]["moe"]["alpha"] = None
     del saved["train"]["compile"], saved["model"]["moe"]["gating"]
-    assert compare_settings(saved, settings, tasks=("edge",), saved_tasks=("edge",)) == ({}, {})
+    assert compare_settings(saved, settings, tasks=("edge",), saved_tasks=("edge",)) == ({}, {}, "")
     other = build_settings({"model": {"moe": {"alpha": 4.0, "rank": 4, "gating": "naive"}}})
     assert [*compare_settings(saved, other, tasks=("edge",), saved_tasks=("edge",)).refused] == ["model.moe.gating"]
 

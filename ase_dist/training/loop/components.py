@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,10 +13,11 @@ import torch
 from torch import nn
 
 from ase_dist.agreement import raise_together, require_same_on_ranks
-from ase_dist.config import Settings, flat
+from ase_dist.config import ModelSettings, Settings, flat
 from ase_dist.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader, data_fingerprint
 from ase_dist.errors import UserError
 from ase_dist.models import ParameterTable, build_model, parameter_table
+from ase_dist.models.resnet import is_resnet
 from ase_dist.tasks import Task
 from ase_dist.training.ds_config import ResolvedConfig
 from ase_dist.training.loop import engine as engines
@@ -23,6 +25,8 @@ from ase_dist.training.loop.conflict import check_conflict_settings
 from ase_dist.training.process import runtime
 from ase_dist.training.process.runtime import World
 from ase_dist.versions import versions_of
+
+LOGGER = logging.getLogger("ase_dist")
 
 
 class RunComponents(NamedTuple):
@@ -72,12 +76,23 @@ def build(config: ResolvedConfig, world: World, *, beat: Callable[[str], None]) 
     model = raise_together(
         lambda: build_model(settings, tasks, expert_layer="plain" if config.zero_stage == 3 else "deepspeed")
     )
+    if has_random_frozen_backbone(settings.model):
+        LOGGER.warning(
+            "model.pretrained is 'none' and model.tune 'adapters': the backbone keeps the random weights that it "
+            "starts with; give model.pretrained=hub or FILE, or train it too with model.tune=full"
+        )
     parameters = parameter_table(model)
     backbone = {"name": settings.model.backbone, "sha256": frozen_digest(model)}
     steps = total_steps(settings, train_loader)
     beat("building the engine")
     engine = engines.initialize(model, config, world, total_steps=steps)
     return RunComponents(config, tasks, world, train_loader, eval_loader, engine, parameters, backbone, steps)
+
+
+def has_random_frozen_backbone(model: ModelSettings) -> bool:
+    """Whether the backbone's weights are drawn at random and not trained, which is hardly ever meant."""
+    is_frozen = model.tune == "adapters" and not is_resnet(model.backbone)
+    return is_frozen and model.pretrained == "none" and model.init_from is None
 
 
 def total_steps(settings: Settings, loader: TrainLoader) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -99,7 +100,11 @@ class Trainer:
                     self.watchdog.force_exit_on_close()
                 raise
         if self.stopping:
-            LOGGER.info("stopped by a signal at step %d, saved; the same command goes on from there", self.state.step)
+            LOGGER.info(
+                "stopped by a signal at step %d, saved; the same command goes on from there, or: %s",
+                self.state.step,
+                resume_command(self.folder, self.world),
+            )
         return ExitCode.STOPPED if self.stopping else ExitCode.DONE
 
     def _save_and_evaluate(self) -> None:
@@ -348,3 +353,10 @@ def nan_if_nonfinite(total: Tensor) -> Tensor:
     return total * torch.ones_like(total).masked_fill(
         ~finite, math.nan
     )  # ``where`` would copy its numbers from the host
+
+
+def resume_command(folder: RunFolder, world: World) -> str:
+    """The command that continues the run in ``folder`` by its own settings, on as many ranks."""
+    nodes = world.size // world.local_size
+    launcher = "torchrun" + (f" --nnodes {nodes}" if nodes > 1 else "") + f" --nproc_per_node {world.local_size}"
+    return f"{'python' if world.size == 1 else launcher} -m ase_dist train --resume {shlex.quote(str(folder.path))}"

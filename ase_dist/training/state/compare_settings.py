@@ -6,18 +6,28 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ase_dist.baselines import baselines
 from ase_dist.config import ON_RESUME, Settings, setting_keys, upgrade_tree
 from ase_dist.description import differences
+
+_NOTHING = object()
 
 
 class Differences(NamedTuple):
     """Settings that differ, by key, each with its text.
 
-    ``refused``: "seed is 0 there and 1 here"; ``listed``: "train.lr 0.001 -> 0.0005".
+    ``refused``: "seed is 0 there and 1 here"; ``listed``: "train.lr 0.001 -> 0.0005". ``baseline`` is the --baseline
+    that explains what is refused, as a clause; empty where none does.
     """
 
     refused: dict[str, str]
     listed: dict[str, str]
+    baseline: str = ""
+
+    @property
+    def why_refused(self) -> str:
+        """All that is refused as a clause, what explains it first."""
+        return ": ".join(filter(None, (self.baseline, ", ".join(self.refused.values()))))
 
 
 def compare_settings(
@@ -50,7 +60,30 @@ def compare_settings(
             refused[key] = f"{key} is {_shown(before)} there and {_shown(now)} here"
         else:
             listed[key] = f"{key} {_shown(before)} -> {_shown(now)}"
+    trees = {"with": saved, "without": here}
+    singles = {"with": len(saved_tasks) == 1, "without": len(tasks) == 1}
+    for started, tree in trees.items() if refused else ():
+        if name := _baseline_of(tree, refused, is_single=singles[started]):
+            return Differences(refused, listed, f"the run was started {started} --baseline {name} or its settings")
     return Differences(refused, listed)
+
+
+def _baseline_of(tree: Mapping[str, Any], refused: Mapping[str, str], *, is_single: bool) -> str:
+    """The baseline whose settings ``tree`` has, and that sets all that is ``refused``; "" where there is none.
+
+    Which one a run was started with is not recorded: its settings tell. ``is_single``: it is of one task alone, which
+    tells stl_vit from mtl_vit.
+    """
+    default = Settings().model_dump(mode="json")
+    found = []
+    for name, baseline in baselines().items():
+        named = {"model": baseline.model}
+        sets = {key: _value(named, key, default=_NOTHING) for key in setting_keys()}
+        sets = {key: value for key, value in sets.items() if value is not _NOTHING}
+        is_it = all(_value(tree, key, default=_value(default, key)) == value for key, value in sets.items())
+        if is_it and refused.keys() <= sets.keys() | {"tasks"}:
+            found.append((baseline.separate != is_single, len(sets), name))
+    return min(found)[-1] if found else ""
 
 
 def _value(tree: Mapping[str, Any], key: str, *, default: Any = None) -> Any:

@@ -37,6 +37,7 @@ from ase_dist.training.state.meta import RunMeta, read_meta
 from ase_dist.training.state.tensors import KINDS, difference, load_entry
 
 LOGGER = logging.getLogger("ase_dist")
+WEIGHT_FILES = ("model.pretrained", "model.init_from")  # settings that say where the frozen weights are from
 
 
 class RunState:
@@ -168,7 +169,7 @@ class RunState:
         if differences.refused:
             plural = "s" if len(differences.refused) > 1 else ""
             raise UserError(
-                f"resume: {path} is of another run: {', '.join(differences.refused.values())}; use the run's own "
+                f"resume: {path} is of another run: {differences.why_refused}; use the run's own "
                 f"value{plural}, or start afresh with another output="
             )
         if checkpoint.step > total_steps:
@@ -179,13 +180,18 @@ class RunState:
         other = difference(checkpoint, trained_entries(engine.module), order=self._task_order(meta, engine))
         if other:
             raise UserError(
-                f"resume: {path} holds another model: {other}; use the run's own settings, or start afresh with "
-                "another output="
+                f"resume: {path} holds another model: {other}; no setting of the model differs, so the classes of the "
+                "data set, an extension's head or another version of timm or ase_dist make the difference: use those "
+                "of the run, or start afresh with another output="
             )
         if meta.backbone != self.backbone:
+            weights = {key: clause for key, clause in differences.listed.items() if key in WEIGHT_FILES}
+            model = self.settings.model
+            source = "model.init_from" if model.init_from else "model.pretrained"
+            why = ", ".join(weights.values()) or f"{source} {(model.init_from or model.pretrained)!r} gives others now"
             raise UserError(
-                f"resume: {path} was trained on the backbone {meta.backbone}, this run has {self.backbone}; use the "
-                "same model.backbone and model.pretrained"
+                f"resume: {path} was trained on other frozen weights: {why}; use those of the run, or start afresh "
+                "with another output="
             )
         self.changes = list(differences.listed.values())
         if meta.topology.world != self.world.size:
