@@ -98,6 +98,7 @@ class DataSettings(Section):
     size: Annotated[SizeSetting, AfterValidator(lambda size: size.within(16, LARGEST_INPUT))] = Field(
         ImageSize(224, 224), description="pixels that the model sees: a square's side, or height x width as 448x576"
     )
+    partial: bool = Field(False, description="accept images that have no label files of some of the tasks")
     augment: bool = Field(True, description="scale, crop, flip and recolour training images at random")
     workers: int = Field(0, ge=0, description="loader processes per rank; 0 loads in the training process")
     cache_in_memory: bool = Field(False, description="keep decoded images and labels after their first reading")
@@ -288,6 +289,7 @@ ON_RESUME: dict[str, OnResume] = {
     "data.root": "listed",  # a folder may have moved
     "data.description": "refused",  # or listed, by its own keys: ``description.differences``
     "data.size": "refused",
+    "data.partial": "listed",
     "data.augment": "listed",
     "data.workers": "listed",
     "data.cache_in_memory": "listed",

@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--init", action="store_true", help=f"write a first {FILE_NAME} into SRC from what is found there")
     p.add_argument("--out", type=path, metavar="DIR", help="where to pack to (default: a folder in the user's cache)")
     p.add_argument("--tasks", metavar="A,B", help="pack the labels of these only (default: all of the data set's)")
+    p.add_argument("--partial", action="store_true", help="accept images that lack the label files of some tasks")
     p.add_argument("--subset", action="store_true", help="accept lists that are not the published ones")
     p.add_argument(
         "--pictures",
@@ -87,12 +88,14 @@ def _prepare(arguments: argparse.Namespace) -> int:
         arguments.subset,
         arguments.workers,
         description,
+        arguments.partial,
     )
     if arguments.check_only:
         logging.info("%s: the files of %d images are whole", folder, check_only(request, arguments.out))
         return 0
     place = prepare(request, arguments.out)
-    logging.info("train with %sdata.root=%s", "" if description else f"data.name={layout} ", place)
+    name, partial = "" if description else f"data.name={layout} ", " data.partial=true" if request.partial else ""
+    logging.info("train with %sdata.root=%s%s", name, place, partial)
     return 0
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from ase_dist.data.dataset import leave_out
 from ase_dist.errors import UserError
 
+PARTIAL = "data.partial=true"
 Patterns = tuple[str, ...]  # alternatives, the first that exists is read; see ``expand``
 
 
@@ -99,6 +100,27 @@ class FileCheck:
                 return found
         return None
 
+    def lacking(self, names: Sequence[str], labels: Mapping[str, tuple[Patterns, ...]]) -> dict[str, set[str]]:
+        """The names that lack a file of a label, by task."""
+        return {
+            task: {name for need in needs for name, _ in self._missing(names, need)} for task, needs in labels.items()
+        }
+
+    def misspelt(
+        self, lacking: Mapping[str, Collection[str]], image: Patterns, labels: Mapping[str, tuple[Patterns, ...]]
+    ) -> list[str]:
+        """The files that may be meant for a label of ``lacking``: written like it, and of no other use."""
+        found: dict[str, None] = {}
+        every = [image, *(need for needs in labels.values() for need in needs)]
+        for task, names in lacking.items():
+            for name in names:
+                used = {PurePosixPath(expand(pattern, name)).name for patterns in every for pattern in patterns}
+                for need in labels[task]:
+                    similar = self.similar(name, need) if any(self._missing([name], need)) else None
+                    if similar is not None and similar not in used:
+                        found[str(PurePosixPath(expand(need[0], name)).parent / similar)] = None
+        return sorted(found)
+
     def files(self, names: Sequence[str], image: Patterns, labels: Mapping[str, tuple[Patterns, ...]]) -> None:
         """Raise UserError if a file is missing: what, how many, and which tasks to leave out."""
         lacking = {
@@ -115,7 +137,9 @@ class FileCheck:
         if missing:
             first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             tasks = [task for task, files in lacking.items() if files]
-            advice = f", or {leave_out(tasks, list(labels), how=self._how)}" if tasks else ""
+            advice = (
+                f", or {leave_out(tasks, list(labels), how=self._how)}, or accept that with {PARTIAL}" if tasks else ""
+            )
             raise UserError(
                 f"{self.root}: {len(missing)} of the files that the list needs are missing ({first}); "
                 f"{self._remedy}{advice}"

@@ -9,8 +9,10 @@ describes is such a subclass too (``described.py``).
 from __future__ import annotations
 
 import contextlib
+import copy
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
@@ -23,7 +25,9 @@ from ase_dist.data.files import UNPACK_AGAIN, Array, advising, read_image
 from ase_dist.errors import UserError, file_error
 from ase_dist.tasks import Task
 
+LOGGER = logging.getLogger("ase_dist")
 SPLITS = ("train", "val")
+MOST_NAMED = 10  # images in a sentence
 SEARCHED_LEVELS = 5  # of folders, for the one that has the lists
 SEARCHED_FOLDERS = 10_000
 
@@ -33,6 +37,10 @@ class FolderDataset(RecordDataset):
 
     Opening it checks that every file which the list and the tasks need is there; with ``names``, these are taken
     instead of the list and nothing is checked. ``limit`` keeps the first images of the list only.
+
+    With ``partial`` an image may lack the files of some tasks: its record is without their labels. One that has labels
+    only of other tasks that the data set has (``offered``) is left out.
+
     Raises UserError for a missing folder, list or file, and on reading for a file that does not hold what it should.
     """
 
@@ -54,6 +62,8 @@ class FolderDataset(RecordDataset):
         limit: int | None = None,
         cache_in_memory: bool = False,
         names: Sequence[str] | None = None,
+        partial: bool = False,
+        offered: Iterable[Task] = (),
     ) -> None:
         if root is None or not Path(root).is_dir():
             raise UserError(
@@ -63,12 +73,48 @@ class FolderDataset(RecordDataset):
         self.root = Path(root)
         found = self.read_names(self.root, split)[:limit] if names is None else names
         super().__init__(split, tasks, found, cache_in_memory=cache_in_memory)
+        needs = {task.name: self.files_of(task) for task in self.tasks}
+        check = FileCheck(self.root, self.title, remedy=self.remedy)
         if names is None:
-            needs = {task.name: self.files_of(task) for task in self.tasks}
-            check = FileCheck(self.root, self.title, remedy=self.remedy)
+            required = {} if partial else needs
             check.folders(self.image_files, needs)
-            check.spelling(self.names, self.image_files, needs, self.list_of(self.root, split))
-            check.files(self.names, self.image_files, needs)
+            check.spelling(self.names, self.image_files, required, self.list_of(self.root, split))
+            check.files(self.names, self.image_files, required)
+        if partial:
+            lacking = check.lacking(self.names, needs)
+            if names is None:
+                self._check_partial(check, lacking, {task.name: self.files_of(task) for task in offered})
+                self.keep_labelled(lacking, where=str(self.list_of(self.root, split)))
+            else:
+                self.absent = {
+                    task: frozenset(i for i, name in enumerate(self.names) if name in without)
+                    for task, without in lacking.items()
+                }
+
+    def _check_partial(
+        self,
+        check: FileCheck,
+        lacking: Mapping[str, Collection[str]],
+        offered: Mapping[str, tuple[Patterns, ...]],
+    ) -> None:
+        """Raise UserError for images without any label; warn of files that only their spelling keeps from being one."""
+        without = [name for name in self.names if all(name in names for names in lacking.values())]
+        others = check.lacking(without, {task: needs for task, needs in offered.items() if task not in lacking})
+        without = [name for name in without if all(name in names for names in others.values())]
+        if without and self.tasks:
+            shown = ", ".join(without[:MOST_NAMED]) + (", ..." if len(without) > MOST_NAMED else "")
+            raise UserError(
+                f"{self.list_of(self.root, self.split)}: {len(without)} of its images have no label of any task "
+                f"({shown}); take them out, or {self.remedy}"
+            )
+        odd = check.misspelt(lacking, self.image_files, {task.name: self.files_of(task) for task in self.tasks})
+        if odd:
+            LOGGER.warning(
+                "%s: %d files are no labels because of how their names are written (%s); convert or rename them",
+                self.root,
+                len(odd),
+                ", ".join(odd[:3]) + (", ..." if len(odd) > 3 else ""),
+            )
 
     @classmethod
     def place(cls, data: DataSettings) -> Path | None:
@@ -130,7 +176,11 @@ class FolderDataset(RecordDataset):
         """As RecordDataset's."""
         name = self.names[index]
         image = self.read_picture(name)
-        return Record(index, name, image, self.decode_labels(name, (image.shape[0], image.shape[1])))
+        reader = self
+        if self.absent:
+            reader = copy.copy(self)
+            reader.tasks = tuple(task for task in self.tasks if self.has_label(index, task.name))
+        return Record(index, name, image, reader.decode_labels(name, (image.shape[0], image.shape[1])))
 
 
 def read_list(root: Path, list_folder: str, split: str, *, remedy: str = "check the folder") -> list[str]:

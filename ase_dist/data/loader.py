@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+import itertools
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -136,8 +137,17 @@ def open_dataset(settings: Settings, tasks: tuple[Task, ...], *, split: Split) -
             description=data.description,
             limit=limit,
             cache_in_memory=data.cache_in_memory,
+            partial=data.partial,
         )
-    return reader(root, split, tasks, limit=limit, cache_in_memory=data.cache_in_memory)
+    return reader(
+        root,
+        split,
+        tasks,
+        limit=limit,
+        cache_in_memory=data.cache_in_memory,
+        partial=data.partial,
+        offered=data.data_set.tasks.values(),
+    )
 
 
 def build_train_loader(
@@ -165,21 +175,35 @@ def build_eval_loader(
 ) -> EvalLoader:
     """The evaluation batches of one rank: each image on exactly one rank, batches of the same number on all."""
     dataset = open_dataset(settings, tasks, split=split)
-    return _eval_loader(dataset, settings, len(dataset), rank=rank, world_size=world_size, device=device)
+    return _eval_loader(dataset, settings, range(len(dataset)), rank=rank, world_size=world_size, device=device)
 
 
 def first_images(loader: TrainLoader, settings: Settings, *, limit: int, rank: int, world_size: int) -> EvalLoader:
-    """One pass over the first ``limit`` training images, for the CPU; what it decodes is kept for ``loader``."""
-    images = min(limit, len(loader.dataset))
+    """One pass over the first ``limit`` training images of every task that have a label of it, for the CPU.
+
+    What it decodes is kept for ``loader``.
+    """
+    dataset = loader.dataset
+    chosen: set[int] = set()
+    for task in dataset.tasks:
+        labelled = (i for i in range(len(dataset)) if dataset.has_label(i, task.name))
+        chosen.update(itertools.islice(labelled, limit))
+    images = sorted(chosen)
     return _eval_loader(loader.dataset, settings, images, rank=rank, world_size=world_size, device=CPU)
 
 
 def _eval_loader(
-    dataset: RecordDataset, settings: Settings, images: int, *, rank: int, world_size: int, device: torch.device
+    dataset: RecordDataset,
+    settings: Settings,
+    images: Sequence[int],
+    *,
+    rank: int,
+    world_size: int,
+    device: torch.device,
 ) -> EvalLoader:
     batch_size = settings.eval.batch_size or settings.train.batch_size
-    sampler = EvalSampler(images, batch_size=batch_size, rank=rank, world_size=world_size)
-    fetch = _EvalFetch(dataset, Transform(settings.data.size, tasks=dataset.tasks, augment=False))
+    sampler = EvalSampler(len(images), batch_size=batch_size, rank=rank, world_size=world_size)
+    fetch = _EvalFetch(dataset, Transform(settings.data.size, tasks=dataset.tasks, augment=False), images)
     prefetcher = Prefetcher(fetch, plan=sampler.__iter__, workers=settings.data.workers, device=device)
     return EvalLoader(dataset, sampler, prefetcher)
 
@@ -200,12 +224,13 @@ class _TrainFetch:
 
 
 class _EvalFetch:
-    """Draws to an EvalBatch."""
+    """Draws of places in ``images``, which are indices of ``dataset``, to an EvalBatch."""
 
-    def __init__(self, dataset: RecordDataset, transform: Transform) -> None:
+    def __init__(self, dataset: RecordDataset, transform: Transform, images: Sequence[int]) -> None:
         self._dataset = dataset
         self._transform = transform
+        self._images = images
 
     def __call__(self, draws: Draws) -> EvalBatch:
-        samples = [self._transform.eval_sample(self._dataset[draw.image]) for draw in draws]
+        samples = [self._transform.eval_sample(self._dataset[self._images[draw.image]]) for draw in draws]
         return collate_eval(samples, [task.name for task in self._dataset.tasks], size=self._transform.size)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ase_dist import imagenet
 from ase_dist.data.batch import Record, Sample
 from ase_dist.data.files import Array
-from ase_dist.data.labels import ignored_value, label_tensor
+from ase_dist.data.labels import ignored_label, ignored_value, label_tensor
 from ase_dist.image_size import ImageSize
 from ase_dist.seeding import generator
 from ase_dist.tasks import Task
@@ -101,11 +101,17 @@ class Transform:
         """The image resized to ``size``; the labels stay at the image's own size, at which they are scored."""
         matrix, offset = Warp().source(_shape(record.image), self.size)
         image = _warp_image(record.image, matrix, offset, self.size)
-        labels = {task.name: label_tensor(task.kind, record.labels[task.name]) for task in self.tasks}
+        labels = {
+            task.name: label_tensor(task.kind, record.labels[task.name])
+            for task in self.tasks
+            if task.name in record.labels
+        }
         return Sample(image, labels, record.index, record.name)
 
     def _warp_label(self, task: Task, record: Record, warp: Warp, where: Array, outside: Array) -> Tensor:
-        compact = record.labels[task.name]
+        compact = record.labels.get(task.name)
+        if compact is None:  # the same bits as a label that is ignored everywhere
+            return label_tensor(task.kind, ignored_label(task.kind, self.size), turn=warp.turn)
         warped = np.take(compact.reshape(-1, *compact.shape[2:]), where, axis=0)
         warped[outside] = ignored_value(task.kind)
         if task.kind == "depth":

@@ -89,7 +89,12 @@ def _export(run: Path, out: Path, settings: Settings, *, checkpoint: str, dtype:
         meta = read_meta(found)
         is_evaluated = meta.history.evaluated_at == found.step  # summary.json has the same at the run's end
         metrics = meta.history.latest if is_evaluated else None
-        facts = {"step": found.step, "metrics": metrics, "backbone": meta.backbone}
+        facts = {
+            "step": found.step,
+            "metrics": metrics,
+            "backbone": meta.backbone,
+            "labelled_images": meta.labelled_images,
+        }
     write_export(out, model, settings, tasks, dtype=dtype, facts=facts)
     LOGGER.info("exported step %d of %s to %s", facts["step"], run, out)
     return out
@@ -104,7 +109,7 @@ def write_export(
     dtype: str,
     facts: Mapping[str, Any],
 ) -> None:
-    """Write a model with plain layers; ``facts`` are the card's step, metrics and backbone.
+    """Write a model with plain layers; ``facts`` are the card's step, metrics, backbone and labelled images.
 
     Both files go into a temporary folder next to ``out``, which is then renamed: all or nothing. Raises UserError for a
     number that is not finite in ``dtype`` and where ``out`` cannot be written.

@@ -44,12 +44,17 @@ class ConstantPredictor:
             counts = torch.stack(((label <= 1).sum(), (label == 1).sum())).double()
         self.totals = self.totals.to(counts.device) + counts
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether any valid pixel was seen (for a mask, any label)."""
+        return bool(self.totals.any())
+
     def predict(self, height: int, width: int) -> Tensor:
         """The constant for one image, decoded: [H, W], [3, H, W] or [1, H, W] as its kind has it.
 
         Raises UserError before any valid pixel was seen.
         """
-        if not self.totals.any():
+        if not self.is_fitted:
             raise UserError(f"{self.task.name}: got no valid label pixel, wanted update() with training labels first")
         if self.task.kind == "classes":
             constant = self.totals.argmax().to(torch.uint8)

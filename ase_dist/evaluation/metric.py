@@ -22,13 +22,15 @@ class Metric(ABC):
     2. ``totals`` (float64, 1-D) is additive: the sum of two ranks' totals is that of all their images. Pixels are
        counted in whole numbers, exact up to 2**53. One image with an undefined prediction makes all totals NaN.
     3. ``finish`` waits for what is still being counted elsewhere; only then are ``totals`` whole.
-    4. ``result`` turns totals into named scores; a score for which nothing was counted is NaN, and all are where a
+    4. ``images`` counts, in the same way, the images with a labelled pixel.
+    5. ``result`` turns totals into named scores; a score for which nothing was counted is NaN, and all are where a
        prediction was undefined. ``why_undefined`` says which and why.
     """
 
     def __init__(self, task: Task, *, size: int) -> None:
         self.task = task
         self.totals = torch.zeros(size, dtype=torch.float64)
+        self.images = torch.zeros((), dtype=torch.float64)
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Add one image: a decoded ``prediction`` at the size of its ``label`` (forms: ``decode`` and ``tasks``).
@@ -42,11 +44,13 @@ class Metric(ABC):
                 "one image, decoded at the size of its label"
             )
         label = label.to(prediction.device)
-        prediction = prediction.masked_fill(~self._is_labelled(label), 0)
+        is_labelled = self._is_labelled(label)
+        prediction = prediction.masked_fill(~is_labelled, 0)
         part = self._count(prediction, label)
         undefined = prediction.isnan() if prediction.is_floating_point() else prediction == IGNORE
         part = part.masked_fill(undefined.any(), NOTHING)
         self.totals = self.totals.to(part.device, non_blocking=True) + part
+        self.images = self.images.to(part.device, non_blocking=True) + is_labelled.any()
 
     def why_undefined(self) -> str | None:
         """A sentence about the scores that are NaN, or None where there is none: for the log of an evaluation."""

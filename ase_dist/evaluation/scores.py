@@ -10,10 +10,12 @@ from ase_dist.tasks import SCORES, Score, Task
 
 Results = Mapping[str, Mapping[str, float]]  # {task: {key: value}}
 CLASS_PREFIX = "iou/"  # of the IoU of one class
+IMAGES = "images"  # in the results of each task: how many images had a label of it
 BOUNDARY_PREFIXES = ("ods_", "ois_")  # of the scores that depend on a tolerance
 
 __all__ = [
     "CLASS_PREFIX",
+    "IMAGES",
     "SCORES",
     "Results",
     "Score",
@@ -29,6 +31,8 @@ def score_of(task: Task, key: str) -> Score:
     """How ``key`` is written; ``iou/<class name>`` is the IoU of that class. odsF is named with its tolerance."""
     if key.startswith(CLASS_PREFIX):
         return Score(f"IoU {key.removeprefix(CLASS_PREFIX)}", "%", True)
+    if key == IMAGES:
+        return Score("images with a label")
     score = SCORES[task.kind][key]
     if task.inverse_depth and score.unit == "m":
         score = replace(score, unit="")  # a disparity is in no unit that is known
@@ -52,7 +56,12 @@ def headline(task: Task, values: Mapping[str, float]) -> str:
 
 
 def format_score(value: float | None, unit: str = "") -> str:
-    """A number as tables show it: two decimals of percent and degrees, else four significant digits; "-" for none."""
+    """A number as tables show it: two decimals of percent and degrees, else four significant digits; "-" for none.
+
+    A whole number without a unit, such as a count, keeps all its digits.
+    """
     if value is None or not math.isfinite(value):
         return "-"
+    if not unit and abs(value) >= 1e4 and value.is_integer():
+        return f"{value:.0f}"
     return f"{value:.2f}" if unit in ("%", "deg") else f"{value:.4g}"

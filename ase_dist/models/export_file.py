@@ -46,7 +46,10 @@ class ImageFacts(BaseModel):
 
 
 class Card(BaseModel):
-    """``export.json``. ``metrics`` are those of the run's evaluation at ``step``, None where there was none."""
+    """``export.json``. ``metrics`` are those of the run's evaluation at ``step``, None where there was none.
+
+    ``labelled_images`` counts the training images that had a label, by task; None in earlier exports.
+    """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
     format: Literal["ase_dist export"] = "ase_dist export"
@@ -61,6 +64,7 @@ class Card(BaseModel):
     step: int = Field(ge=0)
     metrics: dict[str, dict[str, float | None]] | None
     backbone: dict[str, str]
+    labelled_images: dict[str, int] | None = None
     versions: dict[str, str]
 
     @field_validator("tasks", mode="before")

@@ -12,6 +12,7 @@ import numpy as np
 
 from ase_dist.data.batch import Record
 from ase_dist.data.dataset import RecordDataset, leave_out
+from ase_dist.data.file_check import PARTIAL
 from ase_dist.data.files import read_image
 from ase_dist.data.packed.layout import PackedManifest, index_path, read_index, read_manifest, unpack_label
 from ase_dist.data.packed.verify import wrong_sizes
@@ -33,6 +34,7 @@ class PackedDataset(RecordDataset):
 
     Opening it compares the sizes of its files with the manifest's. It may be sent to other processes: each maps the
     files for itself, and the system keeps one copy of them in memory for all.
+    ``partial`` as FolderDataset's; without it every image must have a label of each task.
     Raises UserError for a damaged folder, for another data set than ``data`` and for a task that was not packed.
     """
 
@@ -46,6 +48,7 @@ class PackedDataset(RecordDataset):
         description: DataSetDescription | None = None,
         limit: int | None = None,
         cache_in_memory: bool = False,
+        partial: bool = False,
     ) -> None:
         self.root = Path(root)
         manifest = read_manifest(self.root)
@@ -69,6 +72,21 @@ class PackedDataset(RecordDataset):
                 _Place(path, *where) for where in zip(index.shapes, index.offsets, index.sums, strict=True)
             ]
         super().__init__(split, tasks, names[:limit], cache_in_memory=cache_in_memory)
+        lacking = {
+            task.name: {
+                name for name, place in zip(self.names, self._places, strict=False) if self._is_empty(place, task)
+            }
+            for task in self.tasks
+        }
+        some = [task for task, without in lacking.items() if without]
+        if some and not partial:
+            raise UserError(
+                f"{self.root}: {len(set.union(*lacking.values()))} images were packed without a label of "
+                f"{' or '.join(some)}; accept that with {PARTIAL}, or {leave_out(some, list(lacking))}"
+            )
+        if some:
+            kept = self.keep_labelled(lacking, where=f"{self.root}, {split}")
+            self._places = [self._places[i] for i in kept]
 
     def read(self, index: int) -> Record:
         """As RecordDataset's."""
@@ -83,7 +101,9 @@ class PackedDataset(RecordDataset):
 
         try:
             labels = {
-                task.name: unpack_label(field(self._fields[task.name]), task.kind, place.shape) for task in self.tasks
+                task.name: unpack_label(field(self._fields[task.name]), task.kind, place.shape)
+                for task in self.tasks
+                if self.has_label(index, task.name)
             }
             if index not in self._checked:  # once: later epochs read the same pages of memory
                 if zlib.crc32(data[place.offsets[0] : place.offsets[-1]]) != place.checksum:
@@ -99,6 +119,11 @@ class PackedDataset(RecordDataset):
         else:
             image = np.frombuffer(field(0), np.uint8).reshape(*place.shape, 3)
         return Record(index, name, image, labels)
+
+    def _is_empty(self, place: _Place, task: Task) -> bool:
+        """Whether the image has no label of ``task``."""
+        field = self._fields[task.name]
+        return place.offsets[field] == place.offsets[field + 1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}, "_checked": set()}

@@ -22,7 +22,7 @@ def report_path(place: Path) -> Path:
     return place.with_name(f"{place.name}.report.txt")
 
 
-def conclude(found: Sequence[Findings], root: Path, place: Path, *, kind: type[FolderDataset]) -> None:
+def conclude(found: Sequence[Findings], root: Path, place: Path, *, kind: type[FolderDataset], partial: bool) -> None:
     """Name every file that cannot be used and every label of another size; UserError where there is one of the first.
 
     Up to 20 lines are logged; more are written to ``report_path(place)``, which is otherwise removed.
@@ -44,7 +44,9 @@ def conclude(found: Sequence[Findings], root: Path, place: Path, *, kind: type[F
         log.warning("%d labels are of another size than their image and are resized to it%s", len(resized), where)
     if problems:
         missing = sum(problem.what == "missing" for problem in problems)
+        advice = "" if partial or not missing else ", or accept images without some labels with --partial"
         raise UserError(
             f"{root}: {missing} of the files that the lists need are missing and {len(problems) - missing} cannot be "
-            f"used{where or ' (they are named above)'}; {kind.origin}, after which the same command goes on from here"
+            f"used{where or ' (they are named above)'}; {kind.origin}{advice}, after which the same command goes on "
+            "from here"
         )

@@ -5,9 +5,10 @@
     train-000.json   where each lies in it
 
 An image is its pixels, uint8 [H, W, 3], or its file as it was; a label is its compact form (``labels.py``) as a
-Zstandard frame with a checksum. Offsets count bytes: ``offsets[i]`` are the starts of image i and of its labels in the
-order of ``tasks``, and the end of the last. ``sums[i]`` is the CRC-32 of image i with its labels, compared when a
-process reads it first. An index has its SHA-256 in the manifest, and the manifest its own.
+Zstandard frame with a checksum, or nothing where the image has none. Offsets count bytes: ``offsets[i]`` are the starts
+of image i and of its labels in the order of ``tasks``, and the end of the last. ``sums[i]`` is the CRC-32 of image i
+with its labels, compared when a process reads it first. An index has its SHA-256 in the manifest, and the manifest its
+own.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ class ShardEntry(_Record):
 
 
 class PackedManifest(_Record):
-    """The contents of packed.json; ``source``, ``description`` and ``fingerprint`` say what was packed."""
+    """The contents of packed.json; ``source``, ``description`` and ``fingerprint`` say what was packed.
+
+    ``partial``: images may lack some labels.
+    """
 
     format: Literal["ase_dist packed data"] = "ase_dist packed data"
     version: int = VERSION
@@ -66,6 +70,7 @@ class PackedManifest(_Record):
     description: DataSetDescription | None = None
     tasks: tuple[str, ...]
     pictures: Pictures
+    partial: bool = False
     source: str
     fingerprint: Sha256
     software: dict[str, str]

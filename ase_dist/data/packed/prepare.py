@@ -11,11 +11,14 @@ import contextlib
 import hashlib
 import logging
 import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ase_dist.data.archive import unpack
 from ase_dist.data.cache import locked
+from ase_dist.data.dataset import labelled_text
 from ase_dist.data.packed.findings import conclude
 from ase_dist.data.packed.jobs import run_jobs
 from ase_dist.data.packed.layout import (
@@ -56,7 +59,7 @@ class Request:
     ``tasks`` None: all of the data set's. ``pictures`` says whether images are kept as pixels, which are read faster,
     or as the files that they are, which take a sixth of the space. ``subset`` allows other lists than the published.
     ``workers`` None: a process for each core that this one may use. ``description`` is that of a data set of one's
-    own, whose name is ``data``.
+    own, whose name is ``data``. ``partial`` accepts images that lack some labels.
     """
 
     data: str
@@ -66,6 +69,7 @@ class Request:
     subset: bool = False
     workers: int | None = None
     description: DataSetDescription | None = None
+    partial: bool = False
 
     @property
     def data_set(self) -> DataSet:
@@ -147,11 +151,16 @@ def check_only(request: Request, out: Path | None = None) -> int:
             pictures=request.pictures,
             target=place,
             spelling=request.description is None,  # of one's own data every problem is named below
+            partial=request.partial,
         )
         findings = run_jobs(
             [(job, None) for job in jobs], request.workers, doing="checking", did="checked", where=f"of {root}"
         )
-        conclude(findings, root, place, kind=reader_of(request.data_set))
+        conclude(findings, root, place, kind=reader_of(request.data_set), partial=request.partial)
+        if request.partial:
+            _say_labelled(
+                (job.split, len(job.names), found.labelled) for job, found in zip(jobs, findings, strict=True)
+            )
     return sum(len(names) for names in lists.values())
 
 
@@ -164,8 +173,8 @@ def _is_current(place: Path, request: Request, tasks: tuple[str, ...], fingerpri
     except UserError as error:
         log.info("%s; packing again", error)
         return False
-    asked = (request.data, request.description, tasks, request.pictures)
-    as_asked = (there.data, there.description, there.tasks, there.pictures) == asked
+    asked = (request.data, request.description, tasks, request.pictures, request.partial)
+    as_asked = (there.data, there.description, there.tasks, there.pictures, there.partial) == asked
     if as_asked and there.fingerprint == fingerprint and not wrong_sizes(place, there):
         log.info("%s is there already, and its source has not changed", place)
         return True
@@ -175,7 +184,7 @@ def _is_current(place: Path, request: Request, tasks: tuple[str, ...], fingerpri
             "name another, or remove it"
         )
     if not as_asked:
-        log.info("%s was packed with other tasks, pictures or dataset.yaml; packing again", place)
+        log.info("%s was packed with other options or dataset.yaml; packing again", place)
     elif there.fingerprint == fingerprint:
         log.info("%s lacks files; packing again", place)
     else:
@@ -186,7 +195,16 @@ def _is_current(place: Path, request: Request, tasks: tuple[str, ...], fingerpri
 def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> None:
     making = place.with_name(f".{place.name}.packing")
     lists = read_lists(root, reader_of(request.data_set), subset=request.subset)
-    jobs = plan(root, request.data, request.data_set, lists, tasks=tasks, pictures=request.pictures, target=making)
+    jobs = plan(
+        root,
+        request.data,
+        request.data_set,
+        lists,
+        tasks=tasks,
+        pictures=request.pictures,
+        target=making,
+        partial=request.partial,
+    )
     stamped = [(job, job.fingerprint()) for job in jobs]
     whole = hashlib.sha256("".join(stamp for _, stamp in stamped).encode()).hexdigest()
     archive = request.source.is_file()
@@ -201,7 +219,8 @@ def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> 
     if len(todo) < len(jobs):
         log.info("%d of %d files are packed already", len(jobs) - len(todo), len(jobs))
     findings = run_jobs(todo, request.workers, doing="packing", did="packed", where=f"into {place}")
-    conclude(findings, root, place, kind=reader_of(request.data_set))
+    conclude(findings, root, place, kind=reader_of(request.data_set), partial=request.partial)
+    labelled = []
     splits: dict[str, list[ShardEntry]] = {}
     for job in jobs:
         index = read_index(job.target)
@@ -212,11 +231,18 @@ def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> 
             index_sha256=sha256_of(index_path(job.target)),
         )
         splits.setdefault(job.split, []).append(entry)
+        counts = {
+            task: sum(starts[i + 1] < starts[i + 2] for starts in index.offsets) for i, task in enumerate(job.tasks)
+        }
+        labelled.append((job.split, len(job.names), counts))
+    if request.partial:
+        _say_labelled(labelled)
     manifest = PackedManifest(
         data=request.data,
         description=request.description,
         tasks=tasks,
         pictures=request.pictures,
+        partial=request.partial,
         source=str(request.source.resolve()),
         fingerprint=archive_fingerprint(request.source) if archive else whole,
         software=versions_of("ase-dist", "pillow", "scikit-image"),
@@ -227,6 +253,17 @@ def _pack(request: Request, root: Path, place: Path, tasks: tuple[str, ...]) -> 
     write_atomic(making / MANIFEST, manifest.to_json())
     flush(making)
     put_in_place(making, place)  # runs that read the data set that was there keep their mapped files
+
+
+def _say_labelled(parts: Iterable[tuple[str, int, Mapping[str, int]]]) -> None:
+    """Log how many images of each split have a label of each task; ``parts`` are (split, images, labelled by task)."""
+    images: Counter[str] = Counter()
+    labelled: dict[str, Counter[str]] = {}
+    for split, count, by_task in parts:
+        images[split] += count
+        labelled.setdefault(split, Counter()).update(by_task)
+    for split, by_task in labelled.items():
+        log.info("%s: of %d images have a label: %s", split, images[split], labelled_text(by_task))
 
 
 def _is_packed_before(job: ShardJob, fingerprint: str, place: Path) -> bool:

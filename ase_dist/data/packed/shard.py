@@ -29,7 +29,10 @@ SHARD = 256  # images in a file
 
 @dataclass(frozen=True)
 class ShardJob:
-    """Images ``names`` of the list ``split`` in the folder ``root``, to be packed into ``target``."""
+    """Images ``names`` of the list ``split`` in the folder ``root``, to be packed into ``target``.
+
+    ``partial``: an image may lack some labels.
+    """
 
     data: str
     root: Path
@@ -39,11 +42,13 @@ class ShardJob:
     pictures: Pictures
     target: Path
     data_set: DataSet | None = None  # what ``data`` names, where another process may not know it
+    partial: bool = False
 
     def open(self) -> FolderDataset:
         """The images as a data set; nothing is checked."""
         data_set = self.data_set or find_data_set(self.data)
-        return reader_of(data_set)(self.root, self.split, select_tasks(data_set, self.tasks), names=self.names)
+        tasks = select_tasks(data_set, self.tasks)
+        return reader_of(data_set)(self.root, self.split, tasks, names=self.names, partial=self.partial)
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that the packed file depends on, the files' contents by their sizes and times."""
@@ -60,6 +65,8 @@ class ShardJob:
         content = [VERSION, self.data, self.split, self.names, self.tasks, self.pictures, stamps]
         if isinstance(self.data_set, DescribedDataSet) and self.data_set.description is not None:
             content.append(self.data_set.description.model_dump_json())
+        if self.partial:
+            content.append("partial")
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -73,9 +80,13 @@ class SourceProblem:
 
 @dataclass
 class Findings:
-    """What was found in one job: files that cannot be used, and lines about labels of other sizes."""
+    """What was found in one job: files that cannot be used, and lines about labels of other sizes.
+
+    ``labelled`` counts the images that have a label, by task.
+    """
 
     images: int = 0
+    labelled: dict[str, int] = field(default_factory=dict)
     problems: list[SourceProblem] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
 
@@ -119,21 +130,27 @@ def needed_files(dataset: FolderDataset, name: str) -> list[Path]:
 
 
 def _sound_records(dataset: FolderDataset, findings: Findings) -> Iterator[Record]:
+    findings.labelled = dataset.labelled_images()
     for i, name in enumerate(dataset.names):
+        if dataset.tasks and not any(dataset.has_label(i, task.name) for task in dataset.tasks):
+            findings.problems.append(SourceProblem("missing", f"{name}: every label of this image"))
+            continue
         try:
             record = dataset.read(i)
         except UserError as error:
-            findings.problems += _diagnose(dataset, name, str(error))
+            findings.problems += _diagnose(dataset, i, str(error))
             continue
-        findings.resized += other_sizes(dataset.root, dataset.label_paths(name), record.image.shape[:2])
+        paths = [path for path in dataset.label_paths(name) if not dataset.absent or path.is_file()]
+        findings.resized += other_sizes(dataset.root, paths, record.image.shape[:2])
         yield record
 
 
-def _diagnose(dataset: FolderDataset, name: str, first: str) -> list[SourceProblem]:
+def _diagnose(dataset: FolderDataset, index: int, first: str) -> list[SourceProblem]:
     """All problems of one image, of which reading it raised only the ``first``."""
+    name, tasks = dataset.names[index], [task for task in dataset.tasks if dataset.has_label(index, task.name)]
     needs = [
         dataset.image_files,
-        *dict.fromkeys(patterns for task in dataset.tasks for patterns in dataset.files_of(task)),
+        *dict.fromkeys(patterns for task in tasks for patterns in dataset.files_of(task)),
     ]
     check = FileCheck(dataset.root, dataset.title, remedy=dataset.remedy)
     missing, problems = [], []
@@ -151,7 +168,7 @@ def _diagnose(dataset: FolderDataset, name: str, first: str) -> list[SourceProbl
         shape = (image.shape[0], image.shape[1])
     except UserError as error:
         sentences.append(str(error))
-    for task in dataset.tasks:
+    for task in tasks:
         try:
             type(dataset)(dataset.root, dataset.split, (task,), names=(name,)).decode_labels(name, shape)
         except UserError as error:
@@ -160,6 +177,10 @@ def _diagnose(dataset: FolderDataset, name: str, first: str) -> list[SourceProbl
     if not missing and not sentences:
         sentences = [first]
     return problems + [SourceProblem("unusable", sentence) for sentence in dict.fromkeys(sentences)]
+
+
+def _packed_label(record: Record, task: str) -> bytes:
+    return pack_label(record.labels[task]) if task in record.labels else b""
 
 
 class _Writer:
@@ -186,7 +207,7 @@ class _Writer:
 
     def add(self, record: Record, picture: bytes | memoryview, tasks: tuple[str, ...]) -> None:
         starts, checksum = [self._file.tell()], 0
-        for content in (picture, *(pack_label(record.labels[task]) for task in tasks)):
+        for content in (picture, *(_packed_label(record, task) for task in tasks)):
             self._file.write(content)
             self._digest.update(content)
             checksum = zlib.crc32(content, checksum)

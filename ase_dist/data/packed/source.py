@@ -96,6 +96,7 @@ def plan(
     pictures: Pictures,
     target: Path,
     spelling: bool = True,
+    partial: bool = False,
 ) -> list[ShardJob]:
     """The jobs that pack a data set into the folder ``target``.
 
@@ -107,7 +108,7 @@ def plan(
     needs = {task.name: kind.files_of(task) for task in select_tasks(data_set, tasks)}
     check.folders(kind.image_files, needs)
     for split, names in lists.items() if spelling else ():
-        check.spelling(names, kind.image_files, needs, kind.list_of(root, split))
+        check.spelling(names, kind.image_files, {} if partial else needs, kind.list_of(root, split))
     return [
         ShardJob(
             data,
@@ -118,6 +119,7 @@ def plan(
             pictures,
             target / f"{split}-{i:03d}.bin",
             data_set,
+            partial,
         )
         for split, names in lists.items()
         for i, start in enumerate(range(0, len(names), SHARD))

@@ -47,6 +47,12 @@ class RunComponents(NamedTuple):
         """The run's final settings, DeepSpeed's JSON included."""
         return self.config.settings
 
+    @property
+    def labelled_images(self) -> dict[str, dict[str, int]]:
+        """How many training and validation images have a label, by split and task."""
+        datasets = {"train": self.train_loader.dataset, "val": self.eval_loader.dataset}
+        return {split: dataset.labelled_images() for split, dataset in datasets.items()}
+
     def close(self) -> None:
         """End the loaders' threads and processes."""
         self.train_loader.close()

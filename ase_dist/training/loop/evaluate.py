@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ase_dist import collectives
 from ase_dist.data.batch import EvalBatch
+from ase_dist.data.labels import ignored_label, label_tensor
 from ase_dist.evaluation.constant import ConstantPredictor
 from ase_dist.evaluation.decode import decode
 from ase_dist.evaluation.metrics import EdgeOds, Metric, build_metric
+from ase_dist.evaluation.scores import IMAGES
 from ase_dist.models import ModelOutput
 from ase_dist.tasks import Task
 
@@ -36,9 +38,14 @@ class Gallery:
     labels: dict[str, list[Tensor]] = field(default_factory=dict)
     predictions: dict[str, list[Tensor]] = field(default_factory=dict)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no further image is kept."""
+        return len(self.images) >= self.limit
+
     def add(self, image_3SS: Tensor, labels: Mapping[str, Tensor], predictions: Mapping[str, Tensor]) -> None:
         """Keep one image, unless ``limit`` is reached."""
-        if len(self.images) >= self.limit:
+        if self.is_full:
             return
         self.images.append(image_3SS)
         for name, label in labels.items():
@@ -70,7 +77,9 @@ def evaluate(
     go_on: Callable[[], bool],
     edge_ods: EdgeOds | None = None,
 ) -> Evaluation | None:
-    """Every task's metrics over the whole set, equal on all ranks; None where ``go_on`` returned False (collective).
+    """Every task's metrics over the images that have a label of it, equal on all ranks (collective).
+
+    ``images`` in each task's results is how many these are. None where ``go_on`` returned False.
 
     The loader gives all ranks the same number of batches; on an empty one a rank still runs the model, on a blank
     image, because the other ranks wait for it in the collectives of the forward pass. ``go_on`` is called after every
@@ -79,7 +88,9 @@ def evaluate(
     ``go_on`` and ``edge_ods``.
     """
     metrics = {task.name: build_metric(task, edge_ods=edge_ods) for task in tasks}
-    trivial = {task.name: build_metric(task) for task in tasks if task.name in constants}
+    trivial = {
+        task.name: build_metric(task) for task in tasks if task.name in constants and constants[task.name].is_fitted
+    }
     values = {name: constants[name].predict(1, 1).to(device) for name in trivial}
     with ExitStack() as closing, torch.no_grad():
         for metric in metrics.values():
@@ -89,14 +100,18 @@ def evaluate(
             blank = moved.images.new_zeros(1, *moved.images.shape[1:])
             logits = forward(moved.images if len(moved.images) else blank).predictions
             for i in range(len(moved.images)):
-                labels = {task.name: moved.labels[task.name][i] for task in tasks}
-                predictions = {
-                    task.name: predict(task, logits[task.name][i : i + 1], labels[task.name]) for task in tasks
-                }
+                labels: dict[str, Tensor] = {}
+                predictions: dict[str, Tensor] = {}
                 for task in tasks:
-                    metrics[task.name].update(predictions[task.name], labels[task.name])
-                for name, metric in trivial.items():
-                    metric.update(values[name].expand_as(labels[name]), labels[name])
+                    label, name = moved.labels[task.name][i], task.name
+                    if label is None and gallery.is_full:
+                        continue
+                    labels[name] = unknown_label(task, moved.images[i]) if label is None else label
+                    predictions[name] = predict(task, logits[name][i : i + 1], labels[name])
+                    if label is not None:
+                        metrics[name].update(predictions[name], label)
+                        if name in trivial:
+                            trivial[name].update(values[name].expand_as(label), label)
                 gallery.add(moved.images[i], labels, predictions)
             if not go_on():
                 return None
@@ -121,7 +136,8 @@ def fit_constants(
     for batch in loader:
         for name, constant in constants.items():
             for label in batch.labels[name]:
-                constant.update(label)
+                if label is not None:
+                    constant.update(label)
     for constant in constants.values():
         constant.totals = collectives.all_reduce_sum(constant.totals.to(device)).to(constant.totals.device)
     return constants
@@ -133,10 +149,18 @@ def predict(task: Task, logits_1Chw: Tensor, label: Tensor) -> Tensor:
     return decode(task, logits_1Chw, size=(height, width))[0]
 
 
+def unknown_label(task: Task, image_3SS: Tensor) -> Tensor:
+    """A label of the image's size that says nothing, for pictures of an image without one."""
+    size = (image_3SS.shape[-2], image_3SS.shape[-1])
+    return label_tensor(task.kind, ignored_label(task.kind, size)).to(image_3SS.device)
+
+
 def _merged(metrics: Mapping[str, Metric], device: torch.device) -> Results:
     """Add up the ranks' totals and compute every metric from the sums."""
     results = {}
     for name, metric in metrics.items():
-        metric.totals = collectives.all_reduce_sum(metric.totals.to(device)).to(metric.totals.device)
-        results[name] = metric.result()
+        whole = torch.cat((metric.images.view(1).to(metric.totals.device), metric.totals))
+        whole = collectives.all_reduce_sum(whole.to(device)).to(whole.device)
+        metric.images, metric.totals = whole[0], whole[1:]
+        results[name] = {**metric.result(), IMAGES: float(metric.images)}
     return results

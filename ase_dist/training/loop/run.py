@@ -207,6 +207,7 @@ def start_record(recorder: Recorder, components: RunComponents, state: RunState)
         "tasks": [task.name for task in components.tasks],
         "task_facts": {task.name: asdict(task) for task in components.tasks},
         "data": components.settings.data.name,
+        "labelled_images": components.labelled_images,
         "shared_experts": list(range(moe.num_experts - moe.num_shared, moe.num_experts)) if moe.enabled else [],
         "world": world.size,
         "ranks": processes,

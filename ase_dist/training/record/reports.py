@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ase_dist import collectives
+from ase_dist.data.dataset import labelled_text
 from ase_dist.errors import ExitCode
 from ase_dist.evaluation.scores import headline, score_of, tolerances
 from ase_dist.moe import MoEFFN
@@ -51,10 +52,13 @@ def start_tables(components: RunComponents) -> str:
         ("steps", f"{components.total_steps} of {images} images"),
         ("output", str(settings.output)),
     ]
+    labelled = components.labelled_images
+    if any(loader.dataset.absent for loader in (components.train_loader, components.eval_loader)):
+        rows[2:2] = [(f"labelled images, {split}", labelled_text(counts)) for split, counts in labelled.items()]
     layers = [module for module in components.engine.module.modules() if isinstance(module, MoEFFN)]
     costs = Counter(filter(None, (layer.form_cost(world.device.type) for layer in layers)))
     forms = [("LoRA experts", f"{count} layers {cost.describe()}") for cost, count in costs.items()]
-    rows[4:4] = forms
+    rows[-3:-3] = forms
     tables = [
         Table(("", ""), rows, title="run"),
         Table(("group", "total", "trained", "size"), components.parameters.as_rows(), title="parameters"),
@@ -172,6 +176,7 @@ def summary(components: RunComponents, history: History, *, step: int, code: Exi
         "step": step,
         "total_steps": components.total_steps,
         "data": components.settings.data.name,
+        "labelled_images": components.labelled_images,
         "metrics": history.latest,
         "tolerances": tolerances(components.tasks),
         "metrics_step": history.evaluated_at if history.latest else None,

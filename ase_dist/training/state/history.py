@@ -66,7 +66,11 @@ def gain(tasks: Sequence[Task], results: Results, trivial: Results) -> float:
 
     -inf where there is no such task, and where a result of one is NaN: a model that fails a task is never the best.
     """
-    pairs = {task.name: (results[task.name][task.metric], trivial[task.name][task.metric]) for task in tasks}
+    pairs = {
+        task.name: (results[task.name][task.metric], trivial[task.name][task.metric])
+        for task in tasks
+        if task.name in trivial
+    }
     defined = {name: pair for name, pair in pairs.items() if math.isfinite(pair[1]) and pair[1] != 0}
     if not defined or not all(math.isfinite(result) for result, _ in defined.values()):
         return -math.inf

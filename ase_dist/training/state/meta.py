@@ -52,6 +52,7 @@ class RunMeta(_Part):
     ``tasks`` is the order in which the model's tensors have the tasks, ``device`` the kind of device that the random
     states of devices are for; both are None in checkpoints of version 0.1.0 and before. ``weights_only``: the states of
     the optimiser and of random numbers were removed. ``tolerances``: with which odsF was counted, by task of edges.
+    ``labelled_images`` counts the training images with a label, by task; None in earlier checkpoints.
     """
 
     settings: dict[str, Any]
@@ -66,6 +67,7 @@ class RunMeta(_Part):
     device: str | None = None
     weights_only: bool = False
     tolerances: dict[str, float] = {}
+    labelled_images: dict[str, NonNegativeInt] | None = None
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> RunMeta:

@@ -81,6 +81,7 @@ class RunState:
             "settings": self.settings.model_dump(mode="json"),
             "tasks": list(engine.module.task_names),
             "backbone": self.backbone,
+            "labelled_images": loader.dataset.labelled_images(),
             "topology": {
                 "world": self.world.size,
                 "ep_size": self.settings.model.moe.ep_size,
