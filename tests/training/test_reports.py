@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ase_dist.config import Settings
+from ase_dist.data.dataset import RecordDataset
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.gating import Gates, dense
 from ase_dist.registries import GATINGS
@@ -78,7 +79,7 @@ def test_the_trainer_is_imported_without_matplotlib():
 def test_the_start_tables_say_how_experts_are_computed_and_why():
     options = {"num_experts": 64, "k": 2, "num_shared": 0, "num_tasks": 1, "gating": "topk"}
     layers = [MoEFFN(FFN(), **options) for _ in range(3)]
-    loader = SimpleNamespace(dataset=range(1))
+    loader = SimpleNamespace(dataset=RecordDataset("train", [PASCAL_TASKS["edge"]], ["one"], cache_in_memory=False))
     components = SimpleNamespace(
         settings=Settings(), tasks=[PASCAL_TASKS["edge"]], train_loader=loader, eval_loader=loader, total_steps=1,
         world=SimpleNamespace(size=1, device=torch.device("cpu")), config=SimpleNamespace(zero_stage=0),

@@ -52,9 +52,9 @@ def start_tables(components: RunComponents) -> str:
         ("steps", f"{components.total_steps} of {images} images"),
         ("output", str(settings.output)),
     ]
-    labelled = components.labelled_images
     if any(loader.dataset.absent for loader in (components.train_loader, components.eval_loader)):
-        rows[2:2] = [(f"labelled images, {split}", labelled_text(counts)) for split, counts in labelled.items()]
+        labelled = components.labelled_images.items()
+        rows[2:2] = [(f"labelled images, {split}", labelled_text(counts)) for split, counts in labelled]
     layers = [module for module in components.engine.module.modules() if isinstance(module, MoEFFN)]
     costs = Counter(filter(None, (layer.form_cost(world.device.type) for layer in layers)))
     forms = [("LoRA experts", f"{count} layers {cost.describe()}") for cost, count in costs.items()]
