@@ -31,7 +31,9 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
     """
     data = jobs[0].settings.data
     tasks = data.data_set.tasks
-    found = [_collect_variant(variant, [job for job in jobs if job.variant == variant.name]) for variant in variants]
+    found = [
+        _collect_variant(variant, [job for job in jobs if job.variant == variant.name], tasks) for variant in variants
+    ]
     by_name = {entry["name"]: entry for entry in found}
     for entry in found:
         reference = by_name[references[entry["name"]]]
@@ -52,7 +54,7 @@ def task_of(results: Mapping[str, Any], name: str) -> Task:
     return task
 
 
-def _collect_variant(variant: Variant, jobs: Sequence[StudyJob]) -> dict[str, Any]:
+def _collect_variant(variant: Variant, jobs: Sequence[StudyJob], tasks: Mapping[str, Task]) -> dict[str, Any]:
     """The entry of a variant. Where its tasks train separately, metrics merge, and sizes, FLOPs and times add up."""
     seeds = sorted({job.seed for job in jobs})
     complete = [seed for seed in seeds if all(job.is_done() for job in jobs if job.seed == seed)]
@@ -82,7 +84,7 @@ def _collect_variant(variant: Variant, jobs: Sequence[StudyJob]) -> dict[str, An
         "flops": {"forward": sum(f.forward for f in flops), "backward": sum(f.backward for f in flops)},
         "images_per_second": [1 / sum(1 / speed for speed in each) if all(each) else None for each in speeds],
         "memory_bytes": [max(summary["peak_memory_bytes"] or 0 for summary in of_seed) for of_seed in summaries],
-        **_over_training(done),
+        **_over_training(done, tasks),
     }
 
 
@@ -124,22 +126,31 @@ def _differences(
     return {name: asdict(paired_difference(*both)) for name, both in pairs.items()}
 
 
-def _over_training(jobs: Sequence[StudyJob]) -> dict[str, Any]:
-    """Curves by step of what all of the runs recorded: shared gates, gradient conflict, specialisation of the experts.
+def _over_training(jobs: Sequence[StudyJob], tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """Curves by step of what all of the runs recorded: scores, shared gates, gradient conflict, specialised experts.
 
     ``gate`` is the mean over layers and tasks, ``by_task`` that over layers, ``by_layer`` that over tasks, these two
     averaged over seeds too.
     """
     records = [read_metrics(job.run.metrics) for job in jobs]
     found: dict[str, Any] = {}
+    evaluations = [{line["step"]: line["metrics"] for line in lines if line["kind"] == "eval"} for lines in records]
+    names = list(dict.fromkeys(task for of_run in evaluations for metrics in of_run.values() for task in metrics))
+    steps = sorted(set.intersection(*map(set, evaluations))) if evaluations else []
+    if len(steps) > 1 and all(set(of_run[step]) == set(names) for of_run in evaluations for step in steps):
+        scores = {
+            name: [[of_run[step][name][tasks[name].metric] for of_run in evaluations] for step in steps]
+            for name in names
+        }
+        found["scores"] = {"steps": steps, "by_task": scores}
     gates = [_frames(lines, "shared_gate") for lines in records]
     if gates and all(gates):
         steps = _common_steps(gates)
         mean_sLt = np.stack([np.mean([frames[step] for frames in gates], axis=0) for step in steps])
-        names = next(line["tasks"] for line in records[0] if line["kind"] == "run")
+        of_model = next(line["tasks"] for line in records[0] if line["kind"] == "run")
         found["shared_gate"] = {
             **_by_step(gates, "gate"),
-            "by_task": dict(zip(names, mean_sLt.mean(axis=1).T.tolist(), strict=True)),
+            "by_task": dict(zip(of_model, mean_sLt.mean(axis=1).T.tolist(), strict=True)),
             "by_layer": mean_sLt.mean(axis=2).T.tolist(),
         }
     shares, cosines = ([_frames(lines, key) for lines in records] for key in ("conflicting", "cosines_by_layer"))

@@ -15,6 +15,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from ase_dist.evaluation.seeds import mean_and_spread
+from ase_dist.study.collect import task_of
 from ase_dist.training.record.plots import COLORS, DPI, STYLE
 
 Variants = Sequence[Mapping[str, Any]]
@@ -30,6 +31,7 @@ def draw(results: Mapping[str, Any], *, title: str, axis: str) -> dict[str, byte
     plots: dict[str, Callable[[], Figure | None]] = {
         "gains": lambda: _lines(done, "delta_m", title, axis, "Delta_m, %") if numbered else _bars(done, title),
         "speed": lambda: _lines(done, "images_per_second", title, axis, "training images/s") if numbered else None,
+        "scores": lambda: _scores(done, results),
         "shared_gate": lambda: _curves(done, "shared_gate", "gate", "mean gate of the shared experts"),
         "conflict": lambda: _curves(done, "conflict", "conflicting", "share of task pairs in conflict"),
         "cosine": lambda: _curves(done, "conflict", "cosine", "mean cosine between tasks' gradients"),
@@ -101,6 +103,27 @@ def _lines(variants: Variants, key: str, title: str, axis: str, ylabel: str) -> 
     ax.set_xticks(xs, [f"{x:g}" for x in xs])
     ax.set(xlabel=axis, ylabel=ylabel, title=title)
     ax.legend()
+    return figure
+
+
+def _scores(variants: Variants, results: Mapping[str, Any]) -> Figure | None:
+    """The tasks' metrics over the steps, a panel per task, a line per variant: mean over seeds, range as a band."""
+    shown = [variant for variant in variants if variant.get("scores")]
+    if not shown:
+        return None
+    names = [name for name in results["tasks"] if any(name in variant["scores"]["by_task"] for variant in shown)]
+    figure = Figure(figsize=(1.0 + 3.0 * len(names), 3.4), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(names)))
+    for ax, name in zip(panels, names, strict=True):
+        for variant, color in zip(shown, cycle(COLORS), strict=False):
+            if name in variant["scores"]["by_task"]:
+                steps = variant["scores"]["steps"]
+                values = np.array(variant["scores"]["by_task"][name], dtype=float)
+                ax.plot(steps, values.mean(axis=1), color=color, marker=".", label=variant["label"])
+                ax.fill_between(steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.12, linewidth=0)
+        task = task_of(results, name)
+        ax.set(xlabel="step", title=f"{task.title}, {task.metric_title}")
+    panels[-1].legend()
     return figure
 
 

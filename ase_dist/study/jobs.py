@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,16 @@ UNCOMPARED = ("output", "resume", "train.threads", "train.bf16")
 
 @dataclass(frozen=True)
 class StudyJob:
-    """One training run of a variant; a variant whose tasks train separately has one per task and seed."""
+    """One training run of a variant; a variant whose tasks train separately has one per task and seed.
+
+    It starts from ``export`` of the job ``after``, where there is one.
+    """
 
     variant: str
     seed: int
     settings: Settings
     out: Path
+    after: StudyJob | None = None
 
     @property
     def folder(self) -> Path:
@@ -53,6 +56,11 @@ class StudyJob:
     def name(self) -> str:
         """Variant, seed and, for a run of a single task, the task."""
         return self.folder.relative_to(self.out / "runs").as_posix()
+
+    @property
+    def export(self) -> Path:
+        """Where the export is that other jobs start from."""
+        return self.out / "exports" / self.name
 
     @property
     def config(self) -> Path:
@@ -95,22 +103,45 @@ def jobs_of(
             raise UserError(f"{key}: in a study {option} decides it; give that instead")
     fixed = {"train.max_steps": preset.steps, "train.epochs": None}
     base = override_settings(load_settings(preset.config), {**preset.changes, **fixed, **given})
+    before = {variant.after.name: variant.after for variant in variants if variant.after is not None}
     settings: dict[str, Settings] = {}
-    for variant in variants:
+    for variant in (*before.values(), *variants):
         tree = base.model_dump(mode="json")
         apply_baseline(tree, variant.baseline, lr=base.train.lr, output=base.output)
         settings[variant.name] = override_settings(build_settings(tree), _own_changes(variant, preset))
     _report_replaced(given, settings, variants, preset)
-    jobs = []
-    for seed, variant in product(range(seeds), variants):
-        chosen = settings[variant.name]
-        tasks = tuple(task.name for task in chosen.chosen_tasks())
-        folder = out / "runs" / variant.name / f"seed_{seed}"
-        separate = find_baseline(variant.baseline).separate
-        for run, names in {folder / name: (name,) for name in tasks}.items() if separate else [(folder, tasks)]:
-            own = override_settings(chosen, {"seed": seed, "output": run, "tasks": names})
-            jobs.append(StudyJob(variant.name, seed, own, out))
+    jobs: list[StudyJob] = []
+    for seed in range(seeds):
+        first = {name: _job(variant, seed, settings[name], out) for name, variant in before.items()}
+        jobs += first.values()
+        for variant in variants:
+            chosen = settings[variant.name]
+            if variant.after is not None:
+                job = first[variant.after.name]
+                jobs.append(
+                    _job(variant, seed, override_settings(chosen, {"model.init_from": str(job.export)}), out, job)
+                )
+            elif find_baseline(variant.baseline).separate:
+                jobs += [_job(variant, seed, chosen, out, alone=task.name) for task in chosen.chosen_tasks()]
+            else:
+                jobs.append(_job(variant, seed, chosen, out))
     return jobs
+
+
+def _job(
+    variant: Variant,
+    seed: int,
+    settings: Settings,
+    out: Path,
+    after: StudyJob | None = None,
+    *,
+    alone: str | None = None,
+) -> StudyJob:
+    """The run of one seed, of the task ``alone`` where it has one."""
+    names = [task.name for task in settings.chosen_tasks()] if alone is None else [alone]
+    folder = out / "runs" / variant.name / f"seed_{seed}" / (alone or "")
+    own = {"seed": seed, "output": folder, "tasks": names}
+    return StudyJob(variant.name, seed, override_settings(settings, own), out, after)
 
 
 def _own_changes(variant: Variant, preset: Preset) -> dict[str, Any]:

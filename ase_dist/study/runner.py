@@ -20,6 +20,7 @@ from types import FrameType
 
 from ase_dist.config import to_yaml
 from ase_dist.cores import share_of_cores
+from ase_dist.deployment.export import export_run
 from ase_dist.errors import UserError
 from ase_dist.files import open_regular, write_atomic
 from ase_dist.study.jobs import StudyJob
@@ -54,6 +55,7 @@ class Runner:
     def __init__(self, jobs: Sequence[StudyJob], slots: Slots, *, keep_checkpoints: bool = False) -> None:
         self.slots, self.keep_checkpoints = slots, keep_checkpoints
         self.total = len(jobs)
+        self._exported = {job.after.name for job in jobs if job.after is not None}
         self.waiting = [job for job in jobs if not job.is_done()]
         self.running: list[_Running] = []
         self.failed: list[str] = []
@@ -75,10 +77,38 @@ class Runner:
     def _start(self) -> None:
         free = [slot for slot in range(self.slots.jobs) if slot not in {running.slot for running in self.running}]
         for slot in free:
-            if self.waiting and not self.stopped:
-                running = _Running(self.waiting.pop(0), slot, self.slots)
-                self.running.append(running)
-                LOGGER.info("start %s (log: %s)", running.name, running.log)
+            job = None if self.stopped else self._next()
+            if job is None:
+                return
+            self.waiting.remove(job)
+            if job.after is not None and not self._export(job.after):
+                self.failed.append(job.name)
+                LOGGER.error("failed %s, which starts from %s", job.name, job.after.name)
+                continue
+            running = _Running(job, slot, self.slots)
+            self.running.append(running)
+            LOGGER.info("start %s (log: %s)", running.name, running.log)
+
+    def _next(self) -> StudyJob | None:
+        """The first job that waits for no other."""
+        unfinished = {job.name for job in self.waiting} | {running.name for running in self.running}
+        return next((job for job in self.waiting if job.after is None or job.after.name not in unfinished), None)
+
+    def _export(self, job: StudyJob) -> bool:
+        """Whether the job's export is there, made now if need be; its checkpoints are then no longer needed."""
+        if not job.export.is_dir():
+            try:
+                job.export.parent.mkdir(parents=True, exist_ok=True)
+                export_run(job.folder, job.export)
+            except UserError as error:
+                LOGGER.error("%s: %s", job.name, error)
+                return False
+        self._drop_checkpoints(job)
+        return True
+
+    def _drop_checkpoints(self, job: StudyJob) -> None:
+        if not self.keep_checkpoints:
+            shutil.rmtree(job.run.checkpoints, ignore_errors=True)
 
     def _collect_ended(self) -> None:
         for running in [running for running in self.running if running.process.poll() is not None]:
@@ -89,8 +119,8 @@ class Runner:
                 each = (now - self._began) / self._finished  # seconds, over the runs finished in this start
                 left = f"; {rest} to go, about {clock(each * rest)}" if rest else ""
                 LOGGER.info("done  %s in %s%s", running.name, clock(now - running.began), left)
-                if not self.keep_checkpoints:
-                    shutil.rmtree(running.job.run.checkpoints, ignore_errors=True)
+                if running.name not in self._exported:
+                    self._drop_checkpoints(running.job)
             elif not self.stopped:
                 self.failed.append(running.name)
                 code = running.process.returncode

@@ -16,7 +16,8 @@ class Variant:
     """One line of a study's table: a baseline, with ``changes`` of settings by dotted key.
 
     ``tasks`` are all of the data set where None; ``x`` is the position on the study's axis, where that has numbers;
-    variants of one ``group`` are joined by a line or have one colour.
+    variants of one ``group`` are joined by a line or have one colour. A run starts from the export of that of ``after``
+    with the same seed, where there is one.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Variant:
     tasks: tuple[str, ...] | None = None
     x: float | None = None
     group: str = ""
+    after: Variant | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,17 @@ def _evidence(preset: Preset) -> list[Variant]:
     return [
         _of_baseline(name, changes=measured if baselines()[name].model["moe"].get("num_shared") else {})
         for name in EVIDENCE
+    ]
+
+
+def _transition(preset: Preset) -> list[Variant]:
+    """From one task to all: the first tenth of a run whose backbone was tuned to the first task of the pair before."""
+    first = Variant("first_task", f"MTL-ViT on {preset.pair[0]} alone", "mtl_vit", tasks=preset.pair[:1])
+    steps = max(1, preset.steps // 10)
+    changes = {"train.max_steps": steps, "train.schedule": "constant", "eval.every": max(1, steps // 5)}
+    return [
+        _of_baseline(name, changes=changes, after=first)
+        for name in ("lora_moe_16_4_0_4", "naive_16_3_1_4", "ase_16_3_1_4")
     ]
 
 
@@ -190,6 +203,7 @@ STUDIES: dict[str, Study] = {
         heat_map="ase_16_3_1_4_all",
     ),
     "evidence": Study("Shared experts, naive and adaptive", _evidence, ("lora_moe_16_4_0_4",), heat_map="ase_16_3_1_4"),
+    "transition": Study("From one task to all", _transition, ("lora_moe_16_4_0_4",), heat_map="ase_16_3_1_4"),
     "topk": Study("Active experts", _topk, ("lora_moe_k3",), axis="routed experts active per token, k"),
     "fine_grained": Study(
         "Finer experts",

@@ -1,6 +1,7 @@
 """Every study at toy size: all of its variants run, once, and its table, CSV and plots show them."""
 
 import csv
+import dataclasses
 import json
 import logging
 
@@ -12,7 +13,7 @@ from ase_dist.baselines import find_baseline
 from ase_dist.commands import study
 from ase_dist.study.jobs import jobs_of
 from ase_dist.study.run import run_study
-from ase_dist.study.runner import Slots
+from ase_dist.study.runner import Runner, Slots
 from ase_dist.study.variants import STUDIES
 
 pytestmark = pytest.mark.single_gpu
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.single_gpu
 SOME = {  # where all variants would take long and say nothing more
     "table1": ["stl_resnet18", "cross_stitch", "mtan", "nddr_cnn", "stl_vit", "mtl_vit", "mtl_vit_lora",
                "naive_16_3_1_4", "ase_16_3_1_4", "m3vit_ffn", "mod_squad_ffn"],
+    "transition": ["naive_16_3_1_4"],
     "evidence": ["lora_moe_16_4_0_4", "naive_16_3_1_4", "ase_64_12_4_1"],
     "topk": ["lora_moe_k3", "lora_moe_k7", "ase_k3", "ase_k7"],
     "router_cost": ["n16", "n256"],
@@ -35,7 +37,7 @@ def test_a_study_runs_and_shows_its_variants(name, toy, in_process, tmp_path):
     results = json.loads((out / "results.json").read_text())
     variants = results["variants"]
     assert [v["name"] for v in variants] == (only or [v.name for v in STUDIES[name].variants(toy)]) or only
-    assert {v["name"] for v in variants} == {n.split("/")[0] for n in in_process}
+    assert {v["name"] for v in variants} == {n.split("/")[0] for n in in_process} - {"first_task"}
     assert all(v["seeds"] == [0] and not v["missing"] and v["flops"]["forward"] > 0 for v in variants)
     assert all(set(v["metrics"]) <= {"semseg", "edge", "normals"} and v["parameters"]["trained"] > 0 for v in variants)
     references = {v["reference"] for v in variants}
@@ -50,11 +52,15 @@ def test_a_study_runs_and_shows_its_variants(name, toy, in_process, tmp_path):
 
 def test_conflict_and_shared_gates_are_collected(toy, in_process, tmp_path):
     out = tmp_path / "out"
-    run_study("naive_vs_ase", data="toy", seeds=2, out=out, only=["ase_16_3_1_4_pair"], slots=Slots())
+    only, often = ["ase_16_3_1_4_pair"], ["eval.every=2"]
+    run_study("naive_vs_ase", data="toy", seeds=2, out=out, only=only, slots=Slots(), overrides=often)
     lora, ase = json.loads((out / "results.json").read_text())["variants"]
     assert "conflict" not in lora and "shared_gate" not in lora
     assert ase["conflict"]["steps"] == [1, 2, 3] and len(ase["conflict"]["cosine"][0]) == 2
     assert all(0 < gate < 1 for values in ase["shared_gate"]["gate"] for gate in values)
+    assert (
+        ase["scores"]["steps"][-1] == 3 and ase["scores"]["by_task"]["semseg"][-1] == ase["metrics"]["semseg"]["miou"]
+    )
     gates = ase["shared_gate"]
     assert set(gates["by_task"]) == {"semseg", "edge"} and len(gates["by_layer"]) == 2
     by_task, by_layer = (np.mean(list(lines), axis=0) for lines in (gates["by_task"].values(), gates["by_layer"]))
@@ -73,8 +79,21 @@ def test_conflict_and_shared_gates_are_collected(toy, in_process, tmp_path):
         "shared_gate_by_task.png",
         "shared_gate_by_layer.png",
     }
-    assert drawn >= {"task_information.png", "task_overlap.png"}
+    assert drawn >= {"scores.png", "task_information.png", "task_overlap.png"}
     assert set(ase["metrics"]) == {"semseg", "edge"}
+
+
+def test_the_runs_of_a_transition_start_from_the_export_of_a_run_of_one_task(toy, in_process, tmp_path):
+    out, toy = tmp_path / "out", dataclasses.replace(toy, steps=20)
+    variants = [v for v in STUDIES["transition"].variants(toy) if not v.name.startswith("lora")]
+    jobs = jobs_of(variants, toy, seeds=1, out=out)
+    runner = Runner(jobs[::-1], Slots())  # whatever the order, the one that others start from comes first
+    assert runner.run() == []
+    assert in_process[0] == "first_task/seed_0" and len(in_process) == 3
+    assert all("took the backbone" in (job.folder / "train.log").read_text() for job in jobs[1:])
+    assert not (jobs[0].run.checkpoints).exists() and jobs[0].export.is_dir()
+    assert [job.settings.train.max_steps for job in jobs] == [20, 2, 2]
+    assert Runner(jobs_of(variants, toy, seeds=1, out=out), Slots()).waiting == []
 
 
 def test_what_is_done_is_skipped_and_what_differs_is_refused(toy, in_process, tmp_path):
