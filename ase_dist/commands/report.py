@@ -1,4 +1,4 @@
-"""Make one self-contained HTML page of a run or a study: readable offline, on a phone and on paper."""
+"""Make one self-contained HTML page of a run or a study, or of several runs compared: readable offline."""
 
 from __future__ import annotations
 
@@ -7,20 +7,39 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ase_dist.commands.cli import command_parser, path, run_command
+from ase_dist.commands.cli import command_parser, path, path_or_name, run_command
+from ase_dist.errors import UserError
 from ase_dist.printable import log_messages
 
 EPILOG = """examples:
   python launch/report.py runs/scenes
   python launch/report.py studies/table1_scenes --out table1.html
+  python launch/report.py runs/scenes runs/scenes_mtl_vit_lora --out compared.html
 """
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
     p = command_parser("report", description=__doc__, epilog=EPILOG)
-    p.add_argument("folder", type=path, metavar="RUN_OR_STUDY", help="the output folder of a run or of a study")
-    p.add_argument("--out", type=path, metavar="FILE.html", help="where to write it (default: report.html in there)")
+    p.add_argument(
+        "folders",
+        type=path,
+        nargs="+",
+        metavar="RUN_OR_STUDY",
+        help="the output folder of a run or a study; of runs several",
+    )
+    p.add_argument(
+        "--out",
+        type=path,
+        metavar="FILE.html",
+        help="where to write it (default: report.html in there; several: needed)",
+    )
+    p.add_argument(
+        "--reference",
+        type=path_or_name,
+        metavar="WHICH",
+        help="what gains are relative to: one of the runs (default: the first), or anything that evaluate takes",
+    )
     return p
 
 
@@ -30,9 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_messages(sys.stdout)
 
     def make_report() -> int:
-        from ase_dist.report.page import write_report
+        from ase_dist.report.page import write_comparison, write_report
 
-        out = write_report(arguments.folder, arguments.out)
+        if len(arguments.folders) == 1 and arguments.reference is None:
+            out = write_report(arguments.folders[0], arguments.out)
+        elif arguments.out is None:
+            raise UserError("--out: wanted the file for the page that compares the runs, such as --out compared.html")
+        else:
+            out = write_comparison(arguments.folders, arguments.out, reference=arguments.reference)
         logging.info("%s, %.1f MB", out, out.stat().st_size / 1e6)
         return 0
 

@@ -1,4 +1,4 @@
-"""Writes the page of a run's or a study's folder, with rules that keep the page from loading or running anything else.
+"""Writes the page of a run, a study, or runs compared, with rules that keep it from loading or running anything else.
 
 The page loads nothing: its Content-Security-Policy allows pictures that are part of it, and the one style sheet and
 the one script whose hashes it names, so that text from a log or a file name could not run even if it got in as markup.
@@ -10,6 +10,7 @@ import base64
 import functools
 import hashlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ase_dist.files import write_atomic
 from ase_dist.overwriting import contains, refuse_foreign
 from ase_dist.printable import printable
 from ase_dist.report import text
+from ase_dist.report.compare_page import comparison_content
 from ase_dist.report.run_page import run_content
 from ase_dist.report.study_page import is_study, study_content
 from ase_dist.training.record.run_folder import RunFolder
@@ -41,7 +43,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     """
     folder = Path(folder)
     out = RunFolder(folder).report if out is None else Path(out)
-    refuse_foreign([out], is_own=contains(PAGE_MARK), option="--out")
+    _refuse_foreign_page(out)
     if is_study(folder):
         template, content = "study.html", study_content(folder.absolute(), out=out.absolute())
     elif RunFolder(folder).looks_used():
@@ -50,6 +52,25 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
         problem = "there is no such folder" if not folder.is_dir() else "it has none of the files that either leaves"
         name = str(folder.absolute())
         raise UserError(f"{name!r} is neither a run's folder nor a study's: {problem}; name the output of a run")
+    return _write(out, template, content)
+
+
+def write_comparison(folders: Sequence[str | Path], out: str | Path, *, reference: str | None = None) -> Path:
+    """Write the page that compares the runs in ``folders`` to ``out``; the file. See ``comparison_content``.
+
+    Raises UserError where no run is there to be compared, and as ``write_report``.
+    """
+    out = Path(out)
+    _refuse_foreign_page(out)
+    content = comparison_content([Path(folder) for folder in folders], reference=reference, out=out.absolute())
+    return _write(out, "compare.html", content)
+
+
+def _refuse_foreign_page(out: Path) -> None:
+    refuse_foreign([out], is_own=contains(PAGE_MARK), option="--out")
+
+
+def _write(out: Path, template: str, content: dict[str, Any]) -> Path:
     try:
         write_atomic(out, render(template, content))
     except OSError as error:

@@ -10,15 +10,13 @@ from ase_dist.image_size import ImageSize
 from ase_dist.report import curves, listing
 from ase_dist.report.heatmaps import draw_matrix, heat_maps, short
 from ase_dist.report.images import Candidate, make_album
-from ase_dist.report.outcome import outcome, settle_ranks
-from ase_dist.report.ranks import RankReport, read_ranks
-from ase_dist.report.reading import Reader
+from ase_dist.report.ranks import RankReport
 from ase_dist.report.results import class_colors, gains, other_metrics, result_rows
-from ase_dist.report.settings import read_settings, settings_sections
+from ase_dist.report.run_files import read_run_files
+from ase_dist.report.settings import settings_sections
 from ase_dist.report.text import DASH, many, plural, significant, size
 from ase_dist.training.record.console import clock
-from ase_dist.training.record.environment import harmless_environment
-from ase_dist.training.record.records import Records, branch, number, reach, texts
+from ase_dist.training.record.records import Records, branch, number, texts
 from ase_dist.training.record.run_folder import RunFolder
 
 MOST_RANKS = 64  # rows of the table of ranks
@@ -26,23 +24,16 @@ MOST_RANKS = 64  # rows of the table of ranks
 
 def run_content(run: RunFolder) -> dict[str, Any]:
     """What the template ``run.html`` shows."""
-    name, reader = run.path.name, Reader()
-    summary, environment = reader.json(run.summary), harmless_environment(reader.json(run.environment))
-    settings = reader.parsed(run.config, read_settings) or {}
-    records = _records(reader.metrics(run.metrics), summary)
-    ranks = read_ranks(run, records)
-    total = summary.get("total_steps") or reach(settings, "train", "max_steps")[1]
-    total = total if isinstance(total, int) else None
-    result = outcome(records, summary, ranks, total=total)
-    settle_ranks(ranks, result)
+    files, name = read_run_files(run), run.path.name
+    summary, environment, settings, records = files.summary, files.environment, files.settings, files.records
     rows, matrix = result_rows(records), curves.last_matrix(records)
     return {
         # after the name of the variant where it is a seed of a study
         "title": f"{run.path.parent.name}, {name}" if name.startswith("seed_") else name,
         "about": _about(settings, records),
-        "outcome": result,
-        "problems": reader.problems,
-        "facts": _facts(summary, settings, environment, records, total),
+        "outcome": files.outcome,
+        "problems": files.problems,
+        "facts": _facts(summary, settings, environment, records, files.total),
         "rows": rows,
         "gain": gains(rows),
         "evaluated_at": [int(record["step"]) for record in records.of_kind("eval")],
@@ -59,7 +50,7 @@ def run_content(run: RunFolder) -> dict[str, Any]:
         "sections": settings_sections(settings) if settings else [],
         "environment": _environment(environment),
         "starts": [(int(r["step"]), r.get("world"), texts(r.get("changed"))) for r in records.of_kind("run")],
-        **_ranks(ranks, records, settings),
+        **_ranks(files.ranks, records, settings),
         "files": listing.list_files(run.path),
         "checkpoints": listing.list_checkpoints(run.checkpoints),
         "commands": listing.commands(run, environment),
@@ -76,23 +67,6 @@ def prediction_candidates(run: RunFolder, *, label: str = "") -> list[Candidate]
         caption = path.stem if step is None else f"Step {step:,}"
         found.append((order, Candidate(path, f"{label}{caption}")))
     return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
-
-
-def _records(lines: list[dict[str, Any]], summary: Mapping[str, Any]) -> Records:
-    """The lines of metrics.jsonl; where they have no evaluation, the summary's is added."""
-    if not any(line["kind"] == "eval" for line in lines) and isinstance(summary.get("metrics"), dict):
-        step = summary.get("metrics_step")
-        names = list(summary["metrics"])
-        if not lines:
-            lines = [{"kind": "run", "step": 0, "tasks": names, "data": summary.get("data", "")}]
-        lines.append(
-            {
-                "kind": "eval",
-                "step": step if isinstance(step, int) else 0,
-                **{key: summary.get(key) for key in ("metrics", "trivial")},
-            }
-        )
-    return Records(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

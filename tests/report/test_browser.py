@@ -1,4 +1,4 @@
-"""Both pages in a headless Chromium: no errors, pictures loaded, slider, enlarging, a phone's width, both themes.
+"""All pages in a headless Chromium: no errors, pictures loaded, slider, enlarging, a phone's width, both themes.
 
 Skipped where there is no Chromium or Chrome with its driver (Debian: chromium and chromium-driver).
 """
@@ -8,8 +8,9 @@ import shutil
 
 import pytest
 
-from ase_dist.report.page import write_report
+from ase_dist.report.page import write_comparison, write_report
 from tests.report.conftest import STEPS, write_run, write_study
+from tests.report.test_compare_page import make_runs
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -62,9 +63,11 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
-@pytest.fixture(scope="module", params=[write_run, write_study], ids=["run", "study"])
+@pytest.fixture(scope="module", params=[write_run, write_study, make_runs], ids=["run", "study", "comparison"])
 def page(request, tmp_path_factory):
-    return write_report(request.param(tmp_path_factory.mktemp("pages") / "folder"))
+    folder = tmp_path_factory.mktemp("pages") / "folder"
+    made = request.param(folder)
+    return write_comparison(made, folder / "compared.html") if isinstance(made, list) else write_report(made)
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +181,17 @@ def test_a_chart_answers_with_the_nearest_value(browser, run_page):
         return [...told, latest, value.textContent];
     """)  # fmt: skip
     assert found == ["10.00", "step 0", "16.00", "16.00"]
+
+
+def test_a_chart_of_several_runs_answers_with_the_value_of_each(browser, tmp_path):
+    show(browser, write_comparison(make_runs(tmp_path), tmp_path / "compared.html"))
+    told = run(browser, """
+        const figure = document.querySelector("#curves .chart"), svg = figure.querySelector("svg");
+        const box = svg.getBoundingClientRect();
+        svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + 1, clientY: box.top + 9}));
+        return figure.querySelector(".note").textContent;
+    """)  # fmt: skip
+    assert told == "step 0: first 10.00, second 12.50"
 
 
 def test_a_link_into_the_table_opens_the_fold(browser, tmp_path):
