@@ -31,7 +31,7 @@ from ase_dist.description import DataSetDescription, described, find_description
 from ase_dist.errors import UserError, did_you_mean, first_problem
 from ase_dist.files import expand_user, read_text
 from ase_dist.image_size import ImageSize
-from ase_dist.registries import GATINGS, HEADS
+from ase_dist.registries import AUGMENTATIONS, GATINGS, HEADS
 from ase_dist.tasks import DATA_SETS, DataSet, Task, find_data_set, select_tasks
 
 LOGGER = logging.getLogger("ase_dist")
@@ -45,6 +45,7 @@ ALIASES = {
     "data.val_images": "data.scenes.val_images",
     "data.scene_size": "data.scenes.size",
     "data.scene_seed": "data.scenes.seed",
+    "data.augment": "data.augmentation",
     "train.betas": "train.adam.betas",
     "train.eps": "train.adam.eps",
     "train.poly_power": "train.poly.power",
@@ -68,6 +69,13 @@ SizeSetting = Annotated[
     typed_yaml.WrittenAs(int | tuple[int, int]),
 ]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _preset_of(value: Any) -> Any:
+    """The preset that ``data.augment`` (true or false, before presets) meant; any other value as it is."""
+    if str(value).lower() in ("true", "yes", "on"):
+        return "astmt"
+    return "none" if str(value).lower() in ("false", "no", "off") else value
 
 
 class Section(BaseModel):
@@ -99,7 +107,9 @@ class DataSettings(Section):
         ImageSize(224, 224), description="pixels that the model sees: a square's side, or height x width as 448x576"
     )
     partial: bool = Field(False, description="accept images that have no label files of some of the tasks")
-    augment: bool = Field(True, description="scale, crop, flip and recolour training images at random")
+    augmentation: Annotated[str, BeforeValidator(_preset_of), AfterValidator(AUGMENTATIONS.checked)] = Field(
+        "eigen", description="what training images are changed by at random: eigen, astmt, atrc, mtan or none"
+    )
     workers: int = Field(0, ge=0, description="loader processes per rank; 0 loads in the training process")
     cache_in_memory: bool = Field(False, description="keep decoded images and labels after their first reading")
     limit_train: int | None = Field(None, ge=1, description="use only the first images of the training list")
@@ -290,7 +300,7 @@ ON_RESUME: dict[str, OnResume] = {
     "data.description": "refused",  # or listed, by its own keys: ``description.differences``
     "data.size": "refused",
     "data.partial": "listed",
-    "data.augment": "listed",
+    "data.augmentation": "listed",
     "data.workers": "listed",
     "data.cache_in_memory": "listed",
     "data.scenes.train_images": "refused",

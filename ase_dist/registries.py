@@ -1,7 +1,8 @@
-"""What settings choose by name: heads and gating modes. One line adds one, and nothing is imported before it is used.
+"""What settings choose by name: heads, gating modes and augmentations.
 
-The names are known without torch, so that a wrong one is told at once. A program may add its own before it reads
-settings, ``HEADS["mine"] = MyHead``; tasks and data sets have their tables in ``ase_dist.tasks``.
+One line adds one, and nothing is imported before it is used. The names are known without torch, so that a wrong one is
+told at once. A program may add its own before it reads settings, ``HEADS["mine"] = MyHead``; tasks and data sets have
+their tables in ``ase_dist.tasks``.
 """
 
 from __future__ import annotations
@@ -75,5 +76,15 @@ GATINGS: Registry[Any] = Registry(  # an ase_dist.moe.gating.GatingMode each
         "renormalised": "ase_dist.moe.gating:renormalised",
         "separate": "ase_dist.moe.gating:separate",
         "dense": "ase_dist.moe.gating:dense",
+    }
+)
+
+AUGMENTATIONS: Registry[Any] = Registry(  # an ase_dist.data.augmentation.Augmentation each
+    {
+        "eigen": "ase_dist.data.augmentation:EIGEN",
+        "astmt": "ase_dist.data.augmentation:ASTMT",
+        "atrc": "ase_dist.data.augmentation:ATRC",
+        "mtan": "ase_dist.data.augmentation:MTAN",
+        "none": "ase_dist.data.augmentation:NONE",
     }
 )

@@ -130,7 +130,7 @@ def _measure(sides: dict[str, Side], repeats: int) -> list[Row]:
 
 def _pass(whole: RecordDataset, bare: RecordDataset) -> tuple[float, ...]:
     """Milliseconds per image: a sample, and of it the image's part, the labels' and the augmentation's."""
-    transform = Transform(SIZE, tasks=whole.tasks, augment=True)
+    transform = Transform(SIZE, tasks=whole.tasks, augmentation="astmt")
     count = len(whole)
     sample = _timed(lambda i: transform.train_sample(whole[i], seed=0, epoch=0), count)
     record = _timed(lambda i: whole[i], count)

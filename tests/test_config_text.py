@@ -26,7 +26,7 @@ from ase_dist.config import (
 
 pytestmark = pytest.mark.single_gpu
 
-NAMES = ("data.name", "model.head", "model.moe.gating")  # text that must be one of a table
+NAMES = ("data.name", "data.augmentation", "model.head", "model.moe.gating")  # text that must be one of a table
 PATHS = ("output", "data.root")
 PATHS_OR_NAMES = ("model.pretrained", "model.init_from", "resume")
 TEXTS = ("model.backbone", "monitor.project")
@@ -219,12 +219,12 @@ def test_no_number_has_the_names_that_people_give_it(text):
     ("text", "wanted"), [("yes", True), ("no", False), ("on", True), ("off", False), ("True", True), ("false", False)]
 )
 def test_switches_take_the_words_of_yaml(text, wanted, tmp_path):
-    (tmp_path / "c.yaml").write_text(f"data: {{augment: {text}}}\ntrain: {{bf16: {text}}}\n")
+    (tmp_path / "c.yaml").write_text(f"data: {{cache_in_memory: {text}}}\ntrain: {{bf16: {text}}}\n")
     for tree in (
-        load_settings(None, [f"data.augment={text}", f"train.bf16={text}"]),
+        load_settings(None, [f"data.cache_in_memory={text}", f"train.bf16={text}"]),
         load_settings(tmp_path / "c.yaml"),
     ):
-        assert tree.data.augment is wanted and tree.train.bf16 is wanted
+        assert tree.data.cache_in_memory is wanted and tree.train.bf16 is wanted
 
 
 def test_only_null_means_no_folder_and_a_folder_of_that_name_can_be_named():

@@ -42,20 +42,23 @@ def ignored_label(kind: Kind, shape: tuple[int, int]) -> Array:
     return np.full(full, ignored_value(kind), dtype=dtype)
 
 
-def label_tensor(kind: Kind, compact: Array, *, turn: Array | None = None) -> Tensor:
-    """The tensor of ``tasks.py``'s table for a compact label; ``turn`` [2, 2] is applied to (x, y) of normals.
+def label_tensor(kind: Kind, compact: Array, *, turn: Array | None = None, zoom: float = 1.0) -> Tensor:
+    """The tensor of ``tasks.py``'s table for a compact label; ``turn`` and ``zoom`` as ``normals_from_codes``.
 
     It never shares memory with ``compact``, which may be kept for the next epoch.
     """
     if kind == "normals":
-        return torch.from_numpy(normals_from_codes(compact, turn=turn))
+        return torch.from_numpy(normals_from_codes(compact, turn=turn, zoom=zoom))
     if kind == "depth":
         return torch.from_numpy(compact[None].copy())
     return torch.from_numpy(compact.copy())
 
 
-def normals_from_codes(codes_HW3: Array, *, turn: Array | None = None) -> Array:
-    """Unit vectors float32 [3, H, W], zero where the code stands for the zero vector."""
+def normals_from_codes(codes_HW3: Array, *, turn: Array | None = None, zoom: float = 1.0) -> Array:
+    """Unit vectors float32 [3, H, W], zero where the code stands for the zero vector.
+
+    ``turn`` [2, 2] is applied to their (x, y); z is multiplied by ``zoom``, and they are made unit vectors again.
+    """
     n = codes_HW3.transpose(2, 0, 1).astype(np.float32, order="C")
     n *= np.float32(2 / 255)
     n -= np.float32(1)
@@ -67,6 +70,9 @@ def normals_from_codes(codes_HW3: Array, *, turn: Array | None = None) -> Array:
     if turn is not None:
         (a, b), (c, d) = turn.astype(np.float32)
         n[0], n[1] = a * n[0] + b * n[1], c * n[0] + d * n[1]
+    if zoom != 1:
+        n[2] *= np.float32(zoom)
+        n /= np.sqrt(np.square(n).sum(0)).clip(min=np.float32(1e-6))  # zero vectors stay zero
     return n
 
 

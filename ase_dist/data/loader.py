@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -30,6 +31,7 @@ __all__ = [
     "open_dataset",
 ]
 
+LOGGER = logging.getLogger("ase_dist")
 Split = Literal["train", "val"]
 
 
@@ -158,7 +160,13 @@ def build_train_loader(
     sampler = ResumableSampler(
         len(dataset), batch_size=settings.train.batch_size, rank=rank, world_size=world_size, seed=settings.seed
     )
-    transform = Transform(settings.data.size, tasks=tasks, augment=settings.data.augment)
+    transform = Transform(settings.data.size, tasks=tasks, augmentation=settings.data.augmentation)
+    if rank == 0 and any(task.kind == "normals" for task in tasks) and not transform.augmentation.zooms_normals:
+        LOGGER.info(
+            "data.augmentation=%s leaves normals as they are where it zooms, as its published protocol does; with "
+            "eigen they agree with depth",
+            settings.data.augmentation,
+        )
     fetch = _TrainFetch(dataset, transform, seed=settings.seed)
     prefetcher = Prefetcher(fetch, plan=sampler.upcoming, workers=settings.data.workers, device=device)
     return TrainLoader(dataset, sampler, prefetcher)
@@ -203,7 +211,7 @@ def _eval_loader(
 ) -> EvalLoader:
     batch_size = settings.eval.batch_size or settings.train.batch_size
     sampler = EvalSampler(len(images), batch_size=batch_size, rank=rank, world_size=world_size)
-    fetch = _EvalFetch(dataset, Transform(settings.data.size, tasks=dataset.tasks, augment=False), images)
+    fetch = _EvalFetch(dataset, Transform(settings.data.size, tasks=dataset.tasks, augmentation="none"), images)
     prefetcher = Prefetcher(fetch, plan=sampler.__iter__, workers=settings.data.workers, device=device)
     return EvalLoader(dataset, sampler, prefetcher)
 

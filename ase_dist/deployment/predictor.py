@@ -57,7 +57,7 @@ class Predictor(exported.ExportedModel):
 
     def predict_pixels(self, images: Sequence[Pixels], *, tasks: Sequence[str] | None = None) -> Iterator[Prediction]:
         """``predict`` for one batch of uint8 [H, W, 3]; a prediction is decoded when the iterator reaches it."""
-        transform = Transform(self.image.size, tasks=(), augment=False)
+        transform = Transform(self.image.size, tasks=(), augmentation="none")
         inputs = torch.stack([transform.eval_sample(Record(i, "", image, {})).image for i, image in enumerate(images)])
         with torch.no_grad():
             logits = self(inputs.to(self.device), tasks=tasks).predictions

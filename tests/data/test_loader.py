@@ -300,7 +300,7 @@ def test_pages_are_locked_for_an_accelerator_alone(settings, monkeypatch, device
 
 
 def test_without_augmentation_epochs_are_alike(settings):
-    loader = train(settings(batch=1, augment=False, limit_train=1, cache_in_memory=True))
+    loader = train(settings(batch=1, augmentation="none", limit_train=1, cache_in_memory=True))
     first, second = take(loader, 2)
     assert_equal(first, second)
     assert loader.epoch == 2

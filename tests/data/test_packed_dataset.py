@@ -62,7 +62,7 @@ def assert_same_samples(one, other):
 def test_every_field_of_every_sample_is_the_folders(folder, pack, pictures):
     place = pack(folder, pictures=pictures)
     assert is_packed(place) and not is_packed(folder)
-    transform = Transform(16, tasks=ALL, augment=True)
+    transform = Transform(16, tasks=ALL, augmentation="astmt")
     for split in ("train", "val"):
         plain = PascalContext(folder, split, ALL)
         packed = PackedDataset(place, split, ALL, data="pascal_context")

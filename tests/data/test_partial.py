@@ -65,9 +65,9 @@ def records(dataset):
 
 
 @pytest.mark.parametrize("task", (*ALL, NYUD_ALL[1]), ids=lambda task: task.name)
-@pytest.mark.parametrize("augment", (False, True))
-def test_an_absent_label_is_one_that_is_ignored_everywhere_bit_for_bit(task, augment):
-    transform = Transform(SIZE, tasks=(task,), augment=augment)
+@pytest.mark.parametrize("augmentation", ("none", "eigen", "atrc"))
+def test_an_absent_label_is_one_that_is_ignored_everywhere_bit_for_bit(task, augmentation):
+    transform = Transform(SIZE, tasks=(task,), augmentation=augmentation)
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     for index in range(8):  # warps of their own
         absent = transform.train_sample(Record(index, "a", image, {}), seed=1, epoch=2)

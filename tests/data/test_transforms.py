@@ -9,9 +9,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2 import functional as tv
 
 from ase_dist import imagenet
+from ase_dist.data.augmentation import Warp
 from ase_dist.data.batch import Record
 from ase_dist.data.labels import codes_from_normals, normals_from_codes
-from ase_dist.data.transforms import Transform, Warp, draw_warp, normalise
+from ase_dist.data.transforms import Transform, normalise
 from ase_dist.image_size import ImageSize
 from ase_dist.tasks import NYUD_TASKS, PASCAL_TASKS
 
@@ -40,8 +41,8 @@ def make_record(height, width, *, seed=0):
     return Record(3, "a", image, labels)
 
 
-def transform(size, *, augment=True):
-    return Transform(size, tasks=TASKS, augment=augment)
+def transform(size, *, augmentation="astmt"):
+    return Transform(size, tasks=TASKS, augmentation=augmentation)
 
 
 def as_bytes(image_3SS):
@@ -82,7 +83,7 @@ def source_points(warp, *, shape, size):
 
 def test_no_warp_at_the_images_size_changes_nothing():
     record = make_record(17, 17)
-    sample = transform(17, augment=False).train_sample(record, seed=0, epoch=0)
+    sample = transform(17, augmentation="none").train_sample(record, seed=0, epoch=0)
     torch.testing.assert_close(sample.image, normalise(record.image))
     for task in ("semseg", "human_parts", "saliency", "edge"):
         np.testing.assert_array_equal(sample.labels[task], record.labels[task])
@@ -145,7 +146,7 @@ def test_the_image_moves_with_its_labels(warp, size):
     x, y = np.meshgrid(np.arange(90) + 0.5, np.arange(60) + 0.5)
     image = np.stack([2 * x, 3 * y, 0 * x + 50], axis=-1)
     record = Record(0, "ramp", np.rint(image).astype(np.uint8), {})
-    seen = as_bytes(Transform(size, tasks=(), augment=True).warped_sample(record, warp).image)
+    seen = as_bytes(Transform(size, tasks=(), augmentation="astmt").warped_sample(record, warp).image)
     points = source_points(warp, shape=shape, size=size)
     inner = (points.real > 2) & (points.real < 88) & (points.imag > 2) & (points.imag < 58)
     np.testing.assert_allclose(seen[inner, 0], 2 * points.real[inner], atol=1.6)
@@ -178,7 +179,7 @@ def test_a_warped_normal_field_is_the_field_of_the_warped_surface(warp):
     codes = codes_from_normals(field(x + 1j * y - centre, bump))
     record = Record(0, "bump", np.zeros((*shape, 3), np.uint8), {"normals": codes})
     task = (PASCAL_TASKS["normals"],)
-    warped = Transform(size, tasks=task, augment=True).warped_sample(record, warp).labels["normals"].numpy()
+    warped = Transform(size, tasks=task, augmentation="astmt").warped_sample(record, warp).labels["normals"].numpy()
 
     # The surface magnified by s has its bump at s times the place, and the same slope at corresponding points.
     moved = -bump.conjugate() if warp.flip else bump
@@ -203,7 +204,7 @@ def test_cubic_overshoot_is_clipped_and_does_not_wrap():
     image = np.zeros((20, 20, 3), np.uint8)
     image[:, 10:] = 255
     record = Record(0, "edge", image, {})
-    seen = as_bytes(Transform(33, tasks=(), augment=True).warped_sample(record, Warp()).image)
+    seen = as_bytes(Transform(33, tasks=(), augmentation="astmt").warped_sample(record, Warp()).image)
     assert seen.min() > -0.01
     assert seen.max() < 255.01
     assert (np.diff(seen[0, :, 0]) > -0.01).all()
@@ -216,7 +217,9 @@ def test_evaluation_resizes_the_image_only():
     record = make_record(24, 40)
     sample = transform(16).eval_sample(record)
     assert sample.image.shape == (3, 16, 16)
-    torch.testing.assert_close(sample.image, transform(16, augment=False).train_sample(record, seed=0, epoch=0).image)
+    torch.testing.assert_close(
+        sample.image, transform(16, augmentation="none").train_sample(record, seed=0, epoch=0).image
+    )
     np.testing.assert_array_equal(sample.labels["semseg"], record.labels["semseg"])
     assert sample.labels["normals"].shape == (3, 24, 40)
     assert sample.labels["depth"].shape == (1, 24, 40)
@@ -225,37 +228,10 @@ def test_evaluation_resizes_the_image_only():
 @pytest.mark.parametrize("evaluation", [True, False])
 def test_samples_share_no_memory_with_the_record(evaluation):
     record, untouched = make_record(12, 12), make_record(12, 12)
-    plain = transform(12, augment=False)
+    plain = transform(12, augmentation="none")
     sample = plain.eval_sample(record) if evaluation else plain.train_sample(record, seed=0, epoch=0)
     for tensor in (sample.image, *sample.labels.values()):
         tensor.zero_()
     np.testing.assert_array_equal(record.image, untouched.image)
     for task, label in untouched.labels.items():
         np.testing.assert_array_equal(record.labels[task], label)
-
-
-# --- chance ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_draw_depends_on_seed_epoch_and_index_alone():
-    torch.manual_seed(1)
-    first = draw_warp(seed=1, epoch=2, index=3)
-    state = torch.random.get_rng_state()
-    torch.manual_seed(9)
-    assert draw_warp(seed=1, epoch=2, index=3) == first
-    torch.manual_seed(1)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    others = [(2, 2, 3), (1, 3, 3), (1, 2, 4), (3, 2, 1)]
-    assert len({first, *(draw_warp(seed=s, epoch=e, index=i) for s, e, i in others)}) == 5
-
-
-def test_draws_fill_their_ranges():
-    warps = [draw_warp(seed=0, epoch=0, index=i) for i in range(1500)]
-    assert np.mean([warp.flip for warp in warps]) == pytest.approx(0.5, abs=0.05)
-    for values, low, high in (
-        ([warp.scale for warp in warps], 0.75, 1.25),
-        ([math.degrees(warp.angle) for warp in warps], -20, 20),
-    ):
-        assert low <= min(values) < low + 0.02 * (high - low)
-        assert high - 0.02 * (high - low) < max(values) <= high
-        assert np.mean(values) == pytest.approx((low + high) / 2, abs=0.03 * (high - low))

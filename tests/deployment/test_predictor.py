@@ -25,7 +25,7 @@ def test_predictions_are_those_of_the_evaluation(model):
     """The same transform, model and decoding as in ``training.evaluate``, which the run's metrics come from."""
     image = photo(50, 70)
     found = model.predict([image])[0]
-    sample = Transform(32, tasks=(), augment=False).eval_sample(Record(0, "", image, {}))
+    sample = Transform(32, tasks=(), augmentation="none").eval_sample(Record(0, "", image, {}))
     logits = model(sample.image[None]).predictions
     assert list(found) == [task.name for task in model.tasks]
     for task in model.tasks:

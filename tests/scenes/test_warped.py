@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ase_dist import imagenet
+from ase_dist.data.augmentation import Warp
 from ase_dist.data.pascal_context import PascalContext
-from ase_dist.data.transforms import Transform, Warp
+from ase_dist.data.transforms import Transform
 from ase_dist.scenes.layout import make_folders, write_lists, write_scene
 from ase_dist.scenes.render import render_scene
 from ase_dist.tasks import select_tasks
@@ -29,7 +30,7 @@ def read(root, *, warp, **camera):
     names = [path.strip() for path in (root / "ImageSets/Context/train.txt").read_text().split()]
     for name, index in zip(names, SCENES, strict=True):
         write_scene(root, name, render_scene(seed=5, index=index, size=SIZE, **camera))
-    transform = Transform(SIZE, tasks=ALL, augment=True)
+    transform = Transform(SIZE, tasks=ALL, augmentation="astmt")
     return [transform.warped_sample(record, warp) for record in PascalContext(root, "train", ALL)]
 
 

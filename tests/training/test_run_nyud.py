@@ -36,7 +36,7 @@ def write_folder(root):
 
 def one_run(rank, folder):
     return tiny_run(folder / "NYUD_MT", folder / "run", "data.name=nyud", "eval.at_start=true", "train.max_steps=12",
-                    "checkpoint.every=0", "train.lr=5e-3", "data.augment=false")  # fmt: skip
+                    "checkpoint.every=0", "train.lr=5e-3", "data.augmentation=none")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
