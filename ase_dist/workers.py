@@ -6,6 +6,7 @@ or a CUDA context, and it may be asked for by a daemon and by a script without a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -24,6 +25,8 @@ from typing import Any
 # What a terminal, a launcher or a scheduler sends to all processes of a job. SIGHUP: the terminal was closed. SIGUSR1
 # and SIGUSR2: the time limit is near.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+PATIENCE = 1800.0  # seconds for one call, after which its worker counts as stuck and is killed
+END_GRACE = 5.0  # seconds that a killed worker gets to end
 AHEAD = 2  # calls in flight for each worker: one that it computes, and one that waits for it
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # The parent's sys.path first: "-c" alone would look for modules in the current folder before anywhere else.
@@ -31,22 +34,23 @@ COMMAND = "import sys; sys.path[:] = sys.argv[2:]; from ase_dist.workers import 
 
 
 class WorkerDiedError(RuntimeError):
-    """A worker ended before it gave its result."""
+    """A worker ended before it gave its result, or was ended because it gave none."""
 
 
 class WorkerPool:
     """Up to ``workers`` processes that call functions; a context manager.
 
     1. ``submit`` sends a call to the next free worker; workers are started as calls arrive.
-    2. What a call returns or raises is in its future; WorkerDiedError where the worker was killed meanwhile.
+    2. What a call returns or raises is in its future; WorkerDiedError where the worker was killed meanwhile, and where
+       it has not answered within ``patience`` seconds, as on a network file system that hangs.
     3. ``close`` drops what waits and kills the workers. They also end by themselves as soon as this process does.
 
     Workers ignore the signals of ``STOPPING``: this process answers them and ends its workers. Functions, arguments and
     results are pickled; functions must be importable by name, and not from ``__main__``.
     """
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    def __init__(self, workers: int, *, patience: float | None = None) -> None:
+        self.workers, self.patience = workers, PATIENCE if patience is None else patience
         self.processes: list[subprocess.Popen[bytes]] = []
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="ase-worker")  # one for each process
         self._of_thread = threading.local()
@@ -96,7 +100,8 @@ class WorkerPool:
                 process.kill()
         self._threads.shutdown(cancel_futures=True)
         for process in self.processes:
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel keeps one that waits for a file system
+                process.wait(timeout=END_GRACE)
             assert process.stdin is not None
             process.stdin.close()
 
@@ -107,6 +112,11 @@ class WorkerPool:
         process, connection = self._of_thread.worker
         try:
             connection.send_bytes(message)
+            if not connection.poll(self.patience):
+                process.kill()  # its end may have to wait for the file system, so nothing here waits for it
+                raise WorkerDiedError(
+                    f"a worker process gave no answer for {self.patience:g} s, perhaps because a file system hangs"
+                )
             answer = connection.recv_bytes()
         except (EOFError, OSError):
             code = process.wait()

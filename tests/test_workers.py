@@ -1,16 +1,21 @@
 """The pool of worker processes: results, order, how far it reads ahead, errors, deaths, signals and ends."""
 
+import functools
 import os
 import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import psutil
 import pytest
 
+from ase_dist import workers
 from ase_dist.cores import share_of_cores, usable_cores
-from ase_dist.errors import UserError
+from ase_dist.data.packed import jobs
+from ase_dist.errors import ExitCode, RunError, UserError
+from ase_dist.scenes import make
 from ase_dist.workers import WorkerDiedError, WorkerPool, run_calls
 
 pytestmark = pytest.mark.single_gpu
@@ -107,6 +112,38 @@ def test_a_dead_worker_is_one_sentence():
             process.kill()
         with pytest.raises(WorkerDiedError, match="exit code"):
             waiting.result(timeout=30)
+
+
+def test_a_worker_that_hangs_is_one_sentence_and_does_not_hold_up_the_end():
+    said = r"^a worker process gave no answer for 0\.5 s, perhaps because a file system hangs$"
+    with WorkerPool(2, patience=0.5) as pool:
+        began = time.monotonic()
+        with pytest.raises(WorkerDiedError, match=said):
+            pool.submit(time.sleep, 60).result(timeout=30)
+        assert time.monotonic() - began < 10
+    assert all(process.poll() is not None for process in pool.processes)
+
+
+@pytest.mark.parametrize(
+    ("end", "patience", "said"), [(os._exit, 60, r"\(exit code 5\)"), (time.sleep, 0.5, "gave no answer for 0.5 s")]
+)
+def test_packing_and_rendering_end_with_a_sentence_where_a_worker_does(end, patience, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", patience)
+    monkeypatch.setattr(make, "make_scene", functools.partial(end_with, end))
+    monkeypatch.setattr(jobs, "do_job", functools.partial(end_with, end))
+    sentence = rf"^cannot make the generated scenes in .*: a worker process .*{said}"
+    with pytest.raises(RunError, match=sentence) as raised:
+        make.ensure_scenes(tmp_path, train=8, val=8, size=32, seed=0, workers=2)
+    assert raised.value.exit_code is ExitCode.IO_ERROR and not [*tmp_path.glob("scenes*")]
+    job = mock.Mock(names=["a"] * 100, data_set=None, data="pascal_context")
+    monkeypatch.setattr(jobs, "run_calls", lambda function, calls, **how: run_calls(function, [(1,), (2,)], **how))
+    with pytest.raises(RunError, match=rf"^a worker process .*{said}.*; the same command goes on") as raised:
+        jobs.run_jobs([(job, None)] * 2, 2, doing="packing", did="packed", where="here")
+    assert raised.value.exit_code is ExitCode.IO_ERROR
+
+
+def end_with(end, *arguments):
+    end(5)
 
 
 def test_closing_is_quick_and_leaves_no_process():

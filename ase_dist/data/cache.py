@@ -15,15 +15,28 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ase_dist.errors import UserError
+
 log = logging.getLogger(__name__)
 
 LOG_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 
 
 def cache_folder() -> Path:
-    """Where data sets are kept unless told otherwise: ``$XDG_CACHE_HOME/ase_dist`` or ``~/.cache/ase_dist``."""
+    """Where data sets are kept unless told otherwise: ``$XDG_CACHE_HOME/ase_dist`` or ``~/.cache/ase_dist``.
+
+    Raises UserError where there is no home folder, as for a user id that the host does not know.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "ase_dist"
+    if base.startswith("/"):
+        return Path(base) / "ase_dist"
+    try:
+        return Path.home() / ".cache" / "ase_dist"
+    except RuntimeError:
+        raise UserError(
+            f"the user id {os.getuid()} has no home folder for the cache (HOME is not set, and the host does not know "
+            "the user); set HOME or XDG_CACHE_HOME, or name the folder"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -100,10 +100,18 @@ class TrainLoader:
 class EvalLoader:
     """One pass per iteration over this rank's share, with the same number of batches on every rank."""
 
-    def __init__(self, dataset: RecordDataset, sampler: EvalSampler, prefetcher: Prefetcher[EvalBatch]) -> None:
+    def __init__(
+        self,
+        dataset: RecordDataset,
+        sampler: EvalSampler,
+        prefetcher: Prefetcher[EvalBatch],
+        *,
+        empty: Callable[[], EvalBatch],
+    ) -> None:
         self.dataset = dataset
         self._sampler = sampler
         self._prefetcher = prefetcher
+        self._empty = empty
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -115,6 +123,14 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[EvalBatch]:
         return iter(self._prefetcher)
+
+    def until_error(self) -> Iterator[tuple[EvalBatch, Exception | None]]:
+        """The batches, each with None; instead of one that cannot be read an empty one with the error, the last."""
+        try:
+            for batch in self._prefetcher:
+                yield batch, None
+        except Exception as error:
+            yield self._empty(), error
 
     def close(self) -> None:
         """End the loader processes."""
@@ -213,7 +229,7 @@ def _eval_loader(
     sampler = EvalSampler(len(images), batch_size=batch_size, rank=rank, world_size=world_size)
     fetch = _EvalFetch(dataset, Transform(settings.data.size, tasks=dataset.tasks, augmentation="none"), images)
     prefetcher = Prefetcher(fetch, plan=sampler.__iter__, workers=settings.data.workers, device=device)
-    return EvalLoader(dataset, sampler, prefetcher)
+    return EvalLoader(dataset, sampler, prefetcher, empty=lambda: fetch([]))
 
 
 class _TrainFetch:

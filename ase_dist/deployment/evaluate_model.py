@@ -28,7 +28,7 @@ from ase_dist.files import require_room, sha256_of, write_atomic
 from ase_dist.json_files import read_object
 from ase_dist.overwriting import refuse_foreign
 from ase_dist.tasks import DATA_SETS, Task
-from ase_dist.training.loop.evaluate import Gallery, Results, evaluate
+from ase_dist.training.loop.evaluate import Gallery, Results, evaluate, raise_unread
 from ase_dist.training.process.runtime import World
 from ase_dist.training.record.console import StepProgress
 from ase_dist.training.record.run_folder import RunFolder
@@ -239,16 +239,16 @@ def _evaluate_with_progress(
     done = 0
     with StepProgress("evaluate, batches", total=len(loader), console=console) as progress:
 
-        def go_on() -> bool:
+        def go_on(error: Exception | None) -> bool:
             nonlocal done
             done += 1
             beat(f"batch {done + 1} of {len(loader)}")
             progress.log_every_tenth(done)
-            return True
+            return raise_unread(error)
 
         evaluation = evaluate(
             forward,
-            loader,
+            loader.until_error(),
             tasks,
             device=world.device,
             gallery=Gallery(limit=0),

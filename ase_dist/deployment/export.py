@@ -34,14 +34,13 @@ from ase_dist.models import MultiTaskModel
 from ase_dist.models.export_file import CARD, DTYPES, WEIGHTS, Card, ImageFacts
 from ase_dist.models.names import named_tensors
 from ase_dist.tasks import Task
-from ase_dist.training.loop.evaluate import Gallery, Results, evaluate
+from ase_dist.training.loop.evaluate import Gallery, Results, evaluate, raise_unread
 from ase_dist.training.process.device import find_device
-from ase_dist.training.process.folder_lock import FolderLock
+from ase_dist.training.process.folder_lock import FolderLock, lock_beside
 from ase_dist.training.state.meta import read_meta
 from ase_dist.versions import versions_of
 
 LOGGER = logging.getLogger("ase_dist")
-LONGEST_NAME = 200  # characters of a folder's name that its lock file takes over
 
 
 class Tolerance(NamedTuple):
@@ -73,8 +72,7 @@ def export_run(run: str | Path, out: str | Path, *, checkpoint: str = "newest", 
         require_room(out.parent)
     except OSError as error:
         raise _not_written(out, error) from None
-    lock_file = out.with_name(f".{out.name[:LONGEST_NAME]}.lock")
-    with FolderLock(lock_file, folder=out, doing="exporting", other="another name") as lock:
+    with FolderLock(lock_beside(out), folder=out, doing="exporting", other="another name") as lock:
         lock.take()
         if out.exists() or out.is_symlink():
             raise UserError(f"export: {str(out)!r} exists already; name a new folder")
@@ -181,12 +179,12 @@ def check_export(run: str | Path, out: str | Path, *, device: str | None = None)
     try:
         evaluation = evaluate(
             model,
-            loader,
+            loader.until_error(),
             model.tasks,
             device=where,
             gallery=Gallery(limit=0),
             constants={},
-            go_on=lambda: True,
+            go_on=raise_unread,
             edge_ods=ods,
         )
     finally:

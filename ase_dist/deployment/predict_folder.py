@@ -32,10 +32,12 @@ from ase_dist.json_files import parse_json, read_object
 from ase_dist.overwriting import refuse_foreign
 from ase_dist.pictures.sheet import sheet, task_picture
 from ase_dist.tasks import Task
+from ase_dist.training.process.folder_lock import FolderLock
 
 LOGGER = logging.getLogger("ase_dist")
 INDEX, FORMAT = "predictions.json", "ase_dist predictions"
 JOURNAL = ".predictions.partial"  # what was written before there is an index
+LOCK = "predictions.lock"
 LONGEST_NAME = 255  # bytes, of a file on Linux's file systems
 HALF = ("mask", "edges", "normals")  # kinds that are stored in half precision
 MAX_THREADS = 8
@@ -117,9 +119,31 @@ def predict_files(
     """Predict ``sources`` into ``out``; a file that cannot be read is logged, skipped and listed in the outcome.
 
     While the model computes, the next batch is read and earlier predictions are written. ``advance`` is told how many
-    files are done. Raises UserError before any work where a file would be replaced that predict did not write, and what
-    ``errors.file_error`` makes of it where ``out`` cannot be written to.
+    files are done. Raises UserError before any work where another process predicts into ``out`` and where a file would
+    be replaced that predict did not write, and what ``errors.file_error`` makes of it where ``out`` cannot be written
+    to.
     """
+    with FolderLock(out / LOCK, folder=out, doing="predicting", other="--out") as lock:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock.take()
+            return _predict_files(model, sources, out, tasks=tasks, batch_size=batch_size, advance=advance)
+        except OSError as error:
+            raise file_error(
+                error, f"--out: cannot write to {str(out)!r} ({error.strerror or error}); name another"
+            ) from None
+
+
+def _predict_files(
+    model: Predictor,
+    sources: Sequence[Source],
+    out: Path,
+    *,
+    tasks: Sequence[Task],
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> Outcome:
+    """``predict_files`` by the one process that may."""
     outcome, names = Outcome(), [task.name for task in tasks]
     longest = LONGEST_NAME - max(map(len, _endings(names)))
     long_named = [source for source in sources if len(os.fsencode(Path(source.name).name)) > longest]
@@ -132,30 +156,24 @@ def predict_files(
     files = WrittenFiles(out)
     targets = [out / f"{source.name}{ending}" for source in sources for ending in _endings(names)]
     refuse_foreign([*targets, out / INDEX], is_own=files.is_own, option="--out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
-            writing: deque[Future[None]] = deque()
-            reading = [readers.submit(read_rgb, source.path) for source in batches[0]] if batches else []
-            for i, batch in enumerate(batches):
-                images = _images_read(batch, reading, outcome)
-                following = batches[i + 1] if i + 1 < len(batches) else []
-                reading = [readers.submit(read_rgb, source.path) for source in following]
-                found = model.predict_pixels([pixels for _, pixels in images], tasks=names) if images else iter(())
-                for (source, pixels), prediction in zip(images, found, strict=True):
-                    writing.append(writers.submit(_write, files, source.name, pixels, prediction, tasks))
-                    _finish(writing, leave=threads)
-                    height, width, _ = pixels.shape
-                    outcome.written.append(
-                        {"name": source.name, "source": str(source.path), "height": height, "width": width}
-                    )
-                advance(min((i + 1) * batch_size, len(sources)))
-            _finish(writing, leave=0)
-        files.conclude(_index(model, tasks, outcome))
-    except OSError as error:
-        raise file_error(
-            error, f"--out: cannot write to {str(out)!r} ({error.strerror or error}); name another"
-        ) from None
+    with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
+        writing: deque[Future[None]] = deque()
+        reading = [readers.submit(read_rgb, source.path) for source in batches[0]] if batches else []
+        for i, batch in enumerate(batches):
+            images = _images_read(batch, reading, outcome)
+            following = batches[i + 1] if i + 1 < len(batches) else []
+            reading = [readers.submit(read_rgb, source.path) for source in following]
+            found = model.predict_pixels([pixels for _, pixels in images], tasks=names) if images else iter(())
+            for (source, pixels), prediction in zip(images, found, strict=True):
+                writing.append(writers.submit(_write, files, source.name, pixels, prediction, tasks))
+                _finish(writing, leave=threads)
+                height, width, _ = pixels.shape
+                outcome.written.append(
+                    {"name": source.name, "source": str(source.path), "height": height, "width": width}
+                )
+            advance(min((i + 1) * batch_size, len(sources)))
+        _finish(writing, leave=0)
+    files.conclude(_index(model, tasks, outcome))
     return outcome
 
 

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ase_dist.deployment.exported import ExportedModel
-from ase_dist.errors import UserError, did_you_mean, file_error
-from ase_dist.files import replacing
+from ase_dist.errors import RunError, UserError, did_you_mean, file_error
+from ase_dist.files import replacing, require_room
 from ase_dist.models.lora import merge_lora
 from ase_dist.models.multitask import checked_tasks
 from ase_dist.overwriting import contains, refuse_foreign
 from ase_dist.tasks import Kind
+from ase_dist.training.process.folder_lock import FolderLock, lock_beside
 from ase_dist.versions import versions_of
 
 LOGGER = logging.getLogger("ase_dist")
@@ -75,28 +76,45 @@ def deploy(
 
     Each is read back and compared with ``model`` on random images; returns the relative error of its outputs by
     format, NaN for ONNX where onnxruntime is not installed. Raises UserError for an unknown format or task, a missing
-    library, a file that cannot be written or would replace one that is no such program, and a program whose outputs
-    differ from the model's, which is not kept.
+    library, a folder into which another process exports, a file that cannot be written or would replace one that is no
+    such program, and a program whose outputs differ from the model's, which is not kept.
     """
+    folder, formats = Path(folder), tuple(formats)
     check_formats(formats)
-    formats = tuple(formats)
-    targets = [Path(folder) / f"model.{name}" for name in formats]
+    try:
+        require_room(folder)
+    except OSError as error:
+        raise _not_written(folder, error) from None
+    with FolderLock(lock_beside(folder.absolute()), folder=folder, doing="exporting", other="another name") as lock:
+        lock.take()
+        return _deploy(model, folder, formats=formats, tasks=tasks)
+
+
+def _deploy(
+    model: ExportedModel, folder: Path, *, formats: Sequence[str], tasks: Sequence[str] | None
+) -> dict[str, float]:
+    """``deploy`` by the one process that may."""
+    targets = [folder / f"model.{name}" for name in formats]
     refuse_foreign(targets, is_own=contains(FACTS.encode()), option="export")
     program, errors = trace(model, tasks=tasks), {}
     for name in formats:
-        path = Path(folder) / f"model.{name}"
+        path = folder / f"model.{name}"
         try:
             with replacing(path) as temporary:
                 FORMATS[name](program, temporary, facts(model, program))
                 errors[name] = difference(model, RUNNERS[name](temporary), path=path)
         except OSError as error:
-            raise file_error(error, f"export: cannot write {str(path)!r} ({error.strerror or error})") from None
+            raise _not_written(path, error) from None
         is_checked = math.isfinite(errors[name])
         checked = (
             f"off by {errors[name]:.1e} of the model's outputs" if is_checked else "not checked, install onnxruntime"
         )
         LOGGER.info("wrote %s, %.1f MB, %s", path, path.stat().st_size / 1e6, checked)
     return errors
+
+
+def _not_written(path: Path, error: OSError) -> UserError | RunError:
+    return file_error(error, f"export: cannot write {str(path)!r} ({error.strerror or error}); name another folder")
 
 
 def check_formats(formats: Iterable[str]) -> None:

@@ -83,7 +83,7 @@ def step_collectives(
         ):
             if elements and ranks > 1:
                 found.append(Collective(what, "all_gather", ranks, groups, _ring(elements * sizes.width, ranks)))
-    found.append(Collective("finite, stop", "all_reduce", world, 1, _ring(2 * 2 * FP32, world)))
+    found.append(Collective("finite, stop, unread", "all_reduce", world, 1, _ring(2 * 3 * FP32, world)))
     return found if world > 1 else []
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ase_dist.cores import usable_cores
 from ase_dist.data.cache import cache_folder, locked, track_progress
-from ase_dist.errors import RunError, UserError, file_error
+from ase_dist.errors import ExitCode, RunError, UserError, file_error
 from ase_dist.files import discard, flush, make_empty, put_in_place, temporary_for
 from ase_dist.image_size import ImageSize
 from ase_dist.scenes.layout import VAL_START, make_folders, scene_id, write_lists, write_scene
@@ -64,7 +64,7 @@ def ensure_scenes(
     by default one for each core that this process may use, at most 16.
 
     Raises UserError for settings out of range and where the folder cannot be written, RunError where the disk is full
-    or a process is killed; then nothing is left behind.
+    or a process is killed or stuck; then nothing is left behind.
     """
     try:
         wanted = SceneSet(train, val, ImageSize.read(size).within(32, 4096), seed)
@@ -87,7 +87,10 @@ def ensure_scenes(
                     discard(old)
                 _make(place, wanted, workers if workers is not None else min(usable_cores(), MOST_WORKERS))
     except WorkerDiedError as error:
-        raise RunError(f"cannot make the generated scenes in {parent}: {error}; try again, or on fewer cores") from None
+        raise RunError(
+            f"cannot make the generated scenes in {parent}: {error}; try again, or on fewer cores",
+            exit_code=ExitCode.IO_ERROR,
+        ) from None
     except OSError as error:
         raise file_error(
             error,

@@ -187,12 +187,12 @@ def test_an_evaluation_waits_for_nothing_until_its_end():
         with mock.patch.object(evaluation, "_merged", finished), pytest.raises(StopIteration):
             evaluation.evaluate(
                 forward,
-                [batch, batch],
+                [(batch, None), (batch, None)],
                 EVERY_KIND,
                 device=torch.device("cuda"),
                 gallery=evaluation.Gallery(limit=0),
                 constants=constants,
-                go_on=lambda: True,
+                go_on=lambda error: True,
             )
     assert not waits.lines, waits.lines
     assert set(seen[-1].values()) == {"cuda"}

@@ -8,7 +8,7 @@ from ase_dist.cores import usable_cores
 from ase_dist.data.cache import track_progress
 from ase_dist.data.packed.shard import Findings, ShardJob, check, pack
 from ase_dist.data.readers import reader_of
-from ase_dist.errors import UserError
+from ase_dist.errors import ExitCode, RunError, UserError
 from ase_dist.workers import WorkerDiedError, run_calls
 
 FEW = 64  # images that are not worth starting processes for
@@ -19,7 +19,7 @@ def run_jobs(
 ) -> list[Findings]:
     """The findings of (job, fingerprint) in the order of the jobs; without a fingerprint a job is checked only.
 
-    ``workers`` None: a process for each core. Raises UserError where one of the processes is killed.
+    ``workers`` None: a process for each core. Raises RunError where one of the processes is killed or stuck.
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers: got {workers}, wanted at least 1")
@@ -40,7 +40,9 @@ def run_jobs(
                 found[number] = findings
                 yield findings.images
         except WorkerDiedError as error:
-            raise UserError(f"{error}; the same command goes on, try it with fewer --workers") from None
+            raise RunError(
+                f"{error}; the same command goes on, try it with fewer --workers", exit_code=ExitCode.IO_ERROR
+            ) from None
 
     track_progress(counts(), images, doing=doing, did=did, things="images", where=where)
     return [found[number] for number in range(len(jobs))]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ase_dist import collectives
+from ase_dist.agreement import raise_together
 from ase_dist.data.batch import EvalBatch
 from ase_dist.data.labels import ignored_label, label_tensor
 from ase_dist.evaluation.constant import ConstantPredictor
@@ -68,24 +69,25 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     forward: Forward,
-    loader: Iterable[EvalBatch],
+    batches: Iterable[tuple[EvalBatch, Exception | None]],
     tasks: Sequence[Task],
     *,
     device: torch.device,
     gallery: Gallery,
     constants: Mapping[str, ConstantPredictor],
-    go_on: Callable[[], bool],
+    go_on: Callable[[Exception | None], bool],
     edge_ods: EdgeOds | None = None,
 ) -> Evaluation | None:
     """Every task's metrics over the images that have a label of it, equal on all ranks (collective).
 
     ``images`` in each task's results is how many these are. None where ``go_on`` returned False.
 
-    The loader gives all ranks the same number of batches; on an empty one a rank still runs the model, on a blank
-    image, because the other ranks wait for it in the collectives of the forward pass. ``go_on`` is called after every
-    batch and must return the same on all ranks. ``edge_ods`` adds the boundary F-measure of edges (not the trivial
-    predictor's), counted in other processes while the model runs. The host waits for the device at the end, and for
-    ``go_on`` and ``edge_ods``.
+    ``batches`` are those of ``EvalLoader.until_error``, of the same number on all ranks. On an empty one a rank still
+    runs the model, on a blank image, because the other ranks wait for it in the collectives of the forward pass, and so
+    it does where it cannot read its batch. ``go_on`` is called after every batch, with the error where this rank's
+    could not be read; it must return the same on all ranks, or raise on all, as ``raise_unread`` does. ``edge_ods``
+    adds the boundary F-measure of edges (not the trivial predictor's), counted in other processes while the model runs.
+    The host waits for the device at the end, and for ``go_on`` and ``edge_ods``.
     """
     metrics = {task.name: build_metric(task, edge_ods=edge_ods) for task in tasks}
     trivial = {
@@ -95,7 +97,7 @@ def evaluate(
     with ExitStack() as closing, torch.no_grad():
         for metric in metrics.values():
             closing.callback(metric.close)
-        for batch in loader:
+        for batch, error in batches:
             moved = batch.to(device)
             blank = moved.images.new_zeros(1, *moved.images.shape[1:])
             logits = forward(moved.images if len(moved.images) else blank).predictions
@@ -113,7 +115,7 @@ def evaluate(
                         if name in trivial:
                             trivial[name].update(values[name].expand_as(label), label)
                 gallery.add(moved.images[i], labels, predictions)
-            if not go_on():
+            if not go_on(error):
                 return None
         for metric in metrics.values():
             metric.finish()
@@ -125,19 +127,35 @@ def evaluate(
     return evaluation
 
 
+def raise_unread(error: Exception | None) -> bool:
+    """``go_on`` of an evaluation that nothing but an unreadable image stops: then all ranks raise (collective)."""
+
+    def told() -> None:
+        if error is not None:
+            raise error
+
+    raise_together(told)
+    return True
+
+
 def fit_constants(
     loader: Iterable[EvalBatch], tasks: Sequence[Task], *, device: torch.device
 ) -> dict[str, ConstantPredictor]:
     """Predictors that ignore the image (majority class, all salient, base rate, mean normal), fitted on labels.
 
-    Each rank reads its share of ``loader``; the sums are taken over all ranks (collective).
+    Each rank reads its share of ``loader``; the sums are taken over all ranks (collective). Where one cannot read it,
+    all raise.
     """
     constants = {task.name: ConstantPredictor(task) for task in tasks}
-    for batch in loader:
-        for name, constant in constants.items():
-            for label in batch.labels[name]:
-                if label is not None:
-                    constant.update(label)
+
+    def count() -> None:
+        for batch in loader:
+            for name, constant in constants.items():
+                for label in batch.labels[name]:
+                    if label is not None:
+                        constant.update(label)
+
+    raise_together(count)
     for constant in constants.values():
         constant.totals = collectives.all_reduce_sum(constant.totals.to(device)).to(constant.totals.device)
     return constants

@@ -16,7 +16,7 @@ from ase_dist import collectives
 from ase_dist.agreement import RankError, raise_together
 from ase_dist.cores import share_of_cores
 from ase_dist.data.batch import Batch
-from ase_dist.errors import ExitCode, RunError, UserError
+from ase_dist.errors import ExitCode, RunError, UserError, describe, exit_code_of, file_error
 from ase_dist.evaluation.constant import ConstantPredictor
 from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.models import ModelOutput
@@ -51,7 +51,8 @@ class Trainer:
     evaluated already. ``train`` returns the run's exit code.
 
     Where records (numbers, pictures, logs) cannot be written on a rank, as on a full disk, or its loader processes have
-    died, all ranks save and end after the step, with RankError.
+    died, all ranks save and end after the step, with RankError. Where a rank cannot read its images, no rank begins the
+    step: all save the step before and end with what that rank could not read.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Trainer:
         self.stopping = False  # agreed upon by all ranks
         self._applied = True  # whether the optimiser has taken the last step
         self._record_error: RecordError | None = None  # the first of this rank
+        self._unread: Exception | None = None  # what this rank could not read of its images
         self._routers = [layer.router for layer in layers]
 
     def train(self) -> ExitCode:
@@ -91,7 +93,6 @@ class Trainer:
                     self._step()
                     self._log()
                     self._save_and_evaluate()
-                raise_together(self._raise_failure)
             except Exception as error:
                 if self.world.size > 1 and not isinstance(error, AGREED_ERRORS):
                     if isinstance(error, RuntimeError):  # as torch's are where a peer is lost
@@ -99,6 +100,7 @@ class Trainer:
                         LOGGER.error("rank %d ends at step %d: %s", self.world.rank, step, self._suspects())
                     self.watchdog.force_exit_on_close()
                 raise
+            raise_together(self._raise_failure)
         if self.stopping:
             LOGGER.info(
                 "stopped by a signal at step %d, saved; the same command goes on from there, or: %s",
@@ -124,9 +126,10 @@ class Trainer:
             self._record_error = self._record_error or error
 
     def _must_stop(self) -> bool:
-        """Whether this rank was asked to stop, cannot write its records, or has lost its loader processes."""
+        """Whether this rank was asked to stop, cannot write its records or read its images."""
         self._record_error = self._record_error or self.scalars.failure or log_failure()
-        return self.stop.requested or self._record_error is not None or self._loader_failure() is not None
+        errors = (self._record_error, self._unread, self._loader_failure())
+        return self.stop.requested or any(error is not None for error in errors)
 
     def _loader_failure(self) -> UserError | RunError | None:
         return self.train_loader.failure or self.eval_loader.failure
@@ -139,6 +142,13 @@ class Trainer:
             raise RecordError(
                 f"{error}; step {self.state.step} is saved: with room on the disk the same command goes on from there",
                 exit_code=error.exit_code,
+            )
+        if self._unread is not None:
+            if exit_code_of(self._unread) is ExitCode.FAILED:
+                raise self._unread
+            raise file_error(
+                self._unread,
+                f"{describe(self._unread)}; step {self.state.step} is saved: the same command goes on from there",
             )
         failure = self._loader_failure()
         if failure is not None and self.stopping:  # else the last step had come and its evaluation is whole
@@ -160,11 +170,20 @@ class Trainer:
         began = time.perf_counter()
         step = self.state.step + 1
         self.watchdog.beat(f"data of step {step}")
-        accumulation = self.settings.train.gradient_accumulation_steps
-        batches = [next(self.train_loader).to(self.world.device) for _ in range(accumulation)]
+        accumulation, before = self.settings.train.gradient_accumulation_steps, self.train_loader.state_dict()
+        batches: list[Batch] = []
+        try:
+            batches += (next(self.train_loader).to(self.world.device) for _ in range(accumulation))
+        except Exception as error:  # of any kind: the other ranks are waiting to hear of it
+            self._unread = error
         self.watchdog.beat(f"label counts of step {step}")  # they wait for all ranks, so a rank without data is behind
         counts = mean_label_counts(batches, self.tasks, self.world)
-        ballot = vote(torch.full((), self._applied, device=self.world.device), stop=self._must_stop())
+        is_unread = self._unread is not None
+        ballot = vote(torch.full((), self._applied, device=self.world.device), stop=self._must_stop(), unread=is_unread)
+        if is_unread or (self.world.size > 1 and ballot.unread):
+            self.train_loader.load_state_dict(before)
+            self.stopping = True
+            return
         self._warm_shared_logits(step)
         conflict_seconds = self._maybe_measure_conflict(step, batches[0], counts)
 
@@ -276,7 +295,8 @@ class Trainer:
             self.progress.inner("evaluate", total=len(self.eval_loader)) as advance,
         ):
 
-            def go_on() -> bool:
+            def go_on(error: Exception | None) -> bool:
+                self._unread = error
                 self.watchdog.beat(f"evaluation at step {step}")
                 advance()
                 self.stopping = collectives.any_rank(self._must_stop(), self.world.device)
@@ -284,7 +304,7 @@ class Trainer:
 
             evaluation = evaluate(
                 self.engine,
-                self.eval_loader,
+                self.eval_loader.until_error(),
                 self.tasks,
                 device=self.world.device,
                 gallery=gallery,
@@ -330,8 +350,13 @@ class Trainer:
 
 
 def mean_label_counts(batches: Sequence[Batch], tasks: Sequence[Task], world: World) -> Tensor:
-    """What the losses of every micro-step of every rank divide by (collective); see ``losses.label_counts``."""
-    counts = torch.stack([losses.label_counts(batch.labels, tasks) for batch in batches]).mean(dim=0)
+    """What the losses of every micro-step of every rank divide by (collective); see ``losses.label_counts``.
+
+    A rank without batches has counts of 0.
+    """
+    counts = torch.zeros(len(tasks), 2, device=world.device)
+    if batches:
+        counts = torch.stack([losses.label_counts(batch.labels, tasks) for batch in batches]).mean(dim=0)
     return collectives.all_reduce_sum(counts) / world.size
 
 

@@ -1,7 +1,8 @@
 """Non-finite numbers, and what all ranks decide in each step: whether it counts, and whether a rank must stop.
 
-``ballot = vote(finite, stop=...)`` begins an all-reduce before the forward pass; read after the step, ``ballot.stop``
-says whether to save and leave without waiting for what the device has been given since. ``guard.take_step`` says
+``ballot = vote(finite, stop=..., unread=...)`` begins an all-reduce before the forward pass; read after the step,
+``ballot.stop`` says whether to save and leave without waiting for what the device has been given since. Several ranks
+read ``ballot.unread`` before the forward pass, which no rank may begin without its batch. ``guard.take_step`` says
 whether the step counts.
 """
 
@@ -24,7 +25,7 @@ class Vote:
     """
 
     def __init__(self, counts: Tensor) -> None:
-        self._counts, self._read = counts, (0.0, 0.0)
+        self._counts, self._read = counts, (0.0, 0.0, 0.0)
         self._is_read = False
         self._arrival: torch.Event | None = None
         accelerator = torch.accelerator.current_accelerator()
@@ -44,21 +45,27 @@ class Vote:
         """Whether any rank was asked to stop."""
         return self._values()[1] > 0
 
-    def _values(self) -> tuple[float, float]:
+    @property
+    def unread(self) -> bool:
+        """Whether a rank could not read its images."""
+        return self._values()[2] > 0
+
+    def _values(self) -> tuple[float, float, float]:
         if not self._is_read:
             if self._arrival is not None:
                 self._arrival.synchronize()
-            not_finite, stopping = self._counts.tolist()
-            self._read, self._is_read = (not_finite, stopping), True
+            not_finite, stopping, unread = self._counts.tolist()
+            self._read, self._is_read = (not_finite, stopping, unread), True
         return self._read
 
 
-def vote(finite: Tensor, *, stop: bool) -> Vote:
-    """Add up ``[not finite, stop]`` over the ranks, on the device of ``finite`` (bool, no dimensions). Collective.
+def vote(finite: Tensor, *, stop: bool, unread: bool = False) -> Vote:
+    """Add up ``[not finite, stop, unread]`` over the ranks, on the device of ``finite`` (bool, no dimensions).
 
-    Nothing here waits for the device, so it can be called early and read late.
+    Collective. Nothing here waits for the device, so it can be called early and read late.
     """
-    return Vote(all_reduce_sum(torch.stack([(~finite).float(), torch.full_like(finite, stop).float()])))
+    flags = [torch.full_like(finite, flag) for flag in (stop, unread)]
+    return Vote(all_reduce_sum(torch.stack([~finite, *flags]).float()))
 
 
 def all_finite(values: Iterable[Tensor]) -> Tensor:

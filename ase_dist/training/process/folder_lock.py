@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from ase_dist.errors import UserError, describe, file_error
-from ase_dist.files import read_bytes, refuse_irregular, wait_until
+from ase_dist.files import LONG_NAME, read_bytes, refuse_irregular, wait_until
 from ase_dist.training.record.logs import TIME_FORMAT
 
 LOGGER = logging.getLogger("ase_dist")
@@ -151,6 +152,13 @@ class FolderLock:
     def _close(descriptor: int) -> None:
         _descriptors.discard(descriptor)
         os.close(descriptor)
+
+
+def lock_beside(folder: Path) -> Path:
+    """The lock file of a folder that is made by a rename, or may not exist yet: hidden, in the same parent folder."""
+    is_long = len(os.fsencode(folder.name)) > LONG_NAME
+    name = hashlib.sha256(os.fsencode(folder.name)).hexdigest() if is_long else folder.name
+    return folder.with_name(f".{name}.lock")
 
 
 def _try_flock(descriptor: int) -> bool | None:
