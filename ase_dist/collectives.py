@@ -131,6 +131,11 @@ class Pending:
         return self._tensor
 
 
+def all_ranks() -> dist.ProcessGroup | None:
+    """The group of all ranks; None for a process alone."""
+    return dist.group.WORLD if is_distributed() else None
+
+
 def group_size(group: dist.ProcessGroup | None) -> int:
     """Ranks in ``group``; 1 for None, which here means this process alone."""
     return 1 if group is None else dist.get_world_size(group)

@@ -31,7 +31,7 @@ from ase_dist.description import DataSetDescription, described, find_description
 from ase_dist.errors import UserError, did_you_mean, first_problem
 from ase_dist.files import expand_user, read_text
 from ase_dist.image_size import ImageSize
-from ase_dist.registries import AUGMENTATIONS, GATINGS, HEADS
+from ase_dist.registries import AUGMENTATIONS, BALANCINGS, GATINGS, HEADS
 from ase_dist.tasks import DATA_SETS, DataSet, Task, find_data_set, select_tasks
 
 LOGGER = logging.getLogger("ase_dist")
@@ -195,6 +195,25 @@ class PolySettings(Section):
     power: float = Field(0.9, gt=0, description="the rate is lr * (1 - step / steps) ** power")
 
 
+class BalancingSettings(Section):
+    """What multiplies the tasks' losses in addition to ``train.loss_weights``; see docs/balancing.md."""
+
+    method: Annotated[str, AfterValidator(BALANCINGS.checked)] = Field(
+        "fixed",
+        description="fixed; from losses: uncertainty, dwa, gls, imtl_l, rlw, famo; from gradients: gradnorm, mgda, "
+        "pcgrad, cagrad, imtl_g, nash_mtl, aligned_mtl, upgrad",
+    )
+    every: int = Field(1, ge=1, description="steps between two updates of the weights")
+    on: Literal["parameters", "representation"] = Field(
+        "parameters",
+        description="whose gradients are compared: of the weights that tasks share, or of the tokens that heads get",
+    )
+    lr: float | None = Field(
+        None, gt=0, description="of what the method learns; null: train.lr, for famo and gradnorm their papers' 0.025"
+    )
+    args: dict[str, Any] = Field(default_factory=dict, description="of the method, such as {c: 0.4} for cagrad")
+
+
 class TrainSettings(Section):
     """The optimisation. DeepSpeed's JSON may have "auto" for what is set here."""
 
@@ -222,6 +241,7 @@ class TrainSettings(Section):
     )
     adam: AdamSettings = AdamSettings()
     poly: PolySettings = PolySettings()
+    balancing: BalancingSettings = BalancingSettings()
 
 
 class EvalSettings(Section):
@@ -353,6 +373,11 @@ ON_RESUME: dict[str, OnResume] = {
     "train.schedule": "listed",
     "train.poly.power": "listed",
     "train.loss_weights": "listed",
+    "train.balancing.method": "listed",  # another one begins without any state
+    "train.balancing.every": "listed",
+    "train.balancing.on": "listed",
+    "train.balancing.lr": "listed",
+    "train.balancing.args": "listed",
     "train.log_every": "listed",
     "train.threads": "listed",
     "train.compile": "listed",

@@ -88,3 +88,24 @@ AUGMENTATIONS: Registry[Any] = Registry(  # an ase_dist.data.augmentation.Augmen
         "none": "ase_dist.data.augmentation:NONE",
     }
 )
+
+_LOSSES, _GRADIENTS = "ase_dist.training.balancing.from_losses", "ase_dist.training.balancing.from_gradients"
+BALANCINGS: Registry[Any] = Registry(  # a subclass of ase_dist.training.balancing.method.Method each
+    {
+        "fixed": "ase_dist.training.balancing.method:Fixed",
+        "uncertainty": f"{_LOSSES}:Uncertainty",
+        "dwa": f"{_LOSSES}:DynamicAverage",
+        "gls": f"{_LOSSES}:GeometricMean",
+        "imtl_l": f"{_LOSSES}:ImpartialLosses",
+        "rlw": f"{_LOSSES}:RandomWeights",
+        "famo": f"{_LOSSES}:Famo",
+        "gradnorm": f"{_GRADIENTS}:GradNorm",
+        "mgda": f"{_GRADIENTS}:MultipleGradientDescent",
+        "pcgrad": f"{_GRADIENTS}:ProjectedConflicts",
+        "cagrad": f"{_GRADIENTS}:ConflictAverse",
+        "imtl_g": f"{_GRADIENTS}:ImpartialGradients",
+        "nash_mtl": f"{_GRADIENTS}:NashBargaining",
+        "aligned_mtl": f"{_GRADIENTS}:AlignedComponents",
+        "upgrad": f"{_GRADIENTS}:UnconflictingProjections",
+    }
+)

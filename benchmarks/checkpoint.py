@@ -76,7 +76,9 @@ def measure(arguments: argparse.Namespace, world: Any, folder: Path) -> dict[str
                      native_bf16=world.native_bf16)  # fmt: skip
     parts = build(config, world, beat=lambda doing: None)
     store = CheckpointStore(folder / "run" / "checkpoints", keep=2)
-    state = RunState(parts.settings, world, store, zero_stage=arguments.zero, backbone=parts.backbone)
+    state = RunState(
+        parts.settings, world, store, zero_stage=arguments.zero, backbone=parts.backbone, balancer=parts.balancer
+    )
     step_seconds, save_seconds = [], []
     _one_step(parts, state)  # allocates moments and whatever is done once
     for _ in range(arguments.saves):
@@ -98,7 +100,7 @@ def _one_step(parts: Any, state: Any) -> None:
 
     batch = next(parts.train_loader).to(parts.world.device)
     counts = mean_label_counts([batch], parts.tasks, parts.world)
-    _, total = training_loss(parts.engine(batch.images), batch, parts.tasks, counts, {})
+    _, total = training_loss(parts.engine(batch.images), batch, parts.tasks, counts, parts.balancer)
     parts.engine.backward(total)
     parts.engine.step()
     state.advance(images=len(batch.images) * parts.world.size)

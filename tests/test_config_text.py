@@ -26,7 +26,13 @@ from ase_dist.config import (
 
 pytestmark = pytest.mark.single_gpu
 
-NAMES = ("data.name", "data.augmentation", "model.head", "model.moe.gating")  # text that must be one of a table
+NAMES = (  # text that must be one of a table
+    "data.name",
+    "data.augmentation",
+    "model.head",
+    "model.moe.gating",
+    "train.balancing.method",
+)
 PATHS = ("output", "data.root")
 PATHS_OR_NAMES = ("model.pretrained", "model.init_from", "resume")
 TEXTS = ("model.backbone", "monitor.project")

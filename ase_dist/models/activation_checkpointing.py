@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -33,3 +35,12 @@ def checkpoint_block(block: nn.Module, mode: str) -> nn.Module:
     trained = any(parameter.requires_grad for parameter in block.parameters())
     wrapped: nn.Module = checkpoint_wrapper(block, offload_to_cpu=mode == "offload" and trained)
     return wrapped
+
+
+@contextmanager
+def without_checkpointing() -> Iterator[None]:
+    """Let all blocks keep their activations while it is open: fairscale's backward pass refuses torch.autograd.grad."""
+    from fairscale.nn.checkpoint.checkpoint_activations import disable_checkpointing
+
+    with disable_checkpointing():
+        yield

@@ -54,6 +54,13 @@ def expert_parallel_group(ep_size: int, *, data_before_expert: bool = False) -> 
     return groups._get_expert_parallel_group(group_name(ep_size))
 
 
+def expert_data_group(ep_size: int) -> dist.ProcessGroup:
+    """DeepSpeed's group of the ranks with the same routed experts as this one, made with ``expert_parallel_group``."""
+    from deepspeed.utils import groups
+
+    return groups._get_expert_data_parallel_group(group_name(ep_size))
+
+
 def optimizer_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Split named parameter groups so that routed experts have groups of their own, as ZeRO wants them.
 

@@ -98,7 +98,7 @@ def asked_in_a_step(case, scenes, rank, folder):
                 counts = mean_label_counts(batches, parts.tasks, place)
                 for batch in batches:
                     output = parts.engine(batch.images)
-                    parts.engine.backward(training_loss(output, batch, parts.tasks, counts, {})[1])
+                    parts.engine.backward(training_loss(output, batch, parts.tasks, counts, parts.balancer)[1])
                     parts.engine.step()
                 _ = vote(torch.tensor(True), stop=False).finite
         parts.close()

@@ -19,6 +19,7 @@ from ase_dist.errors import UserError
 from ase_dist.models import ParameterTable, build_model, parameter_table
 from ase_dist.models.resnet import is_resnet
 from ase_dist.tasks import Task
+from ase_dist.training.balancing.balancer import Balancer
 from ase_dist.training.ds_config import ResolvedConfig
 from ase_dist.training.loop import engine as engines
 from ase_dist.training.loop.conflict import check_conflict_settings
@@ -38,6 +39,7 @@ class RunComponents(NamedTuple):
     train_loader: TrainLoader
     eval_loader: EvalLoader
     engine: Any
+    balancer: Balancer
     parameters: ParameterTable
     backbone: dict[str, str]
     total_steps: int
@@ -87,12 +89,13 @@ def build(config: ResolvedConfig, world: World, *, beat: Callable[[str], None]) 
             "model.pretrained is 'none' and model.tune 'adapters': the backbone keeps the random weights that it "
             "starts with; give model.pretrained=hub or FILE, or train it too with model.tune=full"
         )
+    balancer = raise_together(lambda: Balancer(settings, tasks, model, world.device))
     parameters = parameter_table(model)
     backbone = {"name": settings.model.backbone, "sha256": frozen_digest(model)}
     steps = total_steps(settings, train_loader)
     beat("building the engine")
     engine = engines.initialize(model, config, world, total_steps=steps)
-    return RunComponents(config, tasks, world, train_loader, eval_loader, engine, parameters, backbone, steps)
+    return RunComponents(config, tasks, world, train_loader, eval_loader, engine, balancer, parameters, backbone, steps)
 
 
 def has_random_frozen_backbone(model: ModelSettings) -> bool:

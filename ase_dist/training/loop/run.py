@@ -88,8 +88,9 @@ def dry_run(settings: Settings, ds_config: Mapping[str, Any]) -> ExitCode:
         watchdog.beat("one step")
         batch = next(components.train_loader).to(world.device)
         counts = mean_label_counts([batch], components.tasks, world)
+        components.balancer.begin_step(1, [batch], counts, beat=watchdog.beat)
         output = components.engine(batch.images)
-        by_task, total = training_loss(output, batch, components.tasks, counts, components.settings.train.loss_weights)
+        by_task, total = training_loss(output, batch, components.tasks, counts, components.balancer)
         components.engine.backward(total)
         components.engine.step()
         rows = [(name, float(value.detach())) for name, value in by_task.items()]
@@ -119,7 +120,14 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
         components = build(config, world, beat=watchdog.beat)
         closing.callback(components.close)
         store = CheckpointStore(folder.checkpoints, keep=config.settings.checkpoint.keep)
-        state = RunState(config.settings, world, store, zero_stage=config.zero_stage, backbone=components.backbone)
+        state = RunState(
+            config.settings,
+            world,
+            store,
+            zero_stage=config.zero_stage,
+            backbone=components.backbone,
+            balancer=components.balancer,
+        )
         watchdog.beat("looking for a checkpoint")
         state.resume(components.engine, components.train_loader, total_steps=components.total_steps)
         raise_together(lambda: record_settings(folder, config, world) if world.is_first else None)

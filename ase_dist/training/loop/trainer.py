@@ -22,6 +22,7 @@ from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.models import ModelOutput
 from ase_dist.moe import MoEFFN
 from ase_dist.tasks import Task
+from ase_dist.training.balancing.balancer import Balancer
 from ase_dist.training.loop import losses
 from ase_dist.training.loop.components import RunComponents
 from ase_dist.training.loop.conflict import gradient_conflict, same_random_state
@@ -69,6 +70,7 @@ class Trainer:
         settings, tasks, world, engine = components.settings, components.tasks, components.world, components.engine
         self.settings, self.tasks, self.world, self.engine = settings, tasks, world, engine
         self.train_loader, self.eval_loader = components.train_loader, components.eval_loader
+        self.balancer = components.balancer
         self.state, self.folder, self.recorder, self.progress = state, folder, recorder, progress
         self.constants, self.total_steps = constants, components.total_steps
         self.guard = FiniteGuard(policy=settings.guard.non_finite, max_skips=settings.guard.max_skips)
@@ -171,6 +173,7 @@ class Trainer:
         step = self.state.step + 1
         self.watchdog.beat(f"data of step {step}")
         accumulation, before = self.settings.train.gradient_accumulation_steps, self.train_loader.state_dict()
+        epoch = self.train_loader.epoch
         batches: list[Batch] = []
         try:
             batches += (next(self.train_loader).to(self.world.device) for _ in range(accumulation))
@@ -186,18 +189,23 @@ class Trainer:
             return
         self._warm_shared_logits(step)
         conflict_seconds = self._maybe_measure_conflict(step, batches[0], counts)
+        self.balancer.begin_step(step, batches, counts, beat=self.watchdog.beat)
 
         micro_steps = []
         for batch in batches:
             self.watchdog.beat(f"forward of step {step}")
             output: ModelOutput = self.engine(batch.images)
-            by_task, total = training_loss(output, batch, self.tasks, counts, self.settings.train.loss_weights)
+            by_task, total = training_loss(output, batch, self.tasks, counts, self.balancer)
             self.watchdog.beat(f"backward of step {step}")
             self.engine.backward(nan_if_nonfinite(total))
             self.engine.step()
             by_task = {name: loss.detach() for name, loss in by_task.items()}
             numbers = (total.detach(), output.aux_loss.detach(), output.expert_counts, output.mean_gates)
-            micro_steps.append(MicroStep(by_task, *numbers, batch.names))
+            micro_steps.append(MicroStep(by_task, *numbers, batch.names, self.balancer.weights_t))
+        if self.engine.was_step_applied():
+            self.watchdog.beat(f"balancing after step {step}")
+            micro_losses = [micro.losses for micro in micro_steps]
+            self.balancer.end_step(step, micro_losses, epoch_ends=self.train_loader.epoch != epoch)
 
         self._finish_step(step, micro_steps, ballot)
         self.state.advance(images=sum(len(batch.images) for batch in batches) * self.world.size)
@@ -275,6 +283,7 @@ class Trainer:
         self.progress.report(step, {**shown, "GB": values["memory_bytes"] / 1e9})
         events = [("train/loss", values["loss"], step), ("train/lr", values["lr"], step)]
         events += [(f"train/{name}", value, step) for name, value in values["losses"].items()]
+        events += [(f"train/weight/{name}", value, step) for name, value in values.get("task_weights", {}).items()]
         events.append(("train/images_per_second", values["images_per_second"], step))
         self.scalars.write(events)
 
@@ -361,11 +370,11 @@ def mean_label_counts(batches: Sequence[Batch], tasks: Sequence[Task], world: Wo
 
 
 def training_loss(
-    output: ModelOutput, batch: Batch, tasks: Sequence[Task], counts: Tensor, weights: Mapping[str, float]
+    output: ModelOutput, batch: Batch, tasks: Sequence[Task], counts: Tensor, balancer: Balancer
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Each task's loss, and their weighted sum with the routers' auxiliary loss."""
+    """Each task's loss, and their sum with the weights of ``balancer`` and the routers' auxiliary loss."""
     by_task = losses.task_losses(output.predictions, batch.labels, tasks, counts)
-    return by_task, losses.weighted_sum(by_task, tasks, weights) + output.aux_loss
+    return by_task, balancer.weighted_sum(by_task) + output.aux_loss
 
 
 def nan_if_nonfinite(total: Tensor) -> Tensor:

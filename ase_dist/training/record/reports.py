@@ -50,6 +50,7 @@ def start_tables(components: RunComponents) -> str:
             f"{'bf16' if train.bf16 else 'fp32'}, {torch.get_num_threads()} CPU threads a rank",
         ),
         ("steps", f"{components.total_steps} of {images} images"),
+        ("balancing", components.balancer.describe()),
         ("output", str(settings.output)),
     ]
     if any(loader.dataset.absent for loader in (components.train_loader, components.eval_loader)):
@@ -84,6 +85,7 @@ class MicroStep(NamedTuple):
     expert_counts: Tensor
     mean_gates: Tensor
     names: list[str]
+    weights_t: Tensor | None = None  # of balancing; None where they are fixed
 
 
 class SpanStatistics:
@@ -107,6 +109,8 @@ class SpanStatistics:
         """One micro-step of this rank; no wait for the device."""
         values = [micro.total, micro.aux_loss, *(micro.losses[task.name] for task in self.tasks)]
         row = torch.stack([value.float() for value in values])
+        if micro.weights_t is not None:
+            row = torch.cat([row, micro.weights_t])
         self._sums = row if self._sums is None else self._sums + row
         load, gates = micro.expert_counts.float(), micro.mean_gates
         self._load = load if self._load is None else self._load + load
@@ -120,14 +124,17 @@ class SpanStatistics:
         count = self._micro_steps * self.world.size
         sums = (collectives.all_reduce_sum(self._sums) / count).tolist()
         seconds = self.seconds
+        names = [task.name for task in self.tasks]
         values: dict[str, Any] = {
             "loss": sums[0],
             "aux_loss": sums[1],
-            "losses": dict(zip([task.name for task in self.tasks], sums[2:], strict=True)),
+            "losses": dict(zip(names, sums[2 : 2 + len(names)], strict=True)),
             "images_per_second": self._images * self.world.size / seconds,
             "seconds": seconds,
             "memory_bytes": memory_bytes(self.world.device),
         }
+        if weights := sums[2 + len(names) :]:
+            values["task_weights"] = dict(zip(names, weights, strict=True))
         if self._load.numel():
             values |= self._expert_values(count)
         self._clear()

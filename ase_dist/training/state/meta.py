@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from ase_dist.errors import UserError, first_problem
 from ase_dist.moe.deepspeed_compat import COUNTERS
 from ase_dist.tasks import select_tasks
+from ase_dist.training.balancing.balancer import StoredBalancing
 from ase_dist.training.state.checkpoint import Checkpoint
 from ase_dist.training.state.checkpoint.manifest import MANIFEST
 
@@ -50,8 +51,9 @@ class RunMeta(_Part):
     """``meta`` of a run's checkpoint.
 
     ``tasks`` is the order in which the model's tensors have the tasks, ``device`` the kind of device that the random
-    states of devices are for; both are None in checkpoints of version 0.1.0 and before. ``weights_only``: the states of
-    the optimiser and of random numbers were removed. ``tolerances``: with which odsF was counted, by task of edges.
+    states of devices are for; both are None in checkpoints of version 0.1.0 and before. ``balancing`` is None with
+    fixed weights. ``weights_only``: the states of the optimiser and of random numbers were removed. ``tolerances``:
+    with which odsF was counted, by task of edges.
     ``labelled_images`` counts the training images with a label, by task; None in earlier checkpoints.
     """
 
@@ -65,6 +67,7 @@ class RunMeta(_Part):
     engine: dict[str, NonNegativeInt]  # the counts that deepspeed_compat.COUNTERS names
     schedule: Schedule
     device: str | None = None
+    balancing: StoredBalancing | None = None
     weights_only: bool = False
     tolerances: dict[str, float] = {}
     labelled_images: dict[str, NonNegativeInt] | None = None
@@ -75,6 +78,10 @@ class RunMeta(_Part):
             raise ValueError("a part of engine or backbone is missing")
         if max(self.optimizer_steps, self.schedule.last_epoch) > self.engine["global_steps"]:
             raise ValueError("more steps of the optimiser or the schedule than of the engine")
+        if self.balancing is not None:
+            columns = [self.balancing.weights, *self.balancing.state.values()]
+            if any(column.keys() != {*self.task_names()} for column in columns):
+                raise ValueError("the state of the balancing is not of the run's tasks")
         return self
 
     def task_names(self) -> tuple[str, ...]:

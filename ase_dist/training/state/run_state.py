@@ -28,6 +28,7 @@ from ase_dist.evaluation.scores import tolerances
 from ase_dist.models.names import Entry, task_order, trained_entries
 from ase_dist.moe import deepspeed_compat
 from ase_dist.tasks import Task
+from ase_dist.training.balancing.balancer import Balancer
 from ase_dist.training.loop.evaluate import Results
 from ase_dist.training.process.runtime import World
 from ase_dist.training.state.checkpoint import Checkpoint, CheckpointStore
@@ -48,10 +49,17 @@ class RunState:
     """
 
     def __init__(
-        self, settings: Settings, world: World, store: CheckpointStore, *, zero_stage: int, backbone: Mapping[str, Any]
+        self,
+        settings: Settings,
+        world: World,
+        store: CheckpointStore,
+        *,
+        zero_stage: int,
+        backbone: Mapping[str, Any],
+        balancer: Balancer,
     ) -> None:
         self.settings, self.world, self.store = settings, world, store
-        self.zero_stage, self.backbone = zero_stage, dict(backbone)
+        self.zero_stage, self.backbone, self.balancer = zero_stage, dict(backbone), balancer
         self.step, self.history, self.is_saved = 0, History(), False
         self.changes: list[str] = []
         self._saved_step = NEVER  # whose weights and random states are in the store, if not its latest history
@@ -94,6 +102,7 @@ class RunState:
             "schedule": {"last_epoch": engine.lr_scheduler.last_epoch},
             "device": deepspeed_compat.device_kind(),
             "tolerances": tolerances(self.settings.chosen_tasks()),
+            "balancing": self.balancer.to_meta(),
         }
         path = self.store.save(self.step, self._shards(engine), meta=meta)
         self._mark_best()
@@ -223,6 +232,7 @@ class RunState:
 
         raise_together(refuse_damaged)  # after the loop, which is collective: of experts each rank reads its own
         loader.load_state_dict(meta.sampler)
+        self.balancer.load_meta(meta.balancing)
         deepspeed_compat.restore_counters(engine, meta.engine, last_epoch=meta.schedule.last_epoch)
         self.step, self.history, self.is_saved = checkpoint.step, History.from_meta(meta.history), True
         is_ours = checkpoint.path.resolve().parent == self.store.folder.resolve()  # else another run's: resume=PATH
