@@ -2,7 +2,7 @@
 
 Every decoder takes the path of one file and ``shape``, the [H, W] of its image; a label of another size is resized to
 it (nearest; normals linear). UserError, which names the file, for one that does not hold what it should. Where the
-same numbers may mean two things (metres or millimetres, 255 for white or for unknown) they are refused, not guessed.
+same numbers may mean two things (metres or millimetres, a dark grey picture or a mask) they are refused, not guessed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ase_dist.data.matlab import Struct, Value
 from ase_dist.tasks import IGNORE, Kind, Task
 
 PERSON = 15  # the class id of a person in PASCAL-Part
+MILLIMETRES = "divide millimetres by 1000, or describe the folder in a dataset.yaml with unit: mm"
 DEEPEST = 100  # metres; what is larger is taken for millimetres
 
 # The 24 parts of a person in PASCAL-Part, grouped as the multi-task literature does.
@@ -57,7 +58,8 @@ def decoder_of(task: Task) -> Decoder:
     """What decodes the labels of a task whose data set has no decoder for it.
 
     classes: a PNG or whole numbers in a .npy, ids below ``task.channels``, 255 ignored; mask: a grey PNG, 1 where it is
-    above one half, or 0 and 1 in a PNG or .npy; edges: a PNG or .npy of two values, 1 where it is not zero; normals: an
+    above one half, or 0 and 1 in a PNG or .npy; edges: a PNG or .npy of two values, 1 where it is not zero; 0, 1 and
+    255 in either: 255 ignored; normals: an
     RGB picture or unit vectors in a .npy; depth: metres in a .npy or a .mat's ``depth``.
     """
     if task.kind == "classes":
@@ -113,12 +115,12 @@ def human_parts(path: Path, shape: Shape) -> Array:
 
 
 def mask(path: Path, shape: Shape) -> Array:
-    """1 on the foreground, else 0: where a grey PNG is above one half of 255, or a PNG or .npy of 0 and 1 has 1.
+    """1 on the foreground, 0 elsewhere, 255 where a file of 0, 1 and 255 does not know (``unknown_pixels``).
 
-    Which of the two a file is shows its largest value. 0, 1 and 255 together may be a mask with unknown pixels or a
-    grey picture: refused.
+    A file whose largest value is 1 is a mask as it stands; else a grey PNG has its foreground above one half of 255.
+    0 and one value up to 127 may be either: refused.
     """
-    wanted = "a mask of 0 and 1, or grey values from 0 to 255 with the foreground above 127"
+    wanted = "a mask of 0 and 1 with 255 for unknown, or grey values from 0 to 255 with the foreground above 127"
     if path.suffix == ".npy":
         values = _matrix(path, read_array(path), wanted)
     else:
@@ -137,9 +139,23 @@ def foreground(path: Path, values: Array, *, wanted: str) -> Array:
         return (values > 0.5).astype(np.uint8)
     if values.dtype.kind == "f" and (values != np.rint(values)).any():
         raise reject(path, f"fractions up to {high:g}", wanted)
-    if high == 255 and (values == 1).any() and not ((values > 1) & (values < 255)).any():
-        raise reject(path, "the values 1 and 255, either a mask with unknown pixels or a grey picture", wanted)
+    unknown = unknown_pixels(values)
+    if unknown.any():
+        return np.where(unknown, IGNORE, values == 1).astype(np.uint8)
+    if high <= 127 and low == 0 and ((values == 0) | (values == high)).all():
+        advice = "write 0 and 255, or describe the folder in a dataset.yaml with a threshold or an id_map"
+        raise reject(path, f"the values 0 and {high:g}, a mask or a grey picture below 128", wanted, advice=advice)
     return (values > 127).astype(np.uint8)
+
+
+def unknown_pixels(values: Array) -> Array:
+    """Where a mask or edges are unknown, bool: at 255, if the file holds 1, 255 and else only 0.
+
+    The one rule of what 255 means in such files: beside 1 it is unknown, without 1 it is white. A data set whose files
+    of 0 and 255 have no white but unknown pixels says so by ``ignore: 255`` in its dataset.yaml.
+    """
+    at_most = (values == 0) | (values == 1) | (values == IGNORE)
+    return (values == IGNORE) & bool((values == 1).any() and at_most.all())
 
 
 def label_map(path: Path, shape: Shape) -> Array:
@@ -199,7 +215,7 @@ def depth(path: Path, shape: Shape) -> Array:
         raise reject(path, "true and false", wanted)
     metres = np.where(np.isfinite(values), values, 0)
     if metres.size and metres.max() > DEEPEST:
-        raise reject(path, f"depths up to {metres.max():g}", wanted, advice="divide millimetres by 1000")
+        raise reject(path, f"depths up to {metres.max():g}", wanted, advice=MILLIMETRES)
     negative = metres[metres < 0]
     if negative.size and negative.min() != negative.max():
         raise reject(path, f"depths from {negative.min():g} to {negative.max():g}", wanted)
@@ -209,9 +225,10 @@ def depth(path: Path, shape: Shape) -> Array:
 def edge_picture(path: Path, shape: Shape) -> Array:
     """1 where a black-and-white PNG is not black, or the matrix of a .npy not zero; refused with more than two values.
 
-    Of soft edges (grey values, probabilities) the part that is not zero is far too much.
+    A file of 0, 1 and 255 has unknown pixels (``unknown_pixels``). All 255 may be unknown or edges: refused. Of soft
+    edges (grey values, probabilities) the part that is not zero is far too much.
     """
-    wanted = "a matrix of two values, zero where there is no edge"
+    wanted = "two values, zero where there is no edge, or 0, 1 and 255 for unknown"
     if path.suffix == ".npy":
         values = _matrix(path, read_array(path), wanted)
     else:
@@ -221,6 +238,12 @@ def edge_picture(path: Path, shape: Shape) -> Array:
 
 def edge_pixels(path: Path, values: Array, *, wanted: str) -> Array:
     """``edge_picture`` for the stored values of a file, uint8 of their shape."""
+    unknown = unknown_pixels(values)
+    if unknown.any():
+        return np.where(unknown, IGNORE, values == 1).astype(np.uint8)
+    if values.size and (values == IGNORE).all():
+        advice = "remove the file (data.partial=true), or set ignore: 255 in a dataset.yaml"
+        raise reject(path, "255 in every pixel, unknown or edges", wanted, advice=advice)
     edges = values != 0
     strengths = values[edges]
     if strengths.size and not (0 < strengths.min() == strengths.max() < np.inf):  # also where one is NaN

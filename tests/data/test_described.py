@@ -141,11 +141,20 @@ def test_a_mask_of_zero_and_one_or_of_black_and_white(own, high):
     np.testing.assert_array_equal(own.label("kind: mask", values), disc(0))
 
 
-def test_an_unknown_border_of_a_mask_is_told_to_be_one_or_refused(own):
+@pytest.mark.parametrize("kind", ["mask", "edges"])
+def test_255_beside_0_and_1_is_unknown_and_beside_0_what_the_description_says(own, kind):
     values = disc(0).astype(np.uint8)
     values[0] = 255
-    with pytest.raises(UserError, match="either a mask with unknown pixels or a grey picture"):
-        own.label("kind: mask", values)
+    want = np.where(values == 255, IGNORE, disc(0))
+    np.testing.assert_array_equal(own.label(f"kind: {kind}", values), want)
+    white = np.where(values == 255, np.uint8(255), np.uint8(0))
+    np.testing.assert_array_equal(own.label(f"kind: {kind}", white), white == 255)
+    np.testing.assert_array_equal(own.label(f"kind: {kind}, ignore: 255", white), white)
+
+
+def test_an_unknown_border_of_a_mask_is_told_to_be_one(own):
+    values = disc(0).astype(np.uint8)
+    values[0] = 255
     want = np.where(values == 255, IGNORE, disc(0))
     np.testing.assert_array_equal(own.label("kind: saliency, ignore: 255", values), want)
     np.testing.assert_array_equal(own.label("kind: mask, id_map: {0: 0, 1: 1, 255: ignore}", values), want)

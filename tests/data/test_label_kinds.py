@@ -11,7 +11,9 @@ from ase_dist.data.folder import FolderDataset
 from ase_dist.data.labels import normals_from_codes
 from ase_dist.data.nyud import NYUD
 from ase_dist.data.pascal_context import PascalContext
+from ase_dist.data.transforms import Transform
 from ase_dist.errors import UserError
+from ase_dist.image_size import ImageSize
 from ase_dist.tasks import NYUD_TASKS, PASCAL_TASKS, select_tasks
 from tests.data.conftest import struct_array
 from tests.data.packing import command
@@ -52,6 +54,7 @@ def palette(values):
     return picture
 
 
+UNKNOWN = np.where(IDS == 0, 255, BITS).astype(np.uint8)
 RIGHT = {
     "palette classes": (PARTS, palette(IDS), "png", IDS),
     "classes in 64 bits": (PARTS, IDS.astype(np.int64), "npy", IDS),
@@ -85,6 +88,12 @@ RIGHT = {
     "no edges": (EDGE, np.zeros(SHAPE, np.uint8), "png", np.zeros(SHAPE)),
     "boolean edges": (EDGE, BITS, "npy", BITS),
     "edges as floats": (EDGE, BITS.astype(np.float64), "npy", BITS),
+    "mask with unknown pixels": (MASK, UNKNOWN, "png", UNKNOWN),
+    "mask with unknown pixels as .npy": (MASK, UNKNOWN.astype(np.int32), "npy", UNKNOWN),
+    "mask of 1 and unknown pixels": (MASK, np.where(BITS, 1, 255).astype(np.uint8), "png", np.where(BITS, 1, 255)),
+    "white mask": (MASK, np.full(SHAPE, 255, np.uint8), "png", np.ones(SHAPE)),
+    "edges with unknown pixels": (EDGE, UNKNOWN, "png", UNKNOWN),
+    "edges with unknown pixels as floats": (EDGE, UNKNOWN.astype(np.float32), "npy", UNKNOWN),
     "depth in half precision": (DEPTH, np.full(SHAPE, 2.5, np.float16), "npy", np.full(SHAPE, 2.5)),
     "depth as .mat": (DEPTH, np.full(SHAPE, 2.5), "mat", np.full(SHAPE, 2.5)),
     "far depth": (DEPTH, np.full(SHAPE, 80.0), "npy", np.full(SHAPE, 80)),
@@ -106,7 +115,6 @@ def test_the_right_label(read, case):
     np.testing.assert_array_equal(label, expected)
 
 
-UNKNOWN = np.where(IDS == 0, 255, BITS).astype(np.uint8)
 ONE_NAN = np.where(np.arange(600).reshape(SHAPE) == 7, np.nan, BITS)
 HALF = np.full((*SHAPE, 3), 1 / np.sqrt(3))
 TOLD = {
@@ -123,8 +131,7 @@ TOLD = {
     "a row of classes": (PARTS, IDS.ravel(), "npy", r"shape \(600,\)"),
     "no classes": (PARTS, np.zeros((0, 30), np.uint8), "npy", "label of 30 x 0 pixels"),
     "words": (PARTS, np.array([["cat"]]), "npy", "type <U3"),
-    "mask with unknown pixels": (MASK, UNKNOWN, "png", "the values 1 and 255"),
-    "mask with unknown pixels as .npy": (MASK, UNKNOWN.astype(np.int32), "npy", "the values 1 and 255"),
+    "mask of 0 and 100": (MASK, 100 * BITS.astype(np.uint8), "png", "the values 0 and 100.*write 0 and 255"),
     "mask with NaN": (MASK, ONE_NAN, "npy", "from nan to nan"),
     "mask with infinity": (MASK, np.where(BITS, np.inf, 0), "npy", "from 0 to inf"),
     "mask of logits": (MASK, np.where(BITS, 3.0, -3.0), "npy", "from -3 to 3"),
@@ -137,9 +144,15 @@ TOLD = {
     "edges with infinity": (EDGE, np.where(BITS, np.inf, 0), "npy", "from inf to inf"),
     "soft edges": (EDGE, np.tile(np.linspace(0, 40, 30).astype(np.uint8), (20, 1)), "png", "from 1 to 40"),
     "edge probabilities": (EDGE, np.where(BITS, 0.9, 0.1), "npy", "from 0.1 to 0.9"),
-    "edges with unknown pixels": (EDGE, UNKNOWN, "png", "from 1 to 255"),
+    "edges of 0, 2 and 255": (EDGE, np.where(UNKNOWN == 1, 2, UNKNOWN), "png", "from 2 to 255"),
+    "edges everywhere or nowhere known": (EDGE, np.full(SHAPE, 255, np.uint8), "png", "255 in every pixel"),
     "negative edges": (EDGE, -BITS.astype(np.int64), "npy", "from -1 to -1"),
-    "millimetres": (DEPTH, np.full(SHAPE, 2500, np.uint16), "npy", "depths up to 2500.*divide millimetres by 1000"),
+    "millimetres": (
+        DEPTH,
+        np.full(SHAPE, 2500, np.uint16),
+        "npy",
+        "depths up to 2500.*divide .* by 1000.*unit: mm",
+    ),
     "millimetres as floats": (DEPTH, np.full(SHAPE, 2500.0), "npy", "depths up to 2500"),
     "one pixel of 1e6": (DEPTH, np.where(np.isnan(ONE_NAN), 1e6, 2.0), "npy", r"depths up to 1e\+06"),
     "millimetres as .mat": (DEPTH, np.full(SHAPE, 2500.0), "mat", "depths up to 2500"),
@@ -262,7 +275,7 @@ def test_checking_tells_what_reading_tells(pascal, caplog):
     for name in ("a", "b", "c"):
         pascal.add(name)
     pascal.add("v", split="val")
-    pascal.saliency("a", np.where(np.arange(192).reshape(12, 16) % 3 == 0, 255, np.arange(192).reshape(12, 16) % 2))
+    pascal.saliency("a", np.arange(192).reshape(12, 16) % 2 * 100)
     pascal.semseg("b", np.zeros((16, 12)))
     tag(pascal.root / "JPEGImages/c.jpg", 3)
     with caplog.at_level(logging.INFO):
@@ -270,7 +283,7 @@ def test_checking_tells_what_reading_tells(pascal, caplog):
     told = [record.message for record in caplog.records if record.message.startswith("unusable")]
     assert len(told) == 3
     expected = {
-        "sal_distill/a.png": "the values 1 and 255",
+        "sal_distill/a.png": "the values 0 and 100",
         "VOC12/b.png": "12 x 16 pixels",
         "JPEGImages/c.jpg": "orientation tag 3",
     }
@@ -278,16 +291,20 @@ def test_checking_tells_what_reading_tells(pascal, caplog):
         assert file in line and said in line
 
 
-def test_a_mask_of_0_and_1_is_packed_as_it_is(pascal, pack):
+@pytest.mark.parametrize("unknown", [0, 255])
+def test_a_mask_of_0_and_1_is_packed_as_it_is(pascal, pack, unknown):
     from ase_dist.data.packed.dataset import PackedDataset
 
+    values = np.eye(12, 16)
+    values[3, :9] = unknown
     for split in ("train", "val"):
         pascal.add(split, split=split)
-        pascal.saliency(split, np.eye(12, 16))
+        pascal.saliency(split, values)
     place = pack(pascal.root)
-    np.testing.assert_array_equal(
-        PackedDataset(place, "train", (MASK,), data="pascal_context")[0].labels["saliency"], np.eye(12, 16)
-    )
+    record = PackedDataset(place, "train", (MASK,), data="pascal_context")[0]
+    np.testing.assert_array_equal(record.labels["saliency"], values)
+    sample = Transform(ImageSize(12, 16), tasks=(MASK,), augmentation="none").train_sample(record, seed=0, epoch=0)
+    np.testing.assert_array_equal(sample.labels["saliency"], values)
 
 
 def test_nyud_tells_millimetres_and_edges_of_nan(nyud):
