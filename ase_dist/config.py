@@ -140,8 +140,10 @@ class MoESettings(Section):
     alpha: float | None = Field(None, gt=0, description="LoRA scale is alpha / rank; null means alpha = rank")
     experts: Literal["lora", "ffn"] = Field("lora", description="LoRA on the base FFN, or whole FFNs in its place")
     hidden: int | None = Field(None, ge=1, description="hidden width of an ffn expert; null: the base's over k + S")
-    adapt: tuple[Literal["fc1", "fc2", "bypass"], ...] = Field(
-        ("fc1", "fc2"), description="what LoRA experts adapt: either linear of the FFN, or the FFN as a whole (bypass)"
+    adapt: tuple[Literal["fc1", "gate", "up", "fc2", "bypass"], ...] = Field(
+        ("fc1", "fc2"),
+        description="what LoRA experts adapt: either linear of the FFN, of a gated one's fc1 also gate or up alone, or "
+        "the FFN as a whole (bypass)",
     )
     gating: Annotated[str, AfterValidator(GATINGS.checked)] = Field(
         "ase", description="how gates follow from router logits: ase, naive, topk, renormalised, separate or dense"

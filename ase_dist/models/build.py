@@ -117,8 +117,7 @@ def _build_blocks(
         if chosen.moe.enabled and (index + 1) % chosen.moe.every_n_blocks == 0:
             layer = _moe_layer(block.mlp, chosen, num_tasks, seed=derive_seed(seed, name, "moe"), kind=expert_layer)
             # LoRA goes on those linears under the experts that carry none, as in the paper
-            free = () if "bypass" in chosen.moe.adapt else {"fc1", "fc2"} - set(chosen.moe.adapt)
-            ffn, places = (layer, ()) if layer.base is None else (layer.base, sorted(free))
+            ffn, places = (layer, []) if layer.base is None else (layer.base, layer.linears_without_experts())
         else:
             ffn, places = block.mlp, None
         add_lora(ffn, seed=derive_seed(seed, name, "mlp"), only=places, **lora)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ase_dist import collectives
 from ase_dist.errors import UserError, did_you_mean
 from ase_dist.moe import deepspeed_compat
+from ase_dist.moe.base import FeedForward
 from ase_dist.moe.engine_names import from_engine_names, to_engine_names
-from ase_dist.moe.experts import FeedForward, LoRAExperts
+from ase_dist.moe.experts import LoRAExperts
 from ase_dist.moe.layer import MoEFFN, MoEOutput, TaskIndex
 from ase_dist.moe.router import RoutingSums
 from ase_dist.moe.sharding import Shard
@@ -116,7 +117,8 @@ class ASEMoE(MoEFFN, MoE):  # type: ignore[misc]
             own = torch.tensor([x.numel() // x.shape[-1]], device=x.device)
             self.decide_dispatch(collectives.all_gather_rows(own, group=self.group).sum().item() / self.ep_size)
         if isinstance(self.routed, LoRAExperts) and self.base is not None:
-            self.routed.keeps_stacks = not any(map(deepspeed_compat.is_partitioned, self.base.parameters()))
+            keeps = not any(map(deepspeed_compat.is_partitioned, self.base.parameters()))
+            self.routed.keeps_stacks = self.form.joined_weight.keeps = keeps
         result = super().forward(x, task=task, unfinished=unfinished)
         if undecided and not self.training:
             self.dispatch = None  # the batch of an evaluation does not decide for the training

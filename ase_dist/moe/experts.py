@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ase_dist.moe.base import FFNForm, Linear, Place
 from ase_dist.moe.dispatch.exchange import ReturnRows, SendRows, TokenExchange, exchanged_linear
 from ase_dist.moe.forms import FormCost
-from ase_dist.ops import modes
+from ase_dist.ops import modes, stacked
 from ase_dist.ops.activations import Activation
 from ase_dist.ops.grouped import Groups, combined_product, gathered_product, group_pairs, per_pair, take_pairs
 from ase_dist.ops.lowrank import (
@@ -33,12 +34,9 @@ from ase_dist.ops.lowrank import (
 )
 from ase_dist.ops.modes import autocast_dtype, is_exporting, may_use_custom_autograd
 from ase_dist.ops.pairs import DensePair, GroupedPair, Pair, paired_linear
-from ase_dist.ops.stacked import Linear, WeightStack, may_stack, stacked_ffn
 from ase_dist.seeding import generator
 
-Shape = tuple[int, int]  # (input width, output width) of an adapted linear
 Tensors = Mapping[str, Tensor]  # stacked tensors of experts by name
-FeedForward = Any  # an nn.Module with fc1, act and fc2
 
 
 class RoutedTokens(NamedTuple):
@@ -57,40 +55,65 @@ class RoutedTokens(NamedTuple):
 class LoRAExperts(nn.Module):
     """For each adapted place a pair A [m, r, D], B [m, O, r]; A Kaiming-uniform, B zero (LoRA, arXiv 2106.09685).
 
-    y = fc2(act(fc1(x))) with the gated pairs of a token's active experts on its linears (Eq. 10, arXiv 2510.00570).
+    y = fc2(act(fc1(x))) with the gated pairs of a token's active experts on its linears (Eq. 10, arXiv 2510.00570). The
+    linears are those of the base's ``FFNForm``, in which a gated FFN has one for gate and up.
     """
 
-    def __init__(self, ids: Sequence[int], places: Mapping[str, Shape], *, rank: int, seed: int) -> None:
+    def __init__(self, ids: Sequence[int], places: Mapping[str, Place], *, rank: int, seed: int) -> None:
         super().__init__()
-        self.places, self._rank = tuple(places), rank
+        self.places, self._rank = dict(places), rank
+        self.linears = tuple(dict.fromkeys(place.linear for place in places.values()))
         self.keeps_stacks = True  # False where the base's weights are gathered for each use, as by ZeRO-3
-        self._stacks = WeightStack(), WeightStack()
-        self.values_per_token = sum(dim_in + dim_out for dim_in, dim_out in places.values())  # sent and returned
-        for place, (dim_in, dim_out) in places.items():
-            a_mrD = torch.empty(len(ids), rank, dim_in)
+        self._stacks = stacked.WeightStack(), stacked.WeightStack()
+        ends = {place.linear: place.dim_in + place.width for place in places.values()}
+        self.values_per_token = sum(ends.values())  # sent and returned
+        for name, place in places.items():
+            a_mrD = torch.empty(len(ids), rank, place.dim_in)
             for slot, global_id in enumerate(ids):
-                bound = 1 / math.sqrt(dim_in)  # kaiming_uniform_ with a = sqrt(5), as in LoRA and peft
-                a_mrD[slot].uniform_(-bound, bound, generator=generator(seed, place, "A", global_id))
-            self.register_parameter(f"{place}_A", nn.Parameter(a_mrD))
-            self.register_parameter(f"{place}_B", nn.Parameter(torch.zeros(len(ids), dim_out, rank)))
+                bound = 1 / math.sqrt(place.dim_in)  # kaiming_uniform_ with a = sqrt(5), as in LoRA and peft
+                a_mrD[slot].uniform_(-bound, bound, generator=generator(seed, name, "A", global_id))
+            self.register_parameter(f"{name}_A", nn.Parameter(a_mrD))
+            self.register_parameter(f"{name}_B", nn.Parameter(torch.zeros(len(ids), place.dim_out, rank)))
 
     def tensors(self) -> dict[str, Tensor]:
         """``{place}.A`` and ``{place}.B`` of these experts, the parameters themselves."""
         return {f"{p}.{m}": getattr(self, f"{p}_{m}") for p in self.places for m in ("A", "B")}
 
-    def stacks_products(self, x_TD: Tensor, base: FeedForward) -> bool:
+    def by_linear(self, tensors: Tensors) -> Tensors:
+        """``tensors`` of the places as those of the linears: A [m, R, D] and B [m, O, R] of all outputs O.
+
+        The pairs of gate and up stand side by side on the linear that both are: ranks 2r, and B is 0 where the pair of
+        one meets the outputs of the other.
+        """
+        if all(name == place.linear for name, place in self.places.items()):
+            return tensors
+        found: dict[str, Tensor] = {}
+        for linear in self.linears:
+            on_it = {name: place for name, place in self.places.items() if place.linear == linear}
+            found[f"{linear}.A"] = torch.cat([tensors[f"{name}.A"] for name in on_it], dim=1)
+            found[f"{linear}.B"] = torch.cat(
+                [
+                    F.pad(tensors[f"{name}.B"], (0, 0, place.offset, place.width - place.offset - place.dim_out))
+                    for name, place in on_it.items()
+                ],
+                dim=2,
+            )
+        return found
+
+    def stacks_products(self, x_TD: Tensor, base: FFNForm) -> bool:
         """Whether ``compute`` takes the form of ``ase_dist.ops.stacked``."""
         return (
             modes.stacks_products(x_TD)
+            and not base.trains_between
             and is_frozen_linear(base.fc1, x_TD)
             and is_frozen_linear(base.fc2, x_TD)
             and all(p.dtype == x_TD.dtype for p in (base.fc1.weight, base.fc2.weight, *self.parameters()))
         )
 
-    def stacks_router(self, x_tTD: Tensor, base: FeedForward, *, num_routed: int, k: int) -> bool:
+    def stacks_router(self, x_tTD: Tensor, base: FFNForm, *, num_routed: int, k: int) -> bool:
         """Whether ``compute`` wants the rank activations of fc1's pairs from the routers' product."""
         is_grouped = self.groups_tokens(x_tTD, num_routed=num_routed, k=k)
-        return "fc1" in self.places and not is_grouped and self.stacks_products(x_tTD, base)
+        return "fc1" in self.linears and not is_grouped and self.stacks_products(x_tTD, base)
 
     def forget_stacks(self) -> None:
         """Copy the base's weights again at the next call."""
@@ -98,20 +121,21 @@ class LoRAExperts(nn.Module):
             stack.forget()
 
     def compute(
-        self, tokens: RoutedTokens, base: FeedForward, act: Activation, *, routed: Tensors, shared: Tensors | None
+        self, tokens: RoutedTokens, base: FFNForm | None, act: Activation, *, routed: Tensors, shared: Tensors | None
     ) -> Tensor:
-        """The output [T, D] where the tensors of all ``routed`` and ``shared`` experts are on this rank."""
+        """The output [T, D] where the tensors of all experts, ``routed`` and ``shared`` by linear, are on this rank."""
+        assert base is not None, "LoRA experts act on a base"
         x_TD, gates_TN = tokens.x_TD, tokens.gates_TN
         if self.groups_tokens(x_TD, num_routed=len(next(iter(routed.values()))), k=tokens.k):
             return self._compute_grouped(tokens, base, act, routed=routed, shared=shared)
         if self.stacks_products(x_TD, base):
             weights = (base.fc1.weight, base.fc2.weight)
-            keep = self.keeps_stacks and not torch.compiler.is_compiling() and all(map(may_stack, weights))
+            keep = self.keeps_stacks and not torch.compiler.is_compiling() and all(map(stacked.may_stack, weights))
             low_rank = {name: (tensor, None if shared is None else shared[name]) for name, tensor in routed.items()}
-            y_TD = stacked_ffn(
+            y_TD = stacked.stacked_ffn(
                 x_TD,
-                Linear(base.fc1.weight, base.fc1.bias),
-                Linear(base.fc2.weight, base.fc2.bias),
+                stacked.Linear(base.fc1.weight, base.fc1.bias),
+                stacked.Linear(base.fc2.weight, base.fc2.bias),
                 u1_TR=tokens.fc1_ranks_TR,
                 b1=low_rank.get("fc1.B"),
                 a2=low_rank.get("fc2.A"),
@@ -120,12 +144,12 @@ class LoRAExperts(nn.Module):
                 activation=act,
                 stacks=self._stacks if keep else None,
             )
-            if "bypass" not in self.places:
+            if "bypass" not in self.linears:
                 return y_TD
             pairs = _concatenated_pairs(routed, shared, ("bypass",))
             return add_lowrank(y_TD, x_TD, *pairs["bypass"], gates=gates_TN)
-        pairs = _concatenated_pairs(routed, shared, self.places)
-        if is_frozen_linear(base.fc1, x_TD) and is_frozen_linear(base.fc2, x_TD):
+        pairs = _concatenated_pairs(routed, shared, self.linears)
+        if is_frozen_linear(base.fc1, x_TD) and is_frozen_linear(base.fc2, x_TD) and not base.trains_between:
             fc1, fc2 = (
                 AdaptedLinear(fc.weight, fc.bias, *pairs.get(name, (None, None)))
                 for name, fc in (("fc1", base.fc1), ("fc2", base.fc2))
@@ -133,7 +157,8 @@ class LoRAExperts(nn.Module):
             y_TD = gated_ffn(x_TD, fc1, fc2, gates_TN=gates_TN, activation=act)
         else:
             h = _adapted_linear(x_TD, base.fc1, pairs.get("fc1"), gates_TN)
-            y_TD = _adapted_linear(h, base.fc2, pairs.get("fc2"), gates_TN, activation=act)
+            h, again = (act(h), None) if base.trains_between else (h, act)
+            y_TD = _adapted_linear(h, base.fc2, pairs.get("fc2"), gates_TN, activation=again)
         if "bypass" in pairs:
             y_TD = add_lowrank(y_TD, x_TD, *pairs["bypass"], gates=gates_TN)
         return y_TD
@@ -141,7 +166,7 @@ class LoRAExperts(nn.Module):
     def compute_exchanged(
         self,
         tokens: RoutedTokens,
-        base: FeedForward,
+        base: FFNForm | None,
         act: Activation,
         *,
         shared: Tensors | None,
@@ -151,7 +176,9 @@ class LoRAExperts(nn.Module):
 
         ``exchange`` carries them; meanwhile this rank computes the base and the experts that it has itself.
         """
-        x_TD, own = tokens.x_TD, self.tensors()
+        assert base is not None, "LoRA experts act on a base"
+        x_TD, own = tokens.x_TD, self.by_linear(self.tensors())
+        shared = None if shared is None else self.by_linear(shared)
         local: dict[str, list[Pair]] = {}
         remote: dict[str, list[Pair]] = {}
         slots, ranks = exchange.local_gates_Tm.shape[1], len(exchange.send)
@@ -170,12 +197,13 @@ class LoRAExperts(nn.Module):
         def linear(x: Tensor, place: str, weight: Tensor | None, bias: Tensor | None, act: Activation | None) -> Tensor:
             return exchanged_linear(x, weight, bias, local[place], remote[place], exchange, activation=act)
 
-        return _ffn(x_TD, base, act, self.places, linear)
+        return _ffn(x_TD, base, act, self.linears, linear)
 
     def form_cost(self, *, num_routed: int, k: int, device_type: str) -> FormCost:
         """What computing ``num_routed`` experts for all tokens costs, and the ``k`` of each token only."""
         # not by a parameter's shape, which ZeRO-3 leaves empty outside of the forward pass
-        return FormCost(routed=num_routed, active=k, rank=self._rank, device_type=device_type)
+        rank = -(-self._rank * len(self.places) // len(self.linears))  # gate and up are two pairs on one linear
+        return FormCost(routed=num_routed, active=k, rank=rank, device_type=device_type)
 
     def groups_tokens(self, x_TD: Tensor, *, num_routed: int, k: int) -> bool:
         """Whether tokens are sorted by expert: where that costs less, and where plain operations are not asked for."""
@@ -185,7 +213,7 @@ class LoRAExperts(nn.Module):
         return may_use_custom_autograd(x_TD) or (is_autocast and not is_exporting() and not modes.is_transforming())
 
     def _compute_grouped(
-        self, tokens: RoutedTokens, base: FeedForward, act: Activation, *, routed: Tensors, shared: Tensors | None
+        self, tokens: RoutedTokens, base: FFNForm, act: Activation, *, routed: Tensors, shared: Tensors | None
     ) -> Tensor:
         """``compute`` with the pairs of a token's own routed experts only; shared experts act on all tokens anyway."""
         x_TD, n = tokens.x_TD, len(next(iter(routed.values())))
@@ -198,12 +226,12 @@ class LoRAExperts(nn.Module):
         def linear(x: Tensor, place: str, weight: Tensor | None, bias: Tensor | None, act: Activation | None) -> Tensor:
             return paired_linear(x, weight, bias, pairs[place], activation=act)
 
-        return _ffn(x_TD, base, act, self.places, linear)
+        return _ffn(x_TD, base, act, self.linears, linear)
 
 
 def _ffn(
     x_TD: Tensor,
-    base: FeedForward,
+    base: FFNForm,
     act: Activation,
     places: Sequence[str],
     paired: Callable[[Tensor, str, Tensor | None, Tensor | None, Activation | None], Tensor],
@@ -213,7 +241,9 @@ def _ffn(
     A linear that is no plain frozen one is called, and the pairs alone are added.
     """
 
-    def linear(x: Tensor, place: str, module: nn.Module, activation: Activation | None) -> Tensor:
+    def linear(x: Tensor, place: str, module: Linear, activation: Activation | None) -> Tensor:
+        if activation is not None and base.trains_between:
+            x, activation = activation(x), None
         if place in places and is_frozen_linear(module, x):
             return paired(x, place, module.weight, module.bias, activation)
         x = x if activation is None else activation(x)
@@ -239,7 +269,7 @@ def _dense_pairs(routed: Tensors, shared: Tensors | None, gates_TN: Tensor) -> d
 
 def _adapted_linear(
     x: Tensor,
-    linear: nn.Module,
+    linear: Linear,
     pair: tuple[Tensor, Tensor] | None,
     gates: Tensor,
     *,
@@ -269,12 +299,14 @@ class FFNExperts(nn.Module):
 
     y = the gated sum of a token's active experts, as in M3ViT and Mod-Squad. Upcycled from the FFN that they replace:
     expert i takes H of its hidden units, drawn by the expert's id, with fc2 scaled so that it estimates that FFN
-    without bias; with the FFN's own H each starts as a copy of it.
+    without bias; with the FFN's own H each starts as a copy of it. Of a gated FFN the experts are gated too: a unit is
+    a row of gate and one of up, and fc1 [m, 2H, D] has both halves in the order that the FFN has.
     """
 
-    def __init__(self, ids: Sequence[int], fc1: nn.Linear, fc2: nn.Linear, *, hidden: int, seed: int) -> None:
+    def __init__(self, ids: Sequence[int], fc1: Linear, fc2: nn.Linear, *, hidden: int, seed: int) -> None:
         super().__init__()
-        width, device = fc1.out_features, fc1.weight.device
+        width, device = fc2.in_features, fc1.weight.device
+        halves = fc1.out_features // width
         self.values_per_token = fc1.in_features + fc2.out_features  # sent and returned
         units = [torch.arange(width, device=device) for _ in ids]
         if hidden < width:
@@ -289,17 +321,23 @@ class FFNExperts(nn.Module):
             bias1, bias2 = (
                 torch.zeros(fc.out_features, device=device) if fc.bias is None else fc.bias for fc in (fc1, fc2)
             )
-            self.fc1_weight = stack((fc1.weight[u] for u in units), hidden, fc1.in_features)
+            rows = [torch.cat([u + half * width for half in range(halves)]) for u in units]
+            weight1 = fc1.weight
+            self.fc1_weight = stack((weight1[r] for r in rows), halves * hidden, fc1.in_features)
             self.fc2_weight = stack((fc2.weight[:, u] * (width / hidden) for u in units), fc2.out_features, hidden)
-            self.fc1_bias = stack((bias1[u] for u in units), hidden)
+            self.fc1_bias = stack((bias1[r] for r in rows), halves * hidden)
             self.fc2_bias = stack((bias2 for _ in units), fc2.out_features)
 
     def tensors(self) -> dict[str, Tensor]:
         """``fc1.weight``, ``fc1.bias``, ``fc2.weight``, ``fc2.bias`` of these experts, the parameters themselves."""
         return {f"{p}.{m}": getattr(self, f"{p}_{m}") for p in ("fc1", "fc2") for m in ("weight", "bias")}
 
+    def by_linear(self, tensors: Tensors) -> Tensors:
+        """``tensors``: nothing else is on the base's linears."""
+        return tensors
+
     def compute(
-        self, tokens: RoutedTokens, base: FeedForward, act: Activation, *, routed: Tensors, shared: Tensors | None
+        self, tokens: RoutedTokens, base: FFNForm | None, act: Activation, *, routed: Tensors, shared: Tensors | None
     ) -> Tensor:
         """The output [T, D] where the tensors of all ``routed`` and ``shared`` experts are on this rank.
 
@@ -322,7 +360,7 @@ class FFNExperts(nn.Module):
     def compute_exchanged(
         self,
         tokens: RoutedTokens,
-        base: FeedForward,
+        base: FFNForm | None,
         act: Activation,
         *,
         shared: Tensors | None,
@@ -341,7 +379,7 @@ class FFNExperts(nn.Module):
 def _wide_ffn(x_TD: Tensor, gates_Tn: Tensor, experts: Tensors, act: Activation) -> Tensor:
     """Gated sum of experts that see every token, as one wide FFN with the gates on its hidden units."""
     h_TM = F.linear(x_TD, experts["fc1.weight"].flatten(0, 1), experts["fc1.bias"].flatten())
-    gated_TM = (act(h_TM).unflatten(-1, (gates_Tn.shape[-1], -1)) * gates_Tn.unsqueeze(-1)).flatten(-2).to(x_TD.dtype)
+    gated_TM = (act(h_TM.unflatten(-1, (gates_Tn.shape[-1], -1))) * gates_Tn.unsqueeze(-1)).flatten(-2).to(x_TD.dtype)
     weight_DM = experts["fc2.weight"].transpose(0, 1).flatten(1)
     return F.linear(gated_TM, weight_DM) + gates_Tn.to(x_TD.dtype) @ experts["fc2.bias"]
 

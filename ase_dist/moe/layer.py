@@ -15,19 +15,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ase_dist import collectives
-from ase_dist.errors import UserError, did_you_mean
+from ase_dist.errors import UserError
+from ase_dist.moe.base import FeedForward, FFNForm
 from ase_dist.moe.dispatch import Choice, LayerShape, gather_experts, plan_exchange
-from ase_dist.moe.experts import FeedForward, FFNExperts, LoRAExperts, RoutedTokens, Tensors
+from ase_dist.moe.experts import FFNExperts, LoRAExperts, RoutedTokens, Tensors
 from ase_dist.moe.forms import FormCost
 from ase_dist.moe.gating import Gates, check_gating
 from ase_dist.moe.losses import check_aux_losses, weighted_router_loss
 from ase_dist.moe.router import RoutingSums, TaskRouter, mean_statistics, routing_sums
 from ase_dist.moe.sharding import Shard
 from ase_dist.ops import modes
-from ase_dist.ops.activations import Activation, CopyFirst, check_activation
+from ase_dist.ops.activations import Activation, GatedActivation
 from ase_dist.seeding import derive_seed, drawn_seed
 
-PLACES = ("fc1", "fc2", "bypass")
 TaskIndex = int | Sequence[int] | None
 
 
@@ -61,9 +61,11 @@ class MoEFFN(nn.Module):
        ``ffn`` experts: y = the gated sum of feed-forward experts that replace the base
     4. the router losses, over the tokens of all ranks where ``sync_statistics`` is set
 
-    ``base`` is any module with ``fc1``, ``act`` and ``fc2``; it is frozen and kept. ``num_experts`` counts the shared
-    ones; ``alpha`` scales LoRA experts by alpha / rank (None: by 1); ``hidden`` is an ffn expert's width. ``seed`` None
-    is drawn from torch's generator. Raises UserError for settings that contradict each other or the base.
+    ``base`` is any module with ``fc1``, ``act`` and ``fc2``, or a gated FFN, fc2(act(gate(x)) * up(x)), as
+    ``ase_dist.moe.base`` names them; it is frozen and kept. ``num_experts`` counts the shared ones; ``alpha`` scales
+    LoRA experts by alpha / rank (None: by 1); ``hidden`` is an ffn expert's width. ``adapt``: fc1, fc2, bypass; of a
+    gated base also gate and up, which fc1 is together. ``seed`` None is drawn from torch's generator. Raises UserError
+    for settings that contradict each other or the base.
     """
 
     def __init__(
@@ -88,11 +90,11 @@ class MoEFFN(nn.Module):
         seed = drawn_seed() if seed is None else seed
         nn.Module.__init__(self)  # not super(): that of a subclass with DeepSpeed's MoE would build DeepSpeed's experts
         self.k = check_gating(gating, num_experts=num_experts, k=k, num_shared=num_shared)
-        check_base(base)
+        form = FFNForm(base, recomputed=experts == "lora")
         self.num_experts, self.num_shared, self.num_tasks = num_experts, num_shared, num_tasks
         self.kept_tasks = tuple(range(num_tasks))  # those of ``num_tasks`` that ``keep_tasks`` has left, in order
         num_routed = num_experts - num_shared
-        self.dim: int = base.fc1.in_features
+        self.dim: int = form.fc1.in_features
         self.aux_losses = dict({"mutual_information": 0.005} if aux_losses is None else aux_losses)
         check_aux_losses(self.aux_losses)
         self.shard = shard or Shard(num_routed)
@@ -109,8 +111,10 @@ class MoEFFN(nn.Module):
             seed=derive_seed(seed, "router"),
         )
         shared_ids = range(num_routed, num_experts)
+        self._form: FFNForm | None = form if experts == "lora" else None
         self.base: nn.Module | None = None
-        self.act: nn.Module | None = None
+        self.act: Activation | None = None  # of ffn experts, and which half of theirs is the gate
+        self._gate_last: bool | None = None
         self.routed: LoRAExperts | FFNExperts
         self.shared: LoRAExperts | FFNExperts | None
         if experts == "lora":
@@ -119,25 +123,30 @@ class MoEFFN(nn.Module):
                     f"rank, alpha: got {rank}, {alpha}, wanted rank >= 1 and alpha > 0 (None: alpha = rank)"
                 )
             self.scale = 1.0 if alpha is None else alpha / rank
-            places = _adapted_shapes(base, adapt)
-            self._copy_before_act = check_activation(base.act, width=base.fc1.out_features)
+            places = form.places(adapt)
             self.base = base.requires_grad_(False)
             self.routed = LoRAExperts(self.shard.ids, places, rank=rank, seed=seed)
             self.shared = LoRAExperts(shared_ids, places, rank=rank, seed=seed) if num_shared else None
         elif experts == "ffn":
-            if not (isinstance(base.fc1, nn.Linear) and isinstance(base.fc2, nn.Linear)):
-                raise UserError("base: experts='ffn' start from its weights and need fc1 and fc2 to be nn.Linear")
-            width = base.fc1.out_features
-            hidden = max(1, width // max(k + num_shared, 1)) if hidden is None else hidden
-            if not 1 <= hidden <= width:
-                raise UserError(f"hidden: got {hidden}, wanted 1 to the base's {width}")
+            linears = (*getattr(form.fc1, "parts", (form.fc1,)), form.fc2)
+            if not all(isinstance(linear, nn.Linear) for linear in linears):
+                raise UserError("base: experts='ffn' start from its weights and need its linears to be nn.Linear")
+            if form.has_norm:
+                raise UserError(
+                    "base: experts='ffn' are parts of its hidden units, and its norm is over all of them; take "
+                    "experts='lora', which leaves the norm where it is"
+                )
+            hidden = max(1, form.hidden // max(k + num_shared, 1)) if hidden is None else hidden
+            if not 1 <= hidden <= form.hidden:
+                raise UserError(f"hidden: got {hidden}, wanted 1 to the base's {form.hidden}")
             self.scale = 1.0
-            self.act, self._copy_before_act = base.act, False
-            self.routed = FFNExperts(self.shard.ids, base.fc1, base.fc2, hidden=hidden, seed=seed)
-            self.shared = FFNExperts(shared_ids, base.fc1, base.fc2, hidden=hidden, seed=seed) if num_shared else None
+            ends = form.fc1, form.fc2
+            self.routed = FFNExperts(self.shard.ids, *ends, hidden=hidden, seed=seed)
+            self.shared = FFNExperts(shared_ids, *ends, hidden=hidden, seed=seed) if num_shared else None
+            self.act, self._gate_last = form.own_act, form.gate_last
         else:
             raise UserError(f"experts: got {experts!r}, wanted 'lora' or 'ffn'")
-        weight: Tensor = base.fc1.weight
+        weight: Tensor = form.fc2.weight
         self.to(weight.device, weight.dtype if weight.is_floating_point() else None)
 
     def forward(
@@ -161,7 +170,7 @@ class MoEFFN(nn.Module):
         if (
             own is not None
             and isinstance(self.routed, LoRAExperts)
-            and self.routed.stacks_router(x_tTD, self.base, num_routed=self.shard.routed, k=self.k)
+            and self.routed.stacks_router(x_tTD, self.form, num_routed=self.shard.routed, k=self.k)
         ):
             a = (own.routed["fc1.A"], None if own.shared is None else own.shared["fc1.A"])
             logits_tTN, routing, x_tTD, ranks_TR = self.router(x_tTD, tasks, a)
@@ -207,6 +216,7 @@ class MoEFFN(nn.Module):
         """As of any module; the base's weights are then read anew (``ase_dist.ops.stacked.WeightStack``)."""
         if isinstance(self.routed, LoRAExperts):
             self.routed.forget_stacks()
+            self.form.joined_weight.forget()
         super().train(mode)
         return self
 
@@ -224,6 +234,17 @@ class MoEFFN(nn.Module):
         """Use ``dispatch`` over ``group``, whose ranks hold the routed experts in shards; None: not decided yet."""
         assert self.shard.count == collectives.group_size(group), "the shard was made for another group"
         self._group, self.dispatch = _SharedGroup(group), dispatch
+
+    @property
+    def form(self) -> FFNForm:
+        """The base under LoRA experts as two linears and what is between them; of another base once that is put in."""
+        if self._form is None or self._form.base is not self.base:
+            self._form = FFNForm(self.base, recomputed=True)
+        return self._form
+
+    def linears_without_experts(self) -> list[str]:
+        """The names of the base's linears on which no LoRA experts act; none of ffn experts, which replace it."""
+        return self.form.linears_without(tuple(self.routed.places)) if isinstance(self.routed, LoRAExperts) else []
 
     def layer_shape(self) -> LayerShape:
         """The sizes from which the cost of a dispatch follows."""
@@ -266,28 +287,36 @@ class MoEFFN(nn.Module):
         return x.reshape(len(tasks), -1, self.dim), tasks
 
     def _experts_here(self) -> _Experts | None:
-        """The tensors of all experts, gathered from other ranks where those have some; None where tokens travel."""
-        shared = None if self.shared is None else self.shared.tensors()
+        """The tensors of all experts, gathered from other ranks where those have some; None where tokens travel.
+
+        Those of LoRA experts by the linear of the base's form.
+        """
+        shared = None if self.shared is None else self.shared.by_linear(self.shared.tensors())
         if self.shard.count == 1:
-            return _Experts(self.routed.tensors(), shared)
+            return _Experts(self.routed.by_linear(self.routed.tensors()), shared)
         if self.group is None:
             raise UserError(
                 f"ep_size: {self.shard.count} ranks share the experts; call deepspeed.initialize on the model first"
             )
         if self.dispatch == "all_to_all":
             return None
-        return _Experts(gather_experts(self.routed, num_routed=self.shard.routed, group=self.group), shared)
+        gathered = gather_experts(self.routed, num_routed=self.shard.routed, group=self.group)
+        return _Experts(self.routed.by_linear(gathered), shared)
 
     def _apply_experts(self, tokens: RoutedTokens, experts: _Experts | None) -> Tensor:
         """[T, D]: the experts' compute where tokens and experts meet. See ``ase_dist.moe.dispatch``."""
-        act: Activation = self.act if self.base is None else self.base.act  # type: ignore[assignment]
-        act = CopyFirst(act) if self._copy_before_act else act
+        form = None if self.base is None else self.form
+        if form is not None:
+            act = form.act
+        else:
+            assert self.act is not None
+            act = self.act if self._gate_last is None else GatedActivation(self.act, gate_last=self._gate_last)
         if experts is not None:
-            return self.routed.compute(tokens, self.base, act, routed=experts.routed, shared=experts.shared)
+            return self.routed.compute(tokens, form, act, routed=experts.routed, shared=experts.shared)
         assert self.group is not None
         shared = None if self.shared is None else self.shared.tensors()
         exchange = plan_exchange(tokens.gates_TN, tokens.active_TN, self.shard, self.group)
-        return self.routed.compute_exchanged(tokens, self.base, act, shared=shared, exchange=exchange)
+        return self.routed.compute_exchanged(tokens, form, act, shared=shared, exchange=exchange)
 
 
 def finish_layers(layers: Sequence[MoEFFN], sums: Sequence[RoutingSums]) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,41 +347,3 @@ class _SharedGroup:
 
     def __reduce__(self) -> tuple[type[_SharedGroup], tuple[None]]:
         return _SharedGroup, (None,)
-
-
-def check_base(base: FeedForward) -> None:
-    """Raise UserError unless the layer can stand for ``base``'s forward: fc2(act(fc1(x))) and nothing else."""
-    kind = type(base).__name__
-    missing = [name for name in ("fc1", "act", "fc2") if not hasattr(base, name)]
-    if missing:
-        raise UserError(
-            f"base: {kind} has no {', '.join(missing)}; wanted a module with fc1, act and fc2, which "
-            "ase_dist.moe.FFN(fc1, act, fc2) makes of parts with other names"
-        )
-    for name in ("fc1", "fc2"):
-        if not (hasattr(getattr(base, name), "in_features") and hasattr(getattr(base, name), "out_features")):
-            raise UserError(
-                f"base: {name} of {kind} is a {type(getattr(base, name)).__name__}, wanted a linear with in_features "
-                "and out_features; a 1x1 convolution can be rewritten as nn.Linear"
-            )
-    if base.fc1.out_features != base.fc2.in_features:
-        raise UserError(
-            f"base: fc1 gives {base.fc1.out_features} features and fc2 takes {base.fc2.in_features}; gated FFNs "
-            "(SwiGLU, GEGLU) have another forward and are not supported"
-        )
-    norm = getattr(base, "norm", None)
-    drops = [getattr(base, name, None) for name in ("drop1", "drop2", "drop")]
-    if not isinstance(norm, nn.Identity | None) or any(isinstance(d, nn.Dropout) and d.p > 0 for d in drops):
-        raise UserError("base: its norm or dropout between fc1 and fc2 would be skipped; build it without them")
-
-
-def _adapted_shapes(base: FeedForward, adapt: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """(input width, output width) of each place that carries LoRA experts."""
-    places = (adapt,) if isinstance(adapt, str) else tuple(adapt)
-    for place in places:
-        if place not in PLACES:
-            raise UserError(f"adapt: got {place!r}, wanted some of {list(PLACES)}{did_you_mean(place, PLACES)}")
-    if not places or len(set(places)) != len(places):
-        raise UserError(f"adapt: got {list(places)}, wanted one or more of {list(PLACES)}, each once")
-    ends = {"fc1": (base.fc1, base.fc1), "fc2": (base.fc2, base.fc2), "bypass": (base.fc1, base.fc2)}
-    return {place: (ends[place][0].in_features, ends[place][1].out_features) for place in places}

@@ -16,20 +16,6 @@ from torch import Tensor, nn
 
 from ase_dist.errors import UserError
 from ase_dist.moe.layer import MoEFFN, MoEOutput
-from ase_dist.ops.activations import Activation
-
-
-class FFN(nn.Module):
-    """fc2(act(fc1(x))) of parts that a model already has, under the names that ``MoEFFN`` wants its base to have."""
-
-    def __init__(self, fc1: nn.Module, act: Activation, fc2: nn.Module) -> None:
-        super().__init__()
-        self.fc1, self.act, self.fc2 = fc1, act, fc2
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
-        y: Tensor = self.fc2(self.act(self.fc1(x)))
-        return y
 
 
 class TaskFFN(nn.Module):

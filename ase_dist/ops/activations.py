@@ -63,12 +63,52 @@ class CopyFirst:
         return self.activation(x.clone())
 
 
+class GatedActivation:
+    """act(gate) * up of [gate | up], or of [up | gate] where the gate comes last: [T, 2H] to [T, H].
+
+    The inner part of the GLU variants of arXiv 2002.05202; SwiGLU with SiLU as act.
+    """
+
+    def __init__(self, activation: Activation, *, gate_last: bool) -> None:
+        self.activation, self.gate_last = activation, gate_last
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., 2H] to [..., H]."""
+        gate, up = self.halves(x)
+        return self.activation(gate) * up
+
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and up, views [..., H]."""
+        first, second = x.chunk(2, dim=-1)
+        return (second, first) if self.gate_last else (first, second)
+
+    def join(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What ``halves`` took apart, [..., 2H]."""
+        return torch.cat([up, gate] if self.gate_last else [gate, up], dim=-1)
+
+
+class NormedActivation:
+    """norm(act(x)): what is between the linears of an FFN with a norm there. The norm is frozen, or autograd's own."""
+
+    def __init__(self, activation: Activation, norm: nn.Module) -> None:
+        self.activation, self.norm = activation, norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """norm(act(x))."""
+        y: Tensor = self.norm(self.activation(x))
+        return y
+
+
 def recompute_activation(x: Tensor, activation: Activation | None, *, differentiate: bool) -> tuple[Tensor, Activation]:
     """act(x) computed again, and the function that pulls a gradient back through it; None is the identity."""
     if activation is None:
         return x, lambda grad: grad
     if not differentiate:
         return activation(x), lambda grad: grad
+    if isinstance(activation, GatedActivation):
+        gate, up = activation.halves(x)
+        act, pull_gate_back = recompute_activation(gate, activation.activation, differentiate=True)
+        return act * up, lambda grad: activation.join(pull_gate_back(grad * up), grad * act)
     kind = _kind(activation)
     if kind is not None:
         return activation(x), lambda grad: kernels.activation_gradient(x, grad, kind)
@@ -83,6 +123,10 @@ def recompute_activation(x: Tensor, activation: Activation | None, *, differenti
 
 def activation_and_gradient(x: Tensor, grad: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
     """act(x) and the gradient of x for ``grad``, that of act(x), in one kernel where that is written."""
+    if isinstance(activation, GatedActivation):
+        gate, up = activation.halves(x)
+        act, grad_gate = activation_and_gradient(gate, grad * up, activation.activation)
+        return act * up, activation.join(grad_gate, grad * act)
     kind = _kind(activation)
     if kind is not None and not torch.compiler.is_compiling():  # a compiler fuses the plain form itself
         return kernels.activation_and_gradient(x, grad, kind)  # type: ignore[no-any-return]

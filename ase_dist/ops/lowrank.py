@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ase_dist.ops import products
 from ase_dist.ops.activations import Activation, recompute_activation
+from ase_dist.ops.joined import JoinedLinear
 from ase_dist.ops.modes import differentiable_gradients, may_use_custom_autograd, wants_second_order
 
 
@@ -89,13 +90,15 @@ def gate_gradient(grad: Tensor, u: Tensor, gates: Tensor) -> Tensor:
 # Which modules the formulas may stand for
 
 
-def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a call of ``module`` is the product with its weight and nothing else.
+def is_plain_linear(module: nn.Module | JoinedLinear) -> TypeGuard[nn.Linear]:
+    """Whether a call of ``module`` is the product with its weight and nothing else; of joined linears, of each.
 
     Not for subclasses (quantised or parametrised linears), nor where hooks or a replaced ``forward`` (pruning, CPU
     offload, feature extraction) must run: such a module is called. DeepSpeed's own hooks do not count: ZeRO-3's gather
     the weight, which reading it does too.
     """
+    if isinstance(module, JoinedLinear):
+        return all(map(is_plain_linear, module.parts))
     tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     hooks = [hook for table in tables for hook in table.values()]
     return (
@@ -105,8 +108,10 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
-def is_frozen_linear(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
-    """Whether ``module`` is a plain frozen ``nn.Linear`` whose products with x may have hand-written autograd."""
+def is_frozen_linear(module: nn.Module | JoinedLinear, x: Tensor) -> TypeGuard[nn.Linear]:
+    """Whether ``module`` is a plain frozen linear whose products with x may have hand-written autograd."""
+    if isinstance(module, JoinedLinear):
+        return all(is_frozen_linear(part, x) for part in module.parts)
     return is_plain_linear(module) and _is_frozen(module.weight, module.bias) and may_use_custom_autograd(x)
 
 

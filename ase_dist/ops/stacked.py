@@ -64,7 +64,8 @@ class WeightStack:
         """``stacked`` of these, in this memory, and the number of this call for ``refill``."""
         parts = [linear.weight_OD] if linear.bias_O is None else [linear.weight_OD, linear.bias_O]
         shapes = [part.shape for part in low_rank if part is not None]
-        key = (beside, *shapes, *((p.data_ptr(), p._version, p.dtype, p.device, p.shape) for p in parts))
+        is_inference = torch.is_inference_mode_enabled()  # whose memory cannot be written elsewhere
+        key = (beside, is_inference, *shapes, *((p.data_ptr(), p._version, p.dtype, p.device, p.shape) for p in parts))
         if self._key != key:
             self._stacked, self._key = stacked(linear, low_rank, beside=beside), key
         elif beside:

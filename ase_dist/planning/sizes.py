@@ -83,4 +83,4 @@ def measure(settings: Settings) -> ModelSizes:
 
 
 def _exchanges(layer: MoEFFN) -> int:
-    return len(layer.routed.places) if isinstance(layer.routed, LoRAExperts) else 1
+    return len(layer.routed.linears) if isinstance(layer.routed, LoRAExperts) else 1

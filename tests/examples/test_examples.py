@@ -50,7 +50,7 @@ def test_the_plain_loop_learns_both_tasks_with_gates_of_their_own(capsys):
     assert "task 1: mean gates" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["timm_ffn", "hf_ffn"])
+@pytest.mark.parametrize("name", ["timm_ffn", "hf_ffn", "llama_ffn"])
 def test_a_model_with_experts_computes_what_it_did_and_then_learns(name):
     pytest.importorskip("timm" if name == "timm_ffn" else "transformers")
     found = load(name).main()

@@ -106,8 +106,17 @@ def test_ffn_experts_take_the_place_of_the_base(model_for, stirred, images, grad
 def test_settings_that_contradict_each_other_name_the_backbone(model_for):
     with pytest.raises(ValueError, match=r"model.moe on vit_tiny_patch16_224: k: got 9"):
         model_for(moe={"k": 9})
-    with pytest.raises(ValueError, match=r"model.moe on vit_giant_patch14_dinov2: base: .*SwiGLU"):
-        model_for(backbone="vit_giant_patch14_dinov2", size=28)
+
+
+def test_dinov2_giants_gated_ffn_takes_experts(model_for, stirred, images, gradients):
+    """Its size in a few blocks: packed SwiGLU, the gate first; LoRA goes where there are no experts."""
+    args = {"depth": 2, "embed_dim": 48, "num_heads": 2}
+    options = {"backbone": "vit_giant_patch14_dinov2", "backbone_args": args, "size": 28}
+    model = stirred(model_for(**options, moe={"adapt": ("gate", "fc2")}))
+    layer = model.blocks[1].mlp
+    assert layer.base.fc1.out_features == 2 * layer.base.fc2.in_features
+    got = gradients(model, total(model(images(1, 28))))
+    assert "blocks.1.mlp.routed.gate_A" in got and "blocks.1.mlp.routed.fc2_B" in got
 
 
 def test_a_gated_ffn_works_without_experts(model_for, stirred, images, gradients):

@@ -3,11 +3,13 @@
 One world of four processes checks the whole grid; each rank returns what differed, as sentences.
 """
 
+import copy
 import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
+from timm.layers import SwiGLU
 from torch.utils.checkpoint import checkpoint
 
 from ase_dist.collectives import count_traffic
@@ -327,6 +329,28 @@ def check_waits(rank, folder):
     return found
 
 
+def check_gated_base(rank, folder):
+    """A gated FFN under the experts, on gate and up together and apart, and as the experts; dense and grouped."""
+    found = []
+    group = groups_of(2)
+    cases = itertools.product(
+        ("gather", "all_to_all"),
+        (("lora", ("gate", "up", "fc2"), "dense"), ("lora", ("fc1", "fc2"), "grouped"), ("ffn", ("fc1",), "dense")),
+    )
+    for dispatch, (experts, adapt, form) in cases:
+        FormCost.cheaper = lambda cost, form=form: form
+        torch.manual_seed(0)
+        base = SwiGLU(DIM, 20)
+        whole = build("ase", 3, 1, experts, adapt, base=copy.deepcopy(base))
+        layer = build("ase", 3, 1, experts, adapt, base=base, shard=Shard(15, index=dist.get_rank(group), count=2))
+        layer.share_experts(group, dispatch)
+        layer.sync_statistics = True
+        randomise(whole)
+        randomise(layer)
+        found += differences(f"{dispatch}, {experts} on {adapt}, {form}", whole, layer, [5, 0, 7, 1], 2)
+    return found
+
+
 def check_many_ranks(rank, folder):
     """More ranks than cores: 15 routed experts over 4, 8 or 16 ranks, uneven; half of the ranks have no tokens."""
     found = []
@@ -344,7 +368,7 @@ def check_many_ranks(rank, folder):
 def run_all(rank, folder):
     checks = (check_grid, check_extremes, check_base_of_another_kind, check_trained_base,
               check_second_derivatives, check_traffic, check_prefetch,
-              check_recomputation, check_bf16, check_grouped, check_waits)  # fmt: skip
+              check_recomputation, check_bf16, check_grouped, check_waits, check_gated_base)  # fmt: skip
     return {check.__name__: check(rank, folder) for check in checks}
 
 

@@ -289,11 +289,11 @@ def test_settings_that_make_no_sense_are_refused(options, sentence):
 def test_a_base_with_another_forward_is_refused():
     gated = FFN()
     gated.fc2 = nn.Linear(10, 12)
-    with pytest.raises(ValueError, match="gated FFNs"):
+    with pytest.raises(ValueError, match="which half is the gate"):
         MoEFFN(gated)
     normed = FFN()
-    normed.norm = nn.LayerNorm(20)
-    with pytest.raises(ValueError, match="would be skipped"):
+    normed.norm = nn.LayerNorm(20)  # which its forward does not use
+    with pytest.raises(ValueError, match="computes something else"):
         MoEFFN(normed)
     with pytest.raises(ValueError, match="has no fc1"):
         MoEFFN(nn.Linear(3, 3))

@@ -53,7 +53,7 @@ def step(layer, x, *, direction=None):
 def test_both_forms_are_one_function(adapt, num_shared, act, monkeypatch):
     layer = make(adapt=adapt, num_shared=num_shared, gating="ase" if num_shared else "topk", alpha=3.0)
     layer.base.act = act
-    layer._copy_before_act = isinstance(act, nn.ReLU)
+    layer._form._copies_first = isinstance(act, nn.ReLU)
     choose = forms(monkeypatch)
     choose(form=False)
     want = step(layer, tokens())
