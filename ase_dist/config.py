@@ -32,7 +32,7 @@ from ase_dist.errors import UserError, did_you_mean, first_problem
 from ase_dist.files import expand_user, read_text
 from ase_dist.image_size import ImageSize
 from ase_dist.registries import AUGMENTATIONS, BALANCINGS, GATINGS, HEADS
-from ase_dist.tasks import DATA_SETS, DataSet, Task, find_data_set, select_tasks
+from ase_dist.tasks import DATA_SETS, DataSet, Delta, Task, find_data_set, select_tasks
 
 LOGGER = logging.getLogger("ase_dist")
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -254,6 +254,9 @@ class EvalSettings(Section):
     batch_size: int | None = Field(None, ge=1, description="images per device; null: as in training")
     pictures: int = Field(8, ge=0, description="validation images drawn into predictions/")
     edge_ods: bool = Field(False, description="score edges by their boundary F-measure (odsF) too, which takes longer")
+    delta: Delta = Field(
+        "delta_m", description="gains over a reference: delta_m, one score a task, or LibMTL's delta_p, over all scores"
+    )
     gradient_conflict_every: int = Field(
         0, ge=0, description="steps between two measurements of the cosines between tasks' gradients; 0: none"
     )
@@ -389,6 +392,7 @@ ON_RESUME: dict[str, OnResume] = {
     "eval.at_start": "listed",
     "eval.batch_size": "listed",
     "eval.pictures": "listed",
+    "eval.delta": "listed",
     "eval.edge_ods": "listed",
     "eval.gradient_conflict_every": "listed",
     "checkpoint.every": "listed",

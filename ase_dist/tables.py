@@ -31,7 +31,7 @@ LATEX_ESCAPES = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
 }
-LATEX_MATH = {"Delta_m": r"$\Delta_m$", UP: r" $\uparrow$", DOWN: r" $\downarrow$"}
+LATEX_MATH = {"Delta_m": r"$\Delta_m$", "Delta_p": r"$\Delta_p$", UP: r" $\uparrow$", DOWN: r" $\downarrow$"}
 
 
 @dataclass(frozen=True)

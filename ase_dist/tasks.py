@@ -25,6 +25,7 @@ from ase_dist.errors import UserError, describe, did_you_mean
 
 Kind = Literal["classes", "mask", "edges", "normals", "depth"]
 Color = tuple[int, int, int]
+Delta = Literal["delta_m", "delta_p"]  # how a gain over a reference is averaged; see ``evaluation.delta_m``
 
 IGNORE = 255  # the label value that no loss and no metric counts
 EDGE_POSITIVE_WEIGHT = 0.95  # of the edge pixels in the edge loss, ASTMT's; the others have the rest
@@ -124,6 +125,48 @@ NYUD_TASKS: dict[str, Task] = {
 }  # fmt: skip
 
 
+# The benchmarks of MTAN and LibMTL, on which methods of balancing are compared.
+NYUV2_13_CLASSES = (
+    "bed", "books", "ceiling", "chair", "floor", "furniture", "objects", "picture", "sofa", "table", "television",
+    "wall", "window",
+)  # fmt: skip
+CITYSCAPES_CATEGORIES: Mapping[str, Color] = {  # void is not labelled; the colours of Cityscapes' road, building, ...
+    "flat": (128, 64, 128),
+    "construction": (70, 70, 70),
+    "object": (153, 153, 153),
+    "nature": (107, 142, 35),
+    "sky": (70, 130, 180),
+    "human": (220, 20, 60),
+    "vehicle": (0, 0, 142),
+}
+NYUV2_13_TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("semseg", "Semantic segmentation", "classes", 13, 1.0, "miou", "mIoU %", True, NYUV2_13_CLASSES),
+        Task("depth", "Depth", "depth", 1, 1.0, "abs_err", "absolute error m", False),
+        Task("normals", "Surface normals", "normals", 3, 10.0, "mean", "mean angle deg", False),
+    )
+}
+CITYSCAPES_TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "semseg",
+            "Semantic segmentation",
+            "classes",
+            7,
+            1.0,
+            "miou",
+            "mIoU %",
+            True,
+            tuple(CITYSCAPES_CATEGORIES),
+            tuple(CITYSCAPES_CATEGORIES.values()),
+        ),
+        Task("depth", "Disparity", "depth", 1, 1.0, "abs_err", "absolute error", False, inverse_depth=True),
+    )
+}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 
@@ -183,6 +226,14 @@ SCORES: Mapping[Kind, Mapping[str, Score]] = {
 }
 
 
+# What LibMTL's Delta_p averages for a task; of other kinds the one score that stands for it.
+LIBMTL_SCORES: Mapping[Kind, tuple[str, ...]] = {
+    "classes": ("miou", "accuracy"),
+    "depth": ("abs_err", "rel"),
+    "normals": ("mean", "median", "within_11.25", "within_22.5", "within_30"),
+}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets
 
@@ -205,6 +256,8 @@ DATA_SETS: dict[str, DataSet] = {
     "scenes": DataSet(PASCAL_TASKS, "ase_dist.scenes.dataset:Scenes", layout="pascal_context"),
     "pascal_context": DataSet(PASCAL_TASKS, "ase_dist.data.pascal_context:PascalContext"),
     "nyud": DataSet(NYUD_TASKS, "ase_dist.data.nyud:NYUD"),
+    "nyuv2_13": DataSet(NYUV2_13_TASKS, "ase_dist.data.libmtl:NYUv2"),
+    "cityscapes": DataSet(CITYSCAPES_TASKS, "ase_dist.data.libmtl:Cityscapes"),
 }
 
 

@@ -74,7 +74,7 @@ def test_names_are_known_without_torch():
 def test_every_data_set_has_a_reader_and_those_that_are_generated_are_not_packed(monkeypatch):
     readers = {name: reader_of(name) for name in DATA_SETS}
     assert all(issubclass(reader, FolderDataset) for reader in readers.values())
-    assert set(packable()) == {"pascal_context", "nyud"}
+    assert set(packable()) == {"pascal_context", "nyud", "nyuv2_13", "cityscapes"}
     monkeypatch.setitem(DATA_SETS, "odd", DataSet({}, reader=dict))
     with pytest.raises(ValueError, match="the reader of the data set"):
         reader_of("odd")

@@ -72,12 +72,13 @@ def decoder_of(task: Task) -> Decoder:
 # PASCAL-Context, and any folder
 
 
-def class_ids(path: Path, shape: Shape, *, classes: int = 21) -> Array:
-    """Ids below ``classes``, 255 ignored: the palette indices or grey values of a PNG, or the matrix of a .npy."""
-    wanted = f"class ids 0..{classes - 1} and {IGNORE} for ignored pixels"
+def class_ids(path: Path, shape: Shape, *, classes: int = 21, unlabelled: int = IGNORE) -> Array:
+    """Ids below ``classes`` in a .npy, or as palette indices or grey values of a PNG; ``unlabelled`` is ignored."""
+    wanted = f"class ids 0..{classes - 1} and {unlabelled} for ignored pixels"
     if path.suffix == ".npy":
         wanted = f"a matrix of {wanted}"
         ids = _matrix(path, read_array(path), wanted)
+        ids = ids if unlabelled == IGNORE else np.where(ids == unlabelled, IGNORE, ids)
     else:
         wanted = f"an 8-bit palette or grey PNG of {wanted}"
         ids = read_codes(path, modes=("P", "L"), wanted=wanted)
@@ -220,6 +221,16 @@ def depth(path: Path, shape: Shape) -> Array:
     if negative.size and negative.min() != negative.max():
         raise reject(path, f"depths from {negative.min():g} to {negative.max():g}", wanted)
     return _fit(path, np.where(metres > 0, metres, 0).astype(np.float32), shape)
+
+
+def disparity(path: Path, shape: Shape) -> Array:
+    """Disparities as float32 [H, W] from a .npy; values that are not finite and positive are none, and become 0."""
+    wanted = "a matrix of disparities, with zero where there is none"
+    values = _matrix(path, read_array(path), wanted)
+    if values.dtype.kind != "f":
+        raise reject(path, f"numbers of type {values.dtype}", wanted)
+    known = np.isfinite(values) & (values > 0)
+    return _fit(path, np.where(known, values, 0).astype(np.float32), shape)
 
 
 def edge_picture(path: Path, shape: Shape) -> Array:

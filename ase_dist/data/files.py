@@ -7,6 +7,7 @@ RunError that names the file too.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ UNPACK_AGAIN = "unpack the archive again"
 TURN_PIXELS = "turn the pixels to match the labels and remove the tag"
 TURN_LABEL = "turn the label, or turn the image's pixels and remove the tag"
 MOST_BYTES = 1 << 30  # of an array or a MATLAB file; a label of 16,000 x 16,000 pixels in float32
+OVERSHOOT = 1e-3  # of a picture's fractions below 0 or above 1, which a resizing kernel may leave
 NPY_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 _COLOUR_MODES = ("RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr", "1")
 
@@ -35,12 +37,16 @@ _COLOUR_MODES = ("RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr", "1")
 def read_image(path: Path, *, content: bytes | None = None, labelled: bool = False) -> Array:
     """The picture of ``path`` as uint8 [H, W, 3]; grey, palette and CMYK files are converted to RGB.
 
+    A .npy is one too: [H, W, 3] of bytes, or of fractions from 0 to 1.
+
     Orientation tags are not applied: labels follow the pixels as stored. With ``labelled``, a picture is refused whose
     tag leaves open which way up its labels were drawn: their sizes show it unless the picture is about square or the
     tag keeps its sides. With ``content``, these are the file's bytes and ``path`` is its name only.
 
     Raises UserError for these, for a missing, corrupt or truncated file and for more than 8 bits a channel.
     """
+    if path.suffix.lower() == ".npy" if content is None else content.startswith(npy.MAGIC_PREFIX):
+        return _picture_of(path, read_array(path, content=content))
     wanted = "a picture of 8 bits a channel"
     with _reading(path, wanted), open_picture(path, content=content) as picture:
         if picture.mode not in _COLOUR_MODES:
@@ -58,6 +64,20 @@ def read_image(path: Path, *, content: bytes | None = None, labelled: bool = Fal
                 advice=TURN_PIXELS,
             )
         return np.asarray(picture.convert("RGB"))
+
+
+def _picture_of(path: Path, values: Array) -> Array:
+    """The colours of an array as bytes; UserError for one of another form."""
+    wanted = "a picture: [H, W, 3] of bytes, or of fractions from 0 to 1"
+    is_number = values.dtype == np.uint8 or values.dtype.kind == "f"
+    if values.ndim != 3 or values.shape[2] != 3 or not values.size or not is_number:
+        raise reject(path, f"an array of shape {values.shape} and type {values.dtype}", wanted)
+    if values.dtype == np.uint8:
+        return np.ascontiguousarray(values)
+    low, high = values.min(), values.max()
+    if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):  # false where one is NaN
+        raise reject(path, f"values from {low:g} to {high:g}", wanted)
+    return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
 
 
 def read_codes(path: Path, *, modes: tuple[str, ...], wanted: str) -> Array:
@@ -100,10 +120,14 @@ def read_matrix(path: Path, name: str, wanted: str) -> Array:
     return value
 
 
-def read_array(path: Path) -> Array:
-    """The array of a .npy file; UserError if it is unreadable or holds Python objects (never unpickled)."""
+def read_array(path: Path, *, content: bytes | None = None) -> Array:
+    """The array of a .npy file; UserError if it is unreadable or holds Python objects (never unpickled).
+
+    With ``content``, these are the file's bytes and ``path`` is its name only.
+    """
     with _reading(path, "a NumPy .npy file of plain numbers"):
-        with open_regular(path, max_bytes=MOST_BYTES) as file:
+        opened = open_regular(path, max_bytes=MOST_BYTES) if content is None else io.BytesIO(content)
+        with opened as file:
             version = npy.read_magic(file)  # type: ignore[no-untyped-call]
             if version not in NPY_HEADERS:
                 raise UserError(f"version {version[0]}.{version[1]} of the format")
@@ -111,10 +135,10 @@ def read_array(path: Path) -> Array:
             if dtype.hasobject or any(side < 0 for side in shape):
                 raise UserError(f"the shape {shape} of {dtype}")
             size = math.prod(shape) * dtype.itemsize  # compared before as much is allocated
-            content = bytearray(file.read(size)) if size <= MOST_BYTES else b""
-            if len(content) < size:
-                raise UserError(f"the shape {shape} of {dtype}, {size:,} bytes, of which {len(content):,} are there")
-        value = np.frombuffer(content, dtype, count=math.prod(shape))
+            numbers = bytearray(file.read(size)) if size <= MOST_BYTES else b""
+            if len(numbers) < size:
+                raise UserError(f"the shape {shape} of {dtype}, {size:,} bytes, of which {len(numbers):,} are there")
+        value = np.frombuffer(numbers, dtype, count=math.prod(shape))
         return value.reshape(shape, order="F" if fortran_order else "C")
 
 

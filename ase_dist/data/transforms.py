@@ -52,7 +52,7 @@ class Transform:
         """The training sample of ``record`` under a given warp; without ``draws`` in its own colours.
 
         1. Warp the image (cubic). 2. Change its colours. 3. Warp the labels (nearest). 4. Depth and normals follow the
-        geometry (``Warp``). What comes from outside the original is the mean colour in the image and ignored in every
+        geometry (``Warp``), disparity inversely. What comes from outside the original is the mean colour in the image and ignored in every
         label.
         """
         matrix, offset = warp.source(_shape(record.image), self.size)
@@ -82,7 +82,10 @@ class Transform:
         warped = np.take(compact.reshape(-1, *compact.shape[2:]), where, axis=0)
         warped[outside] = ignored_value(task.kind)
         if task.kind == "depth":
-            warped /= np.float32(warp.scale)
+            if task.inverse_depth:
+                warped *= np.float32(warp.scale)
+            else:
+                warped /= np.float32(warp.scale)
         zoom = warp.scale if self.augmentation.zooms_normals else 1.0
         return label_tensor(task.kind, warped.reshape(*self.size, *compact.shape[2:]), turn=warp.turn, zoom=zoom)
 

@@ -27,7 +27,7 @@ from ase_dist.evaluation.tables import FORMAT, Report, to_json, to_latex, to_mar
 from ase_dist.files import require_room, sha256_of, write_atomic
 from ase_dist.json_files import read_object
 from ase_dist.overwriting import refuse_foreign
-from ase_dist.tasks import DATA_SETS, Task
+from ase_dist.tasks import DATA_SETS, LIBMTL_SCORES, Delta, Task
 from ase_dist.training.loop.evaluate import Gallery, Results, evaluate, raise_unread
 from ase_dist.training.process.runtime import World
 from ase_dist.training.record.console import StepProgress
@@ -113,7 +113,9 @@ def evaluate_model(
         reference is not None
     ):  # compare invented values first: a score missing in the reference is an error before the work
         keys = {task.name: {task.metric, "ods_f"} if ods and task.kind == "edges" else {task.metric} for task in tasks}
-        compare(tasks, {name: dict.fromkeys(found, 1.0) for name, found in keys.items()}, reference)
+        keys = {task.name: keys[task.name].union(LIBMTL_SCORES.get(task.kind, ())) for task in tasks}
+        invented = {name: dict.fromkeys(found, 1.0) for name, found in keys.items()}
+        compare(tasks, invented, reference, delta=settings.eval.delta)
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "device": world.device}
     loader = build_eval_loader(settings, tasks, split=request.split, **place)
     facts = _facts(trained, settings, request, tasks, images=len(loader.dataset), ods=ods)
@@ -124,7 +126,7 @@ def evaluate_model(
         results = _evaluate_with_progress(trained, loader, tasks, world, ods, console, beat)
     finally:
         loader.close()
-    return _report(trained, facts, tasks, results, reference=reference)
+    return _report(trained, facts, tasks, results, reference=reference, delta=settings.eval.delta)
 
 
 def report_folder(run: RunFolder, report: Report) -> Path:
@@ -301,12 +303,13 @@ def _report(
     results: Results,
     *,
     reference: Reference | None,
+    delta: Delta,
 ) -> Report:
     """Without a comparison, and with a warning, where a score is undefined: the rest is still useful."""
     place, comparison = facts["folder"] or facts["data"], None
     title = f"{trained.path.resolve().name}, step {trained.step}, on {place} ({facts['split']})"
     try:
-        comparison = None if reference is None else compare(tasks, results, reference)
+        comparison = None if reference is None else compare(tasks, results, reference, delta=delta)
     except UserError as error:
-        LOGGER.warning("no Delta_m: %s", error)
+        LOGGER.warning("no %s: %s", delta.capitalize(), error)
     return Report(title, facts, tasks, results, comparison)

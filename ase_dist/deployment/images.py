@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,29 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from ase_dist.data.files import UNPACK_AGAIN, advising, read_array
 from ase_dist.errors import UserError
 from ase_dist.picture_files import formats, open_picture
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 
 WHITE = (255, 255, 255, 255)  # the background of transparent pixels
+ARRAY = ".npy"
 SIXTEEN = 257  # 65535 / 255
 
 
 def read_rgb(path: Path) -> Pixels:
-    """The first picture of a file as ``to_rgb`` makes it; UserError with the reason where it cannot be read."""
+    """The first picture of a file as ``to_rgb`` makes it, or that of an array [H, W, 3] in a .npy.
+
+    Raises UserError with the reason where it cannot be read.
+    """
     try:
+        if path.suffix.lower() == ARRAY:
+            with advising({f"; {UNPACK_AGAIN}, or take {path.stem!r} out of the list": ""}):
+                array = read_array(path)
+            if array.ndim != 3 or array.shape[2] not in (3, 4):
+                raise UserError(f"got an array {list(array.shape)}, wanted colours, [H, W, 3] or [H, W, 4]")
+            return to_rgb(array)
         with open_picture(path) as picture:
             return to_rgb(picture)
     except Exception as error:  # decoders raise errors of any type for broken files
@@ -50,24 +61,26 @@ def to_rgb(image: Image.Image | NDArray[Any]) -> Pixels:
 def find_images(folder: Path, *, without: Path | None = None) -> Iterator[Path]:
     """The picture files in ``folder`` and below, by extension and in sorted order, without hidden ones.
 
-    The folder ``without`` is not searched. Links are followed; each real folder is searched once, so a link to a parent
-    folder does not recurse.
+    Where there is none, arrays (.npy) are taken: the benchmarks of LibMTL have their pictures in such files. The folder
+    ``without`` is not searched. Links are followed; each real folder is searched once, so a link to a parent folder
+    does not recurse.
     """
     known = {extension for extension, name in Image.registered_extensions().items() if name in formats()}
-    seen = {folder.resolve()} | ({without.resolve()} if without is not None else set())
 
-    def search(place: Path) -> Iterator[Path]:
+    def search(place: Path, endings: Collection[str], seen: set[Path]) -> Iterator[Path]:
         for path in sorted(place.iterdir()):
             if path.name.startswith("."):
                 continue
             if path.is_dir():
                 if (real := Path(os.path.realpath(path))) not in seen:
                     seen.add(real)
-                    yield from search(path)
-            elif path.suffix.lower() in known:
+                    yield from search(path, endings, seen)
+            elif path.suffix.lower() in endings:
                 yield path
 
-    yield from search(folder)
+    out = set() if without is None else {without.resolve()}
+    pictures = list(search(folder, known, {folder.resolve(), *out}))
+    yield from pictures or search(folder, (ARRAY,), {folder.resolve(), *out})
 
 
 def _flat(picture: Image.Image) -> Image.Image:

@@ -156,7 +156,7 @@ def facts(model: ExportedModel, program: ExportedProgram) -> str:
             "title": task.title,
             "kind": task.kind,
             "channels": task.channels,
-            "decode": DECODING[task.kind],
+            "decode": "disparity" if task.inverse_depth else DECODING[task.kind],
             "class_names": task.class_names,
             "palette": task.palette,
         }

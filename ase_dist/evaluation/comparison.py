@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ase_dist.errors import UserError
 from ase_dist.evaluation.delta_m import PAPER_METRICS, PAPER_REFERENCE, delta_m
 from ase_dist.evaluation.scores import BOUNDARY_PREFIXES, Results, headline, score_of
-from ase_dist.tasks import TOLERANCE, Task
+from ase_dist.tasks import LIBMTL_SCORES, TOLERANCE, Delta, Task
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Gain:
-    """One task: the score compared, both values, and the gain in percent of the reference, above 0 where better."""
+    """One score of a task: both values, and the gain in percent of the reference, above 0 where better."""
 
     task: Task
     key: str
@@ -38,12 +38,16 @@ class Gain:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``delta_m`` in percent over the tasks of ``gains``; ``left_out`` names tasks that only the reference has."""
+    """``value`` is Delta_m in percent over ``gains``, one a task; or LibMTL's Delta_p, for which a task has several.
+
+    ``left_out`` names tasks that only the reference has.
+    """
 
     reference: Reference
     gains: tuple[Gain, ...]
-    delta_m: float
+    value: float
     left_out: tuple[str, ...]
+    delta: Delta = "delta_m"
 
 
 def paper_reference() -> Reference:
@@ -53,34 +57,40 @@ def paper_reference() -> Reference:
     return Reference(name, "PASCAL-Context", scores, {"edge": TOLERANCE})
 
 
-def compare(tasks: Sequence[Task], results: Results, reference: Reference) -> Comparison:
+def compare(tasks: Sequence[Task], results: Results, reference: Reference, *, delta: Delta = "delta_m") -> Comparison:
     """Compare every one of ``tasks``; edges by odsF where both sides have it, else by their cross-entropy.
 
-    Raises UserError where the reference lacks a task or its score, and where its odsF has another tolerance.
+    With ``delta_p`` a task is compared by all the scores of ``tasks.LIBMTL_SCORES``. Raises UserError where the
+    reference lacks a task or a score, and where its odsF has another tolerance.
     """
     gains: list[Gain] = []
-    values: dict[str, float] = {}
-    references: dict[str, float] = {}
-    directions: dict[str, bool] = {}
     for task in tasks:
-        key, name = _common_score(task, results[task.name], reference), task.name
-        values[name], references[name] = results[name][key], reference.scores[name][key]
-        directions[name] = bool(score_of(task, key).higher_is_better)
-        percent = delta_m({name: values[name]}, {name: references[name]}, higher_is_better={name: directions[name]})
-        gains.append(Gain(task, key, values[name], references[name], percent))
-    left_out = tuple(sorted(reference.scores.keys() - values.keys()))
-    return Comparison(reference, tuple(gains), delta_m(values, references, higher_is_better=directions), left_out)
+        keys = LIBMTL_SCORES.get(task.kind, ()) if delta == "delta_p" else ()
+        for key in keys or (None,):
+            found = _common_score(task, results[task.name], reference, wanted=key)
+            value, base = results[task.name][found], reference.scores[task.name][found]
+            is_higher = bool(score_of(task, found).higher_is_better)
+            percent = delta_m({task.name: value}, {task.name: base}, higher_is_better={task.name: is_higher})
+            gains.append(Gain(task, found, value, base, percent))
+    by_task: dict[str, list[float]] = {}
+    for gain in gains:
+        by_task.setdefault(gain.task.name, []).append(gain.percent)
+    if not by_task:
+        raise UserError("Delta_m: got no task to compare, wanted at least one")
+    mean = sum(sum(percents) / len(percents) for percents in by_task.values()) / len(by_task)
+    left_out = tuple(sorted(reference.scores.keys() - by_task.keys()))
+    return Comparison(reference, tuple(gains), mean, left_out, delta)
 
 
-def _common_score(task: Task, values: Mapping[str, float], reference: Reference) -> str:
-    """The first of the task's scores that both sides have."""
+def _common_score(task: Task, values: Mapping[str, float], reference: Reference, *, wanted: str | None) -> str:
+    """The score ``wanted``, or the first of those that may stand for the task, which both sides have."""
     if task.name not in reference.scores:
         raise UserError(
             f"--reference: {reference.name} has no task {task.name!r}, it has {', '.join(reference.scores)}; name "
             "another, or evaluate fewer tasks with --tasks"
         )
     theirs = reference.scores[task.name]
-    for key in (headline(task, values), task.metric):
+    for key in (headline(task, values), task.metric) if wanted is None else (wanted,):
         if math.isfinite(theirs.get(key, math.nan)):
             tolerance = reference.tolerances.get(task.name, task.tolerance)
             if key.startswith(BOUNDARY_PREFIXES) and tolerance != task.tolerance:
@@ -90,9 +100,10 @@ def _common_score(task: Task, values: Mapping[str, float], reference: Reference)
                     "reference on the same data, or leave edges out with --tasks"
                 )
             return key
-    wanted = score_of(task, headline(task, values)).title
-    advice = "add --edge-ods" if "ods_f" in theirs else "name a reference that has it"
+    title = score_of(task, wanted or headline(task, values)).title
+    advice = "add --edge-ods" if "ods_f" in theirs and wanted is None else "name a reference that has it"
+    advice += "" if wanted is None else ", or compare by Delta_m, one score a task (eval.delta=delta_m)"
     raise UserError(
         f"--reference: {reference.name} scores {task.name} by {', '.join(theirs) or 'nothing'}, this evaluation by "
-        f"{wanted}; {advice}"
+        f"{title}; {advice}"
     )

@@ -86,6 +86,29 @@ def delta_m(
     return 100 * sum(gains) / len(gains)
 
 
+def delta_p(
+    scores: Mapping[str, Mapping[str, float]],
+    reference: Mapping[str, Mapping[str, float]],
+    *,
+    higher_is_better: Mapping[str, Mapping[str, bool]],
+) -> float:
+    """LibMTL's Delta_p, percent: the relative gains averaged over the scores of each task, then over tasks.
+
+    Lin and Zhang, "LibMTL: A Python library for deep multi-task learning" (JMLR 2023), ``count_improvement``: there B,
+    N and w are the reference, the scores and 1 where higher is better, and a gain is (-1)^w (B - N) / B. With one
+    score a task it is Delta_m. Mappings go by task, then by score; which scores LibMTL takes: ``tasks.LIBMTL_SCORES``.
+    Raises UserError as ``delta_m``, also where a task's scores differ on the two sides.
+    """
+    if not reference or set(scores) != set(reference):
+        raise UserError(
+            f"Delta_p: got scores of {sorted(scores)} and a reference of {sorted(reference)}, wanted the same tasks"
+        )
+    gains = [
+        delta_m(scores[task], of_task, higher_is_better=higher_is_better[task]) for task, of_task in reference.items()
+    ]
+    return sum(gains) / len(gains)
+
+
 def directions(tasks: Iterable[Task]) -> dict[str, bool]:
     """Whether higher is better, by task, for the metric that the task table names."""
     return {task.name: task.higher_is_better for task in tasks}

@@ -43,18 +43,15 @@ def to_json(report: Report, *, files: Mapping[str, str] | None = None) -> str:
         tree["comparison"] = {
             "reference": report.comparison.reference.name,
             "reference_data": report.comparison.reference.data,
-            "delta_m_percent": report.comparison.delta_m,
-            "tasks": {
-                gain.task.name: {
-                    "score": gain.key,
-                    "value": gain.value,
-                    "reference": gain.reference,
-                    "gain_percent": gain.percent,
-                }
-                for gain in report.comparison.gains
-            },
+            f"{report.comparison.delta}_percent": report.comparison.value,
+            "tasks": {},
             "left_out": list(report.comparison.left_out),
         }
+        for gain in report.comparison.gains:  # with Delta_p a task has several, of which the first stands for it
+            values = {"value": gain.value, "reference": gain.reference, "gain_percent": gain.percent}
+            of_task = tree["comparison"]["tasks"].setdefault(gain.task.name, {"score": gain.key, **values})
+            if report.comparison.delta == "delta_p":
+                of_task.setdefault("scores", {})[gain.key] = values
     tree |= {} if files is None else {"files": dict(files)}
     return json.dumps(json_safe(tree), indent=2, allow_nan=False) + "\n"
 
@@ -82,7 +79,7 @@ def to_markdown(report: Report) -> str:
             row += [format_score(gain.reference, score_of(gain.task, gain.key).unit), f"{gain.percent:+.2f}"]
     parts = [f"# {printable(report.title)}", facts, Table(header, rows).to_markdown()]
     if report.comparison is not None:
-        parts.append(_delta_m_sentence(report.comparison))
+        parts.append(_delta_sentence(report.comparison))
     parts += ["## All scores", _scores_table(report).to_markdown()]
     for task, table in _class_tables(report):
         parts += [f"## IoU of each class: {task.title}", table.to_markdown()]
@@ -102,9 +99,9 @@ def to_latex(report: Report) -> str:
     rows = [values]
     if (comparison := report.comparison) is not None:
         base = [format_score(gain.reference, score_of(gain.task, gain.key).unit) for gain in comparison.gains]
-        columns.append(Column("Delta_m", "%"))
-        rows = [[comparison.reference.name, *base, "0.00"], [*values, f"{comparison.delta_m:+.2f}"]]
-        title = f"{report.title}. {_delta_m_sentence(comparison)}"
+        columns.append(Column(comparison.delta.capitalize(), "%"))
+        rows = [[comparison.reference.name, *base, "0.00"], [*values, f"{comparison.value:+.2f}"]]
+        title = f"{report.title}. {_delta_sentence(comparison)}"
     methods = Table(columns, rows, title=title)
     tables = [methods, _scores_table(report), *(table for _, table in _class_tables(report))]
     return "\n\n".join(["% needs \\usepackage{booktabs}", *(table.to_latex() for table in tables)]) + "\n"
@@ -143,10 +140,12 @@ def _headline_scores(report: Report) -> list[tuple[Task, str]]:
     return [(task, headline(task, report.results[task.name])) for task in report.tasks]
 
 
-def _delta_m_sentence(comparison: Comparison) -> str:
-    """Delta_m with its reference, its tasks and those left out."""
-    reference, count = comparison.reference, len(comparison.gains)
+def _delta_sentence(comparison: Comparison) -> str:
+    """Delta_m or Delta_p with its reference, its tasks and those left out."""
+    reference, count = comparison.reference, len({gain.task.name for gain in comparison.gains})
+    name = comparison.delta.capitalize()
     where = f", measured on {reference.data}" if reference.data else ""
     tasks = "1 task" if count == 1 else f"{count} tasks"
     rest = f"; the reference has {', '.join(comparison.left_out)} too" if comparison.left_out else ""
-    return f"Delta_m over {tasks}: {comparison.delta_m:+.2f} % relative to {reference.name}{where}{rest}."
+    how = " (LibMTL's: over the scores of a task, then over tasks)" if comparison.delta == "delta_p" else ""
+    return f"{name} over {tasks}: {comparison.value:+.2f} % relative to {reference.name}{where}{how}{rest}."
