@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ase_dist.errors import UserError
-from ase_dist.tasks import Task
+from ase_dist.tasks import LIBMTL_SCORES, Delta, Task
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,11 @@ def delta_p(
         delta_m(scores[task], of_task, higher_is_better=higher_is_better[task]) for task, of_task in reference.items()
     ]
     return sum(gains) / len(gains)
+
+
+def compared_scores(task: Task, delta: Delta) -> tuple[str, ...]:
+    """The scores of ``task`` that Delta_m takes, the one that stands for it, or Delta_p (``tasks.LIBMTL_SCORES``)."""
+    return LIBMTL_SCORES.get(task.kind, (task.metric,)) if delta == "delta_p" else (task.metric,)
 
 
 def directions(tasks: Iterable[Task]) -> dict[str, bool]:

@@ -79,6 +79,7 @@ class Results(_Tolerant):
     data: str = ""
     tasks: list[str] = []
     task_facts: dict[str, Any] = {}
+    delta: str = "delta_m"
     variants: list[VariantResult] = []
 
 

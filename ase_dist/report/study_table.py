@@ -53,7 +53,7 @@ def study_columns(results: Results) -> list[StudyColumn]:
         values = functools.partial(_scores, task=facts.name, metric=facts.metric)
         columns.append(StudyColumn(facts.title, facts.metric_title, facts.higher_is_better, values))
     columns += [
-        StudyColumn("\u0394m", "%", True, lambda v: v.delta_m or [], is_signed=True),
+        StudyColumn(f"\u0394{results.delta[-1:]}", "%", True, lambda v: v.delta_m or [], is_signed=True),
         StudyColumn("Trained", "M", False, lambda v: _scaled([(v.parameters or {}).get("trained")], 1e-6)),
         StudyColumn("All parameters", "M", False, lambda v: _scaled([(v.parameters or {}).get("total")], 1e-6)),
         StudyColumn("Forward", "GFLOP", False, lambda v: _scaled([(v.flops or {}).get("forward")], 1e-9)),

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from scipy.special import entr
 
-from ase_dist.evaluation.delta_m import delta_m, directions
+from ase_dist.evaluation.delta_m import compared_scores, delta_p
+from ase_dist.evaluation.scores import score_of
 from ase_dist.evaluation.seeds import mean_and_spread, paired_difference
 from ase_dist.planning.flops import count_flops
 from ase_dist.study.jobs import StudyJob
 from ase_dist.study.variants import Variant
-from ase_dist.tasks import Task, select_tasks
+from ase_dist.tasks import Delta, Task, select_tasks
 from ase_dist.training.record.metrics import read_metrics
 
 
@@ -27,9 +28,10 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
 
     Delta_m of a seed is relative to the reference variant's mean over its seeds, over the tasks that both have. Values
     by seed have the order of ``seeds``, the complete ones. Their ``differences`` from the reference, of the tasks'
-    metrics and of Delta_m, are paired by seed.
+    metrics and of Delta_m, are paired by seed. ``delta`` is ``eval.delta``: with delta_p all that is called ``delta_m``
+    is LibMTL's Delta_p.
     """
-    data = jobs[0].settings.data
+    data, delta = jobs[0].settings.data, jobs[0].settings.eval.delta
     tasks = data.data_set.tasks
     found = [
         _collect_variant(variant, [job for job in jobs if job.variant == variant.name], tasks) for variant in variants
@@ -38,12 +40,12 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
     for entry in found:
         reference = by_name[references[entry["name"]]]
         entry["reference"] = reference["name"]
-        entry["delta_m"] = _delta_m_by_seed(entry, reference, tasks)
+        entry["delta_m"] = _delta_by_seed(entry, reference, tasks, delta)
     for entry in found:
         entry["differences"] = _differences(entry, by_name[entry["reference"]], tasks)
     names = list(dict.fromkeys(task for entry in found for task in entry["metrics"]))
     facts = {name: asdict(tasks[name]) for name in names}
-    return {"data": data.name, "tasks": names, "task_facts": facts, "variants": found}
+    return {"data": data.name, "tasks": names, "task_facts": facts, "delta": delta, "variants": found}
 
 
 def task_of(results: Mapping[str, Any], name: str) -> Task:
@@ -88,20 +90,33 @@ def _collect_variant(variant: Variant, jobs: Sequence[StudyJob], tasks: Mapping[
     }
 
 
-def _delta_m_by_seed(
-    entry: Mapping[str, Any], reference: Mapping[str, Any], table: Mapping[str, Task]
+def _delta_by_seed(
+    entry: Mapping[str, Any], reference: Mapping[str, Any], table: Mapping[str, Task], delta: Delta
 ) -> list[float | None] | None:
     names = [task for task in entry["metrics"] if task in reference["metrics"]]
     if not names or not entry["seeds"]:
         return None
-    tasks = [table[name] for name in names]
-    base = {t.name: mean_and_spread(reference["metrics"][t.name][t.metric])[0] for t in tasks}
+    keys = {name: compared_scores(table[name], delta) for name in names}
+    better = {
+        name: {key: bool(score_of(table[name], key).higher_is_better) for key in of_task}
+        for name, of_task in keys.items()
+    }
+    base = {
+        name: {key: mean_and_spread(reference["metrics"][name].get(key, [None]))[0] for key in of_task}
+        for name, of_task in keys.items()
+    }
     found: list[float | None] = []
     for i in range(len(entry["seeds"])):
-        scores = {t.name: entry["metrics"][t.name][t.metric][i] for t in tasks}
-        scores = {name: math.nan if score is None else score for name, score in scores.items()}
+        stored = {
+            name: {key: entry["metrics"][name].get(key, [None] * (i + 1))[i] for key in of_task}
+            for name, of_task in keys.items()
+        }
+        scores = {
+            name: {key: math.nan if value is None else value for key, value in of_task.items()}
+            for name, of_task in stored.items()
+        }
         try:
-            found.append(delta_m(scores, base, higher_is_better=directions(tasks)))
+            found.append(delta_p(scores, base, higher_is_better=better))  # with one score a task it is Delta_m
         except ValueError:  # undefined where a score is not finite or the reference is 0
             found.append(None)
     return found

@@ -28,8 +28,9 @@ def draw(results: Mapping[str, Any], *, title: str, axis: str) -> dict[str, byte
     title = fill(title, TITLE_WIDTH)
     done = [variant for variant in results["variants"] if variant["seeds"]]
     numbered = axis and all(variant["x"] is not None for variant in done if variant["group"])
+    delta = str(results.get("delta", "delta_m")).capitalize()
     plots: dict[str, Callable[[], Figure | None]] = {
-        "gains": lambda: _lines(done, "delta_m", title, axis, "Delta_m, %") if numbered else _bars(done, title),
+        "gains": lambda: _lines(done, "delta_m", title, axis, f"{delta}, %") if numbered else _bars(done, title, delta),
         "speed": lambda: _lines(done, "images_per_second", title, axis, "training images/s") if numbered else None,
         "scores": lambda: _scores(done, results),
         "shared_gate": lambda: _curves(done, "shared_gate", "gate", "mean gate of the shared experts"),
@@ -53,8 +54,8 @@ def draw(results: Mapping[str, Any], *, title: str, axis: str) -> dict[str, byte
     return drawn
 
 
-def _bars(variants: Variants, title: str) -> Figure | None:
-    """Delta_m by variant: whiskers of one standard deviation, one dot per seed (the paper's Fig. 2)."""
+def _bars(variants: Variants, title: str, delta: str) -> Figure | None:
+    """Delta_m (or Delta_p) by variant: whiskers of one standard deviation, one dot per seed (the paper's Fig. 2)."""
     shown = [variant for variant in variants if variant["delta_m"]]
     if not shown:
         return None
@@ -78,7 +79,7 @@ def _bars(variants: Variants, title: str) -> Figure | None:
     ax.set_yticks(range(len(shown)), [variant["label"] for variant in shown])
     ax.invert_yaxis()
     ax.axvline(0, color="#222222", linewidth=0.8)
-    ax.set(xlabel="Delta_m over the reference, %", title=title)
+    ax.set(xlabel=f"{delta} over the reference, %", title=title)
     return figure
 
 

@@ -16,14 +16,14 @@ from ase_dist.tasks import Task
 def markdown(title: str, data_title: str, results: Mapping[str, Any]) -> str:
     """The tables: mean +- sample standard deviation over seeds, each column's best mean in bold, and differences."""
     tasks = [task_of(results, name) for name in results["tasks"]]
-    variants = results["variants"]
+    variants, delta = results["variants"], str(results.get("delta", "delta_m")).capitalize()
     columns: list[Column | str] = [
         "variant",
         *(
             Column(f"{task.title}, {task.metric_title}", higher_is_better=task.higher_is_better, mark_best=True)
             for task in tasks
         ),
-        Column("Delta_m", "%", higher_is_better=True, mark_best=True),
+        Column(delta, "%", higher_is_better=True, mark_best=True),
         "trained, M",
         "all, M",
         "GFLOP an image",
@@ -35,18 +35,20 @@ def markdown(title: str, data_title: str, results: Mapping[str, Any]) -> str:
     labels = {variant["name"]: variant["label"] for variant in variants}
     references = " and ".join(dict.fromkeys(labels[variant["reference"]] for variant in variants))
     preamble = (
-        f"Measured on {data_title}. Delta_m is relative to {references} (mean over seeds); separate models count "
+        f"Measured on {data_title}. {delta} is relative to {references} (mean over seeds); separate models count "
         "together in sizes and speed; FLOPs are of the forward pass."
     )
     lines = [f"# {title}", "", preamble, "", table.to_markdown(), ""]
-    lines += _differences(variants, tasks, labels)
+    lines += _differences(variants, tasks, labels, delta)
     missing = [name for variant in variants for name in variant["missing"]]
     if missing:
         lines += [f"Not done: {', '.join(missing)}.", ""]
     return "\n".join(lines)
 
 
-def _differences(variants: Sequence[Mapping[str, Any]], tasks: Sequence[Task], labels: Mapping[str, str]) -> list[str]:
+def _differences(
+    variants: Sequence[Mapping[str, Any]], tasks: Sequence[Task], labels: Mapping[str, str], delta: str
+) -> list[str]:
     """The lines of the second table, variants minus their references; empty where no two seeds are paired."""
     shown = [variant for variant in variants if any(each["pairs"] > 1 for each in variant["differences"].values())]
     if not shown:
@@ -55,7 +57,7 @@ def _differences(variants: Sequence[Mapping[str, Any]], tasks: Sequence[Task], l
     columns: list[Column | str] = [
         "variant minus reference",
         *(Column(f"{task.title}, {task.metric_title}", higher_is_better=task.higher_is_better) for task in tasks),
-        Column("Delta_m", "%", higher_is_better=True),
+        Column(delta, "%", higher_is_better=True),
         "pairs",
     ]
     rows = []
@@ -105,7 +107,7 @@ def as_csv(results: Mapping[str, Any]) -> str:
                     for metric, values in metrics.items()
                 ]
             if variant["delta_m"] is not None:
-                rows.append((*head, "", "delta_m", variant["delta_m"][i], None))
+                rows.append((*head, "", results.get("delta", "delta_m"), variant["delta_m"][i], None))
     return Table(("variant", "label", "seed", "task", "metric", "value", "tolerance"), rows).to_csv()
 
 
