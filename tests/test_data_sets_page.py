@@ -15,6 +15,7 @@ from ase_dist import load
 from ase_dist.tasks import DATA_SETS
 from tests.data.libmtl_folders import write_libmtl
 from tests.training.conftest import start_world
+from tests.training.test_run_nyud import write_folder
 
 pytestmark = pytest.mark.single_gpu
 
@@ -57,6 +58,8 @@ def follow(rank, folder):
         assert words[:3] == ["python", "-m", "ase_dist"]
         more = {"train": SMALL, "prepare_data": ("--subset", "--workers", "1")}.get(words[3], ())
         codes.append(main([*words[3:], *more]))
+    other = ["data.root=nyuv2", "--data", "nyuv2_13", "--tasks", "depth", "--out", "scores/other"]
+    codes.append(main(["evaluate", "exports/cityscapes", *other]))
     return codes
 
 
@@ -65,6 +68,7 @@ def followed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data_sets")
     write_libmtl(folder / "nyuv2", "nyuv2_13")
     write_libmtl(folder / "cityscapes2", "cityscapes")
+    write_folder(folder / "RGBD")
     codes, results = start_world(follow, folder, seconds=500)()
     assert codes == [0]
     return folder, results[0]
@@ -72,7 +76,7 @@ def followed(tmp_path_factory):
 
 def test_every_command_of_the_page_works(followed):
     _, codes = followed
-    assert len(COMMANDS) >= 9 and codes == [0] * len(COMMANDS)
+    assert len(COMMANDS) >= 9 and codes == [*[0] * len(COMMANDS), 2]  # the last: depth scored as disparity
 
 
 def test_the_scores_are_those_of_balancing_papers(followed):
@@ -95,6 +99,8 @@ def test_names_and_what_depth_is_travel_with_the_export(followed):
     assert model.tasks[0].class_names == ("flat", "construction", "object", "nature", "sky", "human", "vehicle")
     index = json.loads((folder / "predictions/predictions.json").read_text())
     assert index["tasks"][0]["class_names"][6] == "vehicle"
+    metrics = json.loads((folder / "runs/rgbd/summary.json").read_text())
+    assert metrics["tolerances"] == {"edge": 0.011} and metrics["metrics"]["depth"].keys() >= {"abs_err", "rel"}
     assert np.load(folder / "predictions/0.npz")["depth"].shape == (1, 18, 24)
     assert Image.open(folder / "predictions/1_semseg.png").size == (24, 18)
 

@@ -44,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
         "--reference",
         type=path_or_name,
         metavar="RESULTS",
-        help="for Delta_m: paper (single-task ResNet-18), a run, RUN@best, an export, an evaluation's folder or JSON",
+        help="for Delta_m, or LibMTL's Delta_p with eval.delta=delta_p: paper (single-task ResNet-18), a run, "
+        "RUN@best, an export, an evaluation's folder or JSON",
     )
     p.add_argument(
         "--out",

@@ -52,8 +52,8 @@ class Transform:
         """The training sample of ``record`` under a given warp; without ``draws`` in its own colours.
 
         1. Warp the image (cubic). 2. Change its colours. 3. Warp the labels (nearest). 4. Depth and normals follow the
-        geometry (``Warp``), disparity inversely. What comes from outside the original is the mean colour in the image and ignored in every
-        label.
+        geometry (``Warp``), disparity inversely. What comes from outside the original is the mean colour in the image
+        and ignored in every label.
         """
         matrix, offset = warp.source(_shape(record.image), self.size)
         where, outside = _nearest(_shape(record.image), matrix, offset, self.size)

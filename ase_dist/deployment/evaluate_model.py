@@ -89,7 +89,9 @@ def evaluate_model(
                 f"--data: {task.name} has {task.channels} channels in {settings.data.name}, "
                 f"{own[task.name].channels} in the model; leave it out with --tasks, or take other data"
             )
-        if task.class_names and own[task.name].class_names and task.class_names != own[task.name].class_names:
+        names = {task.class_names, own[task.name].class_names}
+        unnamed = {(), tuple(f"class {i + 1}" for i in range(task.channels))}  # the second: NYUD of earlier exports
+        if len(names) > 1 and names.isdisjoint(unnamed):
             odd = next(
                 pair for pair in zip(task.class_names, own[task.name].class_names, strict=True) if len({*pair}) > 1
             )

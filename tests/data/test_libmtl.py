@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ase_dist.commands import prepare_data
 from ase_dist.config import build_settings
+from ase_dist.data.augmentation import Warp
 from ase_dist.data.labels import normals_from_codes
 from ase_dist.data.libmtl import Cityscapes, NYUv2
 from ase_dist.data.loader import build_eval_loader
 from ase_dist.data.packed.dataset import PackedDataset
-from ase_dist.data.transforms import Transform, Warp
+from ase_dist.data.packed.prepare import Request, check_only
+from ase_dist.data.transforms import Transform
 from ase_dist.tasks import DATA_SETS, select_tasks
 from tests.data.libmtl_folders import CLASSES, arrays, write_libmtl
 
@@ -77,14 +78,12 @@ def test_packed_they_are_the_same(tmp_path, data, pictures, pack):
                 np.testing.assert_array_equal(one.labels[task], label)
 
 
-def test_the_check_counts_them_and_wants_the_published_numbers(tmp_path, data, capsys):
+def test_the_check_counts_them_and_wants_the_published_numbers(tmp_path, data, one_sentence):
     root = write_libmtl(tmp_path / "data", data)
-    layout = data.replace("_", "-")
-    assert prepare_data.main([layout, str(tmp_path), "--check-only", "--subset", "--workers", "1"]) == 0
-    assert "the files of 6 images are whole" in capsys.readouterr().err
-    assert prepare_data.main([layout, str(root), "--check-only"]) == 2
-    said = capsys.readouterr().err
-    assert all(f"{count}" in said for count in READERS[data].counts.values()) and "--subset" in said
+    assert check_only(Request(data, tmp_path / "data", subset=True, workers=1), tmp_path / "packed") == 6
+    with pytest.raises(ValueError, match="add --subset") as raised:
+        check_only(Request(data, root, workers=1), tmp_path / "packed")
+    one_sentence(raised, *(f"{count}" for count in READERS[data].counts.values()))
 
 
 def broken(path, array, word):
@@ -142,7 +141,7 @@ def test_magnified_disparities_grow_as_depths_shrink(tmp_path):
         root = write_libmtl(tmp_path / data, data)
         tasks = select_tasks(data, ["depth"])
         record = READERS[data](root, "train", tasks)[0]
-        transform = Transform(24, tasks=tasks, augment=True)
+        transform = Transform(24, tasks=tasks, augmentation="eigen")
         plain, warped = (transform.warped_sample(record, Warp(scale=s)).labels["depth"] for s in (1.0, 1.25))
         assert warped[0, 12, 12] == pytest.approx(float(plain[0, 12, 12]) * factor, rel=0.05)
         assert bool((warped > 0).any()) and torch.isfinite(warped).all()

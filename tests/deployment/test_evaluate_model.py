@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ase_dist import load
 from ase_dist.commands.evaluate import main
 from ase_dist.config import Settings
 from ase_dist.deployment import evaluate_model
@@ -21,9 +22,12 @@ from ase_dist.deployment.export import export_run
 from ase_dist.deployment.reference import read_reference
 from ase_dist.deployment.trained_model import open_trained_model
 from ase_dist.errors import ExitCode, UserError
+from ase_dist.models.export_file import card_digest
 from ase_dist.tasks import select_tasks
 from ase_dist.training.process.folder_lock import FolderLock
+from tests.deployment.conftest import make_export
 from tests.training.conftest import start_world
+from tests.training.test_run_nyud import write_folder
 from tests.training.tiny_runs import ROOT, metric_lines, tiny_run
 
 COMMAND = ROOT / "launch" / "evaluate.py"
@@ -233,6 +237,29 @@ def test_two_evaluations_and_two_exports_do_not_mix(folder, tmp_path, evaluate, 
                 said = str(raised.value)
             assert f"'{tmp_path / out}' is in use: process {os.getpid()} on " in said and f"been {doing} there" in said
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and not [*(tmp_path / "out").iterdir()]
+
+
+@pytest.mark.single_gpu
+def test_boundaries_are_matched_as_the_data_they_are_scored_on_have_it(tmp_path, evaluate, no_pool):
+    """A model of PASCAL's tasks scored on NYUD; and an export of NYUD from before its classes had names."""
+    root = write_folder(tmp_path / "NYUD_MT")
+    export = make_export(tmp_path / "export", tasks=["edge"])
+    assert load(export).tasks[0].tolerance == 0.0075
+    more = ["--device", "cpu", "data.limit_val=1", f"data.root={root}"]
+    arguments = [str(export), "--data", "nyud", "--tasks", "edge", "--edge-ods", "--out", str(tmp_path / "out")]
+    assert evaluate([*arguments, *more]) == 0
+    report = found(tmp_path / "out")
+    assert report["tolerances"] == {"edge": 0.011} and "within 0.011 of the diagonal" in report["edges"]
+    for file in ("metrics.md", "metrics.tex"):
+        text = (tmp_path / "out" / file).read_text()
+        assert text.count("odsF (tolerance 0.011)") >= 4 and "0.0075" not in text
+    export = make_export(tmp_path / "old", data="nyud", tasks=["semseg"])
+    card = json.loads((export / "export.json").read_text())
+    assert card["tasks"][0]["class_names"][:2] == ["wall", "floor"]
+    card["tasks"][0]["class_names"] = [f"class {i + 1}" for i in range(40)]
+    card["card_sha256"] = card_digest({key: card[key] for key in card if key != "card_sha256"})
+    (export / "export.json").write_text(json.dumps(card))
+    assert evaluate([str(export), "--out", str(tmp_path / "older"), *more]) == 0
 
 
 @pytest.mark.single_gpu

@@ -104,6 +104,7 @@ def _labels(folder: Path) -> None:
         "edge_picture.npy": _npy(np.asfortranarray(IDS % 2)),
         "normals.npy": _npy(vectors),
         "depth.npy": _npy(DEPTH),
+        "disparity.npy": _npy(DEPTH / 10),
         "class_ids.png": _picture("PNG", IDS),
         "mask.png": _picture("PNG", IDS % 2 * 255),
         "edge_picture.png": _picture("PNG", IDS % 2 == 1),
@@ -128,12 +129,13 @@ def _pictures(folder: Path) -> None:
     palette = Image.fromarray(NOISE).convert("P")
     palette.info["transparency"] = 3
     palette.save(folder / "c.png")
+    (folder / "i.npy").write_bytes(_npy(NOISE / 255))
     (folder / "d.png").write_bytes(_picture("PNG", NOISE[..., 0].astype(np.uint16)))
     for name, form in (("e.gif", "GIF"), ("f.tif", "TIFF"), ("g.webp", "WEBP"), ("h.bmp", "BMP")):
         (folder / name).write_bytes(_picture(form, NOISE))
 
 
-EIGHT_BIT = ("a.jpg", "b.jpg", "c.png", "e.gif", "f.tif", "g.webp", "h.bmp")
+EIGHT_BIT = ("a.jpg", "b.jpg", "c.png", "e.gif", "f.tif", "g.webp", "h.bmp", "i.npy")
 PICTURES = (*EIGHT_BIT, "d.png")
 
 
@@ -253,7 +255,7 @@ READERS: dict[str, Reader] = {
     ),
 }
 for _name in (
-    *("class_ids.npy", "mask.npy", "edge_picture.npy", "normals.npy", "depth.npy"),
+    *("class_ids.npy", "mask.npy", "edge_picture.npy", "normals.npy", "depth.npy", "disparity.npy"),
     *("class_ids.png", "mask.png", "edge_picture.png", "normals.png"),
     *("label_map.mat", "nyud_classes.mat", "depth.mat", "human_parts.mat"),
 ):

@@ -1,11 +1,13 @@
 """Results: first, latest and best in the direction of each task, and the mean gain."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 
 from ase_dist.evaluation.delta_m import delta_m
 from ase_dist.report.results import gains, other_metrics, result_rows
+from ase_dist.tasks import DATA_SETS
 from ase_dist.training.record.records import Records
 from tests.report.conftest import eval_values
 
@@ -67,4 +69,10 @@ def test_odd_metrics_do_no_harm(odd):
 def test_every_metric_is_listed():
     listed = dict(other_metrics(evaluated(eval_values(0), eval_values(3), tasks=("semseg",))))
     assert [row[0] for row in listed["Semantic segmentation"]] == ["miou", "accuracy"]
+    facts = {"edge": asdict(DATA_SETS["nyud"].tasks["edge"])}
+    for recorded, tolerance in ((facts, "0.011"), ({}, "0.0075")):
+        run = {"kind": "run", "step": 0, "tasks": ["edge"], "data": "nyud", "task_facts": recorded}
+        scored = {"kind": "eval", "step": 3, "metrics": {"edge": {"bce": 0.1, "ods_f": 50.0}}}
+        (edges,) = dict(other_metrics(Records([run, scored]))).values()
+        assert [row[0] for row in edges] == ["bce", f"ods_f (tolerance {tolerance})"]
     assert listed["Semantic segmentation"][0][1:] == ("12.00", "10.00", "13.00")

@@ -8,9 +8,10 @@ import pytest
 from scipy import stats
 
 from ase_dist.evaluation.seeds import mean_and_spread, paired_difference
-from ase_dist.study.collect import task_information, task_overlap
+from ase_dist.study.collect import _delta_by_seed, task_information, task_overlap
 from ase_dist.study.tables import as_csv, markdown
 from ase_dist.study.variants import STUDIES, references
+from ase_dist.tasks import DATA_SETS
 
 pytestmark = pytest.mark.single_gpu
 
@@ -101,6 +102,27 @@ def test_csv_has_a_line_a_value():
     assert lines[0] == "variant,label,seed,task,metric,value,tolerance"
     assert "a,row a,1,semseg,miou,20.0," in lines and "b,row b,0,,delta_m,100.0," in lines
     assert not [line for line in lines if line.startswith("c,")]
+    edges = {"edge": {"bce": [0.1, 0.2], "ods_f": [50.0, 51.0]}}
+    nyud = {"data": "nyud", "tasks": ["edge"], "variants": [variant("a", [1.0, 2.0], None, metrics=edges)]}
+    lines = as_csv(nyud).splitlines()
+    assert "a,row a,1,edge,ods_f,51.0,0.011" in lines and "a,row a,0,edge,bce,0.1," in lines
+
+
+def test_the_tables_say_which_delta():
+    text = markdown("Title", "toy data", {**RESULTS, "delta": "delta_p"})
+    assert "Delta_p is relative to" in text and "Delta_p, %" in text and "Delta_m" not in text
+    assert "b,row b,0,,delta_p,100.0," in as_csv({**RESULTS, "delta": "delta_p"}).splitlines()
+
+
+def test_delta_p_of_a_seed_is_over_all_scores_of_a_task():
+    table = DATA_SETS["nyuv2_13"].tasks
+    base = {"semseg": {"miou": [40.0], "accuracy": [80.0]}, "depth": {"abs_err": [0.5], "rel": [0.25], "rmse": [1.0]}}
+    ours = {"semseg": {"miou": [44.0], "accuracy": [80.0]}, "depth": {"abs_err": [0.4], "rel": [0.25], "rmse": [9.0]}}
+    one, other = ({"metrics": metrics, "seeds": [0]} for metrics in (ours, base))
+    assert _delta_by_seed(one, other, table, "delta_p") == [pytest.approx((10 / 2 + 20 / 2) / 2)]
+    assert _delta_by_seed(one, other, table, "delta_m") == [pytest.approx((10 + 20) / 2)]
+    del ours["depth"]["rel"]
+    assert _delta_by_seed(one, other, table, "delta_p") == [None]
 
 
 def test_every_variant_has_a_reference_with_its_tasks():

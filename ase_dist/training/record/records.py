@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from ase_dist.tasks import Color, Task, find_task
+from ase_dist.tasks import TOLERANCE, Color, Task, find_task
 from ase_dist.training.record.metrics import STARTS_AND_ENDS
 
 Array = NDArray[np.float64]
@@ -220,9 +220,11 @@ def task_facts(
     ``metrics`` are those that were recorded: where the row's own is not among them, or there is no row, the first
     stands for the task and its direction is not known.
     """
-    task = _recorded_task(name, branch(recorded, name)) or find_task(data, name)
+    own = _recorded_task(name, branch(recorded, name))
+    task = own or find_task(data, name)
     classes = tuple(zip(task.class_names, task.palette, strict=False)) if task and task.kind == "classes" else ()
-    tolerance = task.tolerance if task else None
+    # a run whose records have no tolerance, or no facts at all, is of a version that had this one alone
+    tolerance = own.tolerance if own else TOLERANCE if task and task.kind == "edges" else None
     if task is not None and (task.metric in metrics or not metrics):
         return TaskFacts(name, task.title, task.metric, task.metric_title, task.higher_is_better, classes, tolerance)
     metric = metrics[0] if metrics else ""
