@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ase_dist.errors import UserError
-from ase_dist.evaluation.delta_m import PAPER_METRICS, PAPER_REFERENCE, delta_m
+from ase_dist.evaluation.delta_m import PAPER_METRICS, PAPER_REFERENCE, delta_m, delta_p
 from ase_dist.evaluation.scores import BOUNDARY_PREFIXES, Results, headline, score_of
 from ase_dist.tasks import LIBMTL_SCORES, TOLERANCE, Delta, Task
 
@@ -66,20 +67,19 @@ def compare(tasks: Sequence[Task], results: Results, reference: Reference, *, de
     gains: list[Gain] = []
     for task in tasks:
         keys = LIBMTL_SCORES.get(task.kind, ()) if delta == "delta_p" else ()
-        for key in keys or (None,):
-            found = _common_score(task, results[task.name], reference, wanted=key)
-            value, base = results[task.name][found], reference.scores[task.name][found]
-            is_higher = bool(score_of(task, found).higher_is_better)
+        for wanted in keys or (None,):
+            key = _common_score(task, results[task.name], reference, wanted=wanted)
+            value, base = results[task.name][key], reference.scores[task.name][key]
+            is_higher = bool(score_of(task, key).higher_is_better)
             percent = delta_m({task.name: value}, {task.name: base}, higher_is_better={task.name: is_higher})
-            gains.append(Gain(task, found, value, base, percent))
-    by_task: dict[str, list[float]] = {}
+            gains.append(Gain(task, key, value, base, percent))
+    values, bases, directions = ({task.name: dict[str, Any]() for task in tasks} for _ in range(3))
     for gain in gains:
-        by_task.setdefault(gain.task.name, []).append(gain.percent)
-    if not by_task:
-        raise UserError("Delta_m: got no task to compare, wanted at least one")
-    mean = sum(sum(percents) / len(percents) for percents in by_task.values()) / len(by_task)
-    left_out = tuple(sorted(reference.scores.keys() - by_task.keys()))
-    return Comparison(reference, tuple(gains), mean, left_out, delta)
+        values[gain.task.name][gain.key], bases[gain.task.name][gain.key] = gain.value, gain.reference
+        directions[gain.task.name][gain.key] = bool(score_of(gain.task, gain.key).higher_is_better)
+    total = delta_p(values, bases, higher_is_better=directions)  # with one score a task it is Delta_m
+    left_out = tuple(sorted(reference.scores.keys() - values.keys()))
+    return Comparison(reference, tuple(gains), total, left_out, delta)
 
 
 def _common_score(task: Task, values: Mapping[str, float], reference: Reference, *, wanted: str | None) -> str:
