@@ -54,6 +54,18 @@ def test_layer_in_bfloat16(tmp_path):
     assert "bfloat16" in json.dumps(report) and "ours" in printed
 
 
+def test_balancing(tmp_path):
+    tiny = ["data.size=32", "data.scenes.size=40", "model.pretrained=none", "model.head=linear",
+            "model.backbone=vit_tiny_patch16_224", "model.backbone_args={embed_dim: 24, depth: 2, num_heads: 2}",
+            "model.moe.num_experts=4", "model.moe.k=2"]  # fmt: skip
+    methods = ["gls", "gradnorm", "upgrad"]
+    printed, report = run("balancing", [*tiny, "--methods", *methods, "--repeats", "1", "--every", "2"], tmp_path)
+    rows = {row["method"]: row for row in report["rows"]}
+    assert set(rows) == {"fixed", *methods, "gradnorm on representation"}
+    assert rows["fixed"]["ratio"] == 1 and all(row["ratio"] > 0 for row in rows.values())
+    assert "weights every 2 steps" in printed
+
+
 def test_train_step(tmp_path):
     printed, report = run("train_step", STEP, tmp_path)
     rows = {row["side"]: row for row in report["rows"]}

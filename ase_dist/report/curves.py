@@ -26,6 +26,14 @@ def loss_charts(records: Records) -> list[Chart]:
     return [chart for chart in found if chart]
 
 
+def weight_charts(records: Records) -> list[Chart]:
+    """The weight that balancing gives each task's loss."""
+    return [
+        Chart(records.facts_of(name).title, [Line(series, color_of(i))], value=significant(series.last, 3), zero=True)
+        for i, (name, series) in enumerate(records.task_weights().items())
+    ]
+
+
 def metric_charts(records: Records, rows: Sequence[ResultRow]) -> list[Chart]:
     """Every task's metric over the evaluations, the trivial predictor dashed, and the mean gain over it."""
     order = {name: i for i, name in enumerate(records.tasks or records.evaluated_tasks())}

@@ -42,6 +42,7 @@ def run_content(run: RunFolder) -> dict[str, Any]:
         "album": make_album(prediction_candidates(run)),
         "metric_charts": curves.metric_charts(records, rows),
         "loss_charts": curves.loss_charts(records),
+        "weight_charts": curves.weight_charts(records),
         "course_charts": curves.course_charts(records),
         "heat": heat_maps(records),
         "gate_charts": curves.gate_charts(records),

@@ -8,6 +8,7 @@ from typing import Any
 
 from ase_dist.baselines import baselines
 from ase_dist.errors import UserError, did_you_mean
+from ase_dist.registries import BALANCINGS
 from ase_dist.study.presets import Preset
 
 
@@ -51,6 +52,7 @@ EVIDENCE = ("mtl_vit_lora", "lora_moe_16_4_0_4", "naive_16_3_1_4", *FINE_GRAINED
 TOP_K = (3, 4, 5, 6, 7)
 ROUTER_SIZES = (16, 32, 64, 128, 256)
 CONFLICT_MEASUREMENTS = 10  # over a run
+BALANCING_WINDOWS = 20  # of dynamic weight averaging, over a run
 
 
 def _of_baseline(name: str, **options: Any) -> Variant:
@@ -161,6 +163,22 @@ def _shared_logit_floor(preset: Preset) -> list[Variant]:
     ]
 
 
+def _balancing(preset: Preset) -> list[Variant]:
+    """Every way to weigh the tasks' losses, on the same model."""
+    window = max(1, preset.steps // BALANCING_WINDOWS)  # an epoch may be longer than the run
+    changes = {"dwa": {"train.balancing.args": {"window": window}}}
+    return [
+        Variant(
+            name,
+            "fixed weights" if name == "fixed" else name.replace("_", "-"),
+            "ase_16_3_1_4",
+            {"train.balancing.method": name, **changes.get(name, {})},
+            group="16/3/1/4",
+        )
+        for name in BALANCINGS
+    ]
+
+
 def _norm_ablation(preset: Preset) -> list[Variant]:
     labels = {
         "ase": "joint softmax over the active",
@@ -220,6 +238,7 @@ STUDIES: dict[str, Study] = {
         axis="share of the run over which they grow from 0, %",
         heat_map="warmup_30",
     ),
+    "balancing": Study("How the tasks' losses are balanced", _balancing, ("fixed",)),
     "norm_ablation": Study("How gates are normalised", _norm_ablation, ("naive",)),
     "resolution": Study("Image size", _resolution, ("mtl_vit_lora_{smallest}",), axis="image side, pixels"),
 }

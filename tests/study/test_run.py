@@ -25,6 +25,7 @@ SOME = {  # where all variants would take long and say nothing more
     "evidence": ["lora_moe_16_4_0_4", "naive_16_3_1_4", "ase_64_12_4_1"],
     "topk": ["lora_moe_k3", "lora_moe_k7", "ase_k3", "ase_k7"],
     "router_cost": ["n16", "n256"],
+    "balancing": ["fixed", "dwa", "upgrad"],
     "resolution": ["mtl_vit_lora_32", "ase_16_3_1_4_48"],
 }  # fmt: skip
 

@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ase_dist.training.record.metrics import Recorder
-from ase_dist.training.record.plots import draw_all, draw_heatmap, draw_losses, draw_metrics, draw_shared_gate
+from ase_dist.training.record.metrics import Recorder, read_metrics
+from ase_dist.training.record.plots import (
+    draw_all,
+    draw_heatmap,
+    draw_losses,
+    draw_metrics,
+    draw_shared_gate,
+    draw_task_weights,
+)
 from ase_dist.training.record.records import Records
 from ase_dist.training.record.run_folder import RunFolder
 
@@ -38,6 +45,20 @@ def write_run(folder: Path, steps: range, *, experts: bool = True, evals: bool =
         metrics = {"semseg": {"miou": 20.0, "acc": 1.0}, "edge": {"bce": 0.2}}
         recorder.write("eval", step=steps[-1], values={"metrics": metrics, "trivial": {"semseg": {"miou": 9.0}}})
     recorder.close()
+
+
+def test_the_weights_of_the_losses_are_drawn_where_they_are_balanced(tmp_path: Path) -> None:
+    recorder = Recorder(RunFolder(tmp_path).metrics, enabled=True)
+    recorder.write("run", step=0, values={key: RUN[key] for key in ("tasks", "data", "shared_experts")})
+    for step in (1, 2, 3):
+        weights = {"semseg": 0.1 * step, "edge": -0.2 * step}
+        recorder.write("train", step=step, values={**train_record(step, experts=False), "task_weights": weights})
+    recorder.close()
+    figure = draw_task_weights(Records(read_metrics(RunFolder(tmp_path).metrics)))
+    assert figure is not None
+    curves = {line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines}
+    assert [*curves.values()] == [pytest.approx([0.1, 0.2, 0.3]), pytest.approx([-0.2, -0.4, -0.6])]
+    assert len(curves) == 2 and "task_weights.png" in {path.name for path in draw_all(RunFolder(tmp_path))}
 
 
 HEATMAPS = ["expert_heatmap_edge.png", "expert_heatmap_semseg.png"]

@@ -55,6 +55,7 @@ def draw_all(run_folder: RunFolder) -> list[Path]:
     with matplotlib.rc_context(STYLE):
         figures["losses.png"] = draw_losses(records)
         figures["metrics.png"] = draw_metrics(records)
+        figures["task_weights.png"] = draw_task_weights(records)
         for i, name in enumerate(records.tasks):
             figures[f"expert_heatmap_{name}.png"] = draw_heatmap(records, task=i)
         figures["shared_gate.png"] = draw_shared_gate(records)
@@ -85,6 +86,23 @@ def draw_losses(records: Records) -> Figure | None:
         marker = "o" if len(series.steps) == 1 else None
         ax.plot(series.steps, series.smoothed().values, color=color, linewidth=1.8, marker=marker)
         _finish(ax, title=title, ylabel="Loss")
+    return figure
+
+
+def draw_task_weights(records: Records) -> Figure | None:
+    """The weight that balancing gives each task's loss, a curve per task."""
+    weights = records.task_weights()
+    if not weights:
+        return None
+    figure = Figure(figsize=(2 * PANEL[0], PANEL[1]), layout="constrained")
+    ax = figure.subplots()
+    for (name, series), color in zip(weights.items(), _colors([*weights]), strict=True):
+        marker = "o" if len(series.steps) == 1 else None
+        ax.plot(
+            series.steps, series.values, color=color, linewidth=1.6, marker=marker, label=records.facts_of(name).title
+        )
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _finish(ax, title="Weights of the losses", ylabel="Weight")
     return figure
 
 

@@ -113,6 +113,11 @@ class Records:
         """The tasks whose losses were recorded, in the order of the records."""
         return list(dict.fromkeys(name for record in self.of_kind("train") for name in _keys(record.get("losses"))))
 
+    def task_weights(self) -> dict[str, Series]:
+        """The weights that balancing gave the losses, by task; empty of a run with fixed weights."""
+        found = {name: self.series("train", "task_weights", name) for name in self.tasks_with_loss()}
+        return {name: series for name, series in found.items() if series}
+
     def evaluated_tasks(self) -> list[str]:
         """The tasks with metrics: the model's own first."""
         found = dict.fromkeys(name for record in self.of_kind("eval") for name in _keys(record.get("metrics")))
