@@ -121,24 +121,19 @@ class Measurement:
 
     def _on_representation(self, batches: Sequence[Batch], counts: Tensor) -> tuple[Tensor, Tensor]:
         """As ``_on_parameters``; the gradient of the whole batch is what the ranks have, one after another."""
-        total: Tensor | None = None
-        sums: list[Tensor] = []
+        products: list[Tensor] = []
+        losses_t = torch.zeros(len(self.tasks), device=counts.device)
         for batch in batches:
             with inputs_of_heads(self.model) as inputs:
                 predictions = self.model(batch.images).predictions
-            rows = []
-            for i, task in enumerate(self.tasks):
-                loss = self._loss(i, predictions, batch, counts)
-                (gradient,) = torch.autograd.grad(loss, [inputs[task.name]])
-                rows.append(_widened(gradient).flatten())
-                if len(sums) <= i:
-                    sums.append(loss.detach())
-                else:
-                    sums[i] = sums[i] + loss.detach()
-            products_tt = inner_products(torch.stack(rows))
-            total = products_tt if total is None else total + products_tt
-        assert total is not None
-        return total, torch.stack(sums).to(total.dtype)
+            found = [self._loss(i, predictions, batch, counts) for i in range(len(self.tasks))]
+            rows = [
+                torch.autograd.grad(loss, inputs[task.name])[0] for task, loss in zip(self.tasks, found, strict=True)
+            ]
+            products.append(inner_products(_widened(torch.stack(rows)).flatten(1)))
+            losses_t = losses_t + torch.stack(found).detach()
+        gramian_tt = torch.stack(products).sum(dim=0)
+        return gramian_tt, losses_t.to(gramian_tt.dtype)
 
     def _loss(self, i: int, predictions: Mapping[str, Tensor], batch: Batch, counts: Tensor) -> Tensor:
         task = self.tasks[i]
