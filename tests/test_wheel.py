@@ -80,7 +80,8 @@ def test_the_package_comes_from_the_wheel(python, installed):
     assert said.split() == [str(installed / "ase_dist" / "__init__.py"), ase_dist.__version__]
 
 
-def test_the_commands_answer(python):
+def test_the_commands_answer(python, installed):
+    assert python(installed / "bin" / "ase-dist").startswith("usage: ase-dist COMMAND ")
     assert "prepare_data" in python("-m", "ase_dist", "--help")
     assert "model:" in python("-m", "ase_dist", "train", "--print-config")
     assert "ase_dist train --deepspeed_config z2" in python("-m", "ase_dist", "train", "--help")

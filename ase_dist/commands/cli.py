@@ -20,8 +20,8 @@ from ase_dist.files import expand_user
 from ase_dist.image_size import ImageSize
 from ase_dist.printable import printable, say
 
-SCRIPTS = Path("launch")  # of a checkout; without one there is python -m ase_dist
-MODULE_FILE = "__main__.py"
+SCRIPTS = Path("launch")  # of a checkout; without one there are python -m ase_dist and the program
+MODULE_FILE, PROGRAM = "__main__.py", "ase-dist"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,17 +33,27 @@ class _Parser(argparse.ArgumentParser):
 
 
 def command_parser(name: str, *, description: str | None, epilog: str = "") -> argparse.ArgumentParser:
-    """A parser whose help shows how the command was started: as a script of launch/ or by ``python -m ase_dist``.
+    """A parser whose help shows how the command was started: as a script of launch/, as a module, or as ``ase-dist``.
 
-    The examples in ``epilog`` are written for a checkout and are rewritten for ``python -m ase_dist``.
+    The examples in ``epilog`` are written for a checkout and are rewritten for the other ways.
     """
-    as_module = Path(sys.argv[0]).name == MODULE_FILE
+    is_script = Path(sys.argv[0]).name not in (MODULE_FILE, PROGRAM)
     return _Parser(
-        prog=f"python -m ase_dist {name}" if as_module else script_of(name).name,
+        prog=script_of(name).name if is_script else f"{program()} {spelled(name)}",
         description=description,
-        epilog=without_checkout(epilog) if as_module else epilog,
+        epilog=epilog if is_script else without_checkout(epilog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def program() -> str:
+    """How the commands are started: as ``ase-dist``, or in any other way as a module."""
+    return PROGRAM if Path(sys.argv[0]).name == PROGRAM else "python -m ase_dist"
+
+
+def spelled(name: str) -> str:
+    """A command's name as its program writes it: with hyphens where that is ``ase-dist``."""
+    return name.replace("_", "-") if program() == PROGRAM else name
 
 
 def path_or_name(text: str) -> str:
@@ -86,11 +96,13 @@ def script_of(name: str) -> Path:
 def without_checkout(text: str) -> str:
     """Rewrite a checkout's command lines: ``-m ase_dist train`` for its script, ``z2`` for ``ds_configs/z2.json``.
 
-    For DeepSpeed's launcher -m is --module.
+    For DeepSpeed's launcher -m is --module. Where the commands are started as ``ase-dist``, without a launcher it is
+    that.
     """
     text = re.sub(r"\bds_configs/(\w+)\.json", r"\1", text)
     text = re.sub(r"\blaunch/([\w/]+)\.py", lambda found: f"-m ase_dist {found[1].replace('/', ' ')}", text)
-    return re.sub(r"(deepspeed |job=\")-m ", r"\1--module ", text)
+    text = re.sub(r"(deepspeed |job=\")-m ", r"\1--module ", text)
+    return re.sub(r"\bpython -m ase_dist (\w+)", lambda found: f"{program()} {spelled(found[1])}", text)
 
 
 def run_command(work: Callable[[], int], *, interrupted: str = "interrupted") -> int:

@@ -23,6 +23,11 @@ def start(name: str) -> int:
     return code
 
 
+def ase_dist() -> int:
+    """The program ``ase-dist``; the exit code."""
+    return start("main")
+
+
 def end_at_once(number: int, frame: FrameType | None) -> None:
     """The handler of SIGINT where nothing is there to be saved or cleaned up."""
     os.write(2, SENTENCE)

@@ -23,7 +23,7 @@ KEYS = (  # of env.json: those of ``environment``, and what a run adds
 HIDDEN = "***"
 # The options of train that take the name of a config or a path; all others take none, or are the launcher's.
 OPTIONS = ("--config", "--baseline", "--resume", "--deepspeed_config")
-SCRIPT = ("launch", "train.py")
+SCRIPT, PROGRAM = ("launch", "train.py"), "ase-dist"
 # A number, a name, a list of them, a path: no second =, nothing of a URL (: @ ? &), no mapping, no control character.
 _HARMLESS_VALUE = re.compile(r"[\w ./,+~\[\]#'-]*")
 MONITORS = {  # DeepSpeed's, with what is known to be no secret in their sections
@@ -64,7 +64,9 @@ def harmless_command(arguments: Sequence[str]) -> list[str]:
     script, *others = arguments or [""]
     if [script, *others[:2]] == ["-m", "ase_dist", "train"]:
         command, words = ["-m", "ase_dist", "train"], others[2:]
-    elif Path(script).parts[-2:] == ("ase_dist", "__main__.py") and others[:1] == ["train"]:
+    elif (Path(script).parts[-2:] == ("ase_dist", "__main__.py") or Path(script).name == PROGRAM) and others[:1] == [
+        "train"
+    ]:
         command, words = ["-m", "ase_dist", "train"], others[1:]
     elif Path(script).parts[-2:] == SCRIPT:
         command, words = ["/".join(SCRIPT)], others
