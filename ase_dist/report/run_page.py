@@ -8,6 +8,7 @@ from typing import Any
 from ase_dist.errors import UserError
 from ase_dist.image_size import ImageSize
 from ase_dist.report import curves, listing
+from ase_dist.report.described_data import described_data
 from ase_dist.report.heatmaps import draw_matrix, heat_maps, short
 from ase_dist.report.images import Candidate, make_album
 from ase_dist.report.ranks import RankReport
@@ -48,6 +49,7 @@ def run_content(run: RunFolder) -> dict[str, Any]:
         "gate_charts": curves.gate_charts(records),
         "conflict_charts": curves.conflict_charts(records),
         "matrix": None if matrix is None else (matrix[0], draw_matrix(matrix[1], [short(t) for t in records.tasks])),
+        "described": described_data(settings),
         "sections": settings_sections(settings) if settings else [],
         "environment": _environment(environment),
         "starts": [(int(r["step"]), r.get("world"), texts(r.get("changed"))) for r in records.of_kind("run")],

@@ -11,6 +11,7 @@ import yaml
 
 from ase_dist.config import Section, Settings, flat, setting_keys, type_of, upgrade_tree
 from ase_dist.errors import UserError
+from ase_dist.report.described_data import described_data
 from ase_dist.training.record.records import reach
 from ase_dist.typed_yaml import from_yaml
 
@@ -67,7 +68,10 @@ def settings_sections(tree: Mapping[str, Any]) -> list[SettingsSection]:
     for key in known:
         default = reach(defaults, *key.split("."))[1]
         is_there, value = reach(tree, *key.split("."))
-        rows.append(Setting(key, as_text(value if is_there else default), as_text(default), _meaning(key), True))
+        shown = as_text(value if is_there else default)
+        if key == "data.description" and (data := described_data(tree)) is not None:
+            shown = f"{data.name}: {', '.join(task.name for task in data.tasks)}; see the section Data set"
+        rows.append(Setting(key, shown, as_text(default), _meaning(key), True))
     parents = tuple(f"{key}." for key in known)
     for key, value in flat(tree).items():
         if key not in known and not key.startswith(parents):  # a setting that this version does not have
