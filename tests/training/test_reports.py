@@ -84,6 +84,8 @@ def test_the_start_tables_say_how_experts_are_computed_and_why():
         settings=Settings(), tasks=[PASCAL_TASKS["edge"]], train_loader=loader, eval_loader=loader, total_steps=1,
         world=SimpleNamespace(size=1, device=torch.device("cpu")), config=SimpleNamespace(zero_stage=0),
         engine=SimpleNamespace(module=nn.ModuleList(layers)), parameters=SimpleNamespace(as_rows=list),
+        balancer=SimpleNamespace(describe=lambda: "fixed weights"),
     )  # fmt: skip
     said = "LoRA experts     3 layers grouped (a token costs 256 columns with all experts, 72 with its own)"
-    assert said in start_tables(components).splitlines()
+    lines = start_tables(components).splitlines()
+    assert said in lines and "balancing        fixed weights" in lines
