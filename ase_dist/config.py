@@ -185,10 +185,23 @@ class ModelSettings(Section):
 
 
 class AdamSettings(Section):
-    """The moments of AdamW."""
+    """The moments of ``train.optimizer=adamw`` and ``adam``."""
 
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of the first and the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+
+
+class SgdSettings(Section):
+    """The momentum of ``train.optimizer=sgd``; the defaults are M3ViT's."""
+
+    momentum: float = Field(0.9, ge=0, lt=1, description="share of the last step that is added to the gradient")
+    nesterov: bool = Field(False, description="look ahead along the momentum, which must not be 0")
+
+    @model_validator(mode="after")
+    def _has_momentum(self) -> SgdSettings:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov is true with a momentum of 0; give it momentum, or leave nesterov out")
+        return self
 
 
 class PolySettings(Section):
@@ -225,10 +238,11 @@ class TrainSettings(Section):
     gradient_accumulation_steps: int = Field(1, ge=1, description="micro-steps in an optimiser step")
     gradient_clipping: float = Field(1.0, ge=0, description="global gradient norm; 0 switches clipping off")
     bf16: Literal["auto"] | bool = Field("auto", description="auto: where the accelerator has it natively")
+    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="adamw, adam, or sgd with momentum")
     lr: float = Field(5e-4, gt=0, description="the highest learning rate")
     backbone_lr_factor: float = Field(1.0, gt=0, description="share of lr for a backbone that is trained whole")
     min_lr_ratio: float = Field(0.01, ge=0, le=1, description="the cosine ends at this share of lr")
-    weight_decay: float = Field(0.01, ge=0, description="of AdamW, for weight matrices")
+    weight_decay: float = Field(0.01, ge=0, description="of weight matrices; adam and sgd add it to the gradient")
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
     schedule: Literal["cosine", "poly", "constant"] = Field("cosine", description="how the learning rate falls")
     loss_weights: dict[str, float] = Field(default_factory=dict, description="per task; default: the task table's")
@@ -242,8 +256,14 @@ class TrainSettings(Section):
         False, description="GPUs use only algorithms that give the same bits in every run, which takes longer"
     )
     adam: AdamSettings = AdamSettings()
+    sgd: SgdSettings = SgdSettings()
     poly: PolySettings = PolySettings()
     balancing: BalancingSettings = BalancingSettings()
+
+    @property
+    def moments(self) -> int:
+        """How many float32 values the optimiser keeps of a trained one."""
+        return 2 if self.optimizer != "sgd" else int(self.sgd.momentum > 0)
 
 
 class EvalSettings(Section):
@@ -368,12 +388,15 @@ ON_RESUME: dict[str, OnResume] = {
     "train.gradient_accumulation_steps": "listed",
     "train.gradient_clipping": "listed",
     "train.bf16": "listed",
+    "train.optimizer": "refused",
     "train.lr": "listed",
     "train.backbone_lr_factor": "listed",
     "train.min_lr_ratio": "listed",
     "train.weight_decay": "listed",
     "train.adam.betas": "listed",
     "train.adam.eps": "listed",
+    "train.sgd.momentum": "listed",
+    "train.sgd.nesterov": "listed",
     "train.warmup_steps": "listed",
     "train.schedule": "listed",
     "train.poly.power": "listed",

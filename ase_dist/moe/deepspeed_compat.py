@@ -145,7 +145,12 @@ def has_compiler() -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights and moments in float32, at every ZeRO stage
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam and AdamW
+
+
+def moments(engine: Any) -> tuple[str, ...]:
+    """The tensors that the engine's optimiser keeps of each trained parameter: SGD's momentum, or ``MOMENTS``."""
+    return ("momentum_buffer",) if isinstance(_basic(engine), torch.optim.SGD) else MOMENTS
 
 
 class Fragment(NamedTuple):
@@ -185,7 +190,7 @@ def whole(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def read_master(engine: Any, parameter: Tensor, kind: str) -> Tensor:
-    """The whole ``"weight"`` or moment (``MOMENTS``) of a trained parameter, float32, zeros before the first step.
+    """The whole ``"weight"`` or moment (``moments``) of a trained parameter, float32, zeros before the first step.
 
     Collective over the ranks among which ZeRO has divided the parameter: for a routed expert those that replicate it.
     """
@@ -212,7 +217,7 @@ def read_master(engine: Any, parameter: Tensor, kind: str) -> Tensor:
 
 
 def write_master(engine: Any, parameter: Tensor, kind: str, value: Tensor, *, step: int) -> None:
-    """Set the whole weight (the model's own too) or moment to ``value``; ``step`` is AdamW's count of steps.
+    """Set the whole weight (the model's own too) or moment to ``value``; ``step`` is Adam's count of steps.
 
     DeepSpeed's safe_set_full_fp32_param and safe_set_full_optimizer_state do not suffice (0.19.8): moments cannot be
     set before the first step, and ZeRO 3 fails where the ranks do not divide a parameter's size.
@@ -227,10 +232,10 @@ def write_master(engine: Any, parameter: Tensor, kind: str, value: Tensor, *, st
         if kind != "weight":
             basic = _basic(engine)
             state = basic.state[fragment.master]
-            if isinstance(basic, torch.optim.AdamW):  # a fused one counts where the parameter is
+            if isinstance(basic, (torch.optim.Adam, torch.optim.AdamW)):  # a fused one counts where the parameter is
                 where = fragment.master.device if basic.defaults["fused"] else None
                 state["step"] = torch.full((), float(step), device=where)
-            else:  # DeepSpeed's own counts in an int
+            elif not isinstance(basic, torch.optim.SGD):  # which does not count; DeepSpeed's Adam counts in an int
                 state["step"] = step
             if kind not in state:
                 state[kind] = torch.zeros_like(fragment.master.data)
@@ -240,7 +245,7 @@ def write_master(engine: Any, parameter: Tensor, kind: str, value: Tensor, *, st
 
 
 def undo_trial_step(engine: Any) -> None:
-    """Take back what ZeRO 0 in bf16 does to make room for the moments: an AdamW step with gradients of zero.
+    """Take back what ZeRO 0 in bf16 does to make room for the moments: a step with gradients of zero.
 
     It decays the weights and counts as a step (``FP16_UnfusedOptimizer.initialize_optimizer_states``), so that a
     resumed run, and one at any other stage, would not be the same.

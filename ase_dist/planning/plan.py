@@ -16,8 +16,6 @@ from ase_dist.planning.communication import Collective, crossover, dispatch_byte
 from ase_dist.planning.sizes import FP32, ModelSizes, measure
 from ase_dist.training.ds_config import ZERO_STAGES, resolve
 
-MOMENTS = 2  # of Adam, float32
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -100,6 +98,7 @@ def make_plans(
             bandwidth=bandwidth,
             flops=flops,
             clipping=train.gradient_clipping > 0,
+            moments=train.moments,
         )
         for ep_size, stage in product(ep_sizes, stages)
     ]
@@ -116,15 +115,19 @@ def plan(
     bandwidth: float,
     flops: float,
     clipping: bool = True,
+    moments: int = 2,
 ) -> Plan:
-    """The plan of one topology; ``batch`` images per rank and micro-step, ``accumulation`` micro-steps per step."""
+    """The plan of one topology; ``batch`` images per rank and micro-step, ``accumulation`` micro-steps per step.
+
+    ``moments`` are the float32 values that the optimiser keeps of a trained one: 2 of Adam, 1 of SGD with momentum.
+    """
     layers = sizes.sharded(ep_size)
     routed = sum(layer.slots * layer.expert_values for layer in layers)
     trained = sizes.dense + routed
     divided = -(-sizes.dense // world) + -(-routed // (world // ep_size))
     held = -(-sizes.frozen // world) + divided if zero == 3 else sizes.frozen + trained
     master = 0 if zero == 0 and sizes.width == FP32 else FP32  # ZeRO 1 to 3 also copy float32 weights
-    state = master + MOMENTS * FP32
+    state = master + moments * FP32
     common = {"stage": zero, "width": sizes.width, "accumulation": accumulation}
     dense_wire = reduction_bytes(sizes.dense, frozen=sizes.frozen, ranks=world, **common)
     replica_wire = reduction_bytes(routed, ranks=world // ep_size, **common)

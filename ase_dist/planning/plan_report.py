@@ -21,8 +21,8 @@ MB = 1e6
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, by group size
 ASSUMPTIONS = (
     "Assumed: ring collectives; gradients travel in the weights' type; nothing overlaps, so step time = FLOPs / "
-    "sustained FLOP/s + bytes sent / bandwidth (latency left out); routing is even; Adam in float32; activations "
-    "are what autograd keeps of a micro-step, losses included; buffers and padding of ZeRO are not counted."
+    "sustained FLOP/s + bytes sent / bandwidth (latency left out); routing is even; the optimiser in float32; "
+    "activations are what autograd keeps of a micro-step, losses included; buffers and padding of ZeRO are not counted."
 )
 
 
@@ -51,7 +51,7 @@ def report(sizes: ModelSizes, plans: Sequence[Plan], *, tokens: int, bandwidth: 
         data_parallel = p.wire_dense / MB, p.wire_replicas / MB
         wire.append([p.ep_size, p.zero, *data_parallel, *moved, p.auto, p.crossover, p.compute_seconds * 1e3, *times])
     titles = f"on each of {plans[0].world} ranks (MB)", "sent by each rank per optimiser step (MB), and its time (ms)"
-    held = ("EP", "ZeRO", "parameters", "trained", "weights", "gradients", "master+Adam", "activations", "sum")
+    held = ("EP", "ZeRO", "parameters", "trained", "weights", "gradients", "master+moments", "activations", "sum")
     sent = (
         "EP",
         "ZeRO",

@@ -31,12 +31,20 @@ SHARED_KEYS: dict[str, tuple[str, ...]] = {
     "gradient_accumulation_steps": ("gradient_accumulation_steps",),
     "gradient_clipping": ("gradient_clipping",),
     "bf16": ("bf16", "enabled"),
+    "optimizer": ("optimizer", "type"),
     "lr": ("optimizer", "params", "lr"),
     "weight_decay": ("optimizer", "params", "weight_decay"),
     "adam.betas": ("optimizer", "params", "betas"),
     "adam.eps": ("optimizer", "params", "eps"),
+    "sgd.momentum": ("optimizer", "params", "momentum"),
+    "sgd.nesterov": ("optimizer", "params", "nesterov"),
 }
-OPTIMIZER_KEYS = tuple(path[-1] for path in SHARED_KEYS.values() if path[0] == "optimizer")
+OPTIMIZERS = {"AdamW": "adamw", "Adam": "adam", "SGD": "sgd"}  # DeepSpeed's names and those of train.optimizer
+OPTIMIZER_KEYS = {
+    "adamw": ("lr", "weight_decay", "betas", "eps"),
+    "adam": ("lr", "weight_decay", "betas", "eps"),
+    "sgd": ("lr", "weight_decay", "momentum", "nesterov"),
+}
 REMOVED = ("elasticity", "nebula", "compression_training", "amp")  # hard errors in deepspeed 0.19
 # keys of zero_optimization whose "auto" Hugging Face computes from its model's width; here DeepSpeed's default holds
 AUTO_IS_DEFAULT = (
@@ -192,20 +200,41 @@ def _check_keys(tree: dict[str, Any]) -> None:
             raise UserError(f"DeepSpeed JSON: {key}: got {value!r}, wanted an object such as {{...}}")
     if "scheduler" in tree:
         raise UserError("DeepSpeed JSON: 'scheduler' is set by train.schedule and train.warmup_steps; take it out")
-    optimizer = tree.get("optimizer", {})
-    kind, params = optimizer.get("type", "AdamW"), optimizer.get("params", {})
-    if kind != "AdamW":
-        raise UserError(f"DeepSpeed JSON: optimizer.type: got {kind!r}, wanted 'AdamW' (or no optimizer section)")
-    if not isinstance(params, dict):
-        raise UserError(f"DeepSpeed JSON: optimizer.params: got {params!r}, wanted an object such as {{...}}")
-    for key in params:
-        if key not in OPTIMIZER_KEYS:
-            raise UserError(f"DeepSpeed JSON: optimizer.params has no {key!r}{did_you_mean(key, OPTIMIZER_KEYS)}")
+    _name_optimizer(tree.get("optimizer", {}))
     if _get(tree, ("fp16", "enabled")):  # its loss scale skips steps whose gradients are finite
         raise UserError("DeepSpeed JSON: fp16: not supported here, a step is skipped for what is finite; use bf16")
     for path in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
         if _get(tree, path) is False:
             raise UserError(f"DeepSpeed JSON: {'.'.join(path)}: the guard against NaN needs it to be true")
+
+
+def _name_optimizer(optimizer: dict[str, Any]) -> None:
+    """Replace the type by ``train.optimizer``'s name, where there is one; UserError for what cannot be used here."""
+    kind, params = optimizer.get("type", AUTO), optimizer.get("params", {})
+    if not isinstance(params, dict):
+        raise UserError(f"DeepSpeed JSON: optimizer.params: got {params!r}, wanted an object such as {{...}}")
+    if kind == "Adam":  # which DeepSpeed takes for AdamW, unless told otherwise
+        if not isinstance(params.get("adam_w_mode"), bool):
+            raise UserError(
+                'DeepSpeed JSON: optimizer.type: got "Adam" without adam_w_mode, which DeepSpeed takes for AdamW; '
+                'write "AdamW", or add "adam_w_mode": false to its params'
+            )
+        kind = "AdamW" if params.pop("adam_w_mode") else "Adam"
+    if kind != AUTO:
+        if kind not in list(OPTIMIZERS):
+            raise UserError(
+                f"DeepSpeed JSON: optimizer.type: got {kind!r}, wanted one of {list(OPTIMIZERS)} "
+                "(or no optimizer section)"
+            )
+        optimizer["type"] = OPTIMIZERS[kind]
+    names = (
+        [name for keys in OPTIMIZER_KEYS.values() for name in keys]
+        if kind == AUTO
+        else OPTIMIZER_KEYS[OPTIMIZERS[kind]]
+    )
+    for key in params:
+        if key not in names:
+            raise UserError(f"DeepSpeed JSON: optimizer.params has no {key!r}{did_you_mean(key, names)}")
 
 
 def _shared_value(name: str, path: tuple[str, ...], train: TrainSettings, tree: dict[str, Any]) -> Any:
@@ -240,6 +269,8 @@ def _fill_zero(tree: dict[str, Any], settings: Settings) -> None:
         for key in ("contiguous_gradients", "reduce_scatter"):
             if zero.setdefault(key, True) is not True:
                 raise UserError(f"DeepSpeed JSON: zero_optimization.{key}: experts under stage 2 need it to be true")
+    if settings.train.optimizer == "sgd" and stage > 0:
+        tree.setdefault("zero_allow_untested_optimizer", True)  # DeepSpeed's word for what is none of its own
     if isinstance(zero.get("offload_optimizer"), dict):
         tree.setdefault("zero_force_ds_cpu_optimizer", False)
 

@@ -24,7 +24,8 @@ from ase_dist.training.loop.components import build
 from ase_dist.training.process import runtime
 from ase_dist.training.record.metrics import read_metrics
 from ase_dist.training.state.checkpoint import CheckpointStore, open_checkpoint
-from ase_dist.training.state.run_state import KINDS, RunState, _group_name
+from ase_dist.training.state.run_state import RunState, _group_name
+from ase_dist.training.state.tensors import saved_kinds
 
 ROOT = Path(__file__).parents[2]
 TRAIN_IMAGES, VAL_IMAGES, SCENE_SIZE = 10, 3, 40
@@ -104,7 +105,9 @@ def load_and_save(scenes, source, target, *overrides, config="z0"):
     parts.close()
     sizes = {}
     for entry in trained_entries(parts.engine.module):
-        sizes.setdefault(_group_name(entry), []).append(full_shape(entry.tensor).numel() * 4 * len(KINDS))
+        sizes.setdefault(_group_name(entry), []).append(
+            full_shape(entry.tensor).numel() * 4 * len(saved_kinds(parts.engine))
+        )
     groups = [sum(group) for group in sizes.values()]
     largest = max(size for group in sizes.values() for size in group)
     return {"loading": loading.peak - loading.left, "saving": saving.peak, "parameter": largest, "group": max(groups),
@@ -168,10 +171,10 @@ def same_bits(one, two):
 
 
 def distance(one, two):
-    """By kind of tensor (weight and the two moments) the norm of the difference over the norm."""
+    """By kind of tensor (weight and moments) the norm of the difference over the norm."""
     assert one.keys() == two.keys()
     found = {}
-    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+    for kind in sorted({name.partition("/")[0] for name in one}):
         a, b = (torch.cat([t[n].flatten().double() for n in sorted(t) if n.startswith(f"{kind}/")]) for t in (one, two))
         found[kind] = float((a - b).norm() / b.norm())
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,12 +21,13 @@ from ase_dist.training.loop.schedule import schedule_lambda
 from ase_dist.training.process.runtime import World
 from ase_dist.training.record.traffic import tokens_per_image
 
-FUSED = ("cuda", "xpu")  # devices with torch's fused AdamW that training runs on
+LOGGER = logging.getLogger("ase_dist")
+FUSED = ("cuda", "xpu")  # devices with torch's fused Adam that training runs on
 NO_DECAY_DIMS = 1  # biases, norms and scales are not decayed
 
 
 def initialize(model: MultiTaskModel, config: ResolvedConfig, world: World, *, total_steps: int) -> Any:
-    """DeepSpeed's engine for ``model``: AdamW with separate groups for experts, learning rate scheduled per step."""
+    """DeepSpeed's engine for ``model``: its optimiser with groups for experts, learning rate scheduled per step."""
     import deepspeed
 
     train = config.settings.train
@@ -69,19 +71,28 @@ def compile_blocks(model: nn.Module, config: ResolvedConfig) -> None:
 
 
 def build_optimizer(model: nn.Module, config: ResolvedConfig, world: World) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters; DeepSpeed's CPU version where the optimizer is offloaded to the host."""
+    """``train.optimizer`` over the trained parameters.
+
+    Where it is offloaded to the host, Adam is DeepSpeed's CPU version; DeepSpeed has no SGD, so torch's steps there.
+    """
     train = config.settings.train
     groups = trained_groups(model, train)
     if config.zero_stage < 3 and any(deepspeed_compat.is_routed(p) for p in model.parameters()):
         groups = deepspeed_compat.optimizer_groups(groups)
-    options: dict[str, Any] = {"lr": train.lr, "betas": train.adam.betas, "eps": train.adam.eps}
     offload = isinstance(config.deepspeed["zero_optimization"].get("offload_optimizer"), dict)
+    if train.optimizer == "sgd":
+        if offload and world.rank == 0:
+            LOGGER.info("train.optimizer=sgd is offloaded with torch's SGD on the host; DeepSpeed has none of its own")
+        return torch.optim.SGD(groups, lr=train.lr, momentum=train.sgd.momentum, nesterov=train.sgd.nesterov)
+    is_decoupled = train.optimizer == "adamw"  # from the gradient, to which Adam adds the weight decay
+    options: dict[str, Any] = {"lr": train.lr, "betas": train.adam.betas, "eps": train.adam.eps}
     if offload and world.device.type != "cpu" and deepspeed_compat.has_compiler():
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+        return DeepSpeedCPUAdam(groups, adamw_mode=is_decoupled, **options)
     fused = world.device.type in FUSED and not offload  # one kernel for all parameters; the step counter is on the GPU
-    return torch.optim.AdamW(groups, fused=fused or None, **options)
+    kind = torch.optim.AdamW if is_decoupled else torch.optim.Adam
+    return kind(groups, fused=fused or None, **options)
 
 
 def trained_groups(model: nn.Module, train: TrainSettings) -> list[dict[str, Any]]:

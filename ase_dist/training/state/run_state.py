@@ -35,7 +35,7 @@ from ase_dist.training.state.checkpoint import Checkpoint, CheckpointStore
 from ase_dist.training.state.compare_settings import compare_settings
 from ase_dist.training.state.history import NEVER, History
 from ase_dist.training.state.meta import RunMeta, read_meta
-from ase_dist.training.state.tensors import KINDS, difference, load_entry
+from ase_dist.training.state.tensors import difference, load_entry, saved_kinds
 
 LOGGER = logging.getLogger("ase_dist")
 WEIGHT_FILES = ("model.pretrained", "model.init_from")  # settings that say where the frozen weights are from
@@ -149,7 +149,7 @@ class RunState:
         dense: dict[str, Tensor] = {}
         sharded: dict[str, Tensor] = {}
         for entry in entries:
-            for kind in KINDS:
+            for kind in saved_kinds(engine):
                 full = deepspeed_compat.read_master(engine, entry.tensor, kind).cpu()
                 # the first replica of an expert writes it; the ranks write all other groups in turn
                 is_first_replica = self.world.rank < self.settings.model.moe.ep_size
@@ -187,7 +187,12 @@ class RunState:
                 f"resume: {path} is of step {checkpoint.step}, beyond the end of this run at step {total_steps}; give "
                 "more train.max_steps or train.epochs, or name an earlier checkpoint with resume=PATH"
             )
-        other = difference(checkpoint, trained_entries(engine.module), order=self._task_order(meta, engine))
+        other = difference(
+            checkpoint,
+            trained_entries(engine.module),
+            order=self._task_order(meta, engine),
+            kinds=saved_kinds(engine),
+        )
         if other:
             raise UserError(
                 f"resume: {path} holds another model: {other}; no setting of the model differs, so the classes of the "
@@ -219,7 +224,7 @@ class RunState:
         order = self._task_order(meta, engine)
         damaged = ""
         for entry in trained_entries(engine.module):
-            for kind in KINDS:
+            for kind in saved_kinds(engine):
                 value = load_entry(checkpoint, entry, kind, order=order)
                 if not damaged and not value.isfinite().all():
                     damaged = f"{kind}/{entry.path}"

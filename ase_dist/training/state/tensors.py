@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from ase_dist import collectives
 from ase_dist.models.names import Entry
-from ase_dist.moe.deepspeed_compat import MOMENTS
+from ase_dist.moe import deepspeed_compat
 from ase_dist.training.state.checkpoint import Checkpoint
 
-KINDS = ("weight", *MOMENTS)
+
+def saved_kinds(engine: Any) -> tuple[str, ...]:
+    """What a checkpoint holds of each trained parameter: its weight and the moments of the engine's optimiser."""
+    return ("weight", *deepspeed_compat.moments(engine))
 
 
 def load_entry(checkpoint: Checkpoint, entry: Entry, kind: str, *, order: Sequence[int]) -> Tensor:
@@ -23,9 +27,7 @@ def load_entry(checkpoint: Checkpoint, entry: Entry, kind: str, *, order: Sequen
     return entry.reordered(entry.join(parts), order)
 
 
-def difference(
-    checkpoint: Checkpoint, entries: Sequence[Entry], *, order: Sequence[int], kinds: Sequence[str] = KINDS
-) -> str:
+def difference(checkpoint: Checkpoint, entries: Sequence[Entry], *, order: Sequence[int], kinds: Sequence[str]) -> str:
     """A clause that says how the checkpoint's tensors differ from the model's, "" where they agree. Collective.
 
     Compared are the tensors of ``kinds``, in float32. A rank knows the names of all ranks' experts and compares the
