@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
@@ -244,16 +244,28 @@ class DataSet:
 
     ``reader`` is a subclass of ``ase_dist.data.folder.FolderDataset`` or, to be imported when the first image is
     wanted, "module:Class". Images that are generated where they are missing lie in the ``layout`` of another data set.
-    A data set of one's own can be such an object in a module: ``data.name=package.module:NAME``.
+    ``optional`` tasks have labels too, but are trained only where they are named (``tasks=[..., depth]``). A data set
+    of one's own can be such an object in a module: ``data.name=package.module:NAME``.
     """
 
     tasks: Mapping[str, Task]
     reader: str | type
     layout: str | None = None
+    optional: Mapping[str, Task] = field(default_factory=dict)
+
+    @property
+    def table(self) -> dict[str, Task]:
+        """All tasks that can be named, the optional ones last."""
+        return {**self.tasks, **self.optional}
 
 
 DATA_SETS: dict[str, DataSet] = {
-    "scenes": DataSet(PASCAL_TASKS, "ase_dist.scenes.dataset:Scenes", layout="pascal_context"),
+    "scenes": DataSet(
+        PASCAL_TASKS,
+        "ase_dist.scenes.dataset:Scenes",
+        layout="pascal_context",
+        optional={"depth": NYUD_TASKS["depth"]},
+    ),
     "pascal_context": DataSet(PASCAL_TASKS, "ase_dist.data.pascal_context:PascalContext"),
     "nyud": DataSet(NYUD_TASKS, "ase_dist.data.nyud:NYUD"),
     "nyuv2_13": DataSet(NYUV2_13_TASKS, "ase_dist.data.libmtl:NYUv2"),
@@ -269,7 +281,7 @@ def packable() -> tuple[str, ...]:
 def find_task(data_name: str, name: str) -> Task | None:
     """The row ``name`` of the data set, of any other where that has none or is not known; None where there is none."""
     first = [DATA_SETS[data_name]] if data_name in DATA_SETS else []
-    return next((data.tasks[name] for data in (*first, *DATA_SETS.values()) if name in data.tasks), None)
+    return next((data.table[name] for data in (*first, *DATA_SETS.values()) if name in data.table), None)
 
 
 def find_data_set(name: str) -> DataSet:
@@ -299,14 +311,15 @@ def find_data_set(name: str) -> DataSet:
 def select_tasks(
     data: str | DataSet, names: Iterable[str] | None = None, *, data_name: str | None = None
 ) -> tuple[Task, ...]:
-    """The rows of ``names`` (all of the data set's when None), in the order asked for.
+    """The rows of ``names`` (all of the data set's but the optional ones when None), in the order asked for.
 
     ``data_name`` is what messages call the data set where it is given as an object. Raises UserError for an unknown
     data set, an unknown task or one that is named twice.
     """
-    table = (find_data_set(data) if isinstance(data, str) else data).tasks
+    data_set = find_data_set(data) if isinstance(data, str) else data
+    table = data_set.table
     called = data_name or (data if isinstance(data, str) else "this data set")
-    chosen = list(table) if names is None else list(names)
+    chosen = list(data_set.tasks) if names is None else list(names)
     for name in chosen:
         if name not in table:
             raise UserError(

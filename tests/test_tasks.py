@@ -80,7 +80,7 @@ def test_tasks_come_in_the_order_asked_for():
     ("data", "names", "words"),
     [
         ("pascal", None, "data.name: got 'pascal', wanted one of"),
-        ("scenes", ["depth"], "scenes has no task 'depth'"),
+        ("pascal_context", ["depth"], "pascal_context has no task 'depth'"),
         ("scenes", ["edges"], "did you mean 'edge'?"),
         ("scenes", ["edge", "edge"], "each at most once"),
         ("scenes", [], "at least one task"),

@@ -9,6 +9,7 @@
 | ``sal_distill/<id>.png``              | grey, 0 or 255                                                 |
 | ``normals_distill/<id>.png``          | RGB, n = 2 rgb / 255 - 1                                       |
 | ``ImageSets/Context/{train,val}.txt`` | one id per line                                                |
+| ``depth/<id>.npy``                    | metres, float32, 0 where it is unknown; made when it is wanted |
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ FOLDERS = {
     "normals": "normals_distill",
     "lists": "ImageSets/Context",
 }
+DEPTH_FOLDER = "depth"
 VAL_START = 500_000  # numbers of validation scenes start here: more training scenes never become validation scenes
 
 MAT_TEXT = b"MATLAB 5.0 MAT-file, a generated scene".ljust(116)

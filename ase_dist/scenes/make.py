@@ -10,16 +10,21 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import numpy as np
 
 from ase_dist.cores import usable_cores
 from ase_dist.data.cache import cache_folder, locked, track_progress
 from ase_dist.errors import ExitCode, RunError, UserError, file_error
 from ase_dist.files import discard, flush, make_empty, put_in_place, temporary_for
 from ase_dist.image_size import ImageSize
-from ase_dist.scenes.layout import VAL_START, make_folders, scene_id, write_lists, write_scene
-from ase_dist.scenes.render import RENDERER_VERSION, render_scene
+from ase_dist.json_files import read_object
+from ase_dist.scenes.layout import DEPTH_FOLDER, VAL_START, make_folders, scene_id, write_lists, write_scene
+from ase_dist.scenes.render import RENDERER_VERSION, render_depth, render_scene
 from ase_dist.workers import WorkerDiedError, run_calls
 
 log = logging.getLogger(__name__)
@@ -80,12 +85,44 @@ def ensure_scenes(
     place = parent / wanted.folder
     if is_complete(place, wanted):
         return place
+    with _made_in(parent), locked(place):
+        if not is_complete(place, wanted):
+            for old in parent.glob(f".{place.name}.making-*"):  # of versions up to 0.1.0
+                discard(old)
+            _make(place, wanted, workers if workers is not None else min(usable_cores(), MOST_WORKERS))
+    return place
+
+
+def ensure_depth(place: Path, *, workers: int | None = None) -> None:
+    """Add the depth of every scene to a data set of ``ensure_scenes`` that has none yet. Raises as that does."""
+    folder = place / DEPTH_FOLDER
+    if folder.is_dir() or not (place / MANIFEST).is_file():
+        return
+    with _made_in(place), locked(place):
+        if folder.is_dir():
+            return
+        found = read_object(place / MANIFEST)
+        scenes = SceneSet(**{**found, "size": ImageSize.read(found["size"])})
+        making = temporary_for(folder)
+        try:
+            make_empty(making)
+            workers = workers if workers is not None else min(usable_cores(), MOST_WORKERS)
+            workers = min(workers, -(-len(scenes.numbers) // STARTUP)) if sys.executable else 1
+            calls = ((making, scenes.seed, number, scenes.size) for number in scenes.numbers)
+            done = run_calls(make_depth, calls, workers=workers, in_order=False)
+            total = len(scenes.numbers)
+            track_progress(done, total, doing="rendering", did="rendered", things="depths", where=f"into {folder}")
+            flush(making)
+            put_in_place(making, folder)
+        finally:
+            discard(making)
+
+
+@contextmanager
+def _made_in(parent: Path) -> Iterator[None]:
+    """What may go wrong with processes and files as the sentence of a RunError or UserError."""
     try:
-        with locked(place):
-            if not is_complete(place, wanted):
-                for old in parent.glob(f".{place.name}.making-*"):  # of versions up to 0.1.0
-                    discard(old)
-                _make(place, wanted, workers if workers is not None else min(usable_cores(), MOST_WORKERS))
+        yield
     except WorkerDiedError as error:
         raise RunError(
             f"cannot make the generated scenes in {parent}: {error}; try again, or on fewer cores",
@@ -97,7 +134,6 @@ def ensure_scenes(
             f"cannot make the generated scenes in {parent}: {error.strerror or error}; "
             "free some space there or name a folder that can be written",
         ) from error
-    return place
 
 
 def is_complete(place: Path, wanted: SceneSet) -> bool:
@@ -111,6 +147,12 @@ def is_complete(place: Path, wanted: SceneSet) -> bool:
 def make_scene(folder: Path, seed: int, number: int, size: ImageSize) -> int:
     """Render scene ``number`` of data set ``seed``, write its files into ``folder`` and return 1, for counting."""
     write_scene(folder, scene_id(seed, number), render_scene(seed=seed, index=number, size=size))
+    return 1
+
+
+def make_depth(folder: Path, seed: int, number: int, size: ImageSize) -> int:
+    """Write the depth of scene ``number`` of data set ``seed`` into ``folder`` and return 1, for counting."""
+    np.save(folder / f"{scene_id(seed, number)}.npy", render_depth(seed=seed, index=number, size=size))
     return 1
 
 

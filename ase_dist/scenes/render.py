@@ -24,6 +24,7 @@ from ase_dist.scenes.staging import Camera, Scenery
 from ase_dist.scenes.tracing import Indices, Shapes, View, directions, pack, trace
 
 RENDERER_VERSION = 3  # raise whenever the pictures or labels of a seed change: cached data sets are named after it
+DEPTH_RANGE = 10.0  # metres; what is farther has no depth, as with the sensor of NYUD-v2
 Bytes = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
@@ -76,6 +77,19 @@ def render_scene(*, seed: int, index: int, size: ImageSize | int = 224, flip: bo
         raise UserError(f"seed and index: got {seed} and {index}, wanted numbers from 0 on")
     scenery = compose(np.random.default_rng([seed, index]))
     return _Renderer(scenery, size, flip=flip, roll=roll).render()
+
+
+def render_depth(*, seed: int, index: int, size: ImageSize | int = 224) -> Array:
+    """The depth of ``render_scene``'s picture: metres along the camera's axis, float32 [H, W].
+
+    0 in the sky and beyond ``DEPTH_RANGE``. The focal length in pixels is ``max(size) / (2 * camera.tangent)``.
+    """
+    size = ImageSize.read(size)
+    scenery = compose(np.random.default_rng([seed, index]))
+    view = camera_view(scenery.camera, size, corners=False, flip=False, roll=0.0)
+    limit, _ = surroundings(scenery.world, view.origin, directions(view))
+    depth = trace(pack(scenery.things), view, limit).t.reshape(size)  # rays advance by 1 along the axis
+    return f32(np.where(depth <= DEPTH_RANGE, depth, 0))
 
 
 class _Renderer:

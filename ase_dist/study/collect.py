@@ -32,7 +32,7 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
     is LibMTL's Delta_p.
     """
     data, delta = jobs[0].settings.data, jobs[0].settings.eval.delta
-    tasks = data.data_set.tasks
+    tasks = data.data_set.table
     found = [
         _collect_variant(variant, [job for job in jobs if job.variant == variant.name], tasks) for variant in variants
     ]

@@ -3,10 +3,14 @@
 import colorsys
 import logging
 import math
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy.ndimage import maximum_filter, minimum_filter, uniform_filter
 
 from ase_dist.config import build_settings, load_settings
@@ -16,7 +20,7 @@ from ase_dist.data.batch import Record
 from ase_dist.data.labels import codes_from_normals, normals_from_codes
 from ase_dist.data.loader import build_train_loader
 from ase_dist.data.nyud import NYUD
-from ase_dist.data.transforms import Transform
+from ase_dist.data.transforms import Transform, normalise
 from ase_dist.image_size import ImageSize
 from ase_dist.registries import AUGMENTATIONS
 from ase_dist.seeding import generator
@@ -346,3 +350,30 @@ def test_normals_of_a_kinects_zoomed_depth_are_the_zoomed_normals(shared_data):
     assert off["eigen", 1.0] == off["astmt", 1.0] < 3
     assert off["eigen", 0.75] < 4.5 and off["eigen", 1.25] < 4.5
     assert off["astmt", 0.75] > 6 and off["astmt", 1.25] > 5.5
+
+
+# --- docs/augmentation.md --------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[2] / "docs" / "augmentation.md").read_text(encoding="utf-8")
+
+
+def test_the_page_names_every_preset_and_its_commands_are_right(capsys):
+    from ase_dist.commands.main import main
+
+    rows = re.findall(r"^\| `(\w+)`", PAGE, re.M)
+    assert rows == [*PRESETS]
+    commands = [line for block in re.findall(r"^```bash\n(.*?)^```$", PAGE, re.M | re.S) for line in block.splitlines()]
+    shown = []
+    for command in commands:
+        assert main([*shlex.split(command)[3:], "--print-config"]) == 0
+        shown.append(yaml.safe_load(capsys.readouterr().out))
+    assert [tree["data"]["augmentation"] for tree in shown] == ["atrc", "eigen"]
+    assert shown[1]["tasks"] == ["semseg", "normals", "depth"]
+
+
+def test_the_pages_own_preset_turns_the_picture(monkeypatch):
+    monkeypatch.setattr(AUGMENTATIONS, "_entries", dict(AUGMENTATIONS._entries))
+    exec(re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)[0], {})
+    image = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    sample = Transform(9, tasks=(), augmentation="upside_down").train_sample(Record(0, "a", image, {}), seed=0, epoch=0)
+    torch.testing.assert_close(sample.image, normalise(image).flip(1, 2), atol=0.05, rtol=0)
