@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ase_dist.errors import UserError
 
 WANTED = "the side of a square such as 224, or height x width such as 448x576 or [448, 576]"
-_TEXT = re.compile(r"(\[?)\s*([0-9]{1,9})\s*(?:[xX,]\s*([0-9]{1,9})\s*)?(\]?)", re.ASCII)
+_TEXT = re.compile(r"([0-9]{1,9})(?:\s*[xX]\s*([0-9]{1,9}))?|\[\s*([0-9]{1,9})\s*,\s*([0-9]{1,9})\s*\]", re.ASCII)
 
 
 class ImageSize(NamedTuple):
@@ -27,10 +27,8 @@ class ImageSize(NamedTuple):
         sides: list[object]
         if isinstance(value, str):
             found = _TEXT.fullmatch(value.strip())
-            is_list = found is not None and found[1] == "["
-            if found is None or is_list != (found[4] == "]") or (is_list and found[3] is None):
-                raise UserError(f"got {value!r:.80}, wanted {WANTED}")
-            sides = [int(side) for side in (found[2], found[3] or found[2])]
+            texts = [] if found is None else [text for text in found.groups() if text]
+            sides = [int(text) for text in (texts * 2 if len(texts) == 1 else texts)]
         else:
             sides = list(value) if isinstance(value, (list, tuple)) else [value, value]
         whole = [int(side) for side in sides if isinstance(side, (int, float)) and _is_whole(side)]

@@ -65,7 +65,9 @@ def _keep(overrides: Sequence[str], out: Path | None) -> int:
     with open_checkpoint(run.checkpoints / f"step_{summary['step']}") as checkpoint:
         prefix = "weight/"
         weights = {name.removeprefix(prefix): name for name in checkpoint.names() if name.startswith(prefix)}
-        save_backbone({name: checkpoint.tensor(source) for name, source in weights.items()}, out)
+        save_backbone(
+            {name: checkpoint.tensor(source) for name, source in weights.items()}, out, size=settings.data.size
+        )
     card = {
         "command": " ".join(["python launch/pretrain_backbone.py", *harmless_settings(overrides)]),
         "data": f"{settings.data.scenes.train_images} generated scenes, seed {settings.data.scenes.seed}",

@@ -27,6 +27,7 @@ from ase_dist.models.backbone import Backbone
 from ase_dist.models.export_file import Export, open_export
 from ase_dist.models.multitask import MultiTaskViT
 from ase_dist.models.names import named_tensors
+from ase_dist.models.pretrained import patch_grid
 
 LOGGER = logging.getLogger("ase_dist")
 LAYER = re.compile(r"(blocks\.\d+)\.mlp\.(?:router\.weight|\w+\.(?:A|B|weight|bias)\.\d+)")
@@ -68,9 +69,13 @@ class ExportInitializer:
             if _unit(name) is None
         }
         old, new = saved.get("pos_embed"), targets.get("pos_embed")
-        if old is not None and new is not None and old.shape != new.shape and old.shape[-1] == new.shape[-1]:
+        if old is not None and new is not None and old.shape[-1] == new.shape[-1]:
             prefix = new.shape[1] - backbone.grid[0] * backbone.grid[1]  # timm's no_embed_class leaves them out
-            saved["pos_embed"] = resample_abs_pos_embed(old, list(backbone.grid), num_prefix_tokens=prefix)
+            grid = patch_grid(self.export.card.image.size, saved["patch_embed.proj.weight"])
+            if grid != backbone.grid and prefix + grid[0] * grid[1] == old.shape[1]:
+                saved["pos_embed"] = resample_abs_pos_embed(
+                    old, list(backbone.grid), list(grid), num_prefix_tokens=prefix
+                )
         if self.export.card.model.moe.experts == "ffn":
             lacking = [name for name in targets.keys() - saved.keys() if ".mlp." in name]
             self.without_ffn = {name.partition(".mlp.")[0] for name in lacking}

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from ase_dist.errors import UserError, file_error
 from ase_dist.files import replacing
+from ase_dist.image_size import ImageSize
 
 FOLDER = Path(__file__).parent / "pretrained"
 SHIPPED = "scenes"
 CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "pre_logits.", "fc.")
 BACKBONE = ("stem.", "blocks.", "norm.")
 FORMATS = (".safetensors", ".pth", ".pt")
+GRID = "patch_grid"  # metadata of a .safetensors file: rows x columns of its position embedding, where not a square
+Grid = tuple[int, int]  # patches, rows first
 
 
 def from_hub(name: str, options: Mapping[str, Any]) -> nn.Module:
@@ -40,14 +47,59 @@ def load(vit: VisionTransformer, source: str, *, name: str) -> None:
     ``source`` is a .safetensors or .pth file of a timm model (or of one of the formats timm converts), or 'scenes':
     the file shipped for this backbone. Position and patch embeddings are resampled by timm, a classifier's keys are
     dropped. Raises UserError by name for missing and unexpected keys and for other shapes; then nothing is copied.
+
+    Without a note in the file (``save_backbone``) its positions are those of a square.
     """
     path = shipped_file(name) if source == SHIPPED else Path(source)
     weights = read_weights(path)
+    positions = _positions(weights, vit, path=path)
+    if positions is not None:
+        del weights["pos_embed"]
     try:
         converted = checkpoint_filter_fn(weights, vit, adapt_layer_scale=True)
     except Exception as error:  # timm resamples what may have any shape
         raise UserError(f"model.pretrained: {path} does not fit {name}: {_first_line(error)}") from None
-    _copy(converted, vit, path=path, name=name)
+    _copy(converted if positions is None else {**converted, "pos_embed": positions}, vit, path=path, name=name)
+
+
+def _positions(weights: Mapping[str, Tensor], vit: VisionTransformer, *, path: Path) -> Tensor | None:
+    """The position embedding of ``weights`` resampled to the grid of ``vit``; None where timm's filter does it right.
+
+    It does from a square to a square. Between others it may guess the stored grid from the number of tokens, and take
+    14 x 14 for 7 x 28. Files that timm converts first (a ``mask_token``, other names) are left to it.
+    """
+    stored, wanted = weights.get("pos_embed"), tuple(vit.patch_embed.grid_size)
+    if stored is None or stored.ndim != 3 or "mask_token" in weights:
+        return None
+    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    count = stored.shape[1] - prefix
+    grid = _stored_grid(path)
+    if grid is None:
+        if wanted[0] == wanted[1]:
+            return None
+        side = math.isqrt(max(0, count))
+        grid = (side, side) if side * side == count else wanted
+    if grid[0] * grid[1] != count:
+        raise UserError(
+            f"model.pretrained: {path} has positions of {count} patches, which are neither a square nor {grid[0]} x "
+            f"{grid[1]}; save the weights with a square input"
+        )
+    resampled: Tensor = resample_abs_pos_embed(stored, list(wanted), list(grid), num_prefix_tokens=prefix)
+    return resampled
+
+
+def _stored_grid(path: Path) -> Grid | None:
+    """The grid that ``save_backbone`` has noted in a file."""
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, framework="pt") as file:
+        found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", (file.metadata() or {}).get(GRID, ""), re.ASCII)
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+def patch_grid(size: ImageSize, patch_weight: Tensor) -> Grid:
+    """The patches of an image of ``size`` under a patch embedding's weight [D, 3, h, w]."""
+    return size.height // patch_weight.shape[-2], size.width // patch_weight.shape[-1]
 
 
 def load_plain(net: nn.Module, source: str, *, name: str) -> None:
@@ -95,17 +147,22 @@ def shipped_file(name: str) -> Path:
     return path
 
 
-def save_backbone(trained: Mapping[str, Tensor], path: Path) -> None:
+def save_backbone(trained: Mapping[str, Tensor], path: Path, *, size: ImageSize) -> None:
     """Write the backbone among a fully tuned model's tensors (named as in a checkpoint) in fp16 under timm's names.
 
-    Heads and task embeddings are left out; ``load`` reads the file. Raises UserError where there is no backbone.
+    Heads and task embeddings are left out; ``load`` reads the file. The grid of positions that were trained on images
+    of ``size`` is noted where it is no square. Raises UserError where there is no backbone.
     """
     backbone = {name.removeprefix("stem."): tensor for name, tensor in trained.items() if name.startswith(BACKBONE)}
     if not backbone:
         raise UserError("save_backbone: the run trained no backbone; it needs model.tune=full")
     half = {name: tensor.half().contiguous() for name, tensor in backbone.items()}
+    metadata = {"format": "pt"}
+    if not size.is_square:
+        rows, columns = patch_grid(size, backbone["patch_embed.proj.weight"])
+        metadata[GRID] = f"{rows}x{columns}"
     with replacing(path) as temporary:
-        save_file(half, temporary, metadata={"format": "pt"})
+        save_file(half, temporary, metadata=metadata)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

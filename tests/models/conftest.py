@@ -26,7 +26,7 @@ def settings_for() -> Callable[..., Settings]:
 
     def build(
         *,
-        size: int = 32,
+        size: int | tuple[int, int] = 32,
         tasks: list[str] | None = None,
         moe: dict[str, Any] | None = None,
         seed: int = 0,
