@@ -178,7 +178,7 @@ def test_a_model_of_transposed_images_gives_the_transposed_predictions(backbone,
 @pytest.mark.parametrize(
     ("size", "sentence"),
     [
-        ((448, 576), "got 448x576, which the 14-pixel patches of vit_small_patch14_dinov2 do not divide; take 448x574 or"),
+        ((448, 576), "448x576, which the 14-pixel patches of vit_small_patch14_dinov2 do not divide; take 448x574 or"),
         ((230, 224), "take 224 or 238x224"),
     ],
 )  # fmt: skip
