@@ -19,6 +19,7 @@ from ase_dist.data.readers import reader_of
 from ase_dist.data.sampler import EvalSampler, ResumableSampler
 from ase_dist.data.transforms import Transform
 from ase_dist.errors import RunError, UserError
+from ase_dist.image_size import ImageSize
 from ase_dist.tasks import Task
 
 __all__ = [
@@ -183,9 +184,26 @@ def build_train_loader(
             "eigen they agree with depth",
             settings.data.augmentation,
         )
+    if rank == 0:
+        _warn_of_swapped_sides(dataset, settings.data.size)
     fetch = _TrainFetch(dataset, transform, seed=settings.seed)
     prefetcher = Prefetcher(fetch, plan=sampler.upcoming, workers=settings.data.workers, device=device)
     return TrainLoader(dataset, sampler, prefetcher)
+
+
+def _warn_of_swapped_sides(dataset: RecordDataset, size: ImageSize) -> None:
+    """One sentence where ``data.size`` is higher than wide and the first images are wider than high, or the reverse."""
+    if size.is_square:
+        return
+    shapes = [dataset[index].image.shape[:2] for index in range(min(3, len(dataset)))]
+    if shapes and all((height - width) * (size.height - size.width) < 0 for height, width in shapes):
+        LOGGER.warning(
+            "data.size: got %d high and %d wide, but the first images are %d high and %d wide, so all are squeezed; "
+            "height comes first: perhaps data.size=%s is meant",
+            *size,
+            *shapes[0],
+            ImageSize(size.width, size.height),
+        )
 
 
 def build_eval_loader(

@@ -31,7 +31,7 @@ from ase_dist.files import (
     write_atomic,
 )
 from ase_dist.models import MultiTaskModel
-from ase_dist.models.export_file import CARD, DTYPES, WEIGHTS, Card, ImageFacts
+from ase_dist.models.export_file import CARD, DTYPES, WEIGHTS, Card, ImageFacts, format_version
 from ase_dist.models.names import named_tensors
 from ase_dist.tasks import Task
 from ase_dist.training.loop.evaluate import Gallery, Results, evaluate, raise_unread
@@ -131,6 +131,7 @@ def write_export(
         fsync(temporary / WEIGHTS)
         card = Card(
             tasks=tasks,
+            version=format_version(settings.data.size),
             image=ImageFacts(size=settings.data.size, mean=imagenet.MEAN, std=imagenet.STD),
             model=settings.model.model_copy(update={**unused, "moe": moe}),
             dtype=dtype,

@@ -24,11 +24,12 @@ from ase_dist.config import LARGEST_INPUT, ModelSettings, SizeSetting
 from ase_dist.description import DataSetDescription
 from ase_dist.errors import UserError, first_problem
 from ase_dist.files import sha256_of
+from ase_dist.image_size import ImageSize
 from ase_dist.json_files import json_digest, read_object
 from ase_dist.tasks import Task
 
 CARD, WEIGHTS = "export.json", "model.safetensors"
-VERSION = 2  # from 2 on with ``card_sha256``
+VERSION = 3  # the newest; from 2 on with ``card_sha256``, 3 for an image size of two sides
 CARD_HASH = "card_sha256"  # of everything else in the card
 MOST_CARD_BYTES = 1 << 22
 MOST_CHANNELS = 1 << 16
@@ -53,7 +54,7 @@ class Card(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
     format: Literal["ase_dist export"] = "ase_dist export"
-    version: int = Field(VERSION, ge=1)
+    version: int = Field(ge=1)
     tasks: tuple[Task, ...] = Field(min_length=1)
     image: ImageFacts
     model: ModelSettings
@@ -91,6 +92,11 @@ class Card(BaseModel):
         """The text of the file; each task has its palette, which may be changed there."""
         tree = self.model_dump(mode="json")
         return json.dumps({**tree, CARD_HASH: card_digest(tree)}, indent=2) + "\n"
+
+
+def format_version(size: ImageSize) -> int:
+    """The version that a card is written in: the oldest that can say it, so that earlier programs read squares."""
+    return 2 if size.is_square else VERSION
 
 
 def card_digest(tree: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The loaders of a run: the same batches for any workers and world, positions that count what the loop has taken."""
 
 import itertools
+import logging
 import multiprocessing
 import os
 import pickle
@@ -418,3 +419,18 @@ def test_scenes_are_made_where_the_settings_say(folder, settings, monkeypatch, t
     tree = settings(name="scenes", root=tmp_path, scenes=wanted)
     assert len(open_dataset(tree, ALL, split="val")) == VAL
     assert asked == [(tmp_path, {"train": 7, "val": 4, "size": (48, 48), "seed": 5})]
+
+
+@pytest.mark.parametrize(("size", "warns"), [([32, 16], True), ([16, 32], False), (16, False)])
+def test_a_size_across_the_images_is_told(nyud, size, warns, caplog):
+    """The images are wider than high."""
+    wide = (20, 24)
+    nyud.add("7", semseg=np.ones(wide), depth=np.full(wide, 2.0), normals=np.zeros((*wide, 3)), edge=np.zeros(wide))
+    tree = {"data": {"name": "nyud", "root": str(nyud.root), "size": size}, "train": {"batch_size": 1}}
+    settings = build_settings(tree)
+    with caplog.at_level(logging.WARNING, logger="ase_dist"):
+        loader = build_train_loader(settings, settings.chosen_tasks(), rank=0, world_size=1)
+    assert next(loader).images.shape == (1, 3, *settings.data.size)
+    loader.close()
+    told = [record.getMessage() for record in caplog.records if "data.size" in record.getMessage()]
+    assert len(told) == warns and all("perhaps data.size=16x32 is meant" in sentence for sentence in told)
