@@ -1,4 +1,4 @@
-"""Runs on rectangles: two ranks, resumed, exported, as programs, predicting photographs; the configs of large inputs."""
+"""Runs on rectangles: two ranks, resumed, exported, as programs, predicting; the configs of large inputs."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def train(config, output, *overrides):
 
 
 def two_ranks(rank, folder):
-    """Three steps at once; the same in two runs, the second with the last step; a turned size; the other config."""
+    """Three steps at once; the last one again, resumed; and where the size is turned."""
     again = (
         f"data.root={folder / 'NYUD_MT'}",
         f"data.size={HEIGHT}x{WIDTH}",
