@@ -38,8 +38,9 @@ def read_reference(name: str) -> Reference:
         return _from_checkpoint(folder, checkpoint, name)
     if (path / CARD).is_file():
         card = _read(path / CARD)
-        tasks = [task for task in card.get("tasks") or () if isinstance(task, dict)]
-        tolerances = {str(task.get("name")): task.get("tolerance") for task in tasks}
+        tasks = card.get("tasks")
+        listed = [task for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
+        tolerances = {str(task.get("name")): task.get("tolerance") for task in listed}
         return _reference(name, card.get("data", ""), card.get("metrics"), path / CARD, tolerances=tolerances)
     if run.config.is_file():
         summary = _read(run.summary)

@@ -281,6 +281,10 @@ def test_references_come_from_wherever_scores_are_kept(folder, tmp_path):
     newer = read_reference(str(run))
     assert newer.tolerances == {"edge": 0.011} and newer.scores["depth"] == {"rel": 0.5}
     assert (newer.name, newer.data, newer.scores["edge"]["bce"]) == ("t", "d", 1.0)
+    shutil.copytree(folder / "export", tmp_path / "odd")
+    odd = json.loads((folder / "export" / "export.json").read_text()) | {"tasks": 5}
+    (tmp_path / "odd" / "export.json").write_text(json.dumps(odd))
+    assert read_reference(str(tmp_path / "odd")).scores == card.scores  # whose own damage is told when it is opened
     (tmp_path / "plain.json").write_text('{"edge": {"bce": 2}}')
     assert read_reference(str(tmp_path / "plain.json")).scores == {"edge": {"bce": 2.0}}
     assert read_reference(str(tmp_path / "plain.json")).tolerances == {}
