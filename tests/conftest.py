@@ -10,13 +10,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny, and sever
 
 import pytest
 
+from tests.lanes import FAST, is_elsewhere
+
 # A shell ignores these two for what it starts in the background, and every process of a test would inherit that.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
+TESTS = Path(__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(items):
+    for item in items:
+        module = item.path.relative_to(TESTS).as_posix() if item.path.is_relative_to(TESTS) else ""
+        if module in FAST and not is_elsewhere({mark.name for mark in item.iter_markers()}):
+            item.add_marker("fast")
 
 
 @pytest.fixture(autouse=True)

@@ -1,19 +1,22 @@
 """The start of a process: ranks that do not come, half a launcher, and locks that a killed compilation has left."""
 
+import contextlib
 import os
 import re
 import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 from torch.utils import cpp_extension
 
 from ase_dist.commands import train as command
-from ase_dist.errors import ExitCode, UserError
+from ase_dist.errors import ExitCode, RunError, UserError
 from ase_dist.training.process import runtime
+from ase_dist.training.process.folder_lock import FolderLock
 from ase_dist.training.process.runtime import join
 from tests.conftest import LAUNCHER
 from tests.training.conftest import start_world
@@ -87,6 +90,40 @@ def test_a_port_in_use_is_told_at_once(tmp_path):
     for sentence in said:
         assert re.search(r"rank 0: port \d+, at which the ranks are to meet, is in use on", sentence)
         assert "\n" not in sentence and "--master_port" in sentence
+
+
+def refused(rank, folder, port):
+    """The disk is full for rank 0, before there is a group."""
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+
+    def full(lock):
+        assert rank == 0
+        raise RunError("run.lock: cannot be locked (No space left on device)", exit_code=ExitCode.NOT_SAVED)
+
+    with (
+        mock.patch.object(FolderLock, "take", full),
+        (folder / "said").open("w") as said,
+        contextlib.redirect_stderr(said),
+    ):
+        code = command.main([f"output={folder.parent / 'run'}", "guard.timeout=60"])
+    return [code, (folder / "said").read_text().splitlines()[-1]]
+
+
+def refused_rank_0(rank, folder):
+    return refused(0, folder, (folder.parent / "port").read_text())
+
+
+def refused_rank_1(rank, folder):
+    return refused(1, folder, (folder.parent / "port").read_text())
+
+
+@pytest.mark.multi_gpu
+def test_what_stops_rank_0_before_it_joins_ends_all_ranks_with_its_sentence(tmp_path):
+    (tmp_path / "port").write_text(str(runtime.free_port()))
+    worlds = [start_world(worker, tmp_path / worker.__name__) for worker in (refused_rank_0, refused_rank_1)]
+    said = "error: rank 0: run.lock: cannot be locked (No space left on device)"
+    assert [world().results for world in worlds] == [[[ExitCode.NOT_SAVED, said]]] * 2
 
 
 def listener_is_silent(rank, folder):

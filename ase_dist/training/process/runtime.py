@@ -36,6 +36,7 @@ from ase_dist.training.process.launcher_watch import watch_launchers
 LOGGER = logging.getLogger("ase_dist")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 INT_MAX = 2**31 - 1
+REFUSAL_GRACE = 60.0  # seconds that the other ranks get to come and hear why rank 0 does not start
 JOIN_GRACE = 10.0  # seconds that torch gets to notice its own time limit
 PORT_KEY = "ase_dist/port"  # of the store that this attempt's ranks meet in
 
@@ -74,18 +75,24 @@ def start(
 ) -> World:
     """Join the process group that the launcher describes, or a group of one without a launcher; for an engine.
 
-    ``claim`` is called on rank 0 before it joins, so that no rank goes on where it raises: the others wait for rank 0
-    until their launcher or the limit ends them. ``timeout`` in seconds bounds every collective. Works under deepspeed,
+    ``claim`` is called on rank 0 before it joins, so that no other process is disturbed where it raises; rank 0 then
+    joins all the same, and all ranks raise. ``timeout`` in seconds bounds every collective. Works under deepspeed,
     torchrun, srun, mpirun and plain python, on any accelerator that DeepSpeed finds; ``tf32`` and ``deterministic`` as
     ``set_arithmetic``. Raises UserError where only some of the launcher's variables are set, the port is taken, or
     there are more ranks than accelerators, JoinError where another rank does not come in time.
     """
     _read_launcher()
+    _require_proc()
+    refusal: Exception | None = None
     if dist.is_initialized():
         raise_together(lambda: claim() if collectives.rank() == 0 else None)
     elif os.environ["RANK"] == "0":
-        claim()
-    _require_proc()
+        try:
+            claim()
+        except Exception as error:  # of any kind: the other ranks are to hear of it
+            if os.environ["WORLD_SIZE"] == "1":
+                raise
+            refusal, timeout = error, min(timeout, REFUSAL_GRACE)
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -105,7 +112,7 @@ def start(
         device = torch.device(accelerator.device_name(), index)
         accelerator.set_device(index)
     backend = accelerator.communication_backend_name()
-    _join_group(backend, device=device, timeout=timeout)
+    _join_and_tell(backend, device=device, timeout=timeout, refusal=refusal)
     # only wraps the group that exists now
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout), verbose=False)
     return _world(device, native_bf16=has_native_bf16(accelerator))
@@ -186,6 +193,21 @@ def _join_group(backend: str, *, device: torch.device, timeout: float) -> None:
         else:
             dist.init_process_group(backend, **options)
     collectives.limit_all_groups(timeout)
+
+
+def _join_and_tell(backend: str, *, device: torch.device, timeout: float, refusal: Exception | None) -> None:
+    """``_join_group``, after which all ranks raise where rank 0 has a ``refusal``; it also where it cannot join."""
+
+    def refuse() -> None:
+        if refusal is not None:
+            raise refusal
+
+    try:
+        _join_group(backend, device=device, timeout=timeout)
+    except Exception:
+        refuse()
+        raise
+    raise_together(refuse)
 
 
 @contextlib.contextmanager
