@@ -23,6 +23,7 @@ MODULES = """
     report/test_charts report/test_heatmaps report/test_listing report/test_settings report/test_text
     scenes/test_render
     study/test_tables
+    training/test_balancing
     training/test_checkpoint_store training/test_console training/test_device training/test_ds_config
     training/test_history training/test_losses training/test_metrics training/test_records training/test_run_folder
     training/test_schedule
