@@ -1,6 +1,7 @@
 """The weights of every method of balancing: against TorchJD, or a paper's formula written out, on the same numbers."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from types import SimpleNamespace
 from unittest import mock
 
@@ -26,7 +27,10 @@ from tests.waits import HostWaits
 pytestmark = pytest.mark.single_gpu
 CPU = torch.device("cpu")
 T = 4
-FROM_GRADIENTS = ("mgda", "pcgrad", "cagrad", "imtl_g", "nash_mtl", "aligned_mtl", "upgrad")
+with_ecos = pytest.mark.skipif(find_spec("ecos") is None, reason="has no wheels for Python 3.13 and later")
+NASH = pytest.param("nash_mtl", marks=with_ecos)
+SCALE_FREE = ("mgda", "pcgrad", "cagrad", "imtl_g", "aligned_mtl", "upgrad")
+FROM_GRADIENTS = (*SCALE_FREE, NASH)
 SHORT = ("train.max_steps=4", "checkpoint.every=2", "eval.pictures=0", "data.limit_val=1")
 
 
@@ -82,7 +86,7 @@ def test_the_weights_of_a_gram_matrix_are_torchjds(name):
         torch.testing.assert_close(got.double(), wanted.double(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in FROM_GRADIENTS if name != "nash_mtl"])
+@pytest.mark.parametrize("name", SCALE_FREE)
 def test_small_gradients_have_the_weights_of_large_ones(name):
     """TorchJD alone takes a Gram matrix with a trace below 1e-4 for zero, and CAGrad then stops the training."""
     rows = jacobian(5)
@@ -91,6 +95,7 @@ def test_small_gradients_have_the_weights_of_large_ones(name):
     assert large.abs().sum() > 0
 
 
+@with_ecos
 def test_nash_mtl_solves_the_bargaining_game_and_begins_at_its_last_solution():
     """G alpha = 1 / alpha (arXiv 2202.01017, Claim 3.1), which TorchJD's convex problems approach."""
     from torchjd.aggregation import NashMTL
@@ -343,7 +348,7 @@ def test_what_tasks_share_of_a_resnet(batches, sharing):
         ("dwa", ("train.balancing.args={window: 1}",)),
         ("famo", ("train.gradient_accumulation_steps=2",)),
         ("gradnorm", ("train.balancing.every=3",)),
-        ("nash_mtl", ("train.balancing.on=representation",)),
+        pytest.param("nash_mtl", ("train.balancing.on=representation",), marks=with_ecos),
         ("pcgrad", ()),
     ],
 )
@@ -419,6 +424,11 @@ def test_a_missing_package_is_named_with_what_brings_it():
         pytest.raises(ValueError, match=r"'upgrad' needs quadprog.*pip install 'ase-dist\[balancing\]'"),
     ):
         methods.require_modules("upgrad", BALANCINGS["upgrad"].modules)
+    with (
+        mock.patch("importlib.util.find_spec", side_effect=lambda name: None if name == "ecos" else name),
+        pytest.raises(ValueError, match=r"'nash_mtl' needs ecos, which is not installed: pip install ecos$"),
+    ):
+        methods.require_modules("nash_mtl", BALANCINGS["nash_mtl"].modules)
 
 
 def test_an_extension_adds_a_method(scenes, tmp_path):

@@ -149,7 +149,8 @@ def require_modules(method: str, modules: tuple[str, ...]) -> None:
 
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
+        what = "ecos" if missing == ["ecos"] else "'ase-dist[balancing]'"  # the extra lacks it from Python 3.13 on
         raise UserError(
             f"train.balancing.method: {method!r} needs {' and '.join(missing)}, which "
-            f"{'is' if len(missing) == 1 else 'are'} not installed: pip install 'ase-dist[balancing]'"
+            f"{'is' if len(missing) == 1 else 'are'} not installed: pip install {what}"
         )
