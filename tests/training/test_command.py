@@ -132,14 +132,14 @@ class Started:
         self.was_killed = json.loads((self.output / f"rank_{rank}.beat").read_text())["pid"]
         os.kill(self.was_killed, signal.SIGKILL)
 
-    def stop(self, *, group):
-        """SIGTERM to the launcher, or to its process group as a terminal and a scheduler send it; until all is over.
+    def stop(self, *, group, number=signal.SIGTERM):
+        """A signal to the launcher, or to its process group as a terminal and a scheduler send it; until all is over.
 
         ``deepspeed`` itself ends at once, its ranks when they have saved.
         """
         self._await(self.output / "metrics.jsonl", lines=4)  # steps have been taken
         family, began = psutil.Process(self.process.pid).children(recursive=True), time.monotonic()
-        os.killpg(self.process.pid, signal.SIGTERM) if group else self.process.terminate()
+        os.killpg(self.process.pid, number) if group else self.process.terminate()
         self.end()
         _, alive = psutil.wait_procs(family, timeout=SECONDS)
         for process in alive:
@@ -242,6 +242,25 @@ def test_both_launchers_compute_the_same(started):
     one, other = started["torchrun"].output, started["deepspeed"].output
     assert losses(one) == losses(other)
     assert same_bits(trained(one, STEPS), trained(other, STEPS)) == []
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.nightly
+@pytest.mark.parametrize(("way", "code"), [("torchrun", 1), ("deepspeed", -signal.SIGINT)])
+def test_ctrl_c_ends_with_a_checkpoint_and_no_traceback_of_ours(scenes, tmp_path, way, code):
+    """SIGINT to the process group, as a terminal sends it; the launchers' own tracebacks name none of our files."""
+    tools = Path(sys.executable).parent
+    launcher = {"torchrun": ["--nproc_per_node", "2"], "deepspeed": ["--num_gpus", "2"]}[way]
+    words = [str(tools / way), *launcher, "--master_port", str(free_port())]
+    run = Started(tmp_path, way, words, *ENDLESS, "train.batch_size=2", f"data.root={scenes}")
+    try:
+        run.stop(group=True, number=signal.SIGINT)
+    finally:
+        run.clear()
+    assert run.process.returncode == code
+    text = run.text.read_text()
+    assert "stopped by a signal at step" in text and str(ROOT / "ase_dist") not in text.partition("Traceback")[2]
+    assert json.loads((run.output / "summary.json").read_text())["exit"] == "stopped"
 
 
 @pytest.mark.multi_gpu
