@@ -7,6 +7,7 @@ that ``--help`` and ``--print-config`` answer at once.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -21,7 +22,9 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -32,7 +35,7 @@ from ase_dist.errors import UserError, did_you_mean, first_problem
 from ase_dist.files import expand_user, read_text
 from ase_dist.image_size import ImageSize
 from ase_dist.registries import AUGMENTATIONS, BALANCINGS, GATINGS, HEADS
-from ase_dist.tasks import DATA_SETS, DataSet, Delta, Task, find_data_set, select_tasks
+from ase_dist.tasks import DATA_SETS, DataSet, Delta, OfferedTasks, Task, find_data_set, join_tasks, select_tasks
 
 LOGGER = logging.getLogger("ase_dist")
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -95,6 +98,44 @@ class SceneSettings(Section):
     seed: int = Field(0, ge=0, description="another seed is another data set")
 
 
+class SetSettings(Section):
+    """One of several data sets that are mixed; what is not here is the same for all of them."""
+
+    name: str = Field(min_length=1, description="as data.name")
+    called: str | None = Field(
+        None, pattern=r"^[A-Za-z]\w{0,31}$", description="what tables and tasks call it; null: by its name"
+    )
+    root: UserPath | None = Field(None, description="the data folder; below data.root where that is given")
+    description: DataSetDescription | None = Field(None, description="as data.description")
+    tasks: tuple[str, ...] | None = Field(None, description="null: all tasks of the data set")
+    as_: dict[str, Annotated[str, Field(pattern=r"^[A-Za-z_]\w{0,63}$")]] = Field(
+        default_factory=dict, alias="as", description="what the run calls some of its tasks"
+    )
+    weight: float | None = Field(
+        None, gt=0, description="share of the training images, relative to the others'; null: by its number of images"
+    )
+    split: Literal["both", "train", "val"] = Field("both", description="what it is for")
+
+    @model_serializer(mode="wrap")
+    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name.rstrip("_"): value for name, value in write(self).items()}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_description(cls, values: Any) -> Any:
+        return _named_after_description(values)
+
+    @property
+    def title(self) -> str:
+        """What tables and tasks call the set."""
+        return self.called or re.sub(r"\W+", "_", self.name.rpartition(":")[2]).strip("_0123456789") or "data"
+
+    @property
+    def data_set(self) -> DataSet:
+        """As DataSettings's."""
+        return described(self.description) if self.description is not None else find_data_set(self.name)
+
+
 class DataSettings(Section):
     """Which images are read, from where, and at which size."""
 
@@ -103,6 +144,7 @@ class DataSettings(Section):
     )
     root: UserPath | None = Field(None, description="the data folder, unpacked or packed; scenes are made there")
     description: DataSetDescription | None = Field(None, description="what a dataset.yaml says; read from the file")
+    sets: tuple[SetSettings, ...] = Field((), description="several data sets to mix, in the place of name")
     size: Annotated[SizeSetting, AfterValidator(lambda size: size.within(16, LARGEST_INPUT))] = Field(
         ImageSize(224, 224), description="pixels that the model sees: a square's side, or height x width as 448x576"
     )
@@ -119,14 +161,58 @@ class DataSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _name_after_description(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(description := values.get("description"), dict):
-            return {**values, "name": description.get("name", "data")}
-        return values
+        return _named_after_description(values)
+
+    @model_validator(mode="after")
+    def _name_after_sets(self) -> DataSettings:
+        titles = [each.title for each in self.sets]
+        twice = sorted({title for title in titles if titles.count(title) > 1})
+        if twice:
+            raise UserError(f"sets: two are called {twice[0]!r}; give each a name of its own with called:")
+        if len({each.weight is None for each in self.sets}) > 1:
+            raise UserError("sets: some have a weight and others none; give a weight to all of them, or to none")
+        if self.sets and self.description is not None:
+            raise UserError("sets: with several data sets each has its own description; leave data.description out")
+        if self.sets:
+            object.__setattr__(self, "name", "+".join(titles))  # the model is frozen
+        return self
+
+    def joined_tasks(self) -> tuple[dict[str, Task], ...]:
+        """For each of ``sets``, the run's rows of its tasks by its own names; UserError as ``tasks.join_tasks``."""
+        return join_tasks(
+            OfferedTasks(each.title, select_tasks(each.data_set, each.tasks, data_name=each.title), each.as_)
+            for each in self.sets
+        )
+
+    def of_set(self, each: SetSettings) -> DataSettings:
+        """The settings of one of ``sets`` as those of a run that has no other."""
+        root = each.root if self.root is None else self.root / (each.root or "")
+        own = {"name": each.name, "root": root, "description": each.description, "sets": ()}
+        return self.model_copy(update=own)
+
+    def only_set(self, title: str) -> SetSettings:
+        """The one of ``sets`` that is called ``title``, with the names that its tasks have among all of them."""
+        every = zip(self.sets, self.joined_tasks(), strict=True)
+        found, joined = next((each, joined) for each, joined in every if each.title == title)
+        names = {own: task.name for own, task in joined.items()}
+        return found.model_copy(update={"as_": names, "split": "both"})
 
     @property
     def data_set(self) -> DataSet:
-        """The data set: its tasks and what reads it. Raises UserError where there is none of that name."""
+        """The data set: its tasks and what reads it; of several sets their tasks together.
+
+        Raises UserError where there is none of that name.
+        """
+        if self.sets:
+            tasks = {task.name: task for joined in self.joined_tasks() for task in joined.values()}
+            return DataSet(tasks, reader="ase_dist.data.mixed:MixedDataset")
         return described(self.description) if self.description is not None else find_data_set(self.name)
+
+
+def _named_after_description(values: Any) -> Any:
+    if isinstance(values, dict) and isinstance(description := values.get("description"), dict):
+        return {**values, "name": description.get("name", "data")}
+    return values
 
 
 class MoESettings(Section):
@@ -343,6 +429,7 @@ ON_RESUME: dict[str, OnResume] = {
     "data.name": "refused",
     "data.root": "listed",  # a folder may have moved
     "data.description": "refused",  # or listed, by its own keys: ``description.differences``
+    "data.sets": "refused",  # or listed, by their own keys: ``compare_settings``
     "data.size": "refused",
     "data.partial": "listed",
     "data.augmentation": "listed",
@@ -569,7 +656,7 @@ def _overridden(tree: dict[str, Any], changes: Iterable[tuple[str, Any]]) -> Set
 
 
 def _name_data(changes: Iterable[tuple[str, Any]]) -> bool:
-    return any(key in ("data", "data.name", "data.root") for key, _ in changes)
+    return any(key in ("data", "data.name", "data.root", "data.sets") for key, _ in changes)
 
 
 def _described_data(tree: Mapping[str, Any], changes: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
@@ -582,6 +669,8 @@ def _described_data(tree: Mapping[str, Any], changes: Sequence[tuple[str, Any]])
     for key, value in changes:
         _set(merged, key, value)
     data, held = _branch(merged, "data"), _branch(tree, "data.description")
+    if isinstance(sets := data.get("sets"), list) and sets:
+        return [("data.description", None), ("data.sets", [_described_set(each, data.get("root")) for each in sets])]
     name, root = data.get("name"), data.get("root")
     if (held and not _name_data(changes)) or any(key.startswith("data.description") for key, _ in changes):
         return []
@@ -590,7 +679,7 @@ def _described_data(tree: Mapping[str, Any], changes: Sequence[tuple[str, Any]])
     if place is not None:
         description = read_description(place)
         is_place = name is not None and find_description(name, None) is not None
-        if name not in (*DATA_SETS, description.name) and not is_place:
+        if name is not None and name not in (*DATA_SETS, description.name) and not is_place:
             raise UserError(
                 f"data.name: got {name!r}, but {place} describes {description.name!r}; leave data.name out"
                 f"{did_you_mean(str(name), [*DATA_SETS, description.name])}"
@@ -598,6 +687,19 @@ def _described_data(tree: Mapping[str, Any], changes: Sequence[tuple[str, Any]])
         found = [("data.name", description.name), ("data.description", description.model_dump(mode="json"))]
         return found if root is not None else [*found, ("data.root", str(place.parent))]
     return [("data.description", None)] if held and not is_own else []
+
+
+def _described_set(each: Any, folder: str | None) -> Any:
+    """An entry of ``data.sets`` with the description of the dataset.yaml that it names, or that lies in its root."""
+    if not isinstance(each, dict) or each.get("description"):
+        return each
+    root = each.get("root")
+    place = Path(expand_user(str(folder or ""))) / expand_user(str(root or "")) if folder or root else None
+    found = dict(_described_data({"data": {"name": each.get("name"), "root": place and str(place)}}, []))
+    if not found:
+        return each
+    root = found.get("data.root", root)
+    return {**each, "name": found["data.name"], "description": found["data.description"], "root": root}
 
 
 def parse_override(override: str) -> tuple[str, Any]:

@@ -15,8 +15,8 @@ kind, the same for every data set:
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
@@ -328,3 +328,88 @@ def select_tasks(
     if len(set(chosen)) != len(chosen) or not chosen:
         raise UserError(f"tasks: got {chosen}, wanted at least one task and each at most once")
     return tuple(table[name] for name in chosen)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several data sets
+
+
+@dataclass(frozen=True)
+class OfferedTasks:
+    """The tasks of one of several data sets, and what the user calls some of them (``names``, by the set's own)."""
+
+    title: str
+    tasks: tuple[Task, ...]
+    names: Mapping[str, str]
+
+
+def join_tasks(sets: Iterable[OfferedTasks]) -> tuple[dict[str, Task], ...]:
+    """For each set, what the run calls its tasks: the run's row by the set's own name.
+
+    1. A task keeps its name, or has the one that ``names`` gives it.
+    2. Tasks of one name are one task where ``_meaning`` agrees; the row is that of the first set.
+    3. Where it does not agree they are several, each named SET_TASK after the first set that has it.
+
+    Raises UserError for a name in ``names`` that is no task's, for two tasks of a set that would be one, and where a
+    name that ``names`` gives is that of another task.
+    """
+    sets = tuple(sets)
+    groups: dict[str, list[tuple[int, Task]]] = {}
+    for i, each in enumerate(sets):
+        for task, called in zip(each.tasks, _called(each), strict=True):
+            groups.setdefault(called, []).append((i, task))
+    joined: tuple[dict[str, Task], ...] = tuple({} for _ in sets)
+    for called, group in groups.items():
+        meanings = list(dict.fromkeys(_meaning(task) for _, task in group))
+        given = [sets[i].title for i, task in group if task.name in sets[i].names]
+        if len(meanings) > 1 and given:
+            titles = " and ".join(dict.fromkeys(sets[i].title for i, _ in group))
+            raise UserError(
+                f"data.sets: {titles} would both call a task {called!r}, but they are not the same ({_odd(meanings)}); "
+                f"give {given[0]}'s another name with as:"
+            )
+        for meaning in meanings:
+            first, row = next((i, task) for i, task in group if _meaning(task) == meaning)
+            if len(meanings) > 1:
+                row = replace(row, name=f"{sets[first].title}_{called}", title=f"{row.title} ({sets[first].title})")
+                if row.name in groups:
+                    raise UserError(
+                        f"data.sets: two tasks would be called {row.name!r}; give one another name with as:"
+                    )
+            elif called != row.name:
+                row = replace(row, name=called, title=called.replace("_", " ").capitalize())
+            for i, task in group:
+                if _meaning(task) == meaning:
+                    joined[i][task.name] = row
+    return joined
+
+
+def _called(each: OfferedTasks) -> list[str]:
+    """What the user calls the tasks of a set, in their order."""
+    own = [task.name for task in each.tasks]
+    for name in each.names:
+        if name not in own:
+            raise UserError(
+                f"data.sets: {each.title} has no task {name!r} to call otherwise, wanted some of {own}"
+                f"{did_you_mean(name, own)}"
+            )
+    called = [each.names.get(name, name) for name in own]
+    for name in called:
+        if called.count(name) > 1:
+            raise UserError(f"data.sets: {each.title} has two tasks called {name!r}; give one another name with as:")
+    return called
+
+
+def _meaning(task: Task) -> tuple[object, ...]:
+    """What two tasks must have in common to be one: what is predicted, and how its scores are counted."""
+    return task.kind, task.channels, task.class_names, task.tolerance, task.inverse_depth
+
+
+def _odd(meanings: Sequence[tuple[object, ...]]) -> str:
+    """What the first two of different meanings differ in."""
+    words = ("kind", "channels", "classes", "tolerance of boundaries", "inverse depth")
+    return next(
+        word if word == "classes" else f"{word} {one} and {other}"
+        for word, one, other in zip(words, *meanings[:2], strict=True)
+        if one != other
+    )

@@ -25,6 +25,7 @@ class RecordDataset(Dataset[Record]):
     """
 
     title: str
+    sets: Mapping[str, frozenset[str]] = {}  # the tasks of each of several data sets that are mixed
     absent: Mapping[str, frozenset[int]]
 
     def __init__(self, split: str, tasks: Sequence[Task], names: Sequence[str], *, cache_in_memory: bool) -> None:
@@ -51,6 +52,10 @@ class RecordDataset(Dataset[Record]):
     def has_label(self, index: int, task: str) -> bool:
         """Whether the image ``index`` has a label of ``task``."""
         return index not in self.absent.get(task, ())
+
+    def set_of(self, index: int) -> str:
+        """Which of several mixed data sets the image ``index`` is of; "" where there is one only."""
+        return ""
 
     def labelled_images(self) -> dict[str, int]:
         """How many images have a label, by task."""

@@ -5,21 +5,24 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 
-from ase_dist.config import Settings
+from ase_dist.config import DataSettings, Settings
 from ase_dist.data.batch import Batch, EvalBatch, collate, collate_eval
 from ase_dist.data.dataset import RecordDataset, data_fingerprint
+from ase_dist.data.mixed import Member, MixedDataset
 from ase_dist.data.packed.dataset import PackedDataset
 from ase_dist.data.packed.layout import is_packed
 from ase_dist.data.prefetch import CPU, Draws, Prefetcher
 from ase_dist.data.readers import reader_of
-from ase_dist.data.sampler import EvalSampler, ResumableSampler
+from ase_dist.data.sampler import EvalSampler, MixedSampler, ResumableSampler, TrainSampler
 from ase_dist.data.transforms import Transform
 from ase_dist.errors import RunError, UserError
 from ase_dist.image_size import ImageSize
+from ase_dist.seeding import derive_seed
 from ase_dist.tasks import Task
 
 __all__ = [
@@ -43,7 +46,7 @@ class TrainLoader:
     thread or the loader processes.
     """
 
-    def __init__(self, dataset: RecordDataset, sampler: ResumableSampler, prefetcher: Prefetcher[Batch]) -> None:
+    def __init__(self, dataset: RecordDataset, sampler: TrainSampler[Any], prefetcher: Prefetcher[Batch]) -> None:
         self.dataset = dataset
         self._sampler = sampler
         self._prefetcher = prefetcher
@@ -78,12 +81,12 @@ class TrainLoader:
         self._sampler.advance()
         return batch
 
-    def state_dict(self) -> dict[str, int]:
-        """As ResumableSampler's: equal on all ranks, and valid at any number of them."""
+    def state_dict(self) -> dict[str, Any]:
+        """As TrainSampler's: equal on all ranks, and valid at any number of them."""
         return self._sampler.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue at ``state``; what was prepared ahead is thrown away. UserError as ResumableSampler's."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at ``state``; what was prepared ahead is thrown away. UserError as TrainSampler's."""
         self._stop_stream()
         self._sampler.load_state_dict(state)
 
@@ -144,6 +147,26 @@ def open_dataset(settings: Settings, tasks: tuple[Task, ...], *, split: Split) -
     Raises UserError where files are missing (see FolderDataset and PackedDataset).
     """
     data = settings.data
+    if data.sets:
+        return _open_sets(data, tasks, split=split)
+    return _open_one(data, tasks, split=split)
+
+
+def _open_sets(data: DataSettings, tasks: tuple[Task, ...], *, split: Split) -> MixedDataset:
+    """The data sets that are for ``split`` and have one of ``tasks``, as one."""
+    wanted = {task.name for task in tasks}
+    members = []
+    for each, joined in zip(data.sets, data.joined_tasks(), strict=True):
+        names = {own: task.name for own, task in joined.items() if task.name in wanted}
+        if names and each.split in ("both", split):
+            own_tasks = tuple(each.data_set.tasks[own] for own in names)
+            members.append(Member(each.title, _open_one(data.of_set(each), own_tasks, split=split), names))
+    if not members:
+        raise UserError(f"data.sets: none of {data.name} is for {split} and has a label of {', '.join(sorted(wanted))}")
+    return MixedDataset(split, tasks, members)
+
+
+def _open_one(data: DataSettings, tasks: tuple[Task, ...], *, split: Split) -> RecordDataset:
     reader = reader_of(data.data_set)
     root = reader.place(data)
     limit = data.limit_train if split == "train" else data.limit_val
@@ -174,9 +197,12 @@ def build_train_loader(
 ) -> TrainLoader:
     """The training batches of one rank, for its ``device`` (``Prefetcher``); ``world_size`` ranks share the data."""
     dataset = open_dataset(settings, tasks, split="train")
-    sampler = ResumableSampler(
-        len(dataset), batch_size=settings.train.batch_size, rank=rank, world_size=world_size, seed=settings.seed
-    )
+    place = {"batch_size": settings.train.batch_size, "rank": rank, "world_size": world_size, "seed": settings.seed}
+    sampler: TrainSampler[Any] = ResumableSampler(len(dataset), **place)
+    if isinstance(dataset, MixedDataset):
+        by_title = {each.title: each.weight for each in settings.data.sets}
+        weights = [weight for title in dataset.lengths if (weight := by_title[title]) is not None]
+        sampler = MixedSampler(dataset.lengths, weights or None, **place)
     transform = Transform(settings.data.size, tasks=tasks, augmentation=settings.data.augmentation)
     if rank == 0 and any(task.kind == "normals" for task in tasks) and not transform.augmentation.zooms_normals:
         LOGGER.info(
@@ -259,9 +285,12 @@ class _TrainFetch:
         self._seed = seed
 
     def __call__(self, draws: Draws) -> Batch:
-        samples = [
-            self._transform.train_sample(self._dataset[draw.image], seed=self._seed, epoch=draw.epoch) for draw in draws
-        ]
+        samples = []
+        for draw in draws:
+            record, title = self._dataset[draw.image], self._dataset.set_of(draw.image)
+            seed = derive_seed(self._seed, "set", title) if title else self._seed  # an image has its set's augmentation
+            sample = self._transform.train_sample(record, seed=seed, epoch=draw.epoch)
+            samples.append(replace(sample, index=draw.image))
         return collate(samples, [task.name for task in self._dataset.tasks])
 
 
@@ -274,5 +303,6 @@ class _EvalFetch:
         self._images = images
 
     def __call__(self, draws: Draws) -> EvalBatch:
-        samples = [self._transform.eval_sample(self._dataset[self._images[draw.image]]) for draw in draws]
+        images = [self._images[draw.image] for draw in draws]
+        samples = [replace(self._transform.eval_sample(self._dataset[image]), index=image) for image in images]
         return collate_eval(samples, [task.name for task in self._dataset.tasks], size=self._transform.size)

@@ -207,7 +207,8 @@ def data_settings(trained: TrainedModel, request: EvaluationRequest) -> Settings
     """The model's settings with the requested data, by default its own.
 
     A name is a data set, in its default folder unless it is the model's own; a folder is read as the dataset.yaml in it
-    says, or without one in the layout of the model's own data set. A dataset.yaml may be named too.
+    says, or without one in the layout of the model's own data set. A dataset.yaml may be named too, and of a model that
+    was trained on several data sets one of these.
     """
     for override in request.overrides:
         section = override.partition("=")[0].strip().partition(".")[0]
@@ -215,10 +216,20 @@ def data_settings(trained: TrainedModel, request: EvaluationRequest) -> Settings
             raise UserError(f"{override!r}: an evaluation sets data.*, eval.* and tasks only")
     names = [task.name for task in trained.tasks] if request.tasks is None else [*request.tasks]
     values: dict[str, Any] = {"tasks": names}
-    data, own = request.data, trained.settings.data.name
-    if data is not None and (data != own or (data not in DATA_SETS and Path(data).exists())):
+    data, own, sets = request.data, trained.settings.data.name, trained.settings.data.sets
+    if data in [each.title for each in sets]:
+        only = trained.settings.data.only_set(str(data))
+        values["data.sets"] = [only.model_dump(mode="json")]
+        if request.tasks is None:
+            values["tasks"] = [name for name in names if name in only.as_.values()]
+    elif data is not None and (data != own or (data not in DATA_SETS and Path(data).exists())):
         name, root = data, None
         if data not in DATA_SETS and Path(data).is_dir() and not (Path(data) / FILE_NAME).is_file():
+            if sets:
+                raise UserError(
+                    f"--data: the model was trained on {own}, so it is open how {data!r} is to be read; name one of "
+                    "these and give data.root=FOLDER, or write a dataset.yaml"
+                )
             name, root = trained.settings.data.data_set.layout or own, Path(data)
         elif data not in DATA_SETS and (described_by := find_description(data, None)) is not None:
             name = str(described_by)
@@ -226,7 +237,7 @@ def data_settings(trained: TrainedModel, request: EvaluationRequest) -> Settings
             raise UserError(
                 f"--data: {data!r} is neither a folder nor one of {', '.join(DATA_SETS)}{did_you_mean(data, DATA_SETS)}"
             )
-        values |= {"data.name": name, "data.root": root}
+        values |= {"data.sets": [], "data.name": name, "data.root": root}
     return override_settings(trained.settings, values | dict(map(parse_override, request.overrides)))
 
 
@@ -259,6 +270,7 @@ def _evaluate_with_progress(
             constants={},
             go_on=go_on,
             edge_ods=ods,
+            dataset=loader.dataset,
         )
     assert evaluation is not None
     return evaluation.results

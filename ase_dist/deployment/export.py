@@ -138,6 +138,7 @@ def write_export(
             sha256=sha256_of(temporary / WEIGHTS),
             data=settings.data.name,
             description=settings.data.description,
+            sets=tuple(each.model_copy(update={"root": None}) for each in settings.data.sets),
             versions=versions_of("ase_dist", "torch", "timm", "safetensors"),
             **facts,
         )
@@ -187,6 +188,7 @@ def check_export(run: str | Path, out: str | Path, *, device: str | None = None)
             constants={},
             go_on=raise_unread,
             edge_ods=ods,
+            dataset=loader.dataset,
         )
     finally:
         loader.close()

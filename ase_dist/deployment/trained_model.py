@@ -55,7 +55,7 @@ def open_trained_model(path: str | Path, *, checkpoint: str = "newest", device: 
             raise UserError(f"--checkpoint: {str(path)!r} is an export, which holds one model; leave the option out")
         export = load(path, device=device)
         card = export.card
-        data = {"name": card.data, "size": card.image.size, "description": card.description}
+        data = {"name": card.data, "size": card.image.size, "description": card.description, "sets": card.sets}
         tree = {"data": data, "tasks": [task.name for task in card.tasks]}
         chosen = Settings.model_validate(tree).model_copy(update={"model": card.model})
         return TrainedModel(path, "export", export, export.tasks, chosen, card.step)

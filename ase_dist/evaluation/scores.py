@@ -10,6 +10,7 @@ from ase_dist.tasks import SCORES, Score, Task
 
 Results = Mapping[str, Mapping[str, float]]  # {task: {key: value}}
 CLASS_PREFIX = "iou/"  # of the IoU of one class
+SET_MARK = "@"  # before the data set in the key of a score that is of one set of several
 IMAGES = "images"  # in the results of each task: how many images had a label of it
 BOUNDARY_PREFIXES = ("ods_", "ois_")  # of the scores that depend on a tolerance
 
@@ -17,6 +18,7 @@ __all__ = [
     "CLASS_PREFIX",
     "IMAGES",
     "SCORES",
+    "SET_MARK",
     "Results",
     "Score",
     "format_score",
@@ -28,9 +30,16 @@ __all__ = [
 
 
 def score_of(task: Task, key: str) -> Score:
-    """How ``key`` is written; ``iou/<class name>`` is the IoU of that class. odsF is named with its tolerance."""
+    """How ``key`` is written; ``iou/<class name>`` is the IoU of that class, ``<key>@<set>`` that of a data set.
+
+    odsF is named with its tolerance.
+    """
     if key.startswith(CLASS_PREFIX):
         return Score(f"IoU {key.removeprefix(CLASS_PREFIX)}", "%", True)
+    key, _, title = key.partition(SET_MARK)
+    if title:
+        score = score_of(task, key)
+        return replace(score, title=f"{score.title}, {title}")
     if key == IMAGES:
         return Score("images with a label")
     score = SCORES[task.kind][key]

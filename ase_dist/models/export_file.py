@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ase_dist.config import LARGEST_INPUT, ModelSettings, SizeSetting
+from ase_dist.config import LARGEST_INPUT, ModelSettings, SetSettings, SizeSetting
 from ase_dist.description import DataSetDescription
 from ase_dist.errors import UserError, first_problem
 from ase_dist.files import sha256_of
@@ -62,6 +62,7 @@ class Card(BaseModel):
     sha256: str
     data: str
     description: DataSetDescription | None = None
+    sets: tuple[SetSettings, ...] = ()
     step: int = Field(ge=0)
     metrics: dict[str, dict[str, float | None]] | None
     backbone: dict[str, str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,11 +15,12 @@ from torch import Tensor
 from ase_dist import collectives
 from ase_dist.agreement import raise_together
 from ase_dist.data.batch import EvalBatch
+from ase_dist.data.dataset import RecordDataset
 from ase_dist.data.labels import ignored_label, label_tensor
 from ase_dist.evaluation.constant import ConstantPredictor
 from ase_dist.evaluation.decode import decode
 from ase_dist.evaluation.metrics import EdgeOds, Metric, build_metric
-from ase_dist.evaluation.scores import IMAGES
+from ase_dist.evaluation.scores import CLASS_PREFIX, IMAGES, SET_MARK
 from ase_dist.models import ModelOutput
 from ase_dist.tasks import Task
 
@@ -77,10 +79,13 @@ def evaluate(
     constants: Mapping[str, ConstantPredictor],
     go_on: Callable[[Exception | None], bool],
     edge_ods: EdgeOds | None = None,
+    dataset: RecordDataset | None = None,
 ) -> Evaluation | None:
     """Every task's metrics over the images that have a label of it, equal on all ranks (collective).
 
-    ``images`` in each task's results is how many these are. None where ``go_on`` returned False.
+    ``images`` in each task's results is how many these are. Where ``dataset``, that of ``loader``, mixes several data
+    sets and more than one of them has the task, each score is there for all of them together and as ``<key>@<set>`` for
+    each. None where ``go_on`` returned False.
 
     ``batches`` are those of ``EvalLoader.until_error``, of the same number on all ranks. On an empty one a rank still
     runs the model, on a blank image, because the other ranks wait for it in the collectives of the forward pass, and so
@@ -89,15 +94,19 @@ def evaluate(
     adds the boundary F-measure of edges (not the trivial predictor's), counted in other processes while the model runs.
     The host waits for the device at the end, and for ``go_on`` and ``edge_ods``.
     """
-    metrics = {task.name: build_metric(task, edge_ods=edge_ods) for task in tasks}
-    trivial = {
-        task.name: build_metric(task) for task in tasks if task.name in constants and constants[task.name].is_fitted
+    places = [(task, title) for task in tasks for title in _scored_sets(task, dataset)]
+    metrics = {(task.name, title): build_metric(task, edge_ods=edge_ods) for task, title in places}
+    values = {
+        name: constant.predict(1, 1).to(device)
+        for name, constant in constants.items()
+        if constant.is_fitted and any(task.name == name for task in tasks)
     }
-    values = {name: constants[name].predict(1, 1).to(device) for name in trivial}
+    trivial = {(task.name, title): build_metric(task) for task, title in places if task.name in values}
     with ExitStack() as closing, torch.no_grad():
         for metric in metrics.values():
             closing.callback(metric.close)
         for batch, error in batches:
+            titles = [dataset.set_of(index) if dataset is not None else "" for index in batch.indices.tolist()]
             moved = batch.to(device)
             blank = moved.images.new_zeros(1, *moved.images.shape[1:])
             logits = forward(moved.images if len(moved.images) else blank).predictions
@@ -111,20 +120,17 @@ def evaluate(
                     labels[name] = unknown_label(task, moved.images[i]) if label is None else label
                     predictions[name] = predict(task, logits[name][i : i + 1], labels[name])
                     if label is not None:
-                        metrics[name].update(predictions[name], label)
-                        if name in trivial:
-                            trivial[name].update(values[name].expand_as(label), label)
+                        place = (name, titles[i] if (name, titles[i]) in metrics else "")
+                        metrics[place].update(predictions[name], label)
+                        if place in trivial:
+                            trivial[place].update(values[name].expand_as(label), label)
                 gallery.add(moved.images[i], labels, predictions)
             if not go_on(error):
                 return None
         for metric in metrics.values():
             metric.finish()
     gallery.collect()
-    evaluation = Evaluation(_merged(metrics, device), _merged(trivial, device))
-    for metric in metrics.values():
-        if collectives.rank() == 0 and (why := metric.why_undefined()) is not None:
-            LOGGER.warning("%s", why)
-    return evaluation
+    return Evaluation(_merged(metrics, device, warns=collectives.rank() == 0), _merged(trivial, device))
 
 
 def raise_unread(error: Exception | None) -> bool:
@@ -173,12 +179,35 @@ def unknown_label(task: Task, image_3SS: Tensor) -> Tensor:
     return label_tensor(task.kind, ignored_label(task.kind, size)).to(image_3SS.device)
 
 
-def _merged(metrics: Mapping[str, Metric], device: torch.device) -> Results:
-    """Add up the ranks' totals and compute every metric from the sums."""
-    results = {}
-    for name, metric in metrics.items():
-        whole = torch.cat((metric.images.view(1).to(metric.totals.device), metric.totals))
-        whole = collectives.all_reduce_sum(whole.to(device)).to(whole.device)
-        metric.images, metric.totals = whole[0], whole[1:]
-        results[name] = {**metric.result(), IMAGES: float(metric.images)}
+def _scored_sets(task: Task, dataset: RecordDataset | None) -> list[str]:
+    """The data sets that ``task`` is scored on one by one; "" stands for all where there are not several."""
+    titles = [] if dataset is None else [title for title, names in dataset.sets.items() if task.name in names]
+    return titles if len(titles) > 1 else [""]
+
+
+def _merged(metrics: Mapping[tuple[str, str], Metric], device: torch.device, *, warns: bool = False) -> Results:
+    """Add up the ranks' totals, and those of the data sets of each task, and compute every score from the sums.
+
+    With ``warns`` scores that are undefined are told.
+    """
+    for metric in metrics.values():
+        counted = torch.cat((metric.images.view(1).to(metric.totals.device), metric.totals))
+        counted = collectives.all_reduce_sum(counted.to(device)).to(counted.device)
+        metric.images, metric.totals = counted[0], counted[1:]
+    results: Results = {}
+    for name in dict.fromkeys(name for name, _ in metrics):
+        parts = {title: metric for (task, title), metric in metrics.items() if task == name}
+        whole = copy.copy(next(iter(parts.values())))
+        whole.images = torch.stack([part.images for part in parts.values()]).sum()
+        whole.totals = torch.stack([part.totals for part in parts.values()]).sum(dim=0)
+        results[name] = _scores(whole)
+        for title, part in parts.items() if len(parts) > 1 else ():
+            scores = {key: value for key, value in _scores(part).items() if not key.startswith(CLASS_PREFIX)}
+            results[name] |= {f"{key}{SET_MARK}{title}": value for key, value in scores.items()}
+        if warns and (why := whole.why_undefined()) is not None:
+            LOGGER.warning("%s", why)
     return results
+
+
+def _scores(metric: Metric) -> dict[str, float]:
+    return {**metric.result(), IMAGES: float(metric.images)}

@@ -320,6 +320,7 @@ class Trainer:
                 constants={} if history.trivial else self.constants,
                 go_on=go_on,
                 edge_ods=EdgeOds(workers=workers) if self.settings.eval.edge_ods else None,
+                dataset=self.eval_loader.dataset,
             )
         self.engine.train()
         if evaluation is None:

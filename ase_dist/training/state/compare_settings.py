@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ase_dist.baselines import baselines
-from ase_dist.config import ON_RESUME, Settings, setting_keys, upgrade_tree
+from ase_dist.config import ON_RESUME, SetSettings, Settings, setting_keys, upgrade_tree
 from ase_dist.description import differences
 
 _NOTHING = object()
@@ -43,9 +43,10 @@ def compare_settings(
     refused: dict[str, str] = {}
     listed: dict[str, str] = {}
     for key in setting_keys():
-        if key == "data.description":
-            of_description = differences(_value(saved, key), _value(here, key))
-            refused, listed = refused | of_description[0], listed | of_description[1]
+        if key in ("data.description", "data.sets"):
+            compare = differences if key == "data.description" else _set_differences
+            found = compare(_value(saved, key), _value(here, key))
+            refused, listed = refused | found[0], listed | found[1]
             continue
         if key == "tasks":
             before, now = list(saved_tasks), list(tasks)
@@ -84,6 +85,32 @@ def _baseline_of(tree: Mapping[str, Any], refused: Mapping[str, str], *, is_sing
         if is_it and refused.keys() <= sets.keys() | {"tasks"}:
             found.append((baseline.separate != is_single, len(sets), name))
     return min(found)[-1] if found else ""
+
+
+def _set_differences(before: Any, now: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """What differs between ``data.sets`` of a checkpoint and this run's: refused, and only listed, by dotted key.
+
+    A folder may have moved; a description as ``description.differences`` says.
+    """
+    there, here = ({SetSettings.model_validate(each).title: each for each in sets or ()} for sets in (before, now))
+    if list(there) != list(here):
+        names = (", ".join(sets) or "none" for sets in (there, here))
+        return {"data.sets": "data.sets are {} there and {} here".format(*names)}, {}
+    refused: dict[str, str] = {}
+    listed: dict[str, str] = {}
+    for title, each in here.items():
+        prefix = f"data.sets.{title}"
+        for old, new in zip(
+            differences(there[title]["description"], each["description"]), (refused, listed), strict=True
+        ):
+            new |= {key.replace("data", prefix, 1): text.replace("data", prefix, 1) for key, text in old.items()}
+        for key in each.keys() - {"description"}:
+            if (one := there[title].get(key)) != each[key]:
+                if key == "root":
+                    listed[f"{prefix}.{key}"] = f"{prefix}.{key} {_shown(one)} -> {_shown(each[key])}"
+                else:
+                    refused[f"{prefix}.{key}"] = f"{prefix}.{key} is {_shown(one)} there and {_shown(each[key])} here"
+    return refused, listed
 
 
 def _value(tree: Mapping[str, Any], key: str, *, default: Any = None) -> Any:

@@ -61,7 +61,7 @@ class RunMeta(_Part):
     tasks: tuple[str, ...] | None = None
     backbone: dict[str, str]  # name, and the SHA-256 of what is frozen
     topology: Topology
-    sampler: dict[str, int]
+    sampler: dict[str, int | dict[str, dict[str, int]]]  # the second: of several data sets
     optimizer_steps: NonNegativeInt
     history: StoredHistory
     engine: dict[str, NonNegativeInt]  # the counts that deepspeed_compat.COUNTERS names
