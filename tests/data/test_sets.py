@@ -297,9 +297,15 @@ def test_a_task_is_scored_on_the_sets_that_have_it_and_on_each_of_several(places
         return ModelOutput({task.name: logits_of(task, images) for task in tasks}, empty.sum(), empty, empty)
 
     found = evaluate(
-        forward, loader, tasks, device=torch.device("cpu"), gallery=Gallery(limit=2), constants={}, go_on=lambda: True,
+        forward,
+        loader.until_error(),
+        tasks,
+        device=torch.device("cpu"),
+        gallery=Gallery(limit=2),
+        constants={},
+        go_on=lambda error: True,
         dataset=loader.dataset,
-    )  # fmt: skip
+    )
     assert found is not None
     saliency = next(task for task in tasks if task.name == "saliency")
     metrics = {title: build_metric(saliency) for title in ("people", "rooms", "both")}

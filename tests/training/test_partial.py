@@ -76,6 +76,11 @@ def eval_batches(tasks: tuple[Task, ...]) -> tuple[list[EvalBatch], dict[str, li
     return batches, every
 
 
+def unread(batches: list[EvalBatch]) -> list[tuple[EvalBatch, Exception | None]]:
+    """As ``EvalLoader.until_error`` gives them where all can be read."""
+    return [(batch, None) for batch in batches]
+
+
 def forward_of(tasks: tuple[Task, ...], images: Tensor) -> dict[str, Tensor]:
     """Something that depends on the image."""
     return {
@@ -94,7 +99,9 @@ def test_a_task_is_scored_on_the_images_that_have_it(limit: int) -> None:
     device = torch.device("cpu")
     constants = fit_constants(batches, TASKS, device=device)
     gallery = Gallery(limit=limit)
-    found = evaluate(forward, batches, TASKS, device=device, gallery=gallery, constants=constants, go_on=lambda: True)
+    found = evaluate(
+        forward, unread(batches), TASKS, device=device, gallery=gallery, constants=constants, go_on=lambda error: True
+    )
     assert found is not None
     for task in TASKS:
         metric, images = build_metric(task), 0
@@ -119,12 +126,12 @@ def test_a_task_without_any_label_is_not_a_number_and_decides_nothing() -> None:
     empty = torch.zeros(0)
     found = evaluate(
         lambda images: ModelOutput(forward_of(tasks, images), empty.sum(), empty, empty),
-        batches,
+        unread(batches),
         tasks,
         device=device,
         gallery=Gallery(limit=0),
         constants=constants,
-        go_on=lambda: True,
+        go_on=lambda error: True,
     )
     assert found is not None
     assert math.isnan(found.results["normals"]["mean"]) and found.results["normals"]["images"] == 0
