@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ase_dist.commands.cli import command_parser, path, path_or_name, run_command
+from ase_dist.config import DataSettings, SetSettings, load_settings
 from ase_dist.description import FILE_NAME, read_description
 from ase_dist.errors import UserError, did_you_mean
+from ase_dist.files import read_text
 from ase_dist.printable import log_messages
 from ase_dist.tasks import packable
 
@@ -39,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         type=path_or_name,
         metavar="[LAYOUT] SRC",
-        help=f"SRC: a folder with a {FILE_NAME}, or with a LAYOUT ({', '.join(LAYOUTS)} or package.module:NAME) an "
-        "unpacked folder or an archive (.tgz, .tar.gz, .tar)",
+        help=f"SRC: a folder with a {FILE_NAME}, a file of settings with data.sets (--check-only), or with a LAYOUT "
+        f"({', '.join(LAYOUTS)} or package.module:NAME) an unpacked folder or an archive (.tgz, .tar.gz, .tar)",
     )
     p.add_argument("--init", action="store_true", help=f"write a first {FILE_NAME} into SRC from what is found there")
     p.add_argument("--out", type=path, metavar="DIR", help="where to pack to (default: a folder in the user's cache)")
@@ -78,6 +81,24 @@ def _prepare(arguments: argparse.Namespace) -> int:
     if is_packed(source):
         logging.info("%s: %d packed files are whole", source, verify(source))
         return 0
+    if layout is None and (sets := _sets_in(source)):
+        if not arguments.check_only:
+            raise UserError(f"{source}: it is of several data sets; pack each from its own folder, or add --check-only")
+        for each, data in sets:
+            if data.root is None or is_packed(data.root):
+                logging.info("%s: packed or generated, not checked here", each.title)
+                continue
+            of_set = Request(
+                data.name,
+                data.root,
+                each.tasks,
+                subset=arguments.subset,
+                workers=arguments.workers,
+                description=data.description,
+                partial=arguments.partial or data.partial,
+            )
+            logging.info("%s: the files of %d images are whole", each.title, check_only(of_set, arguments.out))
+        return 0
     description = None if layout is not None else read_description(_description_of(source))
     folder = source if source.is_dir() or layout else source.parent
     request = Request(
@@ -97,6 +118,15 @@ def _prepare(arguments: argparse.Namespace) -> int:
     name, partial = "" if description else f"data.name={layout} ", " data.partial=true" if request.partial else ""
     logging.info("train with %sdata.root=%s%s", name, place, partial)
     return 0
+
+
+def _sets_in(source: Path) -> list[tuple[SetSettings, DataSettings]]:
+    """The data sets of a file of settings with ``data.sets``, each with its own settings; none in any other file."""
+    is_file = source.suffix.lower() in (".yaml", ".yml") and source.is_file()
+    if not is_file or not re.search(r"^data\s*:", read_text(source), re.MULTILINE):
+        return []
+    data = load_settings(source).data
+    return [(each, data.of_set(each)) for each in data.sets]
 
 
 def _layout_and_source(words: Sequence[str]) -> tuple[str | None, Path]:

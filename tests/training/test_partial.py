@@ -14,6 +14,8 @@ from ase_dist.models import ModelOutput
 from ase_dist.tasks import NYUD_TASKS, PASCAL_TASKS, Task
 from ase_dist.training.loop.evaluate import Gallery, evaluate, fit_constants, predict
 from ase_dist.training.loop.losses import label_counts, task_losses
+from ase_dist.training.process.runtime import World
+from ase_dist.training.record.reports import MicroStep, SpanStatistics, result_table
 from ase_dist.training.state.history import gain
 from tests.training.test_losses import SIZE, ignore_all, make_batch, make_label, reference
 
@@ -137,3 +139,28 @@ def test_a_task_without_any_label_is_not_a_number_and_decides_nothing() -> None:
     assert math.isnan(found.results["normals"]["mean"]) and found.results["normals"]["images"] == 0
     assert found.trivial.keys() == {"semseg"}
     assert math.isfinite(gain(tasks, found.results, found.trivial))
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_that_is_logged_is_the_mean_over_the_steps_that_have_a_label() -> None:
+    tasks = (PASCAL_TASKS["semseg"], PASCAL_TASKS["normals"], PASCAL_TASKS["edge"])
+    span = SpanStatistics(tasks, World(0, 1, 0, 1, torch.device("cpu"), False), layers=[])
+    empty = torch.zeros(0)
+    for semseg, labelled in ((1.0, (1, 1, 0)), (0.0, (0, 1, 0)), (3.0, (1, 1, 0))):
+        losses = {"semseg": torch.tensor(semseg), "normals": torch.tensor(0.5), "edge": torch.tensor(0.0)}
+        numbers = (torch.tensor(semseg), torch.tensor(0.0), empty, empty)
+        span.add(MicroStep(losses, *numbers, ["a"], labelled_t=torch.tensor(labelled)))
+    span.seconds = 1.0
+    assert span.take()["losses"] == {"semseg": 2.0, "normals": 0.5}
+
+
+def test_the_table_says_how_many_images_each_task_is_scored_on() -> None:
+    tasks = (PASCAL_TASKS["semseg"], PASCAL_TASKS["normals"])
+    results = {"semseg": {"miou": 5.0, "images": 7.0}, "normals": {"mean": 9.0, "images": 11.0}}
+    lines = result_table("step 1", tasks, results, {}, None).splitlines()
+    found = [line.split()[-1] for line in lines if "mIoU" in line or "mean angle" in line or "metric" in line]
+    assert found == ["images", "7", "11"]
+    results["normals"]["images"] = 7.0
+    assert "images" not in result_table("step 1", tasks, results, {}, None)

@@ -201,7 +201,8 @@ class Trainer:
             self.engine.step()
             by_task = {name: loss.detach() for name, loss in by_task.items()}
             numbers = (total.detach(), output.aux_loss.detach(), output.expert_counts, output.mean_gates)
-            micro_steps.append(MicroStep(by_task, *numbers, batch.names, self.balancer.weights_t))
+            labelled_t = counts.sum(dim=1) > 0
+            micro_steps.append(MicroStep(by_task, *numbers, batch.names, self.balancer.weights_t, labelled_t))
         if self.engine.was_step_applied():
             self.watchdog.beat(f"balancing after step {step}")
             micro_losses = [micro.losses for micro in micro_steps]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ase_dist import collectives
 from ase_dist.data.dataset import labelled_text
 from ase_dist.errors import ExitCode
-from ase_dist.evaluation.scores import headline, score_of, tolerances
+from ase_dist.evaluation.scores import IMAGES, format_score, headline, score_of, tolerances
 from ase_dist.moe import MoEFFN
 from ase_dist.tables import Table
 from ase_dist.tasks import Task
@@ -77,7 +77,10 @@ def expert_traffic(components: RunComponents) -> dict[str, Any]:
 
 
 class MicroStep(NamedTuple):
-    """The results of one forward and backward pass, detached from the graph."""
+    """The results of one forward and backward pass, detached from the graph.
+
+    ``labelled_t`` [tasks] is 1 where a task has a label in the step, on any rank, else 0; None: all have one.
+    """
 
     losses: dict[str, Tensor]
     total: Tensor
@@ -86,6 +89,7 @@ class MicroStep(NamedTuple):
     mean_gates: Tensor
     names: list[str]
     weights_t: Tensor | None = None  # of balancing; None where they are fixed
+    labelled_t: Tensor | None = None
 
 
 class SpanStatistics:
@@ -98,6 +102,7 @@ class SpanStatistics:
     _sums: Tensor | None
     _load: Tensor | None
     _gates: Tensor | None
+    _labelled: Tensor | None
 
     def __init__(self, tasks: Sequence[Task], world: World, *, layers: Sequence[MoEFFN]) -> None:
         self.tasks, self.world = tasks, world
@@ -112,6 +117,9 @@ class SpanStatistics:
         if micro.weights_t is not None:
             row = torch.cat([row, micro.weights_t])
         self._sums = row if self._sums is None else self._sums + row
+        ones_t = row.new_ones(len(self.tasks))
+        labelled_t = ones_t if micro.labelled_t is None else micro.labelled_t.float()
+        self._labelled = labelled_t if self._labelled is None else self._labelled + labelled_t
         load, gates = micro.expert_counts.float(), micro.mean_gates
         self._load = load if self._load is None else self._load + load
         self._gates = gates if self._gates is None else self._gates + gates
@@ -119,8 +127,12 @@ class SpanStatistics:
         self._images += len(micro.names)
 
     def take(self) -> dict[str, Any]:
-        """The span's numbers over all ranks, as plain values, and begin a new span (collective)."""
+        """The span's numbers over all ranks, as plain values, and begin a new span (collective).
+
+        The loss of a task is the mean over the steps that have a label of it; it is not there where none has.
+        """
         assert self._sums is not None and self._load is not None and self._gates is not None
+        assert self._labelled is not None
         count = self._micro_steps * self.world.size
         sums = (collectives.all_reduce_sum(self._sums) / count).tolist()
         seconds = self.seconds
@@ -128,7 +140,11 @@ class SpanStatistics:
         values: dict[str, Any] = {
             "loss": sums[0],
             "aux_loss": sums[1],
-            "losses": dict(zip(names, sums[2 : 2 + len(names)], strict=True)),
+            "losses": {
+                name: loss if labelled == self._micro_steps else loss * self._micro_steps / labelled
+                for name, loss, labelled in zip(names, sums[2:], self._labelled.tolist(), strict=False)
+                if labelled
+            },
             "images_per_second": self._images * self.world.size / seconds,
             "seconds": seconds,
             "memory_bytes": memory_bytes(self.world.device),
@@ -156,13 +172,18 @@ class SpanStatistics:
         return self._micro_steps == 0
 
     def _clear(self) -> None:
-        self._sums = self._load = self._gates = None
+        self._sums = self._load = self._gates = self._labelled = None
         self._micro_steps = self._images = 0
         self.seconds = 0.0
 
 
 def result_table(title: str, tasks: Sequence[Task], results: Results, trivial: Results, first: Results | None) -> str:
-    """Each task's metric with the trivial predictor's and the first evaluation's; odsF where it was computed."""
+    """Each task's metric with the trivial predictor's and the first evaluation's; odsF where it was computed.
+
+    Where tasks are scored on different numbers of images these are there too.
+    """
+    counts = {task.name: results[task.name].get(IMAGES) for task in tasks}
+    has_counts = len({*counts.values()}) > 1
     rows = []
     for task in tasks:
         keys = dict.fromkeys((task.metric, headline(task, results[task.name])))
@@ -171,8 +192,10 @@ def result_table(title: str, tasks: Sequence[Task], results: Results, trivial: R
             name = task.metric_title if key == task.metric else f"{score.title} {score.unit}"
             arrow = "higher" if score.higher_is_better else "lower"
             others = [(found or {}).get(task.name, {}).get(key) for found in (trivial, first)]
-            rows.append((task.title, name, arrow, *others, results[task.name][key]))
-    return Table(("task", "metric", "better", "trivial", "first", "now"), rows, title=title).to_text()
+            count = (format_score(counts[task.name]),) if has_counts else ()
+            rows.append((task.title, name, arrow, *others, results[task.name][key], *count))
+    header = ("task", "metric", "better", "trivial", "first", "now", *(("images",) if has_counts else ()))
+    return Table(header, rows, title=title).to_text()
 
 
 def summary(components: RunComponents, history: History, *, step: int, code: ExitCode) -> dict[str, Any]:
