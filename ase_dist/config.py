@@ -694,8 +694,9 @@ def _described_set(each: Any, folder: str | None) -> Any:
     if not isinstance(each, dict) or each.get("description"):
         return each
     root = each.get("root")
-    place = Path(expand_user(str(folder or ""))) / expand_user(str(root or "")) if folder or root else None
-    found = dict(_described_data({"data": {"name": each.get("name"), "root": place and str(place)}}, []))
+    parts = [expand_user(str(part)) for part in (folder, root) if part]
+    place = str(Path(*parts)) if parts else None
+    found = dict(_described_data({"data": {"name": each.get("name"), "root": place}}, []))
     if not found:
         return each
     root = found.get("data.root", root)
