@@ -153,7 +153,7 @@ def test_the_loss_that_is_logged_is_the_mean_over_the_steps_that_have_a_label() 
         numbers = (torch.tensor(semseg), torch.tensor(0.0), empty, empty)
         span.add(MicroStep(losses, *numbers, ["a"], labelled_t=torch.tensor(labelled)))
     span.seconds = 1.0
-    assert span.take()["losses"] == {"semseg": 2.0, "normals": 0.5}
+    assert span.take()["losses"] == pytest.approx({"semseg": 2.0, "normals": 0.5})
 
 
 def test_the_table_says_how_many_images_each_task_is_scored_on() -> None:
