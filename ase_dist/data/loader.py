@@ -159,7 +159,7 @@ def _open_sets(data: DataSettings, tasks: tuple[Task, ...], *, split: Split) -> 
     for each, joined in zip(data.sets, data.joined_tasks(), strict=True):
         names = {own: task.name for own, task in joined.items() if task.name in wanted}
         if names and each.split in ("both", split):
-            own_tasks = tuple(each.data_set.tasks[own] for own in names)
+            own_tasks = tuple(each.data_set.table[own] for own in names)
             members.append(Member(each.title, _open_one(data.of_set(each), own_tasks, split=split), names))
     if not members:
         raise UserError(f"data.sets: none of {data.name} is for {split} and has a label of {', '.join(sorted(wanted))}")
@@ -188,7 +188,7 @@ def _open_one(data: DataSettings, tasks: tuple[Task, ...], *, split: Split) -> R
         limit=limit,
         cache_in_memory=data.cache_in_memory,
         partial=data.partial,
-        offered=data.data_set.tasks.values(),
+        offered=data.data_set.table.values(),
     )
 
 
