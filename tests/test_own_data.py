@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -206,3 +207,20 @@ def test_data_sets_in_python_are_known_by_their_place(followed):
 def test_names_of_no_data_set_are_told(name, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         load_settings(None, [f"data.name={name}"])
+
+
+@pytest.mark.nightly
+def test_a_study_takes_the_folder(tmp_path):
+    """Its runs are processes of their own, which know the description from their settings."""
+    write_garden(tmp_path / "garden", images=10)
+    (tmp_path / "garden/dataset.yaml").write_text(FILE, encoding="utf-8")
+    small = [option for option in SMALL if not option.startswith(("train.max_steps", "model.moe."))]
+    words = [sys.executable, "-m", "ase_dist", "study", "topk", "--only", "ase_k3", "--data", "garden", "--seeds", "1",
+             "--steps", "1", "--out", "study", *small]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    results = json.loads((tmp_path / "study/results.json").read_text())
+    (variant,) = (each for each in results["variants"] if each["name"] == "ase_k3")
+    assert variant["metrics"].keys() == {"semseg", "depth"} and "iou/lavender" in variant["metrics"]["semseg"]
+    assert results["task_facts"]["semseg"]["title"] == "Plants and things"
