@@ -5,10 +5,12 @@ import resource
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from PIL import Image
 
+from ase_dist.cluster import facts
 from ase_dist.errors import ExitCode
 from tests.deployment.conftest import export, photo  # noqa: F401
 from tests.training.tiny_runs import ROOT, TINY, checkpoint
@@ -54,6 +56,12 @@ def test_a_user_without_home_is_told_what_has_no_place():
     assert done.returncode == ExitCode.USAGE
     assert done.stderr.startswith("error: the user id 54321 has no home folder for the cache (HOME is not set")
     assert done.stderr.count("\n") == 1 and "XDG_CACHE_HOME" in done.stderr
+
+
+@pytest.mark.parametrize("error", [KeyError, OSError])
+def test_a_user_without_entry_has_a_number_for_the_cluster_check(error, monkeypatch):
+    monkeypatch.setattr(facts.getpass, "getuser", mock.Mock(side_effect=error))
+    assert facts.gather(facts.Question()).user == str(os.getuid())
 
 
 def test_without_proc_training_is_refused_in_a_sentence(tmp_path):

@@ -47,13 +47,21 @@ class NodeFacts:
     packages: dict[str, str] = field(default_factory=dict)
 
 
+def _user() -> str:
+    """This user's name, or the number where the host does not know it, as in a container of any user."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # the second: Python 3.13
+        return str(os.getuid())
+
+
 def gather(question: Question) -> NodeFacts:
     """This node's facts."""
     interface = interface_towards(question.towards) if question.towards else None
     return NodeFacts(
         host=platform.node(),
         machine=_machine(),
-        user=getpass.getuser(),
+        user=_user(),
         python=platform.python_version(),
         code=digest_code(Path(__file__).parents[1]),
         devices=devices(),

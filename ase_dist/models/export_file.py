@@ -23,7 +23,7 @@ from torch import Tensor
 from ase_dist.config import LARGEST_INPUT, ModelSettings, SetSettings, SizeSetting
 from ase_dist.description import DataSetDescription
 from ase_dist.errors import UserError, first_problem
-from ase_dist.files import sha256_of
+from ase_dist.files import expand_user, sha256_of
 from ase_dist.image_size import ImageSize
 from ase_dist.json_files import json_digest, read_object
 from ase_dist.tasks import Task
@@ -146,7 +146,7 @@ class Export:
 
 def open_export(path: str | PathLike[str]) -> Export:
     """Check the card and the hash of an export. Raises UserError with one sentence that names the file."""
-    folder = Path(path).expanduser()
+    folder = Path(expand_user(str(path)))
     for name in (CARD, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no export, there is no {name} in it; make one with launch/export.py RUN OUT")
