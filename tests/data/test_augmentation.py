@@ -13,7 +13,7 @@ import torch
 import yaml
 from scipy.ndimage import maximum_filter, minimum_filter, uniform_filter
 
-from ase_dist.config import build_settings, load_settings
+from ase_dist.config import build_settings, load_settings, shipped_configs
 from ase_dist.data import augmentation
 from ase_dist.data.augmentation import Augmentation, Warp
 from ase_dist.data.batch import Record
@@ -286,7 +286,13 @@ def test_the_old_switch_still_means_what_it_meant():
     for value, preset in (("true", "astmt"), ("false", "none"), ("off", "none")):
         assert load_settings(None, [f"data.augment={value}"]).data.augmentation == preset
     assert build_settings({"data": {"name": "pascal_context"}}).data.augmentation == "eigen"
-    assert load_settings("pascal_ase_16_3_1_4").data.augmentation == "astmt"
+
+
+@pytest.mark.parametrize("config", shipped_configs())
+def test_configs_of_published_protocols_keep_their_augmentation(config):
+    of_atrc = ("nyud_ase_16_3_1_4", "pascal_ase_16_3_1_4_512")  # its sizes
+    wanted = "atrc" if config in of_atrc else "astmt" if config.startswith("pascal_") else "none"
+    assert load_settings(config).data.augmentation == ("eigen" if config == "scenes_pretrain" else wanted)
 
 
 def test_a_program_adds_a_preset(monkeypatch, pascal, caplog):
