@@ -76,10 +76,14 @@ SECTIONS = ("bf16", "fp16", "zero_optimization", "optimizer", "tensorboard", "cs
 
 
 class ResolvedConfig(NamedTuple):
-    """The run's final settings, and the JSON for ``deepspeed.initialize`` without any "auto"."""
+    """The run's final settings, and the JSON for ``deepspeed.initialize`` without any "auto".
+
+    ``why_type`` says what decided ``train.bf16``, where that needs saying.
+    """
 
     settings: Settings
     deepspeed: dict[str, Any]
+    why_type: str = ""
 
     @property
     def zero_stage(self) -> int:

@@ -82,10 +82,12 @@ def test_the_start_tables_say_how_experts_are_computed_and_why():
     loader = SimpleNamespace(dataset=RecordDataset("train", [PASCAL_TASKS["edge"]], ["one"], cache_in_memory=False))
     components = SimpleNamespace(
         settings=Settings(), tasks=[PASCAL_TASKS["edge"]], train_loader=loader, eval_loader=loader, total_steps=1,
-        world=SimpleNamespace(size=1, device=torch.device("cpu")), config=SimpleNamespace(zero_stage=0),
+        world=SimpleNamespace(size=1, device=torch.device("cpu")),
+        config=SimpleNamespace(zero_stage=0, why_type="measured"),
         engine=SimpleNamespace(module=nn.ModuleList(layers)), parameters=SimpleNamespace(as_rows=list),
         balancer=SimpleNamespace(describe=lambda: "fixed weights"),
     )  # fmt: skip
     said = "LoRA experts     3 layers grouped (a token costs 256 columns with all experts, 72 with its own)"
     lines = start_tables(components).splitlines()
     assert said in lines and "balancing        fixed weights" in lines
+    assert any("fp32 (measured), " in line or "bf16 (measured), " in line for line in lines)

@@ -21,6 +21,7 @@ from ase_dist.evaluation.constant import ConstantPredictor
 from ase_dist.tables import Table
 from ase_dist.training.ds_config import ResolvedConfig, resolve
 from ase_dist.training.loop.components import RunComponents, build, require_same_start
+from ase_dist.training.loop.default_type import default_type
 from ase_dist.training.loop.evaluate import fit_constants
 from ase_dist.training.loop.trainer import Trainer, mean_label_counts, training_loss
 from ase_dist.training.process import runtime
@@ -82,7 +83,8 @@ def dry_run(settings: Settings, ds_config: Mapping[str, Any]) -> ExitCode:
     quiet = settings.model_copy(update={"monitor": MonitorSettings(tensorboard=False)})
     with Watchdog(None, timeout=settings.guard.timeout) as watchdog:
         require_same_start(quiet, ds_config)
-        config = resolve(quiet, ds_config, world=world.size, native_bf16=world.native_bf16)
+        default = default_type(quiet, world, RunFolder(quiet.output).checkpoints)
+        config = resolve(quiet, ds_config, world=world.size, native_bf16=default.bf16)._replace(why_type=default.why)
         components = build(config, world, beat=watchdog.beat)
         LOGGER.info("\n%s", start_tables(components))
         watchdog.beat("one step")
@@ -108,7 +110,8 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
         folder = RunFolder(settings.output)
         watchdog = closing.enter_context(Watchdog(folder.path, timeout=settings.guard.timeout))
         require_same_start(settings, ds_config)
-        config = resolve(settings, ds_config, world=world.size, native_bf16=world.native_bf16)
+        default = default_type(settings, world, folder.checkpoints)
+        config = resolve(settings, ds_config, world=world.size, native_bf16=default.bf16)._replace(why_type=default.why)
         raise_together(folder.create)
         raise_together(lambda: folder.refuse_used(resume=settings.resume) if world.is_first else None)
         if finished := on_rank_zero(lambda: what_is_finished(folder, config.settings)):

@@ -29,6 +29,7 @@ def start_tables(components: RunComponents) -> str:
     settings, world = components.settings, components.world
     train, moe = settings.train, settings.model.moe
     images = train.batch_size * train.gradient_accumulation_steps * world.size
+    why = f" ({components.config.why_type})" if components.config.why_type else ""
     rows = [
         ("tasks", ", ".join(task.name for task in components.tasks)),
         (
@@ -47,7 +48,7 @@ def start_tables(components: RunComponents) -> str:
         (
             "world",
             f"{world.size} ranks on {world.device.type}, ZeRO {components.config.zero_stage}, "
-            f"{'bf16' if train.bf16 else 'fp32'}, {torch.get_num_threads()} CPU threads a rank",
+            f"{'bf16' if train.bf16 else 'fp32'}{why}, {torch.get_num_threads()} CPU threads a rank",
         ),
         ("steps", f"{components.total_steps} of {images} images"),
         ("balancing", components.balancer.describe()),
