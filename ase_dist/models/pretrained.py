@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,21 @@ def load(vit: VisionTransformer, source: str, *, name: str) -> None:
     if positions is not None:
         del weights["pos_embed"]
     try:
-        converted = checkpoint_filter_fn(weights, vit, adapt_layer_scale=True)
+        with _one_thread():  # timm resamples patch kernels by a pseudo-inverse, whose bits depend on the threads
+            converted = checkpoint_filter_fn(weights, vit, adapt_layer_scale=True)
     except Exception as error:  # timm resamples what may have any shape
         raise UserError(f"model.pretrained: {path} does not fit {name}: {_first_line(error)}") from None
     _copy(converted if positions is None else {**converted, "pos_embed": positions}, vit, path=path, name=name)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _positions(weights: Mapping[str, Tensor], vit: VisionTransformer, *, path: Path) -> Tensor | None:

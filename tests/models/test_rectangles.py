@@ -88,6 +88,21 @@ def test_a_backbone_trained_on_rectangles_says_its_grid(size, tmp_path):
     assert torch.equal(backbone.stem.pos_embed, expected.float())
 
 
+def test_the_bits_of_resampled_weights_do_not_depend_on_threads(tmp_path):
+    """A run's checkpoint names the hash of its frozen backbone, and an export has other threads than a rank."""
+    path, threads, found = tmp_path / "square.safetensors", torch.get_num_threads(), []
+    write(path, "vit_small_patch14_dinov2", 56)
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            options = {"size": ImageSize(32, 48), "args": {**TINY_VIT, "patch_size": 16}, "weights": str(path)}
+            found.append(build_backbone("vit_small_patch14_dinov2", **options).stem.state_dict())
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(each[name], found[0][name]) for each in found for name in found[0])
+
+
 def test_positions_of_an_unknown_grid_are_refused(tmp_path):
     net = timm.create_model("vit_tiny_patch16_224", img_size=(32, 48), num_classes=0, **TINY_VIT)
     path = tmp_path / "weights.safetensors"
