@@ -97,7 +97,7 @@ def test_pascal_counts_and_reads_what_is_there(some):
 def test_nyud_and_described_folders(nyud, tmp_path):
     ones = np.ones((2, 3), np.uint8)
     for name in ("a", "b"):
-        nyud.add(name, semseg=ones, depth=ones, normals=np.full((2, 3, 3), 200), edge=ones * 255)
+        nyud.add(name, semseg=ones, depth=ones, normals=np.full((2, 3, 3), 200), edge=np.eye(2, 3) * 255)
     nyud.path("gt_sets/train.txt").write_text("a\nb\n")
     (nyud.root / "depth/b.npy").unlink()
     dataset = NYUD(nyud.root, "train", NYUD_ALL, partial=True)

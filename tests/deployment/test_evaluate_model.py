@@ -165,7 +165,7 @@ MISTAKES = {
     ),
     "no such reference": (["RUN", "--reference", "RUN@step_9"], r"'step_9', no such checkpoint"),
     "checkpoint of an export": (["EXPORT", "--checkpoint", "best"], r"--checkpoint: .* is an export"),
-    "task": (["RUN", "--tasks", "depth"], r"tasks: scenes has no task 'depth'"),
+    "task": (["RUN", "--tasks", "depth"], "the model has no 'depth', wanted some of"),
     "task of the data": (["RUN", "--data", "nyud", "--tasks", "depth"], r"the model has no 'depth', wanted some of"),
     "classes": (["RUN", "--data", "nyud", "--tasks", "semseg"], r"semseg has 40 channels in nyud, 21 in the model"),
     "data": (["RUN", "--data", "pascal"], r"--data: 'pascal' is neither a folder nor one of .* did you mean"),
