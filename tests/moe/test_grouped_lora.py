@@ -126,9 +126,11 @@ def test_experts_compile_as_one_graph(experts, dtype):
     x = tokens(dtype).requires_grad_()
     routing = layer.router(x, [0, 1, 2])[1]
 
+    form = layer.form if experts == "lora" else None
+    act = layer.act if form is None else form.act
+
     def compute(x_TD, gates_TN, active_TN):
-        base = layer.base or layer
-        return layer.routed.compute(RoutedTokens(x_TD, gates_TN, active_TN, 2), layer.base, base.act,
+        return layer.routed.compute(RoutedTokens(x_TD, gates_TN, active_TN, 2), form, act,
                                     routed=layer.routed.tensors(), shared=layer.shared.tensors())  # fmt: skip
 
     given = (x.flatten(0, 1), routing.gates.detach().flatten(0, 1).requires_grad_(), routing.active.flatten(0, 1))

@@ -7,10 +7,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from timm.layers import GlobalResponseNormMlp
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
+from ase_dist.errors import UserError
 from ase_dist.moe import FFN, ASEMoE, MoEFFN, TaskFFN, deepspeed_compat, global_state, router_loss, set_tasks
 from ase_dist.ops import modes
 from tests.moe import conftest
@@ -130,6 +132,28 @@ class Centred(nn.Module):
 def test_an_activation_that_mixes_tokens_is_refused(act):
     with pytest.raises(ValueError, match=r"^act: .*not elementwise"):
         MoEFFN(FFN(nn.Linear(12, 20), act, nn.Linear(20, 12)), num_experts=4, k=1, num_tasks=2)
+
+
+class Doubled(conftest.FFN):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Mixed(conftest.FFN):
+    def forward(self, x):
+        return super().forward(x - x.mean(dim=-2, keepdim=True))
+
+
+def normed():
+    base = GlobalResponseNormMlp(12, 20)  # its norm is called grn, and goes over tokens
+    nn.init.normal_(base.grn.weight)
+    return base
+
+
+@pytest.mark.parametrize("base", [Doubled, Mixed, normed])
+def test_a_base_that_computes_more_than_its_parts_is_refused(base):
+    with pytest.raises(UserError, match=r"computes something else than fc2\(norm\(act\(fc1\(x\)\)\)\) of its parts"):
+        MoEFFN(base(), num_experts=4, k=1, num_tasks=2)
 
 
 def test_no_random_number_is_drawn_by_the_trial():
