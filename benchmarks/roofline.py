@@ -241,12 +241,18 @@ def _count_step_side(model: MultiTaskModel, arguments: argparse.Namespace) -> li
     with torch.device("meta"):
         images = torch.empty(B, 3, size, size)
         labels = {task.name: _label(task, B, size) for task in tasks}
-        with _tracked(model, _step_part, arguments) as (parts, count):
-            parts.outside = parts.unowned = "loss"
+
+        def step() -> None:
             counts = losses.label_counts(labels, tasks)
             output = model(images)
             by_task = losses.task_losses(output.predictions, labels, tasks, counts)
             (losses.weighted_sum(by_task, tasks, {}) + output.aux_loss).backward()
+
+        step()  # what is made once is not counted
+        model.zero_grad(set_to_none=True)
+        with _tracked(model, _step_part, arguments) as (parts, count):
+            parts.outside = parts.unowned = "loss"
+            step()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return count.kernels + [kernel._replace(part=OPTIMISER) for kernel in _count_optimizer(trained)]
 

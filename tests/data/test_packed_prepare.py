@@ -14,7 +14,7 @@ import pytest
 
 from ase_dist.data.packed import jobs, prepare, shard
 from ase_dist.data.packed.dataset import PackedDataset
-from ase_dist.errors import ExitCode, RunError, UserError
+from ase_dist.errors import ExitCode, RunError
 from tests.data.packing import ALL, command, contents, packed_names, request, start, state
 
 pytestmark = pytest.mark.single_gpu
@@ -243,6 +243,6 @@ class Deadly(shard.ShardJob):
 
 def test_a_worker_that_dies_is_told_in_a_sentence(one_sentence, tmp_path):
     job = Deadly("pascal_context", tmp_path, "train", ("a",) * 100, ("semseg",), "pixels", tmp_path / "train-000.bin")
-    with pytest.raises(UserError, match="ended early") as raised:
+    with pytest.raises(RunError, match="ended early") as raised:
         jobs.run_jobs([(job, None)] * 2, 2, doing="checking", did="checked", where="nowhere")
     one_sentence(raised, "the same command goes on", "--workers")

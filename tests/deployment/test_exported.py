@@ -176,7 +176,7 @@ DAMAGE = {
     "another file": (lambda f: fake(f / WEIGHTS), r"not a safetensors file"),
     "cut card": (lambda f: (f / CARD).write_text((f / CARD).read_text()[:200]), r"export\.json: not JSON"),
     "list": (lambda f: (f / CARD).write_text("[]"), r"export\.json: holds a list"),
-    "newer": (lambda f: edit(f, version=3), r"version 3.*reads up to 2"),
+    "newer": (lambda f: edit(f, version=4), r"version 4.*reads up to 3"),
     "a setting": (lambda f: edit(f, own_hash=False, step=8), r"export\.json: was changed or damaged"),
     "hash gone": (lambda f: edit(f, own_hash=False, card_sha256=None), r"export\.json: was changed or damaged"),
     "size": (lambda f: edit(f, image={"size": 0, "mean": [0, 0, 0], "std": [1, 1, 1]}), r"export\.json: image\.size"),

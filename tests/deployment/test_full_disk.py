@@ -48,7 +48,7 @@ def test_export(tmp_path):
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_programs(export, tmp_path, name):
     model = load(export)
-    with small_disk(tmp_path / "disk", kilobytes=16) as disk:
+    with small_disk(tmp_path / "disk", kilobytes=96) as disk:
         with pytest.raises(RunError) as raised:
             deploy(model, disk, formats=[name])
         is_told(raised, f"export: cannot write '{disk / f'model.{name}'}'")

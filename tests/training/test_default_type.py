@@ -25,12 +25,13 @@ def decide(folder, *overrides, on=None):
 
 @pytest.fixture
 def times(monkeypatch):
-    """``times(x)``: this CPU has bf16, in which products are x times as fast; the widths that were measured."""
+    """``times(x)``: this CPU has bf16, in which products are x times as fast; one entry a measurement."""
     measured = []
+    monkeypatch.setattr(module, "NARROW", 0)  # the model of these tests is
 
     def replace(factor):
         monkeypatch.setattr(module, "cpu_has_bf16", lambda: True)
-        monkeypatch.setattr(module, "bf16_times_faster", lambda *widths: measured.append(widths) or factor)
+        monkeypatch.setattr(module, "bf16_times_faster", lambda: measured.append("measured") or factor)
         return measured
 
     return replace
@@ -50,8 +51,15 @@ def test_a_cpu_takes_bf16_where_it_is_measured_to_be_much_faster(factor, bf16, t
     measured = times(factor)
     found = decide(tmp_path)
     assert found.bf16 is bf16 and f"{factor} times as fast" in found.why
-    assert measured == [(24, 96)]  # the FFN of the tiny model
-    assert decide(tmp_path, "train.bf16=false") == DefaultType(False, "") and len(measured) == 1
+    assert decide(tmp_path, "train.bf16=false") == DefaultType(False, "") and measured == ["measured"]
+
+
+def test_a_narrow_model_stays_in_fp32_unmeasured(monkeypatch, times, tmp_path):
+    measured = times(9.0)
+    monkeypatch.setattr(module, "NARROW", 97)  # the FFN of the tiny model has 24 and 96
+    assert decide(tmp_path) == DefaultType(False, "the model is narrow") and not measured
+    monkeypatch.setattr(module, "NARROW", 96)
+    assert decide(tmp_path).bf16
 
 
 def test_a_cpu_without_bf16_measures_nothing(monkeypatch, times, tmp_path):
@@ -85,4 +93,4 @@ def test_a_model_that_cannot_be_built_is_told_elsewhere(times, tmp_path):
 
 
 def test_the_measurement_is_a_ratio_of_times():
-    assert 0 < bf16_times_faster(64, 128) < 1000
+    assert 0 < bf16_times_faster() < 1000

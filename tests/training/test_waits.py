@@ -170,11 +170,12 @@ def constant_on_the_host(constant, height, width):
 
 def test_an_evaluation_waits_for_nothing_until_its_end():
     constants = {task.name: ConstantPredictor(task) for task in EVERY_KIND}
-    with FakeTensorMode(), mock.patch.object(ConstantPredictor, "predict", constant_on_the_host):
+    on_the_host = {"predict": constant_on_the_host, "is_fitted": True}
+    with FakeTensorMode(), mock.patch.multiple(ConstantPredictor, **on_the_host):
         batch, logits = fake_images((20, 30), (12, 10))
         waits, seen = HostWaits(), []
 
-        def finished(metrics, device):
+        def finished(metrics, device, *, warns):
             seen.append({name: metric.totals.device.type for name, metric in metrics.items()})
             waits.__exit__(None, None, None)
             raise StopIteration

@@ -1,9 +1,10 @@
 """What ``train.bf16: auto`` means for a run: bf16 where the device computes in it itself; on a CPU where it is faster.
 
-A CPU with AVX512-BF16 or AMX is measured once, on rank 0, by a product of the model's widest linear in both types. The
-rest of a step gains nothing by bf16, and experts add casts, so the product must take a third of the time or less; on
-processors where it takes half, a step is 1.0 to 1.15 times faster and the choice would depend on the load. A run that
-goes on keeps the type that its checkpoint has.
+A CPU with AVX512-BF16 or AMX is measured once, on rank 0, by a product in both types. The rest of a step gains nothing
+by bf16, and experts add casts, so the product must take a third of the time or less: with AMX it takes an eighth, with
+AVX512-BF16 alone half, and then a step is 1.0 to 1.15 times faster. The product is large and the same for every model,
+so that the load of the machine does not decide; narrow models, which gain nothing, stay in fp32. A run that goes on
+keeps the type that its checkpoint has.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from ase_dist.training.state.checkpoint.catalog import list_checkpoints
 from ase_dist.training.state.checkpoint.manifest import read_manifest
 
 ENOUGH = 3.0  # times faster, of a product alone
-ROWS, REPETITIONS = 256, 7
+SIDE, REPETITIONS = 1024, 5  # some tens of milliseconds in all
+NARROW = 256  # a model whose widest linear has no side that long
 
 
 class DefaultType(NamedTuple):
@@ -57,7 +59,9 @@ def _find(settings: Settings, world: World, checkpoints: Path) -> DefaultType:
     widths = _widest_linear(settings)
     if widths is None:
         return DefaultType(False, "")
-    times = bf16_times_faster(*widths)
+    if max(widths) < NARROW:
+        return DefaultType(False, "the model is narrow")
+    times = bf16_times_faster()
     relation = "enough" if times >= ENOUGH else "too little"
     return DefaultType(times >= ENOUGH, f"bf16 products are {times:.1f} times as fast, {relation}")
 
@@ -68,16 +72,14 @@ def cpu_has_bf16() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
-def bf16_times_faster(width: int, outputs: int) -> float:
-    """How many times as fast [256, width] x [width, outputs] is in bf16; some milliseconds, the best of several."""
+def bf16_times_faster() -> float:
+    """How many times as fast a product of two square matrices is in bf16, the best of several of each."""
     best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
-    operands = {
-        dtype: (torch.ones(ROWS, width, dtype=dtype), torch.ones(outputs, width, dtype=dtype)) for dtype in best
-    }
+    operands = {dtype: torch.ones(SIDE, SIDE, dtype=dtype) for dtype in best}
     for _ in range(REPETITIONS):
-        for dtype, (x_TD, weight_OD) in operands.items():
+        for dtype, square in operands.items():
             began = time.perf_counter()
-            products.linear(x_TD, weight_OD)
+            products.linear(square, square)
             best[dtype] = min(best[dtype], time.perf_counter() - began)
     return best[torch.float32] / best[torch.bfloat16]
 

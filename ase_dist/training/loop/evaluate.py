@@ -106,8 +106,11 @@ def evaluate(
         for metric in metrics.values():
             closing.callback(metric.close)
         for batch, error in batches:
-            titles = [dataset.set_of(index) if dataset is not None else "" for index in batch.indices.tolist()]
             moved = batch.to(device)
+            if dataset is None:
+                titles = [""] * len(moved.images)
+            else:
+                titles = [dataset.set_of(index) for index in batch.indices.tolist()]
             blank = moved.images.new_zeros(1, *moved.images.shape[1:])
             logits = forward(moved.images if len(moved.images) else blank).predictions
             for i in range(len(moved.images)):
