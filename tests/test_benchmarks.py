@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -94,6 +95,20 @@ def test_scaling(tmp_path):
 def benchmarks(monkeypatch):
     """Makes the modules of benchmarks/ importable."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_fused(tmp_path):
+    options = ("--shapes", "vit_s", "--tokens", "6", "--json", str(tmp_path / "out.json"))
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "fused.py"), *options], capture_output=True, text=True,
+                          check=False, timeout=500)  # fmt: skip
+    assert done.returncode == 0 and "COUNTED, not measured" in done.stdout, done.stderr
+    rows = {row["side"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert rows["frozen FFN"]["eager"] == rows["frozen FFN"]["fused"] == 6  # 2 products and GELU, 3 with its gradient
+    assert rows["plain LoRA"]["eager"] == 22
+    for kind in ("ours", "block, ours"):
+        assert rows[kind]["fused"] < 0.7 * rows[kind]["eager"]
 
 
 def test_roofline(tmp_path):
