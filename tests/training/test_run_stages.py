@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ase_dist.config import load_settings
+from ase_dist.training.loop.components import has_random_frozen_backbone
 from ase_dist.training.state.checkpoint import open_checkpoint
 from tests.training.conftest import start_world
 from tests.training.tiny_runs import (
@@ -131,6 +132,21 @@ def test_a_run_leaves_everything_behind(runs, name):
     for file in ("env.json", "config.yaml", "ds_config.json", "train.log", "predictions/step_000006.png"):
         assert (folder / name / file).stat().st_size > 0
     assert "auto" not in (folder / name / "ds_config.json").read_text()
+    assert "the backbone keeps the random weights" in (folder / name / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [
+        (["model.pretrained=none"], True),
+        (["model.pretrained=builtin"], False),
+        (["model.pretrained=none", "model.tune=full"], False),
+        (["model.pretrained=none", "model.init_from=exports/run"], False),
+        (["model.backbone=resnet18", "model.pretrained=none", "model.moe.enabled=false", "model.lora_rank=0"], False),
+    ],
+)
+def test_a_backbone_that_is_random_and_frozen_is_warned_of(overrides, warned):
+    assert has_random_frozen_backbone(load_settings("scenes", overrides).model) is warned
 
 
 @pytest.mark.parametrize("name", [name for name in FP32 if name != "z0"])
