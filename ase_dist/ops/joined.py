@@ -14,18 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from ase_dist.ops import modes
+from ase_dist.ops.origin import Origin
 
 
 class JoinedWeight:
     """The weights of linears one upon the other, and their biases, in memory that stays while they are the same.
 
-    They count as changed where memory, version, type or device of one is another than at the last call. Copies and
-    pickles are empty. ``keeps`` False: made in every call, for weights that are gathered for each use, as by ZeRO-3.
+    ``Origin`` says when they are others. Copies and pickles are empty. ``keeps`` False: made in every call, for weights
+    that are gathered for each use, as by ZeRO-3.
     """
 
     def __init__(self) -> None:
         self.keeps = True
-        self._key: tuple[object, ...] = ()
+        self._origin = Origin()
         self._joined: tuple[Tensor, Tensor | None] = (torch.empty(0), None)
 
     def __reduce__(self) -> tuple[type[JoinedWeight], tuple[()]]:
@@ -33,7 +34,7 @@ class JoinedWeight:
 
     def forget(self) -> None:
         """Free the memory; the next call makes it again."""
-        self._key, self._joined = (), (torch.empty(0), None)
+        self._origin, self._joined = Origin(), (torch.empty(0), None)
 
     def join(self, linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
         """The weight [sum of O, D] and the bias [sum of O], 0 where a linear has none, or None where none has."""
@@ -42,12 +43,10 @@ class JoinedWeight:
             return _join(linears)
         if not all(map(_may_be_kept, tensors)):
             return _join(linears)
-        key = (
-            torch.is_inference_mode_enabled(),
-            *((t.data_ptr(), t._version, t.dtype, t.device, t.shape) for t in tensors),
-        )
-        if self._key != key:
-            self._joined, self._key = _join(linears), key
+        mode = torch.is_inference_mode_enabled()
+        if not self._origin.is_same(tensors, mode):
+            self._joined = _join(linears)
+            self._origin.take(tensors, mode)
         return self._joined
 
 

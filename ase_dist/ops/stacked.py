@@ -29,6 +29,7 @@ from ase_dist.ops import kernels, products
 from ase_dist.ops.activations import Activation, activation_and_gradient
 from ase_dist.ops.lowrank import add_lowrank
 from ase_dist.ops.modes import differentiable_gradients, wants_second_order
+from ase_dist.ops.origin import Origin
 
 LowRank = tuple[Tensor, Tensor | None]  # of the routed experts, of the shared ones: A [m, r, D] or B [m, O, r]
 
@@ -43,13 +44,12 @@ class Linear(NamedTuple):
 class WeightStack:
     """[W | B] or [W ; A] in memory that stays: W is copied when it is new, the low-rank part at every ``fill``.
 
-    W counts as new where its memory, version, type, device or shape is another than at the last call, so ``.to``,
-    loading and changes in place are seen. A change through ``.data`` is not: after ``forget`` W is copied again. Copies
-    and pickles of a stack are empty, and it is in no state dict.
+    ``Origin`` says when W is new; what it does not see is copied after ``forget``. Copies and pickles of a stack are
+    empty, and it is in no state dict.
     """
 
     def __init__(self) -> None:
-        self._key: tuple[object, ...] = ()
+        self._origin: Origin | None = None
         self._stacked = Linear(torch.empty(0), None)
         self._fills = 0
 
@@ -65,9 +65,9 @@ class WeightStack:
         parts = [linear.weight_OD] if linear.bias_O is None else [linear.weight_OD, linear.bias_O]
         shapes = [part.shape for part in low_rank if part is not None]
         is_inference = torch.is_inference_mode_enabled()  # whose memory cannot be written elsewhere
-        key = (beside, is_inference, *shapes, *((p.data_ptr(), p._version, p.dtype, p.device, p.shape) for p in parts))
-        if self._key != key:
-            self._stacked, self._key = stacked(linear, low_rank, beside=beside), key
+        if self._origin is None or not self._origin.is_same(parts, beside, is_inference, *shapes):
+            self._stacked, self._origin = stacked(linear, low_rank, beside=beside), Origin()
+            self._origin.take(parts, beside, is_inference, *shapes)
         elif beside:
             columns_HR = self._stacked.weight_OD[:, linear.weight_OD.shape[1] :]
             torch.cat(_experts_columns(low_rank), dim=1, out=columns_HR.unflatten(1, (-1, shapes[0][2])))
@@ -78,7 +78,7 @@ class WeightStack:
 
     def refill(self, number: int, linear: Linear, low_rank: LowRank, *, beside: bool) -> Linear:
         """What ``fill`` gave as its call ``number``, made again where another one came between."""
-        if self._key and self._fills == number:
+        if self._origin is not None and self._fills == number:
             return self._stacked
         return self.fill(linear, low_rank, beside=beside)[0]
 
