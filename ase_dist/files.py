@@ -43,6 +43,17 @@ def expand_user(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111  (pathlib raises where there is no such user)
 
 
+def home_folder() -> Path:
+    """The user's home folder; UserError where there is none, as for a user id that the host does not know."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise UserError(
+            f"the user id {os.getuid()} has no home folder (HOME is not set, and the host does not know the user); set "
+            "HOME (or XDG_CACHE_HOME for the cache), or name the folder"
+        ) from None
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes as hexadecimal digits; reads 1 MiB at a time and lets other threads run.
 

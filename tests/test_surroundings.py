@@ -54,7 +54,7 @@ def test_a_user_without_entry_and_home_trains(scenes, tmp_path):
 def test_a_user_without_home_is_told_what_has_no_place():
     done = ase_dist("make_scenes", "--train", 1, surroundings=NOBODY, without=("HOME", "XDG_CACHE_HOME"))
     assert done.returncode == ExitCode.USAGE
-    assert done.stderr.startswith("error: the user id 54321 has no home folder for the cache (HOME is not set")
+    assert done.stderr.startswith("error: the user id 54321 has no home folder (HOME is not set")
     assert done.stderr.count("\n") == 1 and "XDG_CACHE_HOME" in done.stderr
 
 
@@ -62,6 +62,23 @@ def test_a_user_without_home_is_told_what_has_no_place():
 def test_a_user_without_entry_has_a_number_for_the_cluster_check(error, monkeypatch):
     monkeypatch.setattr(facts.getpass, "getuser", mock.Mock(side_effect=error))
     assert facts.gather(facts.Question()).user == str(os.getuid())
+
+
+@pytest.mark.parametrize(
+    ("without", "sentence"),
+    [
+        (("HOME",), "error: the user id 54321 has no home folder"),
+        ((), "error: ssh: this host knows no user of the id 54321"),
+    ],
+)
+def test_a_container_of_a_user_without_entry_is_told(without, sentence, tmp_path):
+    done = subprocess.run(
+        [*NOBODY, sys.executable, "-m", "ase_dist.cluster.container", "--cluster", tmp_path, "worker", "--slots", "1"],
+        capture_output=True, text=True, timeout=60, check=False, cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name not in without},
+    )  # fmt: skip
+    assert done.returncode == ExitCode.USAGE and done.stderr.splitlines()[-1].startswith(sentence), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_without_proc_training_is_refused_in_a_sentence(tmp_path):

@@ -29,7 +29,7 @@ from ase_dist.cluster.environment import FILE, PASSWORDS
 from ase_dist.cluster.facts import devices
 from ase_dist.cluster.hostfile import Node, read_hostfile, write_hostfile
 from ase_dist.errors import RunError, UserError, describe, exit_code_of
-from ase_dist.files import expand_user
+from ase_dist.files import expand_user, home_folder
 from ase_dist.printable import log_messages, say
 
 CLUSTER = Path("/cluster")
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--cluster", type=path, default=CLUSTER, metavar="FOLDER", help="default %(default)s")
-    p.add_argument("--state", type=path, default=Path.home() / ".cluster", metavar="FOLDER", help="default %(default)s")
+    p.add_argument("--state", type=path, metavar="FOLDER", help="default ~/.cluster")
     p.add_argument("--port", type=int, default=ssh.PORT, help="of the ssh servers (default %(default)s)")
     roles = p.add_subparsers(dest="role", required=True)
     serve = roles.add_parser("worker", help="serve the launcher")
@@ -75,6 +75,8 @@ def main(argv: Sequence[str]) -> int:
         _replace_process(argv)
     arguments = parser().parse_args(argv)
     try:
+        if arguments.state is None:
+            arguments.state = home_folder() / ".cluster"
         if arguments.role == "worker":
             config = ssh.prepare(arguments.cluster, arguments.state, port=arguments.port)
             folder = None if arguments.no_note else arguments.cluster / NODES
@@ -107,7 +109,7 @@ def _launch(arguments: argparse.Namespace, command: Sequence[str]) -> NoReturn:
     write_hostfile(hostfile, nodes)
     for name in [name for name in os.environ if name.startswith(PASSWORDS)]:
         del os.environ[name]
-    checked = check.check_cluster(hostfile, check.ClusterJob.from_words(command), env=Path.home() / FILE)
+    checked = check.check_cluster(hostfile, check.ClusterJob.from_words(command), env=home_folder() / FILE)
     if checked.problems:
         raise UserError("; ".join(checked.problems))
     _replace_process(["deepspeed", "--hostfile", str(hostfile), "--master_addr", checked.master, *command])

@@ -11,10 +11,11 @@ from __future__ import annotations
 import fcntl
 import getpass
 import os
+import pwd
 import subprocess
 from pathlib import Path
 
-from ase_dist.errors import file_error
+from ase_dist.errors import UserError, file_error
 from ase_dist.files import write_atomic
 
 PORT = 2222  # an ordinary user may not listen below 1024; docker/ssh_config has it too
@@ -43,8 +44,17 @@ SetEnv PATH={path}
 def prepare(keys: Path, state: Path, *, port: int = PORT) -> Path:
     """Write the state folder from the cluster's key, making the key if there is none; the path of sshd_config.
 
-    Raises what ``errors.file_error`` makes of it where the key can be neither read nor made.
+    Raises what ``errors.file_error`` makes of it where the key can be neither read nor made, and UserError for a user
+    without a name, whom ssh does not let in.
     """
+    try:
+        user = getpass.getuser()
+        pwd.getpwuid(os.getuid())
+    except (KeyError, OSError):  # the second: Python 3.13
+        raise UserError(
+            f"ssh: this host knows no user of the id {os.getuid()}, and ssh lets in none without an entry in "
+            "/etc/passwd; start the container as a user that its image has"
+        ) from None
     try:
         private = find_key(keys) or make_key(keys)
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -56,11 +66,11 @@ def prepare(keys: Path, state: Path, *, port: int = PORT) -> Path:
         raise file_error(
             error,
             f"ssh: no usable key in {str(keys)!r} ({reason}); mount a folder there that all containers share and that "
-            f"{getpass.getuser()} may write to, or one with a key pair in it",
+            f"{user} may write to, or one with a key pair in it",
         ) from None
     write_atomic(state / "authorized_keys", f"{public}\n")
     write_atomic(state / "known_hosts", f"* {public}\n")
-    paths = {"state": state, "user": getpass.getuser(), "port": port, "path": os.environ.get("PATH", os.defpath)}
+    paths = {"state": state, "user": user, "port": port, "path": os.environ.get("PATH", os.defpath)}
     write_atomic(state / "sshd_config", SSHD_CONFIG.format(**paths))
     return state / "sshd_config"
 

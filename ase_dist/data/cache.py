@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ase_dist.errors import UserError
+from ase_dist.files import home_folder
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +30,7 @@ def cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
     if base.startswith("/"):
         return Path(base) / "ase_dist"
-    try:
-        return Path.home() / ".cache" / "ase_dist"
-    except RuntimeError:
-        raise UserError(
-            f"the user id {os.getuid()} has no home folder for the cache (HOME is not set, and the host does not know "
-            "the user); set HOME or XDG_CACHE_HOME, or name the folder"
-        ) from None
+    return home_folder() / ".cache" / "ase_dist"
 
 
 @contextlib.contextmanager
