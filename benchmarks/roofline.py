@@ -248,11 +248,11 @@ def _count_step_side(model: MultiTaskModel, arguments: argparse.Namespace) -> li
             by_task = losses.task_losses(output.predictions, labels, tasks, counts)
             (losses.weighted_sum(by_task, tasks, {}) + output.aux_loss).backward()
 
-        step()  # what is made once is not counted
-        model.zero_grad(set_to_none=True)
-        with _tracked(model, _step_part, arguments) as (parts, count):
-            parts.outside = parts.unowned = "loss"
-            step()
+        for _ in range(2):  # the second counts: what is made once is not of every step
+            model.zero_grad(set_to_none=True)
+            with _tracked(model, _step_part, arguments) as (parts, count):
+                parts.outside = parts.unowned = "loss"
+                step()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return count.kernels + [kernel._replace(part=OPTIMISER) for kernel in _count_optimizer(trained)]
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ase_dist.errors import UserError
-from ase_dist.files import json_safe, write_atomic
+from ase_dist.errors import UserError, file_error
+from ase_dist.files import json_safe, require_room, write_atomic
 from ase_dist.overwriting import contains, refuse_foreign
 from ase_dist.study.collect import collect
 from ase_dist.study.figures import draw
@@ -76,9 +76,15 @@ def run_study(
         "references": reference_of,
     }
     code = DONE
+    try:
+        if train:
+            require_room(out)
+    except OSError as error:
+        raise file_error(
+            error, f"--out: cannot write to {str(out)!r} ({error.strerror or error}); name another"
+        ) from None
     with FolderLock(out / "study.lock", folder=out, doing="running a study", other="--out") as lock:
         if train:  # --tables-only shows what is done while the study goes on
-            out.mkdir(parents=True, exist_ok=True)
             lock.take()
         write_atomic(facts_file, json.dumps(facts, indent=2) + "\n")
         if train:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ase_dist.baselines import find_baseline
 from ase_dist.commands import study
+from ase_dist.errors import UserError
 from ase_dist.study.jobs import jobs_of
 from ase_dist.study.run import run_study
 from ase_dist.study.runner import Runner, Slots
@@ -105,6 +106,13 @@ def test_what_is_done_is_skipped_and_what_differs_is_refused(toy, in_process, tm
     assert not list(out.glob("runs/*/*/checkpoints"))
     with pytest.raises(ValueError, match=r"holds a run with train.max_steps = 3, this study wants 4"):
         run_study("resolution", data="toy", seeds=1, out=out, only=only, steps=4, slots=Slots())
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_run(toy, in_process, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out: cannot write to '.*/file/study' \(Not a directory\); name another"):
+        run_study("norm_ablation", data="toy", seeds=1, out=tmp_path / "file" / "study", slots=Slots())
+    assert not in_process
 
 
 def test_tables_of_a_study_that_is_not_done_say_so(toy, in_process, tmp_path):
