@@ -33,6 +33,7 @@ from ase_dist.ops.lowrank import (
     lowrank_linear,
 )
 from ase_dist.ops.modes import autocast_dtype, is_exporting, may_use_custom_autograd
+from ase_dist.ops.origin import can_tell_changes
 from ase_dist.ops.pairs import DensePair, GroupedPair, Pair, paired_linear
 from ase_dist.seeding import generator
 
@@ -130,7 +131,7 @@ class LoRAExperts(nn.Module):
             return self._compute_grouped(tokens, base, act, routed=routed, shared=shared)
         if self.stacks_products(x_TD, base):
             weights = (base.fc1.weight, base.fc2.weight)
-            keep = self.keeps_stacks and not torch.compiler.is_compiling() and all(map(stacked.may_stack, weights))
+            keep = self.keeps_stacks and not torch.compiler.is_compiling() and all(map(can_tell_changes, weights))
             low_rank = {name: (tensor, None if shared is None else shared[name]) for name, tensor in routed.items()}
             y_TD = stacked.stacked_ffn(
                 x_TD,

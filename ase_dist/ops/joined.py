@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ase_dist.ops import modes
-from ase_dist.ops.origin import Origin
+from ase_dist.ops.origin import Origin, can_tell_changes
 
 
 class JoinedWeight:
@@ -41,17 +41,13 @@ class JoinedWeight:
         tensors = [t for linear in linears for t in (linear.weight, linear.bias) if isinstance(t, Tensor)]
         if torch.compiler.is_compiling() or not self.keeps or modes.is_transforming():
             return _join(linears)
-        if not all(map(_may_be_kept, tensors)):
+        if not all(can_tell_changes(tensor) and not tensor.requires_grad for tensor in tensors):
             return _join(linears)
         mode = torch.is_inference_mode_enabled()
         if not self._origin.is_same(tensors, mode):
             self._joined = _join(linears)
             self._origin.take(tensors, mode)
         return self._joined
-
-
-def _may_be_kept(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.requires_grad and not tensor.is_inference()
 
 
 def _join(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
@@ -28,6 +28,11 @@ class Origin:
         """From now on the copy is of these."""
         self._facts = _facts(tensors, facts)
         self._memory = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+
+
+def can_tell_changes(tensor: Tensor) -> bool:
+    """Whether an ``Origin`` can tell changes of ``tensor``: not of fake tensors and those of inference mode."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
 
 
 def _facts(tensors: Sequence[Tensor], facts: tuple[object, ...]) -> tuple[object, ...]:

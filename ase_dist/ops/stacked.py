@@ -83,11 +83,6 @@ class WeightStack:
         return self.fill(linear, low_rank, beside=beside)[0]
 
 
-def may_stack(weight: Tensor) -> bool:
-    """Whether a ``WeightStack`` can tell changes of ``weight``: not of fake tensors and those of inference mode."""
-    return type(weight) in (Tensor, torch.nn.Parameter) and not weight.is_inference()
-
-
 def stacked(linear: Linear, low_rank: LowRank, *, beside: bool) -> Linear:
     """[W | B] [O, D + R] of B [m, O, r] (``beside``), or [W ; A] [O + R, D] of A [m, r, D], with a bias of 0 for A."""
     weight_OD, bias_O = linear
