@@ -145,6 +145,11 @@ def file_error(error: Exception, sentence: str) -> UserError | RunError:
     )
 
 
+def out_error(error: OSError, out: object) -> UserError | RunError:
+    """``file_error`` of a folder that --out names and that cannot be written to."""
+    return file_error(error, f"--out: cannot write to {str(out)!r} ({error.strerror or error}); name another")
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """``, did you mean 'x'?`` for the closest of ``names``, or an empty string: the tail of an error message."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)

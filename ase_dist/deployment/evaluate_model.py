@@ -19,7 +19,7 @@ from ase_dist.data.loader import EvalLoader, build_eval_loader
 from ase_dist.deployment.reference import read_reference
 from ase_dist.deployment.trained_model import TrainedModel, open_trained_model
 from ase_dist.description import FILE_NAME, find_description
-from ase_dist.errors import RunError, UserError, did_you_mean, file_error
+from ase_dist.errors import UserError, did_you_mean, out_error
 from ase_dist.evaluation.comparison import Reference, compare
 from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.evaluation.ods import THRESHOLDS
@@ -179,11 +179,7 @@ def require_room_for_report(out: Path) -> None:
     try:
         require_room(out)
     except OSError as error:
-        raise _not_written(out, error) from None
-
-
-def _not_written(out: Path, error: OSError) -> UserError | RunError:
-    return file_error(error, f"--out: cannot write to {str(out)!r} ({error.strerror or error}); name another")
+        raise out_error(error, out) from None
 
 
 def write_report(report: Report, out: str | Path) -> None:
@@ -200,7 +196,7 @@ def write_report(report: Report, out: str | Path) -> None:
         for name, text in texts.items():
             write_atomic(out / name, text)
     except OSError as error:
-        raise _not_written(out, error) from None
+        raise out_error(error, out) from None
 
 
 def data_settings(trained: TrainedModel, request: EvaluationRequest) -> Settings:

@@ -26,7 +26,7 @@ import numpy as np
 from ase_dist.cores import usable_cores
 from ase_dist.deployment.images import Pixels, find_images, read_rgb
 from ase_dist.deployment.predictor import Prediction, Predictor
-from ase_dist.errors import UserError, did_you_mean, file_error
+from ase_dist.errors import UserError, did_you_mean, out_error
 from ase_dist.files import read_text, replacing, sha256_of, write_atomic
 from ase_dist.json_files import parse_json, read_object
 from ase_dist.overwriting import refuse_foreign
@@ -129,9 +129,7 @@ def predict_files(
             lock.take()
             return _predict_files(model, sources, out, tasks=tasks, batch_size=batch_size, advance=advance)
         except OSError as error:
-            raise file_error(
-                error, f"--out: cannot write to {str(out)!r} ({error.strerror or error}); name another"
-            ) from None
+            raise out_error(error, out) from None
 
 
 def _predict_files(

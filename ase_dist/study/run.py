@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ase_dist.errors import UserError, file_error
+from ase_dist.errors import UserError, out_error
 from ase_dist.files import json_safe, require_room, write_atomic
 from ase_dist.overwriting import contains, refuse_foreign
 from ase_dist.study.collect import collect
@@ -80,9 +80,7 @@ def run_study(
         if train:
             require_room(out)
     except OSError as error:
-        raise file_error(
-            error, f"--out: cannot write to {str(out)!r} ({error.strerror or error}); name another"
-        ) from None
+        raise out_error(error, out) from None
     with FolderLock(out / "study.lock", folder=out, doing="running a study", other="--out") as lock:
         if train:  # --tables-only shows what is done while the study goes on
             lock.take()
