@@ -62,7 +62,7 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, list[Times]]:
     """The times of every side, by name, the fixed weights first."""
-    from ase_dist.config import load_settings, override_settings
+    from ase_dist.read_config import load_settings, override_settings
     from ase_dist.training.balancing.balancer import Balancer
     from ase_dist.training.ds_config import resolve
     from ase_dist.training.loop.components import build

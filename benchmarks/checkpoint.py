@@ -60,7 +60,7 @@ def _parse() -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, world: Any, folder: Path) -> dict[str, Any]:
     """The figures of steps and saves in ``folder`` (collective)."""
-    from ase_dist.config import load_settings
+    from ase_dist.read_config import load_settings
     from ase_dist.training.ds_config import resolve
     from ase_dist.training.loop.components import build
     from ase_dist.training.state.checkpoint import CheckpointStore

@@ -43,11 +43,12 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from ase_dist.baselines import apply_baseline
-from ase_dist.config import Settings, build_settings, override_settings
+from ase_dist.config import Settings
 from ase_dist.files import write_atomic
 from ase_dist.models import MultiTaskModel
 from ase_dist.moe.router import TaskRouter
 from ase_dist.planning.flops import bare_model
+from ase_dist.read_config import build_settings, override_settings
 from ase_dist.registries import HEADS
 from ase_dist.tables import Table
 from ase_dist.tasks import Task, select_tasks

@@ -26,9 +26,9 @@ from peers.common import SHAPES, TASKS, Case, Experts, fill, frozen_ffn
 from peers.plain import ours
 
 from ase_dist import collectives
-from ase_dist.config import build_settings
 from ase_dist.models import build_model
 from ase_dist.moe import MoEFFN
+from ase_dist.read_config import build_settings
 from ase_dist.tables import Table
 from ase_dist.tasks import select_tasks
 

@@ -39,11 +39,12 @@ from torch import nn
 
 from ase_dist import collectives
 from ase_dist.baselines import apply_baseline
-from ase_dist.config import Settings, build_settings, override_settings
+from ase_dist.config import Settings
 from ase_dist.data.batch import Batch
 from ase_dist.data.loader import build_train_loader
 from ase_dist.models import build_model
 from ase_dist.ops import doubled_conv, products
+from ase_dist.read_config import build_settings, override_settings
 from ase_dist.registries import HEADS
 from ase_dist.tables import Table
 from ase_dist.tasks import Task, select_tasks

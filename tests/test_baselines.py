@@ -3,8 +3,9 @@
 import pytest
 
 from ase_dist.baselines import baselines
-from ase_dist.config import load_settings, setting_keys
+from ase_dist.config import setting_keys
 from ase_dist.models import build_model
+from ase_dist.read_config import load_settings
 from ase_dist.tasks import select_tasks
 
 pytestmark = pytest.mark.single_gpu

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ase_dist.config import ON_RESUME, Settings, build_settings, load_settings, setting_keys, shipped_configs, to_yaml
+from ase_dist.config import ON_RESUME, Settings, setting_keys
+from ase_dist.read_config import build_settings, load_settings, shipped_configs, to_yaml
 
 pytestmark = pytest.mark.single_gpu
 

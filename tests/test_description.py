@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from ase_dist import description
-from ase_dist.config import build_settings, load_settings, override_settings, recorded_settings, to_yaml
 from ase_dist.description import FILE_NAME, DataSetDescription, parse_color, read_description
 from ase_dist.errors import UserError
+from ase_dist.read_config import build_settings, load_settings, override_settings, recorded_settings, to_yaml
 from ase_dist.tasks import DATA_SETS, voc_color
 
 pytestmark = pytest.mark.single_gpu

@@ -5,9 +5,9 @@ import json
 import pytest
 import yaml
 
-from ase_dist.config import build_settings, load_settings, override_settings, to_yaml
 from ase_dist.errors import UserError
 from ase_dist.image_size import ImageSize
+from ase_dist.read_config import build_settings, load_settings, override_settings, to_yaml
 from ase_dist.training.state.compare_settings import compare_settings
 
 pytestmark = pytest.mark.single_gpu

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from ase_dist import description, load
-from ase_dist.config import load_settings, recorded_settings
+from ase_dist.read_config import load_settings, recorded_settings
 from ase_dist.training.state.checkpoint import open_checkpoint
 from tests.training.conftest import start_world
 

@@ -19,10 +19,11 @@ import yaml
 from timm.layers import Mlp
 
 from ase_dist.commands.main import COMMANDS, find_command, module_of
-from ase_dist.config import DEFAULT_CONFIG, Settings, load_settings, setting_keys, shipped_configs
+from ase_dist.config import Settings, setting_keys
 from ase_dist.errors import ExitCode
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.sharding import Shard
+from ase_dist.read_config import DEFAULT_CONFIG, load_settings, shipped_configs
 from ase_dist.training.ds_config import read_ds_config, resolve, shipped_ds_configs
 
 if sys.version_info >= (3, 11):

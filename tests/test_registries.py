@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import ase_dist
-from ase_dist.config import load_settings
 from ase_dist.data.folder import FolderDataset
 from ase_dist.data.readers import reader_of
+from ase_dist.read_config import load_settings
 from ase_dist.registries import GATINGS, HEADS, Registry
 from ase_dist.tasks import DATA_SETS, DataSet, packable
 

@@ -27,8 +27,9 @@ from typing import NamedTuple
 from ase_dist.cluster.environment import SHELL_SAFE, refused_exports, shared_variables, write_deepspeed_env
 from ase_dist.cluster.facts import NO_FOLDER, NodeFacts, Question
 from ase_dist.cluster.hostfile import Node, parse_hostfile, read_text
-from ase_dist.config import Settings, load_settings
+from ase_dist.config import Settings
 from ase_dist.printable import say
+from ase_dist.read_config import load_settings
 
 MAX_THREADS = 32  # nodes that are asked at the same time
 UNREACHABLE = 255  # ssh's own exit code

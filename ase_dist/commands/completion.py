@@ -15,7 +15,8 @@ import shtab
 from ase_dist.baselines import baselines
 from ase_dist.commands.cli import path, path_or_name
 from ase_dist.commands.main import COMMANDS, SHELLS, first_line, module_of
-from ase_dist.config import setting_keys, shipped_configs
+from ase_dist.config import setting_keys
+from ase_dist.read_config import shipped_configs
 from ase_dist.study.variants import STUDIES
 from ase_dist.training.ds_config import shipped_ds_configs
 

@@ -7,9 +7,9 @@ import json
 from collections.abc import Sequence
 
 from ase_dist.commands.cli import command_parser, path, path_or_name, run_command
-from ase_dist.config import DEFAULT_CONFIG, load_settings, shipped_configs
 from ase_dist.errors import UserError
 from ase_dist.printable import show
+from ase_dist.read_config import DEFAULT_CONFIG, load_settings, shipped_configs
 
 EPILOG = """examples:
   python launch/plan.py --config pascal_ase_16_3_1_4 --world 64 --ep 1,8 --zero 0,2

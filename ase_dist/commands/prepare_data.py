@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ase_dist.commands.cli import command_parser, path, path_or_name, run_command
-from ase_dist.config import DataSettings, SetSettings, load_settings
+from ase_dist.config import DataSettings, SetSettings
 from ase_dist.description import FILE_NAME, read_description
 from ase_dist.errors import UserError, did_you_mean
 from ase_dist.files import read_text
 from ase_dist.printable import log_messages
+from ase_dist.read_config import load_settings
 from ase_dist.tasks import packable
 
 EPILOG = """examples:

@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _keep(overrides: Sequence[str], out: Path | None) -> int:
     """Write the backbone of the finished run, and the card that says how it was trained."""
-    from ase_dist.config import load_settings
     from ase_dist.files import write_atomic
     from ase_dist.models.pretrained import FOLDER, save_backbone
+    from ase_dist.read_config import load_settings
     from ase_dist.training.record.environment import harmless_settings
     from ase_dist.training.record.run_folder import RunFolder
     from ase_dist.training.state.checkpoint import open_checkpoint

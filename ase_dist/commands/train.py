@@ -9,9 +9,10 @@ from typing import Any
 
 from ase_dist.baselines import baselines
 from ase_dist.commands.cli import RenamedOption, command_parser, path, path_or_name, run_command
-from ase_dist.config import DEFAULT_CONFIG, Settings, load_settings, setting_keys, shipped_configs, to_yaml
+from ase_dist.config import Settings, setting_keys
 from ase_dist.errors import UserError
 from ase_dist.printable import show
+from ase_dist.read_config import DEFAULT_CONFIG, load_settings, shipped_configs, to_yaml
 from ase_dist.training.ds_config import own_ds_config, read_ds_config, shipped_ds_configs
 from ase_dist.training.record.run_folder import RunFolder
 

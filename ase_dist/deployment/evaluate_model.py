@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from ase_dist.agreement import raise_together
-from ase_dist.config import Settings, override_settings, parse_override
+from ase_dist.config import Settings
 from ase_dist.cores import share_of_cores
 from ase_dist.data.loader import EvalLoader, build_eval_loader
 from ase_dist.deployment.reference import read_reference
@@ -27,6 +27,7 @@ from ase_dist.evaluation.tables import FORMAT, Report, to_json, to_latex, to_mar
 from ase_dist.files import require_room, sha256_of, write_atomic
 from ase_dist.json_files import read_object
 from ase_dist.overwriting import refuse_foreign
+from ase_dist.read_config import override_settings, parse_override
 from ase_dist.tasks import DATA_SETS, LIBMTL_SCORES, Delta, Task
 from ase_dist.training.loop.evaluate import Gallery, Results, evaluate, raise_unread
 from ase_dist.training.process.runtime import World

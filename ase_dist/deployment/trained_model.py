@@ -11,12 +11,13 @@ import torch
 
 from ase_dist.agreement import on_rank_zero
 from ase_dist.collectives import rank
-from ase_dist.config import Settings, recorded_settings
+from ase_dist.config import Settings
 from ase_dist.deployment.exported import ExportedModel, load
 from ase_dist.errors import UserError
 from ase_dist.models import MultiTaskModel, build_model
 from ase_dist.models.export_file import CARD
 from ase_dist.models.names import task_order, trained_entries
+from ase_dist.read_config import recorded_settings
 from ase_dist.tasks import Task
 from ase_dist.training.loop.components import frozen_digest
 from ase_dist.training.record.run_folder import RunFolder

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ase_dist.config import load_settings
 from ase_dist.examples import small
+from ase_dist.read_config import load_settings
 from ase_dist.scenes.dataset import Scenes
 from ase_dist.tasks import DATA_SETS, Task
 

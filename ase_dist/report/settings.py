@@ -9,8 +9,9 @@ from typing import Any, cast
 
 import yaml
 
-from ase_dist.config import Section, Settings, flat, setting_keys, type_of, upgrade_tree
+from ase_dist.config import Section, Settings, flat, setting_keys, type_of
 from ase_dist.errors import UserError
+from ase_dist.read_config import upgrade_tree
 from ase_dist.report.described_data import described_data
 from ase_dist.training.record.records import reach
 from ase_dist.typed_yaml import from_yaml

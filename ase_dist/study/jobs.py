@@ -9,16 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ase_dist.baselines import apply_baseline, find_baseline
-from ase_dist.config import (
-    Settings,
-    build_settings,
-    flat,
-    load_settings,
-    override_settings,
-    parse_override,
-    recorded_settings,
-)
+from ase_dist.config import Settings, flat
 from ase_dist.errors import UserError
+from ase_dist.read_config import build_settings, load_settings, override_settings, parse_override, recorded_settings
 from ase_dist.study.presets import Preset
 from ase_dist.study.variants import Variant
 from ase_dist.training.record.run_folder import RunFolder

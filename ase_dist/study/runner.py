@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from ase_dist.config import to_yaml
 from ase_dist.cores import share_of_cores
 from ase_dist.deployment.export import export_run
 from ase_dist.errors import UserError
 from ase_dist.files import open_regular, write_atomic
+from ase_dist.read_config import to_yaml
 from ase_dist.study.jobs import StudyJob
 from ase_dist.training.process.signals import stopping_signals
 from ase_dist.training.record.console import clock

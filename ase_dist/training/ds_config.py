@@ -14,9 +14,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ase_dist.config import Settings, TrainSettings, override_settings
+from ase_dist.config import Settings, TrainSettings
 from ase_dist.errors import UserError, describe, did_you_mean, file_error
 from ase_dist.json_files import read_object
+from ase_dist.read_config import override_settings
 from ase_dist.training.record.run_folder import RunFolder
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"  # a link to the checkout's folder, files in an installed package

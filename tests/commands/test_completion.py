@@ -14,7 +14,8 @@ import pytest
 
 from ase_dist.commands.completion import completion
 from ase_dist.commands.main import COMMANDS, find_command, main
-from ase_dist.config import setting_keys, shipped_configs
+from ase_dist.config import setting_keys
+from ase_dist.read_config import shipped_configs
 
 pytestmark = pytest.mark.single_gpu
 BASH = shutil.which("bash")

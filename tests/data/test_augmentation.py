@@ -13,7 +13,6 @@ import torch
 import yaml
 from scipy.ndimage import maximum_filter, minimum_filter, uniform_filter
 
-from ase_dist.config import build_settings, load_settings, shipped_configs
 from ase_dist.data import augmentation
 from ase_dist.data.augmentation import Augmentation, Warp
 from ase_dist.data.batch import Record
@@ -22,6 +21,7 @@ from ase_dist.data.loader import build_train_loader
 from ase_dist.data.nyud import NYUD
 from ase_dist.data.transforms import Transform, normalise
 from ase_dist.image_size import ImageSize
+from ase_dist.read_config import build_settings, load_settings, shipped_configs
 from ase_dist.registries import AUGMENTATIONS
 from ase_dist.seeding import generator
 from ase_dist.tasks import NYUD_TASKS, select_tasks

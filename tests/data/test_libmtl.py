@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from ase_dist.config import build_settings
 from ase_dist.data.augmentation import Warp
 from ase_dist.data.labels import normals_from_codes
 from ase_dist.data.libmtl import Cityscapes, NYUv2
@@ -14,6 +13,7 @@ from ase_dist.data.loader import build_eval_loader
 from ase_dist.data.packed.dataset import PackedDataset
 from ase_dist.data.packed.prepare import Request, check_only
 from ase_dist.data.transforms import Transform
+from ase_dist.read_config import build_settings
 from ase_dist.tasks import DATA_SETS, select_tasks
 from tests.data.libmtl_folders import CLASSES, arrays, write_libmtl
 

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from ase_dist.config import build_settings
 from ase_dist.data.batch import Batch, EvalBatch
 from ase_dist.data.loader import build_eval_loader, build_train_loader, data_fingerprint, first_images, open_dataset
 from ase_dist.data.prefetch import _why_lost
 from ase_dist.errors import ExitCode, UserError
+from ase_dist.read_config import build_settings
 from ase_dist.tasks import select_tasks
 from ase_dist.workers import STOPPING
 
@@ -232,7 +232,7 @@ def test_closing_ends_the_thread_and_the_loader_goes_on_where_it_was(settings):
 
 UNCLOSED = """
 import sys
-from ase_dist.config import build_settings
+from ase_dist.read_config import build_settings
 from ase_dist.data.loader import build_train_loader
 from ase_dist.tasks import select_tasks
 

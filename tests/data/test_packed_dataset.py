@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ase_dist.config import build_settings
 from ase_dist.data.dataset import data_fingerprint
 from ase_dist.data.loader import build_eval_loader, build_train_loader, open_dataset
 from ase_dist.data.nyud import NYUD
@@ -17,6 +16,7 @@ from ase_dist.data.packed.layout import is_packed
 from ase_dist.data.pascal_context import PascalContext
 from ase_dist.data.transforms import Transform
 from ase_dist.errors import UserError
+from ase_dist.read_config import build_settings
 from ase_dist.tasks import select_tasks
 
 pytestmark = pytest.mark.single_gpu

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from ase_dist.config import build_settings
 from ase_dist.data.batch import Record
 from ase_dist.data.labels import ignored_label
 from ase_dist.data.loader import build_eval_loader, build_train_loader, data_fingerprint, first_images, open_dataset
@@ -17,6 +16,7 @@ from ase_dist.data.packed.layout import read_manifest
 from ase_dist.data.pascal_context import PascalContext
 from ase_dist.data.transforms import Transform
 from ase_dist.errors import UserError
+from ase_dist.read_config import build_settings
 from ase_dist.tasks import select_tasks
 from tests.data.own_folders import ids, metres, picture, save
 from tests.data.packing import command, contents, request

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from ase_dist.config import load_settings, override_settings, to_yaml
 from ase_dist.data.loader import build_eval_loader, build_train_loader, data_fingerprint, open_dataset
 from ase_dist.data.mixed import MixedDataset
 from ase_dist.data.sampler import MixedSampler
@@ -14,6 +13,7 @@ from ase_dist.errors import UserError
 from ase_dist.evaluation.metrics import build_metric
 from ase_dist.evaluation.scores import score_of
 from ase_dist.models import ModelOutput
+from ase_dist.read_config import load_settings, override_settings, to_yaml
 from ase_dist.tasks import NYUD_TASKS, PASCAL_TASKS, OfferedTasks, Task, join_tasks
 from ase_dist.training.loop.evaluate import Gallery, evaluate, predict
 from ase_dist.training.state.compare_settings import compare_settings

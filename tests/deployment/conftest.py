@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from ase_dist.config import build_settings
 from ase_dist.deployment.export import write_export
 from ase_dist.deployment.predictor import Predictor, load
 from ase_dist.models import build_model
+from ase_dist.read_config import build_settings
 from ase_dist.tasks import select_tasks
 from tests.models.conftest import images, model_for, settings_for, shared_weights, stirred  # noqa: F401
 

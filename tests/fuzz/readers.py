@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from ase_dist.cluster.hostfile import read_hostfile
-from ase_dist.config import Settings, load_settings, read_tree
+from ase_dist.config import Settings
 from ase_dist.data import decode
 from ase_dist.data.archive import unpack
 from ase_dist.data.files import read_image
@@ -28,6 +28,7 @@ from ase_dist.deployment.images import read_rgb
 from ase_dist.deployment.reference import read_reference
 from ase_dist.json_files import json_digest, read_json
 from ase_dist.models.backbone import build_backbone
+from ase_dist.read_config import load_settings, read_tree
 from ase_dist.report.page import write_report
 from ase_dist.tasks import PASCAL_TASKS
 from ase_dist.training.ds_config import read_ds_config, resolve

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from ase_dist.config import Settings, build_settings
+from ase_dist.config import Settings
 from ase_dist.models import MultiTaskViT, build_model
+from ase_dist.read_config import build_settings
 from ase_dist.tasks import select_tasks
 
 TINY_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}

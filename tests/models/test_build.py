@@ -4,10 +4,10 @@ import pytest
 import torch
 from deepspeed.moe.layer import MoE
 
-from ase_dist.config import build_settings
 from ase_dist.models import MultiTaskViT, build_model, parameter_groups, parameter_table
 from ase_dist.models.lora import LoRALinear
 from ase_dist.moe import ASEMoE, MoEFFN
+from ase_dist.read_config import build_settings
 from ase_dist.tasks import select_tasks
 
 pytestmark = pytest.mark.single_gpu

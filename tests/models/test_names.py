@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from ase_dist.config import build_settings
 from ase_dist.models import build_model
 from ase_dist.models.names import named_tensors, task_order, trained_entries
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.sharding import Shard
+from ase_dist.read_config import build_settings
 from ase_dist.tasks import select_tasks
 
 pytestmark = pytest.mark.single_gpu

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 
-from ase_dist.config import build_settings
 from ase_dist.deployment.export import write_export
 from ase_dist.errors import UserError
 from ase_dist.image_size import ImageSize
@@ -16,6 +15,7 @@ from ase_dist.models import build_model
 from ase_dist.models.backbone import build_backbone
 from ase_dist.models.pretrained import save_backbone
 from ase_dist.models.seeded import seeded_initialisation
+from ase_dist.read_config import build_settings
 from ase_dist.registries import HEADS
 from ase_dist.tasks import select_tasks
 from tests.models.conftest import TINY_VIT

@@ -6,12 +6,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ase_dist.config import build_settings
 from ase_dist.models import build_model, parameter_table
 from ase_dist.models.multitask_resnet import MultiTaskResNet
 from ase_dist.models.names import named_tensors
 from ase_dist.models.resnet import build_resnet
 from ase_dist.models.sharing import NDDR, CrossStitch, MTANTrunk, ParallelTrunk, SharedTrunk
+from ase_dist.read_config import build_settings
 from ase_dist.tasks import select_tasks
 
 pytestmark = pytest.mark.single_gpu

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ase_dist.config import build_settings
 from ase_dist.models import build_model
 from ase_dist.planning.activations import measure_activations
+from ase_dist.read_config import build_settings
 from ase_dist.tasks import select_tasks
 from ase_dist.training.loop import losses
 

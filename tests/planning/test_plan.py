@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from ase_dist.config import build_settings
 from ase_dist.models import build_model, parameter_table
 from ase_dist.moe.dispatch import LayerShape
 from ase_dist.planning.communication import dispatch_bytes, reduction_bytes
 from ase_dist.planning.plan import default_ep_sizes, make_plans, plan
 from ase_dist.planning.plan_report import as_json, draw_crossover, report
 from ase_dist.planning.sizes import ModelSizes, measure
+from ase_dist.read_config import build_settings
 from ase_dist.tasks import select_tasks
 
 pytestmark = pytest.mark.single_gpu

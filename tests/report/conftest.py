@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ase_dist.config import load_settings, to_yaml
+from ase_dist.read_config import load_settings, to_yaml
 from ase_dist.training.record.metrics import Recorder
 
 TASKS = ["semseg", "edge", "normals"]

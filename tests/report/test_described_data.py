@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from ase_dist.config import build_settings, to_yaml
+from ase_dist.read_config import build_settings, to_yaml
 from ase_dist.report.page import write_report
 from ase_dist.report.settings import read_settings
 from tests.report.conftest import Page, write_run

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from ase_dist.config import load_settings
+from ase_dist.read_config import load_settings
 from ase_dist.report.listing import MOST, commands, list_checkpoints, list_files
 from ase_dist.training.record.run_folder import RunFolder
 from ase_dist.training.state.checkpoint import CheckpointStore

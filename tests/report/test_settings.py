@@ -2,7 +2,8 @@
 
 import pytest
 
-from ase_dist.config import Settings, load_settings, setting_keys, to_yaml
+from ase_dist.config import Settings, setting_keys
+from ase_dist.read_config import load_settings, to_yaml
 from ase_dist.report.settings import read_settings, settings_sections
 
 pytestmark = pytest.mark.single_gpu

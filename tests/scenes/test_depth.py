@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from ase_dist.config import load_settings
 from ase_dist.data.augmentation import Warp
 from ase_dist.data.batch import Record
 from ase_dist.data.labels import codes_from_normals
 from ase_dist.data.loader import open_dataset
 from ase_dist.data.transforms import Transform
+from ase_dist.read_config import load_settings
 from ase_dist.scenes.classes import CONTEXT
 from ase_dist.scenes.compose import compose
 from ase_dist.scenes.render import DEPTH_RANGE, render_depth, render_scene

@@ -8,10 +8,10 @@ from unittest import mock
 import pytest
 import torch
 
-from ase_dist.config import load_settings
 from ase_dist.data.batch import Batch
 from ase_dist.models import build_model
 from ase_dist.models.names import trained_entries
+from ase_dist.read_config import load_settings
 from ase_dist.registries import BALANCINGS
 from ase_dist.tasks import PASCAL_TASKS
 from ase_dist.training.balancing import balancer as balancers

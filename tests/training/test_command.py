@@ -17,8 +17,9 @@ import psutil
 import pytest
 
 from ase_dist.commands import train as command
-from ase_dist.config import load_settings, setting_keys, to_yaml
+from ase_dist.config import setting_keys
 from ase_dist.errors import ExitCode, UserError
+from ase_dist.read_config import load_settings, to_yaml
 from ase_dist.training.process import restarts
 from ase_dist.training.process.finite import NonFiniteError
 from ase_dist.training.process.runtime import JoinError, free_port
@@ -346,7 +347,7 @@ def test_a_crash_is_started_again(tmp_path, monkeypatch, codes, restarts_allowed
 def test_a_signal_goes_on_to_the_child_and_ends_it(tmp_path):
     arguments = child(tmp_path, "wait")
     program = (
-        "from ase_dist.training.process.restarts import supervise\nfrom ase_dist.config import load_settings\n"
+        "from ase_dist.training.process.restarts import supervise\nfrom ase_dist.read_config import load_settings\n"
         f"raise SystemExit(supervise({arguments!r}, load_settings(None, []), restarts=5))"
     )
     parent = subprocess.Popen([sys.executable, "-c", program])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ase_dist.config import load_settings
+from ase_dist.read_config import load_settings
 from ase_dist.training.loop import default_type as module
 from ase_dist.training.loop.default_type import DefaultType, bf16_times_faster, default_type
 from ase_dist.training.process.runtime import World

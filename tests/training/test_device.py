@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from ase_dist import collectives
-from ase_dist.config import load_settings
 from ase_dist.cores import share_of_cores
 from ase_dist.errors import ExitCode, UserError
 from ase_dist.models import build_model
+from ase_dist.read_config import load_settings
 from ase_dist.tasks import select_tasks
 from ase_dist.training.ds_config import resolve
 from ase_dist.training.loop import engine

@@ -6,7 +6,7 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from ase_dist.config import load_settings
+from ase_dist.read_config import load_settings
 from ase_dist.training.ds_config import read_ds_config, resolve, shipped_ds_configs
 from tests.training.tiny_runs import ROOT
 

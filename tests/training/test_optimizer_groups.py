@@ -7,9 +7,9 @@ from unittest import mock
 import pytest
 import torch
 
-from ase_dist.config import load_settings
 from ase_dist.models import build_model, parameter_groups
 from ase_dist.moe.deepspeed_compat import write_master
+from ase_dist.read_config import load_settings
 from ase_dist.tasks import select_tasks
 from ase_dist.training.loop import engine
 from ase_dist.training.loop.engine import trained_groups

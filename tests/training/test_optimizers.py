@@ -12,9 +12,9 @@ import yaml
 from torch import nn
 
 from ase_dist.commands.main import main
-from ase_dist.config import load_settings
 from ase_dist.moe import deepspeed_compat
 from ase_dist.planning.plan import make_plans
+from ase_dist.read_config import load_settings
 from ase_dist.training.ds_config import resolve
 from ase_dist.training.loop.engine import build_optimizer
 from ase_dist.training.process import runtime

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from ase_dist.commands.train import main
-from ase_dist.config import flat, load_settings
+from ase_dist.config import flat
+from ase_dist.read_config import load_settings
 from ase_dist.report.page import write_report
 from ase_dist.training.record.metrics import read_metrics
 from tests.training.conftest import start_world

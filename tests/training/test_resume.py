@@ -13,8 +13,9 @@ import torch
 
 from ase_dist import collectives
 from ase_dist.baselines import baselines
-from ase_dist.config import ON_RESUME, build_settings, load_settings, override_settings, setting_keys
+from ase_dist.config import ON_RESUME, setting_keys
 from ase_dist.deployment.export import export_run
+from ase_dist.read_config import build_settings, load_settings, override_settings
 from ase_dist.training.state.checkpoint import manifest as manifests
 from ase_dist.training.state.checkpoint import open_checkpoint
 from ase_dist.training.state.compare_settings import compare_settings

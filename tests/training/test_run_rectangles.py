@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 import ase_dist
-from ase_dist.config import load_settings
 from ase_dist.data.transforms import normalise
 from ase_dist.deployment.export import export_run
 from ase_dist.deployment.programs import deploy
 from ase_dist.evaluation.decode import decode
+from ase_dist.read_config import load_settings
 from ase_dist.training.loop import run
 from ase_dist.training.process import runtime
 from tests.training.conftest import start_world

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from ase_dist.config import load_settings
+from ase_dist.read_config import load_settings
 from ase_dist.training.loop.components import has_random_frozen_backbone
 from ase_dist.training.state.checkpoint import open_checkpoint
 from tests.training.conftest import start_world

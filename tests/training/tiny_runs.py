@@ -12,12 +12,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ase_dist.config import load_settings
 from ase_dist.data.loader import TrainLoader
 from ase_dist.models.multitask import MultiTaskViT
 from ase_dist.models.names import trained_entries
 from ase_dist.moe.deepspeed_compat import full_shape, is_routed
 from ase_dist.moe.router import TaskRouter
+from ase_dist.read_config import load_settings
 from ase_dist.training.ds_config import read_ds_config, resolve
 from ase_dist.training.loop import run
 from ase_dist.training.loop.components import build

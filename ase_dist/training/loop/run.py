@@ -14,10 +14,11 @@ import torch
 
 from ase_dist import collectives
 from ase_dist.agreement import on_rank_zero, raise_together
-from ase_dist.config import MonitorSettings, Settings, flat, load_settings, to_yaml
+from ase_dist.config import MonitorSettings, Settings, flat
 from ase_dist.data.loader import first_images
 from ase_dist.errors import ExitCode, RunError, UserError, describe, exit_code_of, has_traceback
 from ase_dist.evaluation.constant import ConstantPredictor
+from ase_dist.read_config import load_settings, to_yaml
 from ase_dist.tables import Table
 from ase_dist.training.ds_config import ResolvedConfig, resolve
 from ase_dist.training.loop.components import RunComponents, build, require_same_start

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ase_dist.baselines import baselines
-from ase_dist.config import ON_RESUME, SetSettings, Settings, setting_keys, upgrade_tree
+from ase_dist.config import ON_RESUME, SetSettings, Settings, setting_keys
 from ase_dist.description import differences
+from ase_dist.read_config import upgrade_tree
 
 _NOTHING = object()
 
