@@ -315,7 +315,7 @@ class TrainSettings(Section):
     gradient_clipping: float = Field(1.0, ge=0, description="global gradient norm; 0 switches clipping off")
     bf16: Literal["auto"] | bool = Field(
         "auto",
-        description="auto: where the accelerator has it natively, on CPUs where it is measured to be much faster",
+        description="auto: where the accelerator has it natively, on CPUs where it is measured to be faster",
     )
     optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="adamw, adam, or sgd with momentum")
     lr: float = Field(5e-4, gt=0, description="the highest learning rate")

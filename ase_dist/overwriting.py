@@ -24,9 +24,9 @@ def refuse_foreign(paths: Iterable[Path], *, is_own: Callable[[Path], bool], opt
     there = [path for path in paths if path.exists() or path.is_symlink()]
     foreign = [path for path in there if path.is_symlink() or not path.is_file() or not is_own(path)]
     if foreign:
-        more = f" and {len(foreign) - 1} more files there" if len(foreign) > 1 else ""
+        others = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         raise UserError(
-            f"{option}: {str(foreign[0])!r}{more} would be replaced and is not what this command wrote there; name "
+            f"{option}: {str(foreign[0])!r}{others} would be replaced and is not what this command wrote there; name "
             "another place, or move it away"
         )
 

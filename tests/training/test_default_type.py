@@ -46,8 +46,8 @@ def checkpoint(folder, *, bf16):
     return path
 
 
-@pytest.mark.parametrize(("factor", "bf16"), [(5.0, True), (2.0, False)])
-def test_a_cpu_takes_bf16_where_it_is_measured_to_be_much_faster(factor, bf16, times, tmp_path):
+@pytest.mark.parametrize(("factor", "bf16"), [(8.0, True), (2.0, True), (1.2, False)])
+def test_a_cpu_takes_bf16_where_it_is_measured_to_be_faster(factor, bf16, times, tmp_path):
     measured = times(factor)
     found = decide(tmp_path)
     assert found.bf16 is bf16 and f"{factor} times as fast" in found.why
