@@ -11,6 +11,7 @@ MODULES = """
     data/test_archive data/test_cache data/test_decode data/test_first_description data/test_lists data/test_matlab
     data/test_sampler data/test_transforms
     deployment/test_images deployment/test_predictor
+    doctor/test_probes
     evaluation/test_binary evaluation/test_decode evaluation/test_delta_m evaluation/test_geometry
     evaluation/test_matching evaluation/test_metrics evaluation/test_nms evaluation/test_segmentation
     evaluation/test_tables evaluation/test_thinning

@@ -24,6 +24,7 @@ COMMANDS = (
     "prepare_data",
     "make_scenes",
     "pretrain_backbone",
+    "doctor",
     "cluster check",
 )
 HELP, VERSION, COMPLETION = ("--help", "-h"), "--version", "--print-completion"

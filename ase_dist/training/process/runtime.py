@@ -99,7 +99,8 @@ def start(
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank == 0:
-        warn_of_build_locks()
+        for sentence in build_locks():
+            LOGGER.warning("%s", sentence)
     torch.set_num_threads(threads or share_of_cores(_local_size()))
     is_cpu = accelerator.device_name() == "cpu"
     set_arithmetic(tf32=tf32 and not is_cpu, deterministic=deterministic)
@@ -303,8 +304,8 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, INT_MAX)
 
 
-def warn_of_build_locks() -> None:
-    """Name the lock files in the folder where torch compiles extensions, DeepSpeed's ops among them.
+def build_locks() -> list[str]:
+    """A sentence for each lock file in the folder where torch compiles extensions, DeepSpeed's ops among them.
 
     With an older torch a process that needs such an extension waits silently and without limit until its lock file is
     gone, and a process that was killed while it compiled leaves the file there. Nothing to do where torch locks the
@@ -313,18 +314,17 @@ def warn_of_build_locks() -> None:
     from torch.utils import cpp_extension
 
     if not hasattr(cpp_extension, "FileBaton"):
-        return
+        return []
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    sentences = []
     for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
         with contextlib.suppress(FileNotFoundError):  # the compilation has just ended
             minutes = (time.time() - lock.stat().st_mtime) / 60
-            LOGGER.warning(
-                "%s has been there for %.0f min: a start that needs %s waits until it is gone; if nothing is being "
-                "compiled any more, a killed process has left it, delete it",
-                lock,
-                minutes,
-                lock.parent.name,
+            sentences.append(
+                f"{lock} has been there for {minutes:.0f} min: a start that needs {lock.parent.name} waits until it is "
+                "gone; if nothing is being compiled any more, a killed process has left it, delete it"
             )
+    return sentences
 
 
 def _local_size() -> int:
