@@ -37,7 +37,7 @@ def test_anything_else_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     }[kind]()
     with pytest.raises(UserError, match=rf"^--out: '\S*{kind}' would be replaced .* name another place"):
         refuse_foreign([place], is_own=contains(b"mark"), option="--out")
-    with pytest.raises(UserError, match=rf"^--out: '\S*{kind}' and 1 more files there would"):
+    with pytest.raises(UserError, match=rf"^--out: '\S*{kind}' \(and 1 more\) would"):
         refuse_foreign([tmp_path / "own", place, place], is_own=contains(b"mark"), option="--out")
 
 
