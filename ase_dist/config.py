@@ -240,7 +240,7 @@ class ModelSettings(Section):
 
     backbone: str = Field("vit_base_patch16_224", description="any timm vision transformer by name, or resnet18")
     backbone_args: dict[str, Any] = Field(default_factory=dict, description="passed to timm's constructor")
-    pretrained: PathOrName = Field("none", description="'none', 'hub', 'scenes' (shipped) or a .safetensors/.pth file")
+    pretrained: PathOrName = Field("none", description="'none', 'hub', 'scenes' (shipped), a file of weights")
     sharing: Literal["shared", "mtan", "nddr", "cross_stitch"] = Field(
         "shared", description="ResNets only: how the tasks share features"
     )

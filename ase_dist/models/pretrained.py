@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from ase_dist.errors import UserError, file_error
+from ase_dist.errors import UserError
 from ase_dist.files import replacing
 from ase_dist.image_size import ImageSize
+from ase_dist.models.weight_files import file_of_weights, plain, read_tensors
+from ase_dist.models.weight_mismatch import differences, explain
+from ase_dist.models.weight_names import Found, find_network, to_timm
 
+LOGGER = logging.getLogger("ase_dist")
 FOLDER = Path(__file__).parent / "pretrained"
 SHIPPED = "scenes"
 CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "pre_logits.", "fc.")
 BACKBONE = ("stem.", "blocks.", "norm.")
-FORMATS = (".safetensors", ".pth", ".pt")
 GRID = "patch_grid"  # metadata of a .safetensors file: rows x columns of its position embedding, where not a square
 Grid = tuple[int, int]  # patches, rows first
 
@@ -45,23 +49,33 @@ def from_hub(name: str, options: Mapping[str, Any]) -> nn.Module:
 def load(vit: VisionTransformer, source: str, *, name: str) -> None:
     """Copy weights into ``vit``, whose classifier has been removed.
 
-    ``source`` is a .safetensors or .pth file of a timm model (or of one of the formats timm converts), or 'scenes':
-    the file shipped for this backbone. Position and patch embeddings are resampled by timm, a classifier's keys are
-    dropped. Raises UserError by name for missing and unexpected keys and for other shapes; then nothing is copied.
+    ``source`` is a file of weights (``weight_files.read_tensors``) of a timm model or of one of the families that
+    ``weight_names.to_timm`` and timm's own filter know, or 'scenes': the file shipped for this backbone. The network is
+    found among what the file has (``weight_names.find_network``). Position and patch embeddings are resampled by timm,
+    a classifier and parts of the pretraining are left out; the log says all of this. Raises UserError by name for
+    missing and unexpected tensors and for other shapes; then nothing is copied.
 
     Without a note in the file (``save_backbone``) its positions are those of a square.
     """
-    path = shipped_file(name) if source == SHIPPED else Path(source)
-    weights = read_weights(path)
-    positions = _positions(weights, vit, path=path)
-    if positions is not None:
-        del weights["pos_embed"]
+    path = _file_of(source, name)
+    found = find_network(read_tensors(path), vit.state_dict().keys())
+    weights = to_timm(plain(found.weights, path))
+    shapes = {key: weights[key].shape for key in ("patch_embed.proj.weight", "pos_embed") if key in weights}
+    positions = _positions(weights, vit, path=path, name=name)
+    given = {key: tensor for key, tensor in weights.items() if positions is None or key != "pos_embed"}
     try:
         with _one_thread():  # timm resamples patch kernels by a pseudo-inverse, whose bits depend on the threads
-            converted = checkpoint_filter_fn(weights, vit, adapt_layer_scale=True)
+            converted = checkpoint_filter_fn(given, vit, adapt_layer_scale=True)
     except Exception as error:  # timm resamples what may have any shape
-        raise UserError(f"model.pretrained: {path} does not fit {name}: {_first_line(error)}") from None
-    _copy(converted if positions is None else {**converted, "pos_embed": positions}, vit, path=path, name=name)
+        why = explain(weights, vit.state_dict(), name=name) or _first_line(error)
+        raise UserError(f"model.pretrained: {path} does not fit {name}: {why}") from None
+    whole = converted if positions is None else {**converted, "pos_embed": positions}
+    resampled = [
+        f"{key} from {list(shape)} to {list(whole[key].shape)}"
+        for key, shape in shapes.items()
+        if key in whole and whole[key].shape != shape
+    ]
+    _copy(whole, vit, path=path, name=name, found=found, stored=weights, resampled=resampled)
 
 
 @contextmanager
@@ -74,38 +88,39 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _positions(weights: Mapping[str, Tensor], vit: VisionTransformer, *, path: Path) -> Tensor | None:
+def _positions(weights: Mapping[str, Tensor], vit: VisionTransformer, *, path: Path, name: str) -> Tensor | None:
     """The position embedding of ``weights`` resampled to the grid of ``vit``; None where timm's filter does it right.
 
     It does from a square to a square. Between others it may guess the stored grid from the number of tokens, and take
-    14 x 14 for 7 x 28. Files that timm converts first (a ``mask_token``, other names) are left to it.
+    14 x 14 for 7 x 28. Files that timm converts first have other names.
     """
     stored, wanted = weights.get("pos_embed"), tuple(vit.patch_embed.grid_size)
-    if stored is None or stored.ndim != 3 or "mask_token" in weights:
+    if stored is None or stored.ndim != 3 or vit.pos_embed is None:
         return None
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     count = stored.shape[1] - prefix
-    grid = _stored_grid(path)
-    if grid is None:
-        if wanted[0] == wanted[1]:
-            return None
-        side = math.isqrt(max(0, count))
-        grid = (side, side) if side * side == count else wanted
+    side = math.isqrt(max(0, count))
+    grid = _stored_grid(path) or ((side, side) if side * side == count else wanted)
     if grid[0] * grid[1] != count:
-        raise UserError(
-            f"model.pretrained: {path} has positions of {count} patches, which are neither a square nor {grid[0]} x "
-            f"{grid[1]}; save the weights with a square input"
+        why = explain(weights, vit.state_dict(), name=name)
+        why = why or (
+            f"it has positions of {count} patches, which are neither a square nor {grid[0]} x {grid[1]}; save the "
+            "weights with a square input"
         )
+        raise UserError(f"model.pretrained: {path} does not fit {name}: {why}")
+    if grid[0] == grid[1] and wanted[0] == wanted[1]:
+        return None
     resampled: Tensor = resample_abs_pos_embed(stored, list(wanted), list(grid), num_prefix_tokens=prefix)
     return resampled
 
 
 def _stored_grid(path: Path) -> Grid | None:
     """The grid that ``save_backbone`` has noted in a file."""
-    if path.suffix != ".safetensors":
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", (file.metadata() or {}).get(GRID, ""), re.ASCII)
+    except (SafetensorError, OSError):  # of another kind
         return None
-    with safe_open(path, framework="pt") as file:
-        found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", (file.metadata() or {}).get(GRID, ""), re.ASCII)
     return None if found is None else (int(found[1]), int(found[2]))
 
 
@@ -116,35 +131,45 @@ def patch_grid(size: ImageSize, patch_weight: Tensor) -> Grid:
 
 def load_plain(net: nn.Module, source: str, *, name: str) -> None:
     """As ``load`` for a network that is no ViT: its tensors by timm's own names, none of them converted."""
-    path = shipped_file(name) if source == SHIPPED else Path(source)
-    _copy(read_weights(path), net, path=path, name=name)
+    path = _file_of(source, name)
+    found = find_network(read_tensors(path), net.state_dict().keys())
+    weights = plain(found.weights, path)
+    _copy(weights, net, path=path, name=name, found=found, stored=weights)
 
 
-def _copy(weights: Mapping[str, Tensor], net: nn.Module, *, path: Path, name: str) -> None:
-    state = {key: value for key, value in weights.items() if not key.startswith(CLASSIFIER)}
+def _file_of(source: str, name: str) -> Path:
+    return shipped_file(name) if source == SHIPPED else file_of_weights(Path(source))
+
+
+def _copy(
+    weights: Mapping[str, Tensor],
+    net: nn.Module,
+    *,
+    path: Path,
+    name: str,
+    found: Found,
+    stored: Mapping[str, Tensor],
+    resampled: Sequence[str] = (),
+) -> None:
+    """Copy ``weights`` into ``net`` and log what of the file was not taken as it stands; ``stored`` are as in it."""
     wanted = net.state_dict()
-    problems = {
-        "missing": wanted.keys() - state.keys(),
-        "unexpected": state.keys() - wanted.keys(),
-        "of another shape": {
-            f"{key} {list(state[key].shape)} for {list(wanted[key].shape)}"
-            for key in state.keys() & wanted.keys()
-            if state[key].shape != wanted[key].shape
-        },
-        "of another type": {
-            f"{key} {state[key].dtype} for {wanted[key].dtype}"
-            for key in state.keys() & wanted.keys()
-            if state[key].is_floating_point() != wanted[key].is_floating_point()
-        },
-    }
-    found = []
-    for kind, keys in problems.items():
-        if keys:
-            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
-            found.append(f"{kind}: {', '.join(sorted(keys)[:4])}{more}")
-    if found:
-        raise UserError(f"model.pretrained: {path} does not fit {name}; {'; '.join(found)}")
+    classifier = [key for key in weights if key.startswith(CLASSIFIER) and key not in wanted]
+    state = {key: value for key, value in weights.items() if key not in classifier}
+    if odd := differences(state, wanted):
+        shard = re.search(r"-(\d+)-of-(\d+)", path.name)
+        why = f"it is one of {int(shard[2])} shards; name their folder or their index.json" if shard else ""
+        why = why or explain(stored, wanted, name=name)
+        why = f": {why} ({differences(state, wanted, listed=1)})" if why else f"; {odd}"
+        raise UserError(f"model.pretrained: {path} does not fit {name}{why}")
     net.load_state_dict(state)
+    said = [f"took what is under {found.prefix!r}"] if found.prefix else []
+    said += [f"not under {', '.join(map(repr, found.copies))}, copies of the same network"] if found.copies else []
+    left = [*found.left, *classifier]
+    parts = dict.fromkeys(key.partition(".")[0] for key in left)
+    said += [f"left out {len(left)} tensors of {', '.join(parts)}"] if left else []
+    said += [f"resampled {', '.join(resampled)}"] if resampled else []
+    if said:
+        LOGGER.info("model.pretrained %s: %s", path, "; ".join(said))
 
 
 def shipped_file(name: str) -> Path:
@@ -175,50 +200,6 @@ def save_backbone(trained: Mapping[str, Tensor], path: Path, *, size: ImageSize)
         metadata[GRID] = f"{rows}x{columns}"
     with replacing(path) as temporary:
         save_file(half, temporary, metadata=metadata)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pth file by name; a 'model' or 'state_dict' entry is unwrapped.
-
-    Nothing but tensors and plain containers is unpickled. Raises UserError for a file that is missing, broken, of
-    another kind, or without tensors; for a tensor of no plain form (sparse, quantised, complex, or larger than its
-    file), and for one that is not finite.
-    """
-    if path.suffix not in FORMATS:
-        raise UserError(f"model.pretrained: got {str(path)!r}, wanted none, hub, scenes or a .safetensors or .pth file")
-    if not path.is_file():
-        raise UserError(f"model.pretrained: there is no file {path}")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # torch's unpickler raises errors of any type for a damaged file
-        raise file_error(
-            error,
-            f"model.pretrained: {path} cannot be read as tensors alone ({_first_line(error)}); "
-            "if it is whole, save its state dict as .safetensors",
-        ) from None
-    for key in ("model", "state_dict"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    pairs = state.items() if isinstance(state, Mapping) else ()
-    if not pairs or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in pairs):
-        raise UserError(f"model.pretrained: {path} holds no state dict; wanted tensors by name")
-    size = path.stat().st_size
-    for name, tensor in pairs:
-        wrong = ""
-        if (
-            tensor.layout is not torch.strided
-            or tensor.is_quantized
-            or tensor.is_complex()
-            or tensor.device.type != "cpu"
-        ):
-            wrong = f"is {str(tensor.layout).removeprefix('torch.')} of {tensor.dtype} on {tensor.device}"
-        elif tensor.nbytes > size:  # a few bytes that are said to be repeated
-            wrong = f"has {tensor.nbytes:,} bytes, more than the file's {size:,}"
-        elif tensor.is_floating_point() and not tensor.float().isfinite().all():
-            wrong = "is not finite"
-        if wrong:
-            raise UserError(f"model.pretrained: {path}: the tensor {name!r:.80} {wrong}; wanted plain finite numbers")
-    return {name: tensor.detach() for name, tensor in pairs}
 
 
 def _first_line(error: Exception) -> str:
