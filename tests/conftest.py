@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny, and sever
 
 import pytest
 
-from tests.lanes import FAST, is_elsewhere
+from tests.lanes import DEEPSPEED, FAST, is_elsewhere
 
 # A shell ignores these two for what it starts in the background, and every process of a test would inherit that.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -28,6 +28,8 @@ def pytest_collection_modifyitems(items):
         module = item.path.relative_to(TESTS).as_posix() if item.path.is_relative_to(TESTS) else ""
         if module in FAST and not is_elsewhere({mark.name for mark in item.iter_markers()}):
             item.add_marker("fast")
+        if module in DEEPSPEED:
+            item.add_marker("deepspeed")
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,14 @@
-"""The fast lane: which modules of tests carry the marker ``fast`` (``conftest.py`` gives it to them).
+"""Which modules of tests carry the markers ``fast`` and ``deepspeed`` (``conftest.py`` gives them to their tests).
 
-Of these all tests but those of several processes, clusters, real photographs and nights. Every package of ``ase_dist``
-is imported by one of them (``test_lanes.py``), and together they take under three minutes on two cores:
+Of the fast ones all tests but those of several processes, clusters, real photographs and nights. Every package of
+``ase_dist`` is imported by one of them (``test_lanes.py``), and together they take under three minutes on two cores:
 ``pytest tests -m fast -n 2``.
+
+Those of DeepSpeed can end differently with another version of it: of ``moe`` all that name it or a layer of its kind,
+and runs of every ZeRO stage, which read and write what it holds.
 """
 
-MODULES = """
+_FAST = """
     cluster/test_environment cluster/test_hostfile cluster/test_kubernetes cluster/test_static
     commands/test_cli commands/test_main commands/test_start
     data/test_archive data/test_cache data/test_decode data/test_first_description data/test_lists data/test_matlab
@@ -31,7 +34,12 @@ MODULES = """
     test_baselines test_config test_config_text test_description test_errors test_files test_json_files test_lanes
     test_printable test_registries test_tables test_tasks test_versions test_workers
 """
-FAST = frozenset(f"{name}.py" for name in MODULES.split())
+_DEEPSPEED = """
+    moe/test_adapters moe/test_deepspeed_checkpoint moe/test_deepspeed_engine moe/test_deepspeed_versions
+    moe/test_gated_base moe/test_layer moe/test_robustness moe/test_task_ffn moe/test_transforms
+    training/test_faults training/test_run_stages
+"""
+FAST, DEEPSPEED = (frozenset(f"{name}.py" for name in names.split()) for names in (_FAST, _DEEPSPEED))
 
 
 def is_elsewhere(marks):

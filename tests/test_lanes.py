@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import ase_dist
-from tests.lanes import FAST, is_elsewhere
+from tests.lanes import DEEPSPEED, FAST, is_elsewhere
 from tests.training.tiny_runs import ROOT
 
 pytestmark = pytest.mark.single_gpu
@@ -41,6 +41,18 @@ def test_the_marker_is_on_tests_that_need_nothing_else(request):
     fast = [item for item in request.session.items if item.get_closest_marker("fast")]
     assert request.node in fast
     assert not [item.nodeid for item in fast if is_elsewhere({mark.name for mark in item.iter_markers()})]
+
+
+def test_what_tests_the_layer_on_deepspeed_is_in_its_lane():
+    """Of the tests of ``moe`` those that name DeepSpeed, what knows it or the layer of its kind."""
+    on_deepspeed = {"deepspeed", "ase_dist.moe.deepspeed_compat", "ase_dist.moe.ASEMoE"}
+    found = {
+        path.relative_to(TESTS).as_posix()
+        for path in (TESTS / "moe").glob("test_*.py")
+        if on_deepspeed & set(named(path))
+    }
+    assert found == {module for module in DEEPSPEED if module.startswith("moe/")}
+    assert all((TESTS / module).is_file() for module in DEEPSPEED)
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
