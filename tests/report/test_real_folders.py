@@ -23,7 +23,8 @@ def folder(tmp_path):
 
 
 def test_a_run_shows_in_every_section(scenes, folder, read_page):
-    code = tiny_run(scenes, folder, "eval.gradient_conflict_every=3", "eval.every=3", "eval.at_start=true")
+    evaluated = ("eval.every=3", "eval.at_start=true", "eval.pictures=1")
+    code = tiny_run(scenes, folder, "eval.gradient_conflict_every=3", *evaluated)
     page = read_page(write_report(folder))
     assert code == 0 and page.root.one("p", class_="state").text.startswith("done")
     sections = [section.attributes["id"] for section in page.root.all("section")]

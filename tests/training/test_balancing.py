@@ -31,7 +31,7 @@ with_ecos = pytest.mark.skipif(find_spec("ecos") is None, reason="has no wheels 
 NASH = pytest.param("nash_mtl", marks=with_ecos)
 SCALE_FREE = ("mgda", "pcgrad", "cagrad", "imtl_g", "aligned_mtl", "upgrad")
 FROM_GRADIENTS = (*SCALE_FREE, NASH)
-SHORT = ("train.max_steps=4", "checkpoint.every=2", "eval.pictures=0", "data.limit_val=1")
+SHORT = ("train.max_steps=4", "checkpoint.every=2", "data.limit_val=1")
 
 
 def made(name, *, count=T, lr=0.1, **args):
@@ -327,7 +327,8 @@ def test_the_gram_matrix_of_the_representation(batches):
 @pytest.mark.parametrize("sharing", ["shared", "mtan", "cross_stitch"])
 def test_what_tasks_share_of_a_resnet(batches, sharing):
     tasks, micro = batches
-    model = built(tasks, "model.backbone=resnet18", "model.backbone_args={}", f"model.sharing={sharing}",
+    small = "model.backbone_args={channels: [8, 8, 8, 8]}"
+    model = built(tasks, "model.backbone=resnet18", small, f"model.sharing={sharing}",
                   "model.tune=full", "model.moe.enabled=false", "model.lora_rank=0",
                   "model.task_embedding=false")  # fmt: skip
     counts = label_counts(micro[0].labels, tasks)
@@ -393,7 +394,7 @@ def test_how_often_a_step_waits(scenes, tmp_path):
             mock.patch("ase_dist.training.loop.engine.FUSED", ("cpu",)),
             mock.patch.object(Trainer, "_step", counted),
         ):
-            short = ("train.max_steps=2", "train.log_every=9", "checkpoint.every=0", "eval.pictures=0")
+            short = ("train.max_steps=2", "train.log_every=9", "checkpoint.every=0")
             tiny_run(scenes, tmp_path / method, *short, f"train.balancing.method={method}", config="z2")
         balancing = {line: count for line, count in found[method].items() if "balancing" in line}
         if method == "mgda":  # what is solved is on the host, where nothing waits

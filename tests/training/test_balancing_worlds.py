@@ -10,7 +10,7 @@ from tests.training.tiny_runs import metric_lines, saved_meta, tiny_run
 
 pytestmark = pytest.mark.multi_gpu
 
-SHORT = ("train.max_steps=3", "checkpoint.every=2", "eval.pictures=0", "data.limit_val=1", "train.deterministic=true")
+SHORT = ("train.max_steps=3", "checkpoint.every=2", "data.limit_val=1", "train.deterministic=true")
 SHORT += ("model.moe.aux_losses={}",)  # which are of a micro-step each
 METHODS = ("famo", "gradnorm", "aligned_mtl")
 EP = "model.moe.ep_size=2"

@@ -14,7 +14,7 @@ from tests.training.tiny_runs import checkpoint, said, same_bits, tiny_run
 
 pytestmark = pytest.mark.single_gpu
 
-THREE = ("checkpoint.every=1", "checkpoint.keep=3", "eval.pictures=0", "train.max_steps=3")
+THREE = ("checkpoint.every=1", "checkpoint.keep=3", "train.max_steps=3")
 
 
 def train(rank, folder):

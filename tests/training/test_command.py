@@ -109,7 +109,7 @@ def test_what_ends_a_run_is_one_sentence_and_its_code(error, code, capsys):
 # Three ways to start, all at once, in two of which a rank is killed; and two that are asked to stop
 
 STEPS, FIRST = 40, "step_4"  # enough steps after the first checkpoint for a kill to come before the last
-LONG = (f"train.max_steps={STEPS}", "checkpoint.every=4", "eval.pictures=0")
+LONG = (f"train.max_steps={STEPS}", "checkpoint.every=4")
 ENDLESS = ("train.max_steps=1000000", "checkpoint.every=0")
 SECONDS = 450  # for all of them together, on a machine that has other things to do
 

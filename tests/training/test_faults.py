@@ -34,7 +34,7 @@ from tests.training.tiny_runs import (
 
 HALF = "train.batch_size=2"
 SHARDED = ("model.moe.ep_size=2", "model.moe.dispatch=all_to_all")
-EVERY = ("checkpoint.every=1", "checkpoint.keep=9", "eval.pictures=0")
+EVERY = ("checkpoint.every=1", "checkpoint.keep=9")
 STAGES = ("z0", "z0_unclipped", "z1", "z2", "z2_offload", "z2_bf16", "z3")
 EXPERT_ALONE = ("z0", "z2")
 FAULTS = {2: "image", 3: "label", 4: "router", 5: "gradient"}
@@ -128,7 +128,7 @@ def test_one_bad_micro_step_skips_the_whole_step(nan_alone):
 
 
 def evaluation_fails(rank, folder):
-    scenes, once = scenes_of(folder), ("checkpoint.every=0", "eval.pictures=0")
+    scenes, once = scenes_of(folder), ("checkpoint.every=0",)
     broken = mock.patch.object(trainer, "evaluate", side_effect=RuntimeError("no memory left"))
     with broken:
         sentence = said(scenes, folder / "failed", *once)
@@ -141,12 +141,12 @@ def evaluation_fails(rank, folder):
         return save(store, step, *arguments, **options)
 
     with mock.patch.object(CheckpointStore, "save", counted):
-        tiny_run(scenes, folder / "whole", "checkpoint.every=2", "eval.every=3", "eval.pictures=0")
+        tiny_run(scenes, folder / "whole", "checkpoint.every=2", "eval.every=3")
     return sentence, same_bits(left, checkpoint(folder / "failed", 6)), saved
 
 
 def evaluation_draws(rank, folder):
-    scenes, options = scenes_of(folder), ("eval.every=3", "model.drop_path=0.2", "eval.pictures=0")
+    scenes, options = scenes_of(folder), ("eval.every=3", "model.drop_path=0.2")
     tiny_run(scenes, folder / "still", *options)
     with mock.patch.object(trainer, "evaluate", then(lambda: torch.rand(3), trainer.evaluate)):
         tiny_run(scenes, folder / "draws", *options)
@@ -213,7 +213,7 @@ def then(action, real):
 def signals(rank, folder, scenes):
     """Exit codes of runs that get SIGTERM at different moments, each resumed afterwards; "whole" got none."""
     codes = {}
-    options = (HALF, "eval.every=2", "model.drop_path=0.2", "checkpoint.every=0", "eval.pictures=0")
+    options = (HALF, "eval.every=2", "model.drop_path=0.2", "checkpoint.every=0")
 
     def interrupted(name, context):
         with context:

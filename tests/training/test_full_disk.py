@@ -18,7 +18,8 @@ from tests.disks import no_space, small_disk
 from tests.training.conftest import start_world
 from tests.training.tiny_runs import checkpoint, metric_lines, same_bits, tiny_run
 
-ONCE = ("checkpoint.every=0", "train.batch_size=2", "eval.every=2")  # saved at the end and after the best evaluations
+# saved at the end and after the best evaluations
+ONCE = ("checkpoint.every=0", "train.batch_size=2", "eval.every=2", "eval.pictures=1")
 
 
 @pytest.mark.single_gpu

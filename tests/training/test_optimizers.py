@@ -96,14 +96,14 @@ def one_process(rank, folder):
     for config in STAGES[:4]:
         found |= {f"{kind} {config}": through_engine(kind, config) for kind in KINDS}
     half = folder / "sgd" / "checkpoints" / "step_3"
-    tiny_run(scenes, folder / "sgd", *SGD, "eval.pictures=0", config="z0")
-    tiny_run(scenes, folder / "sgd_resumed", *SGD, "eval.pictures=0", f"resume={half}", config="z0")
+    tiny_run(scenes, folder / "sgd", *SGD, config="z0")
+    tiny_run(scenes, folder / "sgd_resumed", *SGD, f"resume={half}", config="z0")
     for config in ("z1", "z2_offload"):
         load_and_save(scenes, half, folder / f"sgd_to_{config}", *SGD, config=config)
     found["as adamw"] = said(scenes, folder / "other", "train.deterministic=true", f"resume={half}")
-    tiny_run(scenes, folder / "adam", *ADAM, "train.lr=1e-3", "eval.pictures=0", config="z2")
+    tiny_run(scenes, folder / "adam", *ADAM, "train.lr=1e-3", config="z2")
     half = folder / "adam" / "checkpoints" / "step_3"
-    tiny_run(scenes, folder / "adam_resumed", *ADAM, "train.lr=1e-3", "eval.pictures=0", f"resume={half}", config="z2")
+    tiny_run(scenes, folder / "adam_resumed", *ADAM, "train.lr=1e-3", f"resume={half}", config="z2")
     for config in STAGES[4:]:
         found |= {f"{kind} {config}": through_engine(kind, config) for kind in KINDS}
     load_and_save(scenes, folder / "sgd" / "checkpoints" / "step_3", folder / "sgd_to_z3", *SGD, config="z3")
@@ -113,7 +113,7 @@ def one_process(rank, folder):
 def two_processes(rank, folder):
     """Experts divided over both: the same batches, from the start and from the other world's checkpoint."""
     scenes, one = Path((folder / "scenes").read_text()), Path((folder / "one").read_text())
-    two = (*SGD, "eval.pictures=0", "train.batch_size=2", "model.moe.ep_size=2")
+    two = (*SGD, "train.batch_size=2", "model.moe.ep_size=2")
     tiny_run(scenes, folder / "sgd", *two, config="z2")
     tiny_run(scenes, folder / "sgd_on", *two, f"resume={one / 'sgd' / 'checkpoints' / 'step_3'}", config="z1")
     return []

@@ -26,7 +26,7 @@ def contents(folder):
 def train(rank, folder):
     """Two steps; the same run again; again with other settings; two more steps with other settings; by --resume."""
     scenes, out, found = (folder / "scenes").read_text(), folder / "run", {}
-    common = ("checkpoint.every=1", "eval.pictures=0")
+    common = ("checkpoint.every=1",)
     assert tiny_run(scenes, out, *common, "train.max_steps=2") == 0
     before = contents(out)
     for name, overrides in {"same": (), "other": ("train.lr=0.123", "train.batch_size=2")}.items():

@@ -72,7 +72,7 @@ def count(rank, folder):
             found[name] = [waits.lines, float(trainer.engine.get_global_grad_norm())]
 
         with mock.patch.object(engine, "FUSED", ("cpu",)), mock.patch.object(Trainer, "_step", counted):
-            short = ("train.max_steps=3", "train.log_every=9", "checkpoint.every=0", "eval.pictures=0")
+            short = ("train.max_steps=3", "train.log_every=9", "checkpoint.every=0")
             tiny_run(scenes, folder / name, *short, *overrides, config=config)
     return found
 
@@ -119,7 +119,7 @@ def on_cuda(rank, folder):
             found[name] = [str(each.message) for each in caught if "synchroniz" in str(each.message)]
 
         with mock.patch.object(Trainer, "_step", counted):
-            short = ("train.max_steps=3", "train.log_every=9", "checkpoint.every=0", "eval.pictures=0")
+            short = ("train.max_steps=3", "train.log_every=9", "checkpoint.every=0")
             tiny_run(scenes, folder / name, *short, *overrides, config=config)
     return found
 

@@ -49,7 +49,7 @@ TINY = (
     "train.threads=1",
     "eval.at_start=false",
     "eval.batch_size=2",
-    "eval.pictures=1",
+    "eval.pictures=0",
     "checkpoint.every=3",
     "monitor.tensorboard=false",
 )
