@@ -106,11 +106,11 @@ def test_what_ends_a_run_is_one_sentence_and_its_code(error, code, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Three ways to start, all at once, in two of which a rank is killed; and two that are asked to stop
+# Three ways to start, all at once; in two of them a rank is killed, and two are asked to stop
 
 STEPS, FIRST = 40, "step_4"  # enough steps after the first checkpoint for a kill to come before the last
 LONG = (f"train.max_steps={STEPS}", "checkpoint.every=4")
-ENDLESS = ("train.max_steps=1000000", "checkpoint.every=0")
+ENDLESS = ("train.max_steps=1000000", "train.schedule=constant", "checkpoint.every=4", "checkpoint.keep=1000")
 SECONDS = 450  # for all of them together, on a machine that has other things to do
 
 
@@ -138,7 +138,7 @@ class Started:
 
         ``deepspeed`` itself ends at once, its ranks when they have saved.
         """
-        self._await(self.output / "metrics.jsonl", lines=4)  # steps have been taken
+        self._await(self.output / "checkpoints" / f"step_{STEPS}" / "manifest.json")
         family, began = psutil.Process(self.process.pid).children(recursive=True), time.monotonic()
         os.killpg(self.process.pid, number) if group else self.process.terminate()
         self.end()
@@ -160,9 +160,9 @@ class Started:
                     process.kill()
             self.process.wait()
 
-    def _await(self, path, *, lines=0):
+    def _await(self, path):
         deadline = time.monotonic() + SECONDS
-        while not (path.is_file() and path.read_text().count("\n") >= lines):
+        while not path.is_file():
             assert self.process.poll() is None and time.monotonic() < deadline, self.text.read_text()[-3000:]
             time.sleep(0.005)
 
@@ -174,19 +174,21 @@ def started(scenes, tmp_path_factory):
     tools, data = Path(sys.executable).parent, f"data.root={scenes}"
     torchrun = [str(tools / "torchrun"), "--nproc_per_node", "2", "--max-restarts", "3", "--master_port"]
     deepspeed = [str(tools / "deepspeed"), "--num_gpus", "2", "--master_port"]
-    alone, half = "train.batch_size=4", "train.batch_size=2"
+    half = "train.batch_size=2"
     runs = {
-        "python": Started(folder, "python", [sys.executable], "--max-restarts", "2", *LONG, alone, data),
-        "torchrun": Started(folder, "torchrun", [*torchrun, str(free_port())], *LONG, half, data),
-        "deepspeed": Started(folder, "deepspeed", [*deepspeed, str(free_port())], *LONG, half, data),
-        "torchrun_stops": Started(folder, "torchrun_stops", [*torchrun, str(free_port())], *ENDLESS, half, data),
-        "deepspeed_stops": Started(folder, "deepspeed_stops", [*deepspeed, str(free_port())], *ENDLESS, half, data),
+        "python": Started(folder, "python", [sys.executable], "--max-restarts", "2", *LONG, data),
+        "torchrun": Started(folder, "torchrun", [*torchrun, str(free_port())], *ENDLESS, half, data),
+        "deepspeed": Started(folder, "deepspeed", [*deepspeed, str(free_port())], *ENDLESS, half, data),
     }
+
+    def kill_and_stop(run):
+        run.kill(1)
+        run.stop(group=False)
+
     tasks = [
         partial(runs["python"].kill, 0),
-        partial(runs["torchrun"].kill, 1),
-        partial(runs["torchrun_stops"].stop, group=False),
-        partial(runs["deepspeed_stops"].stop, group=True),
+        partial(kill_and_stop, runs["torchrun"]),
+        partial(runs["deepspeed"].stop, group=True),
     ]
     try:
         with ThreadPoolExecutor(len(tasks)) as pool:
@@ -207,21 +209,23 @@ def bare(tools, ops):
 
 
 WAYS = ("python", "torchrun", "deepspeed")
+LAUNCHERS = WAYS[1:]
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_starting_trains(started, way):
     run = started[way]
-    assert run.process.returncode == 0, run.text.read_text()[-3000:]
+    assert (run.process.returncode == 0) is (way == "python"), run.text.read_text()[-3000:]
     summary = json.loads((run.output / "summary.json").read_text())
-    assert summary["step"] == STEPS and summary["world_size"] == (1 if way == "python" else 2)
+    assert (summary["step"] == STEPS) if way == "python" else (summary["step"] >= STEPS)
+    assert summary["world_size"] == (1 if way == "python" else 2)
     assert (run.output / "plots" / "losses.png").stat().st_size > 0
     assert json.loads((run.output / "env.json").read_text())["torch_threads"] == 1
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("way", [*WAYS, "torchrun_stops"])
+@pytest.mark.parametrize("way", WAYS)
 def test_nothing_is_compiled(started, way):
     assert [*started[way].ops.rglob("*")] == []
 
@@ -231,18 +235,20 @@ def test_nothing_is_compiled(started, way):
 def test_after_a_rank_was_killed_the_command_goes_on_by_itself(started, way):
     """From the newest checkpoint: nothing is lost but the steps since."""
     run = started[way]
-    assert run.was_killed and run.process.returncode == 0
     resumed = re.findall(r"resumed at step (\d+) from", (run.output / "train.log").read_text())
-    assert len(resumed) == 1 and 4 <= int(resumed[0]) < STEPS and int(resumed[0]) % 4 == 0
-    assert [*metric_lines(run.output)] == [*range(1, STEPS + 1)]
+    last = json.loads((run.output / "summary.json").read_text())["step"]
+    assert run.was_killed and len(resumed) == 1 and 4 <= int(resumed[0]) < last and int(resumed[0]) % 4 == 0
+    assert [*metric_lines(run.output)] == [*range(1, last + 1)]
 
 
 @pytest.mark.multi_gpu
 def test_both_launchers_compute_the_same(started):
     """Though a rank of one of them was killed on the way."""
-    one, other = started["torchrun"].output, started["deepspeed"].output
-    assert losses(one) == losses(other)
-    assert same_bits(trained(one, STEPS), trained(other, STEPS)) == []
+    one, other = (
+        {step: values for step, values in losses(started[way].output).items() if step <= STEPS} for way in LAUNCHERS
+    )
+    assert one == other and len(one) == STEPS
+    assert same_bits(*(trained(started[way].output, STEPS) for way in LAUNCHERS)) == []
 
 
 @pytest.mark.multi_gpu
@@ -265,12 +271,12 @@ def test_ctrl_c_ends_with_a_checkpoint_and_no_traceback_of_ours(scenes, tmp_path
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("way", ["torchrun_stops", "deepspeed_stops"])
+@pytest.mark.parametrize("way", LAUNCHERS)
 def test_a_launcher_that_is_asked_to_stop_leaves_a_checkpoint(started, way):
     run = started[way]
     assert run.process.returncode != 0 and run.seconds_to_stop < 100, run.text.read_text()[-3000:]
     summary = json.loads((run.output / "summary.json").read_text())
-    assert summary["exit"] == "stopped" and summary["step"] >= 3
+    assert summary["exit"] == "stopped"
     assert (run.output / "checkpoints" / "latest").read_text() == f"step_{summary['step']}\n"
     assert checkpoint(run.output, summary["step"])
     go_on = f"or: torchrun --nproc_per_node 2 -m ase_dist train --resume {run.output}\n"
