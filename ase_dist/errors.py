@@ -53,7 +53,7 @@ class ExitCode(IntEnum):
     75    stopped by a signal, after saving: the same command goes on from there
     76    a loss or a gradient was not finite, and the policy was to stop or the skips were used up
     77    no progress within the time limit: a rank is dead, stuck or silent; stacks are in rank_N.log
-    130   interrupted (Ctrl-C) while nothing was there to be saved
+    130   interrupted (Ctrl-C) while nothing was there to be saved; by another signal n it is 128 + n (143: SIGTERM)
     ====  ==========================================================================================================
 
     ``--max-restarts`` and the Slurm script start again after 1, 71 and 77, and after a process that was killed.

@@ -22,9 +22,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-# What a terminal, a launcher or a scheduler sends to all processes of a job. SIGHUP: the terminal was closed. SIGUSR1
-# and SIGUSR2: the time limit is near.
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+from ase_dist.stopping import STOPPING
+
 PATIENCE = 1800.0  # seconds for one call, after which its worker counts as stuck and is killed
 END_GRACE = 5.0  # seconds that a killed worker gets to end
 AHEAD = 2  # calls in flight for each worker: one that it computes, and one that waits for it

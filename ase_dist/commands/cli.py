@@ -6,19 +6,17 @@ import argparse
 import re
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
-from ase_dist.commands.start import end_at_once
 from ase_dist.errors import ExitCode, UserError, describe, exit_code_of, has_traceback
 from ase_dist.files import expand_user
 from ase_dist.image_size import ImageSize
 from ase_dist.printable import printable, say
+from ase_dist.stopping import Stopped, raising_stopped, stopped_by
 
 SCRIPTS = Path("launch")  # of a checkout; without one there are python -m ase_dist and the program
 MODULE_FILE, PROGRAM = "__main__.py", "ase-dist"
@@ -105,45 +103,28 @@ def without_checkout(text: str) -> str:
     return re.sub(r"\bpython -m ase_dist (\w+)", lambda found: f"{program()} {spelled(found[1])}", text)
 
 
-def run_command(work: Callable[[], int], *, interrupted: str = "interrupted") -> int:
+def run_command(work: Callable[[], int], *, after_signal: str = "") -> int:
     """The exit code that ``work`` returns, or that of the exception it raises, which goes to the standard error.
 
-    User errors and run errors print one sentence, bugs a traceback (see ``ase_dist.errors``), Ctrl-C ``interrupted``.
+    User errors and run errors print one sentence, bugs a traceback (see ``ase_dist.errors``). Ctrl-C and the other
+    signals of ``STOPPING`` print one line, which ``after_signal`` is added to, and give 128 + the signal's number.
     """
-    with _noting_interrupts() as interrupts:
-        try:
+    seen: list[int] = []
+    try:
+        with raising_stopped() as seen:
             code = work()
-        except KeyboardInterrupt as error:
-            code = refuse(interrupted, code=exit_code_of(error))
-        except Exception as error:
-            code = _tell(error) if not interrupts else refuse(interrupted, code=ExitCode.INTERRUPTED)
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
+        code = refuse(f"{stopped_by(number)}{after_signal}", code=128 + number)
+    except Exception as error:
+        # a library that a signal breaks off may raise another error instead
+        code = _tell(error) if not seen else refuse(f"{stopped_by(seen[0])}{after_signal}", code=128 + seen[0])
     with suppress(OSError):
         sys.stderr.flush()
     return code
 
 
-@contextmanager
-def _noting_interrupts() -> Iterator[list[int]]:
-    """Let Ctrl-C raise KeyboardInterrupt, and note it: an import that it breaks off may raise another error instead."""
-    interrupts: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        interrupts.append(number)
-        raise KeyboardInterrupt
-
-    is_ours = before in (signal.default_int_handler, end_at_once)  # else a caller, or nobody, wants it
-    if not is_ours or threading.current_thread() is not threading.main_thread():
-        yield interrupts
-        return
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield interrupts
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _tell(error: Exception) -> ExitCode:
+def _tell(error: Exception) -> int:
     """Print what ended a command; its exit code."""
     code = exit_code_of(error)
     if not has_traceback(error):
@@ -153,7 +134,7 @@ def _tell(error: Exception) -> ExitCode:
     return code
 
 
-def refuse(sentence: str, *, code: ExitCode = ExitCode.USAGE) -> ExitCode:
+def refuse(sentence: str, *, code: int = ExitCode.USAGE) -> int:
     """Say in one sentence why a command ends, and give its exit code."""
     say(f"error: {sentence}")
     return code

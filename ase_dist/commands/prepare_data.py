@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, or 2 after one sentence about what is wrong."""
     arguments = parser().parse_args(argv)
     log_messages()
-    return run_command(lambda: _prepare(arguments), interrupted="interrupted; the same command goes on from here")
+    return run_command(lambda: _prepare(arguments), after_signal="; the same command goes on from here")
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

@@ -60,6 +60,7 @@ class Runner:
         self.running: list[_Running] = []
         self.failed: list[str] = []
         self.stopped = False
+        self._signal = ""  # the name of the one that stopped it
         self._began = self._reported = time.monotonic()
         self._finished = 0
 
@@ -72,6 +73,8 @@ class Runner:
                 self._collect_ended()
                 self._report()
                 time.sleep(POLL)
+        if self.stopped:
+            LOGGER.info("stopped by %s, the runs have saved; the same command goes on from there", self._signal)
         return self.failed
 
     def _start(self) -> None:
@@ -139,6 +142,7 @@ class Runner:
 
         def forward(number: int, frame: FrameType | None) -> None:
             self.stopped = True
+            self._signal = signal.Signals(number).name
             for running in self.running:
                 running.process.send_signal(signal.SIGTERM)
 

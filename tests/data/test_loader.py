@@ -21,8 +21,8 @@ from ase_dist.data.loader import build_eval_loader, build_train_loader, data_fin
 from ase_dist.data.prefetch import _why_lost
 from ase_dist.errors import ExitCode, UserError
 from ase_dist.read_config import build_settings
+from ase_dist.stopping import STOPPING
 from ase_dist.tasks import select_tasks
-from ase_dist.workers import STOPPING
 
 pytestmark = pytest.mark.single_gpu
 

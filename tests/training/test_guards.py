@@ -16,9 +16,10 @@ import torch
 
 from ase_dist.collectives import barrier
 from ase_dist.errors import ExitCode
+from ase_dist.stopping import STOPPING
 from ase_dist.training.process import watchdog as watchdog_module
 from ase_dist.training.process.finite import FiniteGuard, NonFiniteError, all_finite, vote
-from ase_dist.training.process.signals import STOPPING, StopFlag
+from ase_dist.training.process.signals import StopFlag
 from ase_dist.training.process.watchdog import Watchdog
 from ase_dist.training.record.logs import parse_line
 from ase_dist.training.state.checkpoint import CheckpointStore

@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ase_dist.errors import UserError
-from ase_dist.workers import STOPPING
+from ase_dist.stopping import STOPPING
 
 
 def stopping_signals() -> list[signal.Signals]:
