@@ -378,12 +378,13 @@ class GuardSettings(Section):
 
 
 class MonitorSettings(Section):
-    """DeepSpeed's monitor: where scalars go in addition to metrics.jsonl."""
+    """Where settings, scalars and pictures go in addition to metrics.jsonl and the run's folder."""
 
     tensorboard: bool = Field(True, description="TensorBoard files in the run's folder")
-    csv: bool = Field(False, description="CSV files in the run's folder")
+    csv: bool = Field(False, description="CSV files of the scalars in the run's folder")
     wandb: bool = Field(False, description="Weights & Biases")
-    project: str = Field("ase_dist", description="the project's name in Weights & Biases")
+    mlflow: bool = Field(False, description="MLflow: MLFLOW_TRACKING_URI, or files in the run's folder")
+    project: str = Field("ase_dist", description="the project in Weights & Biases, the experiment in MLflow")
 
 
 class Settings(Section):
@@ -507,6 +508,7 @@ ON_RESUME: dict[str, OnResume] = {
     "monitor.tensorboard": "ignored",
     "monitor.csv": "ignored",
     "monitor.wandb": "ignored",
+    "monitor.mlflow": "ignored",
     "monitor.project": "ignored",
 }
 

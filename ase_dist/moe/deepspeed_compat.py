@@ -143,6 +143,28 @@ def has_compiler() -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Monitors
+
+MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")  # sections of the JSON
+
+
+def without_monitors(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON without monitors; pydantic's ValidationError for a section that DeepSpeed would refuse."""
+    from deepspeed.monitor.config import get_monitor_config
+
+    get_monitor_config({name: config[name] for name in MONITORS if name in config})
+    return {name: section for name, section in config.items() if name not in (*MONITORS, "mlflow")}
+
+
+def open_monitor(name: str, section: Mapping[str, Any]) -> Any:
+    """DeepSpeed's own monitor of a section, on rank 0: its ``write_events`` takes [(name, value, step)]."""
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    return MonitorMaster(get_monitor_config({name: dict(section)}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Weights and moments in float32, at every ZeRO stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam and AdamW

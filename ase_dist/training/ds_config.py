@@ -18,6 +18,7 @@ from ase_dist.config import Settings, TrainSettings
 from ase_dist.errors import UserError, describe, did_you_mean, file_error
 from ase_dist.json_files import read_object
 from ase_dist.read_config import override_settings
+from ase_dist.training.record.environment import MONITORS
 from ase_dist.training.record.run_folder import RunFolder
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"  # a link to the checkout's folder, files in an installed package
@@ -71,9 +72,10 @@ READ_HERE = (
     "tensorboard",
     "csv_monitor",
     "wandb",
+    "mlflow",
     "steps_per_print",
 )
-SECTIONS = ("bf16", "fp16", "zero_optimization", "optimizer", "tensorboard", "csv_monitor", "wandb")
+SECTIONS = ("bf16", "fp16", "zero_optimization", "optimizer", "tensorboard", "csv_monitor", "wandb", "mlflow")
 
 
 class ResolvedConfig(NamedTuple):
@@ -126,7 +128,13 @@ def own_ds_config(run: RunFolder) -> dict[str, Any]:
         raise file_error(
             error, f"{run.ds_config}: cannot be read ({describe(error)}); give --deepspeed_config"
         ) from None
-    for *section, key in (*SHARED_KEYS.values(), ("train_batch_size",), ("tensorboard",), ("csv_monitor",)):
+    for *section, key in (
+        *SHARED_KEYS.values(),
+        ("train_batch_size",),
+        ("tensorboard",),
+        ("csv_monitor",),
+        ("mlflow",),
+    ):
         branch = _get(tree, tuple(section))
         if isinstance(branch, dict):
             branch.pop(key, None)
@@ -170,6 +178,8 @@ def resolve(settings: Settings, ds_config: Mapping[str, Any], *, world: int, nat
         tree.setdefault("csv_monitor", {"enabled": True, "output_path": folder, "job_name": "csv"})
     if monitor.wandb:
         tree.setdefault("wandb", {"enabled": True, "project": monitor.project})
+    if monitor.mlflow:
+        tree.setdefault("mlflow", {"enabled": True, "experiment": monitor.project})
     tree.setdefault("steps_per_print", 2**31)  # the training loop logs instead
     # DeepSpeed's default waits for the device twice in a micro-step, for a number that nothing prints
     tree.setdefault("timers", {"throughput": {"enabled": False}})
@@ -205,6 +215,8 @@ def _check_keys(tree: dict[str, Any]) -> None:
             raise UserError(f"DeepSpeed JSON: {key}: got {value!r}, wanted an object such as {{...}}")
     if "scheduler" in tree:
         raise UserError("DeepSpeed JSON: 'scheduler' is set by train.schedule and train.warmup_steps; take it out")
+    if odd := sorted(tree.get("mlflow", {}).keys() - MONITORS["mlflow"]):
+        raise UserError(f"DeepSpeed JSON: mlflow: got {odd[0]!r}, wanted {' and '.join(MONITORS['mlflow'])}")
     _name_optimizer(tree.get("optimizer", {}))
     if _get(tree, ("fp16", "enabled")):  # its loss scale skips steps whose gradients are finite
         raise UserError("DeepSpeed JSON: fp16: not supported here, a step is skipped for what is finite; use bf16")

@@ -157,15 +157,16 @@ def test_the_json_that_was_given_is_left_alone():
 
 
 def test_the_monitor_writes_into_the_run_folder():
-    tree = settle({}, "output=here", "monitor.csv=true", "monitor.wandb=true").deepspeed
+    tree = settle({}, "output=here", "monitor.csv=true", "monitor.wandb=true", "monitor.mlflow=true").deepspeed
     assert tree["tensorboard"]["output_path"] == tree["csv_monitor"]["output_path"] == "here"
-    assert tree["wandb"]["project"] == "ase_dist"
+    assert tree["wandb"]["project"] == tree["mlflow"]["experiment"] == "ase_dist"
     assert "tensorboard" not in settle({}, "monitor.tensorboard=false").deepspeed
 
 
 @pytest.mark.parametrize(
     ("tree", "overrides", "words"),
     [
+        ({"mlflow": {"enabled": True, "uri": "x"}}, [], "mlflow: got 'uri', wanted enabled and experiment"),
         ({"gradient_clipping": 0.5}, ["train.gradient_clipping=1"], "train.gradient_clipping is 1.0 and the DeepSpeed"),
         ({"train_micro_batch_size_per_gpu": 4}, ["train.batch_size=8"], "train.batch_size is 8"),
         ({"bf16": {"enabled": True}}, ["train.bf16=false"], "train.bf16 is False"),

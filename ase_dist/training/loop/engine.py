@@ -42,7 +42,7 @@ def initialize(model: MultiTaskModel, config: ResolvedConfig, world: World, *, t
             model=model,
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config=config.deepspeed,
+            config=deepspeed_compat.without_monitors(config.deepspeed),  # see ``training.record.monitor``
             dist_init_required=False,
         )
     except ValidationError as error:

@@ -14,7 +14,7 @@ import torch
 
 from ase_dist import collectives
 from ase_dist.agreement import on_rank_zero, raise_together
-from ase_dist.config import MonitorSettings, Settings, flat
+from ase_dist.config import Settings, flat
 from ase_dist.data.loader import first_images
 from ase_dist.errors import ExitCode, RunError, UserError, describe, exit_code_of, has_traceback
 from ase_dist.evaluation.constant import ConstantPredictor
@@ -33,6 +33,7 @@ from ase_dist.training.record.console import FILES_ONLY, StepProgress, close_con
 from ase_dist.training.record.environment import environment, git_commit, harmless_ds_config
 from ase_dist.training.record.logs import close_logs, open_logs
 from ase_dist.training.record.metrics import Recorder
+from ase_dist.training.record.monitor import Monitors
 from ase_dist.training.record.reports import start_tables, summary
 from ase_dist.training.record.run_folder import RunFolder
 from ase_dist.training.state.checkpoint import CheckpointStore
@@ -81,11 +82,10 @@ def dry_run(settings: Settings, ds_config: Mapping[str, Any]) -> ExitCode:
     """Build everything, take one step on one batch, log the tables; nothing is written."""
     world = _start(settings, claim=lambda: None)
     set_up_logging(rank=world.rank)
-    quiet = settings.model_copy(update={"monitor": MonitorSettings(tensorboard=False)})
     with Watchdog(None, timeout=settings.guard.timeout) as watchdog:
-        require_same_start(quiet, ds_config)
-        default = default_type(quiet, world, RunFolder(quiet.output).checkpoints)
-        config = resolve(quiet, ds_config, world=world.size, native_bf16=default.bf16)._replace(why_type=default.why)
+        require_same_start(settings, ds_config)
+        default = default_type(settings, world, RunFolder(settings.output).checkpoints)
+        config = resolve(settings, ds_config, world=world.size, native_bf16=default.bf16)._replace(why_type=default.why)
         components = build(config, world, beat=watchdog.beat)
         LOGGER.info("\n%s", start_tables(components))
         watchdog.beat("one step")
@@ -142,6 +142,10 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
             step=state.step, exit=ExitCode.SILENT.name.lower(), why=sentence
         )
 
+        watchdog.beat("starting the monitors")
+        monitors = Monitors(config.deepspeed, folder, enabled=world.is_first)
+        closing.callback(monitors.close)
+        monitors.write_settings(flat(config.settings.model_dump(mode="json")))
         trainer = Trainer(
             components,
             state=state,
@@ -149,6 +153,7 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
             recorder=recorder,
             progress=StepProgress("train", total=components.total_steps, start=state.step, console=console),
             watchdog=watchdog,
+            monitors=monitors,
             constants={} if state.history.trivial else fit_trivial_predictors(components, beat=watchdog.beat),
         )
         LOGGER.info("\n%s", start_tables(components))
@@ -159,6 +164,7 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
             raise_together(lambda: conclude(folder, components, state, code) if world.is_first else None)
         except Exception as error:
             recorder.write_end(step=state.step, exit=exit_code_of(error).name.lower(), why=describe(error))
+            monitors.close(failed=True)
             raise
         recorder.write_end(step=state.step, exit=code.name.lower(), why="")
         return code

@@ -35,13 +35,14 @@ from ase_dist.training.record.appending import RecordError, recording
 from ase_dist.training.record.console import StepProgress
 from ase_dist.training.record.logs import log_failure
 from ase_dist.training.record.metrics import Recorder
-from ase_dist.training.record.monitor import Scalars, writer_errors_told_once
+from ase_dist.training.record.monitor import Monitors, writer_errors_told_once
 from ase_dist.training.record.reports import MicroStep, SpanStatistics, result_table
 from ase_dist.training.record.run_folder import RunFolder
 from ase_dist.training.state.checkpoint import SaveError
 from ase_dist.training.state.run_state import RunState
 
 LOGGER = logging.getLogger("ase_dist")
+EXPERT_MAPS = {"expert_load": "Share of tokens", "mean_gates": "Mean gate"}  # of the monitors' pictures
 AGREED_ERRORS = (NonFiniteError, SaveError, RankError)  # every rank raises them, so no peer is lost
 
 
@@ -65,6 +66,7 @@ class Trainer:
         recorder: Recorder,
         progress: StepProgress,
         watchdog: Watchdog,
+        monitors: Monitors,
         constants: Mapping[str, ConstantPredictor],
     ) -> None:
         settings, tasks, world, engine = components.settings, components.tasks, components.world, components.engine
@@ -77,13 +79,15 @@ class Trainer:
         self.stop = StopFlag()
         self.watchdog = watchdog
         layers = [module for module in engine.module.modules() if isinstance(module, MoEFFN)]
-        self.scalars = Scalars(engine.monitor, folder=folder.path)
+        self.monitors = monitors
         self.span = SpanStatistics(tasks, world, layers=layers)
         self.stopping = False  # agreed upon by all ranks
         self._applied = True  # whether the optimiser has taken the last step
+        self._experts: dict[str, Tensor] = {}  # load and gates of the last record, for the monitors' pictures
         self._record_error: RecordError | None = None  # the first of this rank
         self._unread: Exception | None = None  # what this rank could not read of its images
         self._routers = [layer.router for layer in layers]
+        self._num_shared = layers[0].num_shared if layers else 0
 
     def train(self) -> ExitCode:
         """Run until the last step or until a rank is asked to stop."""
@@ -129,7 +133,7 @@ class Trainer:
 
     def _must_stop(self) -> bool:
         """Whether this rank was asked to stop, cannot write its records or read its images."""
-        self._record_error = self._record_error or self.scalars.failure or log_failure()
+        self._record_error = self._record_error or log_failure()
         errors = (self._record_error, self._unread, self._loader_failure())
         return self.stop.requested or any(error is not None for error in errors)
 
@@ -286,7 +290,8 @@ class Trainer:
         events += [(f"train/{name}", value, step) for name, value in values["losses"].items()]
         events += [(f"train/weight/{name}", value, step) for name, value in values.get("task_weights", {}).items()]
         events.append(("train/images_per_second", values["images_per_second"], step))
-        self.scalars.write(events)
+        self.monitors.write_scalars(events)
+        self._experts = {key: values[key] for key in EXPERT_MAPS if key in values}
 
     def _evaluation_is_due(self) -> bool:
         every, step = self.settings.eval.every, self.state.step
@@ -339,13 +344,20 @@ class Trainer:
         title = f"step {step} of {self.total_steps}"
         LOGGER.info("\n%s", result_table(title, self.tasks, results, history.trivial, history.first))
         events = [(f"eval/{t.name}/{t.metric}", results[t.name][t.metric], step) for t in self.tasks]
-        self.scalars.write(events)
+        self.monitors.write_scalars(events)
         if gallery.images:
             from ase_dist.pictures.grid import prediction_grid, save_png  # matplotlib would delay the start
 
             grid = prediction_grid(torch.stack(gallery.images), gallery.labels, gallery.predictions, self.tasks)
             with self._recording(), recording(self.folder.prediction(step)):
                 save_png(grid, self.folder.prediction(step))
+            self.monitors.write_picture("predictions", grid, step)
+        if self._experts and self.monitors.take_pictures:
+            from ase_dist.training.record.plots import draw_experts
+
+            maps = {EXPERT_MAPS[key]: value.float().cpu().numpy() for key, value in self._experts.items()}
+            picture = draw_experts(maps, titles=[task.title for task in self.tasks], num_shared=self._num_shared)
+            self.monitors.write_picture("experts", picture, step)
 
     def _maybe_save(self) -> None:
         if self._save_is_due() and not self.state.is_saved:

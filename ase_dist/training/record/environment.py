@@ -26,10 +26,11 @@ OPTIONS = ("--config", "--baseline", "--resume", "--deepspeed_config")
 SCRIPT, PROGRAM = ("launch", "train.py"), "ase-dist"
 # A number, a name, a list of them, a path: no second =, nothing of a URL (: @ ? &), no mapping, no control character.
 _HARMLESS_VALUE = re.compile(r"[\w ./,+~\[\]#'-]*")
-MONITORS = {  # DeepSpeed's, with what is known to be no secret in their sections
+MONITORS = {  # sections of DeepSpeed's JSON, with what is known to be no secret in them; mlflow is this package's own
     "tensorboard": ("enabled", "output_path", "job_name"),
     "csv_monitor": ("enabled", "output_path", "job_name"),
     "wandb": ("enabled", "group", "team", "project"),
+    "mlflow": ("enabled", "experiment"),
     "comet": ("enabled", "samples_log_interval", "project", "workspace", "experiment_name", "online", "mode"),
 }
 

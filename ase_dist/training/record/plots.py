@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -17,11 +17,12 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from ase_dist.files import write_atomic
 from ase_dist.training.record.appending import recording
 from ase_dist.training.record.metrics import read_metrics
-from ase_dist.training.record.records import Records
+from ase_dist.training.record.records import Array, Records
 from ase_dist.training.record.run_folder import RunFolder
 
 DPI = 120
@@ -167,6 +168,35 @@ def draw_heatmap(records: Records, *, task: int) -> Figure | None:
         ax.set_xlabel("Expert" + (" (S: shared)" if records.shared else ""))
     figure.suptitle(records.facts_of(records.tasks[task]).title, fontsize=11)
     return figure
+
+
+def draw_experts(maps_LtN: Mapping[str, Array], *, titles: Sequence[str], num_shared: int) -> Image.Image:
+    """One moment of all tasks side by side as a picture: layer by expert, a row for each of ``maps_LtN`` by its name.
+
+    As ``draw_heatmap`` without the course; titles are the tasks', the shared experts are the last ``num_shared``.
+    """
+    layers, tasks, experts = next(iter(maps_LtN.values())).shape
+    shared = range(experts - num_shared, experts)
+    width, height = np.clip([0.17 * experts, 0.17 * layers], [1.6, 1.2], MAP_LIMIT)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(tasks * width + 1.6, len(maps_LtN) * (height + 0.5) + 0.3), layout="constrained")
+        axes = figure.subplots(len(maps_LtN), tasks, squeeze=False, sharey=True)
+        for row, (name, values_LtN) in zip(axes, maps_LtN.items(), strict=True):
+            scale = PowerNorm(0.5, vmin=0, vmax=float(np.nanmax(values_LtN, initial=1e-6)))
+            for i, ax in enumerate(row):
+                image = ax.imshow(values_LtN[:, i], norm=scale, cmap="viridis", aspect="auto", interpolation="nearest")
+                ax.grid(visible=False)
+                ax.set_yticks(_ticks(layers), [str(j + 1) for j in _ticks(layers)])
+                _mark_shared(ax, experts, shared)
+            row[0].set_ylabel("Layer")
+            figure.colorbar(image, ax=list(row), label=name, pad=0.02)
+        for ax, title in zip(axes[0], titles, strict=True):
+            ax.set_title(title)
+        for ax in axes[-1]:
+            ax.set_xlabel("Expert" + (" (S: shared)" if num_shared else ""))
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=DPI)
+    return Image.open(buffer).convert("RGB")
 
 
 def draw_shared_gate(records: Records) -> Figure | None:
