@@ -251,8 +251,14 @@ class ModelSettings(Section):
     lora_rank: int = Field(4, ge=0, description="rank of the LoRA on the linears outside the experts; 0: none")
     lora_alpha: float | None = Field(None, gt=0, description="its scale is lora_alpha / lora_rank; null means 1")
     task_embedding: bool = Field(True, description="add a trained vector of the task to its tokens")
-    head: Annotated[str, AfterValidator(HEADS.checked)] = Field("pup", description="pup, pup_linear or linear")
+    head: Annotated[str, AfterValidator(HEADS.checked)] = Field(
+        "pup", description="on the last level: pup, pup_linear or linear; on several: dpt, hrnet or multi_level"
+    )
     head_width: int = Field(256, ge=1, description="channels inside the convolutions of a head")
+    head_args: dict[str, Any] = Field(default_factory=dict, description="of the head, such as {readout: add} for dpt")
+    levels: Annotated[tuple[int, ...], Field(min_length=1)] | None = Field(
+        None, description="which blocks or stages a head on several levels reads, from 1; null: evenly over the depth"
+    )
     drop_path: float = Field(0.0, ge=0, lt=1, description="probability that a block is left out, in the last block")
     checkpoint_activations: Literal["none", "recompute", "offload"] = Field(
         "none", description="recompute blocks in the backward pass; offload keeps their inputs on the host"
@@ -446,6 +452,8 @@ ON_RESUME: dict[str, OnResume] = {
     "model.task_embedding": "refused",
     "model.head": "refused",
     "model.head_width": "refused",
+    "model.head_args": "refused",
+    "model.levels": "refused",
     "model.drop_path": "listed",
     "model.checkpoint_activations": "listed",
     "model.moe.enabled": "refused",

@@ -60,11 +60,14 @@ def resolve(place: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-HEADS: Registry[Any] = Registry(  # an ase_dist.models.heads.HeadFactory each
+HEADS: Registry[Any] = Registry(  # an ase_dist.models.heads.HeadFactory or LevelsHeadFactory each
     {
         "pup": "ase_dist.models.heads:PUPHead",
         "linear": "ase_dist.models.heads:LinearHead",
         "pup_linear": "ase_dist.models.heads:PUPLinearHead",
+        "dpt": "ase_dist.models.level_heads:DPTHead",
+        "hrnet": "ase_dist.models.level_heads:HRNetHead",
+        "multi_level": "ase_dist.models.level_heads:MultiLevelHead",
     }
 )
 

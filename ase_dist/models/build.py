@@ -11,8 +11,9 @@ from ase_dist.errors import UserError
 from ase_dist.models.activation_checkpointing import checkpoint_block
 from ase_dist.models.backbone import Backbone, build_backbone
 from ase_dist.models.blocks import TaskBlock
-from ase_dist.models.heads import HeadFactory, TaskHead
+from ase_dist.models.heads import Level
 from ase_dist.models.init_from import ExportInitializer
+from ase_dist.models.levels import build_heads, chosen_levels, reads_levels
 from ase_dist.models.lora import add_lora
 from ase_dist.models.multitask import MultiTaskViT
 from ase_dist.models.multitask_resnet import MultiTaskModel, MultiTaskResNet
@@ -20,7 +21,6 @@ from ase_dist.models.resnet import RESNETS, STRIDE, build_resnet, is_resnet
 from ase_dist.models.seeded import seeded_initialisation
 from ase_dist.models.sharing import TRUNKS
 from ase_dist.moe import MoEFFN
-from ase_dist.registries import HEADS
 from ase_dist.seeding import derive_seed
 from ase_dist.tasks import Task
 
@@ -68,10 +68,15 @@ def _build_resnet_model(settings: Settings, tasks: tuple[Task, ...]) -> MultiTas
                 f"{name}: got {got} for {chosen.backbone}, wanted {right}: a ResNet is trained whole and has no "
                 "experts; the baselines of --baseline set all of this"
             )
+    if reads_levels(chosen.head):
+        raise UserError(
+            f"model.head: got {chosen.head!r}, which reads several levels, for {chosen.backbone}, wanted one on the "
+            "last level alone: pup, linear or pup_linear"
+        )
     size.require_divisible(STRIDE, what=f"the {STRIDE}-pixel strides of {chosen.backbone}")
     parts = build_resnet(chosen.backbone, weights=chosen.pretrained, args=chosen.backbone_args, seed=settings.seed)
     grid = size.height // STRIDE, size.width // STRIDE
-    heads = _build_heads(settings, tasks, width=parts.widths[-1], grid=grid, patch=STRIDE)
+    heads = build_heads(settings, tasks, [Level(parts.widths[-1], grid, STRIDE)])
     with seeded_initialisation(settings.seed, "sharing"):
         trunk = TRUNKS[chosen.sharing](parts, len(heads))
     return MultiTaskResNet(trunk, heads)
@@ -93,8 +98,10 @@ def _build_vit_model(settings: Settings, tasks: tuple[Task, ...], expert_layer: 
     for module in (backbone.stem, *backbone.blocks, backbone.norm):
         module.requires_grad_(False)
     blocks = _build_blocks(backbone, chosen, len(tasks), seed=settings.seed, expert_layer=expert_layer)
-    heads = _build_heads(settings, tasks, width=backbone.width, grid=backbone.grid, patch=backbone.patch)
-    model = MultiTaskViT(backbone, blocks, heads, task_embedding=chosen.task_embedding)
+    numbers = chosen_levels(chosen, len(blocks), unit="blocks")
+    level = Level(backbone.width, backbone.grid, backbone.patch, backbone.prefix)
+    heads = build_heads(settings, tasks, [level] * len(numbers))
+    model = MultiTaskViT(backbone, blocks, heads, levels=numbers, task_embedding=chosen.task_embedding)
     if start:
         start.fill_adapters(model)
     if chosen.tune == "full":
@@ -137,17 +144,3 @@ def _moe_layer(base: nn.Module, chosen: ModelSettings, num_tasks: int, *, seed: 
         return ASEMoE(base, ep_size=moe.ep_size, dispatch=moe.dispatch, **options)
     except UserError as error:
         raise UserError(f"model.moe on {chosen.backbone}: {error}") from None
-
-
-def _build_heads(
-    settings: Settings, tasks: tuple[Task, ...], *, width: int, grid: tuple[int, int], patch: int
-) -> dict[str, TaskHead]:
-    """A head per task for features of ``width`` on ``grid``, whose cells have a side of ``patch`` pixels."""
-    factory: HeadFactory = HEADS[settings.model.head]
-    heads = {}
-    for task in tasks:
-        if hasattr(nn.ModuleDict, task.name):  # torch takes no module of such a name
-            raise UserError(f"tasks: got the name {task.name!r}, a word of torch's; give the task another name")
-        with seeded_initialisation(settings.seed, "heads", task.name):
-            heads[task.name] = factory(width, task.channels, grid=grid, patch=patch, width=settings.model.head_width)
-    return heads

@@ -6,8 +6,9 @@ Letters: B images, P patches, D width, C channels of the task, h w a grid.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Protocol, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,6 +31,40 @@ class TaskHead(nn.Module):
         are contiguous: DeepSpeed 0.19.8 cannot broadcast channels-last parameters over gloo.
         """
         return self.norm(tokens_BPD).unflatten(1, self.grid).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+
+
+class Level(NamedTuple):
+    """The features of one level of a backbone: tokens [B, rows * columns, width], row by row.
+
+    ``grid`` is rows x columns of cells, ``stride`` the side of a cell in pixels. ``prefix`` tokens that belong to no
+    cell (class token, registers) stand before the others for a head that reads them.
+    """
+
+    width: int
+    grid: tuple[int, int]
+    stride: int
+    prefix: int = 0
+
+
+class LevelsHead(nn.Module):
+    """A head on several levels: ``head([tokens [B, P, D] of each]) -> logits [B, C, h, w]``, shallow to deep.
+
+    ``num_levels`` is how many it reads where ``model.levels`` does not say. ``reads_prefix``: it also wants the tokens
+    before those of the cells, which then come first. Every level gets a LayerNorm of the head's own, since only the
+    last comes through the backbone's.
+    """
+
+    num_levels: ClassVar[int] = 4
+    reads_prefix: bool = False
+
+    def __init__(self, levels: Sequence[Level]) -> None:
+        super().__init__()
+        self.levels = tuple(levels)
+        self.norms = nn.ModuleList(nn.LayerNorm(level.width) for level in levels)
+
+    def normalised(self, tokens: Sequence[Tensor]) -> list[Tensor]:
+        """Each level after its LayerNorm."""
+        return [norm(x) for norm, x in zip(self.norms, tokens, strict=True)]
 
 
 class PUPHead(TaskHead):
@@ -99,8 +134,25 @@ class PUPLinearHead(TaskHead):
         return large + enlarged.to(large.dtype)
 
 
-class HeadFactory(Protocol):
-    """How heads are built; ``width`` is for those with hidden channels."""
+Head = TaskHead | LevelsHead
 
-    def __call__(self, dim: int, channels: int, *, grid: tuple[int, int], patch: int, width: int) -> TaskHead:
+
+class HeadFactory(Protocol):
+    """How heads on the last level are built; ``width`` is for those with hidden channels.
+
+    Keywords that it takes beside these are the keys of ``model.head_args``.
+    """
+
+    def __call__(
+        self, dim: int, channels: int, *, grid: tuple[int, int], patch: int, width: int, **args: Any
+    ) -> TaskHead:
         """A head for tokens of width ``dim`` on ``grid`` patches of ``patch`` pixels."""
+
+
+class LevelsHeadFactory(Protocol):
+    """How heads on several levels are built; it has the attribute ``num_levels``, as ``LevelsHead`` has."""
+
+    num_levels: int
+
+    def __call__(self, levels: Sequence[Level], channels: int, *, width: int, **args: Any) -> LevelsHead:
+        """A head for ``levels``, shallow to deep."""

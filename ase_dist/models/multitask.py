@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ase_dist.errors import UserError, did_you_mean
 from ase_dist.models.backbone import Backbone
 from ase_dist.models.blocks import TaskBlock
-from ase_dist.models.heads import TaskHead
+from ase_dist.models.heads import Head, LevelsHead
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.layer import finish_layers
 from ase_dist.moe.router import RoutingSums
@@ -60,20 +60,25 @@ class MultiTaskViT(nn.Module):
     3. the blocks, all streams in one pass, each MoE layer's router picked by task
     4. the backbone's final norm on the patch tokens, then each task's head
 
-    ``task_names`` gives the order of the streams. ``build_model`` makes one from the settings.
+    A head on several levels also gets the tokens that leave the earlier ``levels`` (numbers of blocks, from 1 to the
+    last), without the final norm, as in DPT and InvPT. ``task_names`` gives the order of the streams. ``build_model``
+    makes one from the settings.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         blocks: Sequence[TaskBlock],
-        heads: Mapping[str, TaskHead],
+        heads: Mapping[str, Head],
         *,
+        levels: Sequence[int] = (),
         task_embedding: bool = True,
     ) -> None:
         super().__init__()
         self.task_names = tuple(heads)
-        self.prefix = backbone.prefix
+        self.levels = tuple(levels) or (len(blocks),)
+        whole = any(isinstance(head, LevelsHead) and head.reads_prefix for head in heads.values())
+        self.prefix = 0 if whole else backbone.prefix  # tokens that no head gets
         self.stem = backbone.stem
         self.task_embedding = TaskEmbedding(len(heads), backbone.width) if task_embedding else None
         self.blocks = nn.ModuleList(blocks)
@@ -87,10 +92,11 @@ class MultiTaskViT(nn.Module):
         """
         names = checked_tasks(tasks, self.task_names)
         streams = [self.task_names.index(name) for name in names]
-        x_tBPD, sums = self._features(images_BCHW, streams)
-        predictions = {name: self.heads[name](x) for name, x in zip(names, x_tBPD.unbind(0), strict=True)}
+        levels, sums = self._features(images_BCHW, streams)
+        by_task = zip(*(x_tBPD.unbind(0) for x_tBPD in levels), strict=True)
+        predictions = {name: _predict(self.heads[name], tokens) for name, tokens in zip(names, by_task, strict=True)}
         if not sums:
-            empty = x_tBPD.new_zeros(0, len(names), 0, dtype=torch.float32)
+            empty = levels[-1].new_zeros(0, len(names), 0, dtype=torch.float32)
             return ModelOutput(predictions, empty.sum(), empty.long(), empty)
         layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoEFFN)]
         return ModelOutput(predictions, *finish_layers(layers, sums))
@@ -107,23 +113,31 @@ class MultiTaskViT(nn.Module):
         self.heads = nn.ModuleDict({name: self.heads[name] for name in names})
         self.task_names = names
 
-    def _features(self, images_BCHW: Tensor, streams: list[int]) -> tuple[Tensor, list[RoutingSums]]:
-        """The final patch tokens [t, B, patches, D], and the routing of the layers with experts."""
+    def _features(self, images_BCHW: Tensor, streams: list[int]) -> tuple[list[Tensor], list[RoutingSums]]:
+        """The tokens [t, B, P, D] of each of ``levels``, and the routing of the layers with experts."""
         autocast = autocast_dtype(images_BCHW.device.type)
         images_BCHW = images_BCHW.to(next(self.stem.parameters()).dtype)  # DeepSpeed's bf16 casts weights alone
         tokens_BPD = self.stem.forward_features(images_BCHW)
         x_tBPD = self._streams(tokens_BPD, streams)
-        sums = []
-        for block in self.blocks:
+        sums, kept = [], {}
+        for number, block in enumerate(self.blocks, start=1):
             x_tBPD, sums_tM = block(x_tBPD, streams, autocast, True)  # positional, as checkpointing wants
             if block.has_moe:
                 sums.append(RoutingSums(sums_tM, tokens=x_tBPD.shape[1] * x_tBPD.shape[2]))
-        return self.norm(x_tBPD[:, :, self.prefix :]), sums
+            if number in self.levels:
+                kept[number] = x_tBPD[:, :, self.prefix :]
+        kept[number] = self.norm(kept[number])
+        return [kept[number] for number in self.levels], sums
 
     def _streams(self, tokens_BPD: Tensor, streams: list[int]) -> Tensor:
         if self.task_embedding is None:
             return tokens_BPD.expand(len(streams), -1, -1, -1)
         return self.task_embedding(tokens_BPD, streams)  # type: ignore[no-any-return]
+
+
+def _predict(head: nn.Module, levels: tuple[Tensor, ...]) -> Tensor:
+    """What ``head`` says of a task's levels, or of the last."""
+    return head(list(levels) if isinstance(head, LevelsHead) else levels[-1])  # type: ignore[no-any-return]
 
 
 def checked_tasks(tasks: Sequence[str] | None, have: tuple[str, ...]) -> tuple[str, ...]:

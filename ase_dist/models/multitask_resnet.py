@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ase_dist.models.heads import TaskHead
+from ase_dist.models.heads import Head
 from ase_dist.models.multitask import ModelOutput, MultiTaskViT, checked_tasks
 
 
@@ -20,7 +20,7 @@ class MultiTaskResNet(nn.Module):
     ``blocks`` is empty: there are no experts. ``build_model`` makes one from the settings.
     """
 
-    def __init__(self, trunk: nn.Module, heads: Mapping[str, TaskHead]) -> None:
+    def __init__(self, trunk: nn.Module, heads: Mapping[str, Head]) -> None:
         super().__init__()
         self.task_names = tuple(heads)
         self.trunk = trunk

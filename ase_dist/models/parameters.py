@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from ase_dist.models.heads import TaskHead
+from ase_dist.models.heads import LevelsHead, TaskHead
 from ase_dist.models.lora import LoRALinear
 from ase_dist.models.multitask import TaskEmbedding
 from ase_dist.models.sharing import Sharing
@@ -17,6 +17,7 @@ from ase_dist.moe.router import TaskRouter
 GROUPS = ("backbone", "sharing", "routed", "shared", "router", "lora", "head", "task_embedding")
 OWNERS: dict[type[nn.Module], str] = {
     TaskHead: "head",
+    LevelsHead: "head",
     TaskEmbedding: "task_embedding",
     TaskRouter: "router",
     Sharing: "sharing",

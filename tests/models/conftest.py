@@ -15,10 +15,28 @@ from torch._subclasses import FakeTensorMode
 
 from ase_dist.config import Settings
 from ase_dist.models import MultiTaskViT, build_model
+from ase_dist.models.heads import Head, Level, LevelsHead
+from ase_dist.models.levels import reads_levels
 from ase_dist.read_config import build_settings
+from ase_dist.registries import HEADS
 from ase_dist.tasks import select_tasks
 
 TINY_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+def head_of(name: str, dim: int, channels: int, *, grid: tuple[int, int], patch: int, width: int, **args: Any) -> Head:
+    """A head of the registry; one on several levels for as many as it asks for, all alike, with a class token."""
+    torch.manual_seed(0)
+    if count := reads_levels(name):
+        return HEADS[name]([Level(dim, grid, patch, prefix=1)] * count, channels, width=width, **args)
+    return HEADS[name](dim, channels, grid=grid, patch=patch, width=width, **args)
+
+
+def ask(head: Head, tokens_BPD: Tensor) -> Tensor:
+    """What ``head`` says of tokens; of several levels the others are multiples of them."""
+    if not isinstance(head, LevelsHead):
+        return head(tokens_BPD)
+    return head([tokens_BPD * (-1) ** i + i for i in range(len(head.levels))])
 
 
 @pytest.fixture

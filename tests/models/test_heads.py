@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ase_dist.models.heads import LinearHead, PUPHead
 from ase_dist.ops.doubled_conv import Doubled, double
 from ase_dist.registries import HEADS
+from tests.models.conftest import ask, head_of
 
 pytestmark = pytest.mark.single_gpu
 
@@ -32,11 +33,19 @@ def pup(**options):
         ("linear", 16, 4),
         ("linear", 8, 4),
         ("linear", 2, 1),
+        ("dpt", 16, 16),
+        ("dpt", 14, 16),
+        ("dpt", 8, 8),
+        ("dpt", 32, 32),
+        ("hrnet", 16, 4),
+        ("hrnet", 4, 1),
+        ("multi_level", 14, 4),
+        ("multi_level", 2, 1),
     ],
 )
 def test_shapes(name, patch, factor):
-    head = HEADS[name](12, 5, grid=(2, 3), patch=patch, width=8)
-    assert head(tokens(grid=(2, 3))).shape == (2, 5, 2 * factor, 3 * factor)
+    head = head_of(name, 12, 5, grid=(2, 3), patch=patch, width=8)
+    assert ask(head, tokens(grid=(2, 3))).shape == (2, 5, 2 * factor, 3 * factor)
 
 
 def test_pup_is_the_published_function():
@@ -106,10 +115,9 @@ def test_the_gradient_of_doubling_is_the_same_in_every_run(device, dtype):
 
 @pytest.mark.parametrize("name", list(HEADS))
 def test_an_image_does_not_see_the_others_of_its_batch(name):
-    torch.manual_seed(0)
-    head = HEADS[name](12, 5, grid=(3, 3), patch=16, width=8).train()
-    alone = torch.cat([head(tokens()[i : i + 1]) for i in range(2)])
-    torch.testing.assert_close(head(tokens()), alone, rtol=1e-5, atol=1e-5)
+    head = head_of(name, 12, 5, grid=(3, 3), patch=16, width=8).train()
+    alone = torch.cat([ask(head, tokens()[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(ask(head, tokens()), alone, rtol=1e-5, atol=1e-5)
     assert not list(head.buffers())
 
 

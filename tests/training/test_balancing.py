@@ -304,22 +304,23 @@ def test_the_gram_matrix_is_that_of_one_backward_pass_a_task(batches, mode):
     assert 0 < len(rows[0]) < count, "heads, routers and the task embedding are no one's shared weights"
 
 
-def test_the_gram_matrix_of_the_representation(batches):
-    """That of the gradients on what the heads get, images of all micro-steps one after another."""
+@pytest.mark.parametrize("head", ["linear", "hrnet"])
+def test_the_gram_matrix_of_the_representation(batches, head):
+    """That of the gradients on what the heads get, images of all micro-steps one after another, level by level."""
     tasks, micro = batches
-    model = built(tasks)
+    model = built(tasks, f"model.head={head}")
     counts = torch.stack([label_counts(batch.labels, tasks) for batch in micro]).mean(dim=0)
     scales = {task.name: 1.0 for task in tasks}
     gramian, _ = Measurement(model, tasks, scales, on="representation")(micro, counts)
     rows = [[] for _ in tasks]
     for batch in micro:
         with torch.no_grad():
-            tokens, _ = model._features(batch.images, list(range(len(tasks))))
+            levels, _ = model._features(batch.images, list(range(len(tasks))))
         for i, task in enumerate(tasks):
-            leaf = tokens[i].clone().requires_grad_()
-            prediction = {task.name: model.heads[task.name](leaf)}
+            leaves = [level[i].clone().requires_grad_() for level in levels]
+            prediction = {task.name: model.heads[task.name](leaves if head == "hrnet" else leaves[0])}
             (task_losses(prediction, batch.labels, [task], counts[i : i + 1])[task.name] / len(micro)).backward()
-            rows[i].append(leaf.grad.flatten())
+            rows[i] += [leaf.grad.flatten() for leaf in leaves]
     stacked = torch.stack([torch.cat(row) for row in rows])
     torch.testing.assert_close(gramian, stacked @ stacked.T, rtol=1e-5, atol=1e-10)
 

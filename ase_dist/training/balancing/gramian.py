@@ -128,9 +128,10 @@ class Measurement:
                 predictions = self.model(batch.images).predictions
             found = [self._loss(i, predictions, batch, counts) for i in range(len(self.tasks))]
             rows = [
-                torch.autograd.grad(loss, inputs[task.name])[0] for task, loss in zip(self.tasks, found, strict=True)
+                torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, inputs[task.name])])
+                for task, loss in zip(self.tasks, found, strict=True)
             ]
-            products.append(inner_products(_widened(torch.stack(rows)).flatten(1)))
+            products.append(inner_products(_widened(torch.stack(rows))))
             losses_t = losses_t + torch.stack(found).detach()
         gramian_tt = torch.stack(products).sum(dim=0)
         return gramian_tt, losses_t.to(gramian_tt.dtype)
@@ -141,14 +142,16 @@ class Measurement:
 
 
 @contextmanager
-def inputs_of_heads(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Cut the graph at what the heads of ``model`` get while it is open; gives that by task."""
-    inputs: dict[str, Tensor] = {}
+def inputs_of_heads(model: Any) -> Iterator[dict[str, list[Tensor]]]:
+    """Cut the graph at what the heads of ``model`` get while it is open; gives that by task, a tensor per level."""
+    inputs: dict[str, list[Tensor]] = {}
 
     def cut(name: str) -> Any:
-        def hook(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            inputs[name] = arguments[0].detach().requires_grad_()
-            return (inputs[name], *arguments[1:])
+        def hook(head: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            tokens, *others = arguments
+            levels = [tokens] if isinstance(tokens, Tensor) else tokens
+            inputs[name] = [level.detach().requires_grad_() for level in levels]
+            return (inputs[name][0] if isinstance(tokens, Tensor) else inputs[name], *others)
 
         return hook
 
