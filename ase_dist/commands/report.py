@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from ase_dist.commands.cli import command_parser, path, path_or_name, run_command
 from ase_dist.errors import UserError
 from ase_dist.printable import log_messages
+from ase_dist.report.watch import serve
 
 EPILOG = """examples:
   python launch/report.py runs/scenes
   python launch/report.py studies/table1_scenes --out table1.html
   python launch/report.py runs/scenes runs/scenes_mtl_vit_lora --out compared.html
+  python launch/report.py runs/scenes --watch
 """
 
 
@@ -40,6 +42,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="WHICH",
         help="what gains are relative to: one of the runs (default: the first), or anything that evaluate takes",
     )
+    p.add_argument(
+        "--watch",
+        action="store_true",
+        help="write nothing, but serve the page to this machine's browsers and renew it while the run goes on",
+    )
+    p.add_argument(
+        "--port", type=int, default=0, metavar="N", help="of --watch, on 127.0.0.1 (default: one that is free)"
+    )
     return p
 
 
@@ -49,8 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_messages(sys.stdout)
 
     def make_report() -> int:
-        from ase_dist.report.page import write_comparison, write_report
+        from ase_dist.report.page import watched_report, write_comparison, write_report
 
+        if arguments.watch:
+            if arguments.out is not None:
+                raise UserError("--watch: it writes nothing, and got --out; take one of them")
+            serve(
+                arguments.folders,
+                lambda version: watched_report(arguments.folders, version, reference=arguments.reference),
+                port=arguments.port,
+                ready=lambda address: logging.info("%s shows the page as the run goes on; Ctrl-C ends it", address),
+            )
+            return 0
         if len(arguments.folders) == 1 and arguments.reference is None:
             out = write_report(arguments.folders[0], arguments.out)
         elif arguments.out is None:

@@ -31,7 +31,7 @@ from ase_dist.training.record.run_folder import RunFolder
 PAGE_MARK = b"<footer>Made by ase-dist "  # what every page has, and no other file
 ASSETS = Path(__file__).parent / "assets"
 POLICY = (
-    "default-src 'none'; img-src data:; style-src '{style}'; script-src '{script}'; base-uri 'none'; form-action 'none'"
+    "default-src 'none'; img-src data:; style-src '{style}'; script-src {scripts}; base-uri 'none'; form-action 'none'"
 )
 
 
@@ -44,15 +44,28 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     folder = Path(folder)
     out = RunFolder(folder).report if out is None else Path(out)
     _refuse_foreign_page(out)
-    if is_study(folder):
-        template, content = "study.html", study_content(folder.absolute(), out=out.absolute())
-    elif RunFolder(folder).looks_used():
-        template, content = "run.html", run_content(RunFolder(folder.absolute()))
+    return _write(out, *_report(folder, out))
+
+
+def watched_report(folders: Sequence[Path], version: int, *, reference: str | None = None) -> str:
+    """The page of a run or a study, or of several runs compared, as ``watch.serve`` shows it. Raises as the others."""
+    if len(folders) == 1 and reference is None:
+        template, content = _report(folders[0], RunFolder(folders[0]).report)
     else:
-        problem = "there is no such folder" if not folder.is_dir() else "it has none of the files that either leaves"
-        name = str(folder.absolute())
-        raise UserError(f"{name!r} is neither a run's folder nor a study's: {problem}; name the output of a run")
-    return _write(out, template, content)
+        out = RunFolder(folders[0]).report.absolute()
+        template, content = "compare.html", comparison_content(folders, reference=reference, out=out)
+    return render(template, content, version=version)
+
+
+def _report(folder: Path, out: Path) -> tuple[str, dict[str, Any]]:
+    """The template of a run's or a study's page at ``out``, and what it shows."""
+    if is_study(folder):
+        return "study.html", study_content(folder.absolute(), out=out.absolute())
+    if RunFolder(folder).looks_used():
+        return "run.html", run_content(RunFolder(folder.absolute()))
+    problem = "there is no such folder" if not folder.is_dir() else "it has none of the files that either leaves"
+    name = str(folder.absolute())
+    raise UserError(f"{name!r} is neither a run's folder nor a study's: {problem}; name the output of a run")
 
 
 def write_comparison(folders: Sequence[str | Path], out: str | Path, *, reference: str | None = None) -> Path:
@@ -80,9 +93,13 @@ def _write(out: Path, template: str, content: dict[str, Any]) -> Path:
     return out
 
 
-def render(template: str, content: dict[str, Any]) -> str:
-    """The page; every value of ``content`` is escaped unless it is Markup, and one that is missing is an error."""
-    style, script = (_inline(ASSETS / name) for name in ("page.css", "page.js"))
+def render(template: str, content: dict[str, Any], *, version: int = 0) -> str:
+    """The page; every value of ``content`` is escaped unless it is Markup, and one that is missing is an error.
+
+    With a ``version`` it asks the server that it comes from for a newer one.
+    """
+    style, script, watch_script = (_inline(ASSETS / name) for name in ("page.css", "page.js", "watch.js"))
+    scripts = [script, watch_script] if version else [script]
     return (
         _templates()
         .get_template(template)
@@ -90,7 +107,13 @@ def render(template: str, content: dict[str, Any]) -> str:
             content,
             style=style,
             script=script,
-            policy=POLICY.format(style=_hash(style), script=_hash(script)),
+            watch_script=watch_script,
+            version_shown=version,
+            policy=POLICY.format(
+                style=_hash(style),
+                scripts=" ".join(f"'{_hash(source)}'" for source in scripts),
+            )
+            + ("; connect-src 'self'" if version else ""),
             version=ase_dist.__version__,
             made=time.strftime("%Y-%m-%d %H:%M"),
         )

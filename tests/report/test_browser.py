@@ -5,11 +5,14 @@ Skipped where there is no Chromium or Chrome with its driver (Debian: chromium a
 
 import os
 import shutil
+import threading
 
 import pytest
 
-from ase_dist.report.page import write_comparison, write_report
-from tests.report.conftest import STEPS, write_run, write_study
+from ase_dist.report.page import watched_report, write_comparison, write_report
+from ase_dist.report.watch import Server, WatchedPage
+from ase_dist.training.record.metrics import Recorder
+from tests.report.conftest import STEPS, train_values, write_run, write_study
 from tests.report.test_compare_page import make_runs
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -19,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="no Chromium or Chrome with its chromedriver here"),
 ]
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 
 PHONE, DESKTOP = (390, 844), (1280, 900)
 TOO_WIDE = """
@@ -210,6 +214,36 @@ def test_without_scripts_everything_but_the_slider_is_there(browser, run_page):
         assert "Without scripts" in browser.find_element("css selector", "noscript").text
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_a_watched_page_renews_itself_where_the_reader_was(browser, tmp_path):
+    folder = write_run(tmp_path / "run")
+    page = WatchedPage([folder], lambda version: watched_report([folder], version))
+    server = Server(0, page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        browser.get_log("browser")
+        browser.get(f"http://127.0.0.1:{server.port}/")
+        run(browser, "document.querySelectorAll('details').forEach((fold) => { fold.open = true; });"
+                     "scrollTo(0, 700); window.old = true;")  # fmt: skip
+        recorder = Recorder(folder / "metrics.jsonl", enabled=True)
+        recorder.write("train", step=7, values=train_values(7))
+        recorder.close()
+        page.renew()
+        assert page.version == 2
+        wait = WebDriverWait(browser, 20)
+        wait.until(lambda _: run(browser, "return document.readyState === 'complete' && !window.old"))
+        assert run(browser, "return document.querySelector('meta[name=version]').content") == "2"
+        assert "step 7" in run(browser, "return document.getElementById('heat-label').textContent")
+        assert run(browser, "return document.querySelectorAll('details:not([open])').length") == 0
+        assert abs(run(browser, "return scrollY") - 700) < 5
+        loaded = run(browser, "return performance.getEntriesByType('resource').map((e) => e.name)")
+        assert all(name.startswith((f"http://127.0.0.1:{server.port}/", "data:")) for name in loaded)
+        assert browser.get_log("browser") == []
+    finally:
+        server.shutdown()
+        server.server_close()
+    wait.until(lambda _: "has ended" in run(browser, "return document.getElementById('watch-state').textContent"))
 
 
 def test_paper_has_all_folds_open(browser, run_page):
