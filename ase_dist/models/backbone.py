@@ -1,4 +1,4 @@
-"""Any plain timm vision transformer by name, built for one image size and taken apart into stem, blocks and norm."""
+"""A vision transformer of timm by name, built for one image size and taken apart into stem, blocks and norm."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Any, NamedTuple
 
 import timm
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from ase_dist.errors import UserError
 from ase_dist.image_size import ImageSize
-from ase_dist.models import mini, pretrained, timm_model
+from ase_dist.models import pretrained, timm_model
+from ase_dist.models.blocks import TASK_BLOCKS, WHY_NOT, TaskBlock
+from ase_dist.models.families import FAMILIES, family_of
 from ase_dist.models.seeded import seeded_initialisation
 from ase_dist.models.timm_model import is_of_timm
-
-VIT_MODULES = ("vision_transformer", "deit", mini.__name__.rsplit(".", 1)[-1])
 
 
 class Backbone(NamedTuple):
     """A vision transformer in parts.
 
-    ``stem`` is the timm model without its blocks, final norm and classifier: its ``forward_features`` makes tokens
-    [B, prefix + patches, width] of images. ``blocks`` and ``norm`` (an identity where the model has none before its
-    pooling) are timm's own modules. ``grid`` is in patches, rows first; ``patch`` is the side of one in pixels.
+    ``stem`` is the timm model without its blocks, final norm and classifier: ``families.embed`` makes tokens
+    [B, prefix + patches, width] of images with it, and rotary positions. ``blocks`` have timm's parts, and ``norm`` (an
+    identity where the model has none before its pooling) is timm's own. ``grid`` is in patches, rows first; ``patch``
+    is the side of one in pixels.
     """
 
-    stem: VisionTransformer
-    blocks: list[Block]
+    stem: nn.Module
+    blocks: list[TaskBlock]
     norm: nn.Module
     width: int
     prefix: int
@@ -48,9 +48,9 @@ def build_backbone(
 ) -> Backbone:
     """Build timm's ``name`` for images of ``size`` with the weights that ``pretrained.load`` knows.
 
-    Position embeddings are resampled by timm, once, here. Raises UserError, naming the setting, for anything but a
-    plain ViT (pre-norm blocks, linear patch embedding), for a size that its patch does not divide, for unknown
-    ``args`` and for weights that do not fit.
+    Position embeddings are resampled by timm, once, here. Raises UserError, naming the setting, for a model of no
+    family here or with other blocks than those of ``TASK_BLOCKS`` or no linear patch embedding, for a size that its
+    patch does not divide, for unknown ``args`` and for weights that do not fit.
     """
     _check_name(name)
     size = ImageSize.read(size)
@@ -67,7 +67,7 @@ def build_backbone(
     vit.attn_pool = None
     if weights not in {"none", "hub"}:
         pretrained.load(vit, weights, name=name)
-    blocks, norm = list(vit.blocks), vit.norm
+    blocks, norm = [TASK_BLOCKS[type(block)](block) for block in vit.blocks], vit.norm
     vit.blocks, vit.norm = nn.Sequential(), nn.Identity()
     rows, columns = vit.patch_embed.grid_size
     return Backbone(
@@ -82,26 +82,32 @@ def build_backbone(
 
 
 def _check_name(name: str) -> None:
-    """UserError, with similar names, unless timm has a plain ViT ``name``; a user's own model may be any module's."""
+    """UserError, with similar names, unless timm has a ViT ``name``; a user's own model may be any module's."""
+    modules = [module for family in FAMILIES for module in family.modules]
     known = timm.is_model(name)
-    if known and (timm.models.is_model_in_modules(name, VIT_MODULES) or not is_of_timm(name)):
+    if known and (timm.models.is_model_in_modules(name, modules) or not is_of_timm(name)):
         return
-    names = [model for module in VIT_MODULES for model in timm.list_models(module=module)]
+    names = [model for module in modules for model in timm.list_models(module=module)]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or ["vit_base_patch16_224"]
     problem = "is not a plain vision transformer" if known else "is no model that timm knows"
     raise UserError(f"model.backbone: {name!r} {problem}, wanted a ViT of timm such as {', '.join(near)}")
 
 
-def _check_structure(name: str, vit: nn.Module, size: ImageSize) -> None:
+def _check_structure(name: str, vit: Any, size: ImageSize) -> None:
     """UserError for a model that ``Backbone`` and ``TaskBlock`` do not support, and for a size that does not fit it."""
-    if not isinstance(vit, VisionTransformer):
-        raise UserError(f"model.backbone: {name!r} is a {type(vit).__name__}, wanted a plain vision transformer")
+    if family_of(vit) is None:
+        wanted = " or ".join(family.model.__name__ for family in FAMILIES)
+        raise UserError(f"model.backbone: {name!r} is a {type(vit).__name__}, wanted timm's {wanted}")
     if type(vit.patch_embed) is not PatchEmbed:
         raise UserError(f"model.backbone: {name!r} has a {type(vit.patch_embed).__name__} stem, wanted plain patches")
     for block in vit.blocks:
-        if type(block) is not Block:
-            raise UserError(f"model.backbone: {name!r} has {type(block).__name__}s, wanted plain pre-norm blocks")
-    if not isinstance(vit.patch_drop, nn.Identity):
+        if type(block) not in TASK_BLOCKS:
+            wanted = ", ".join(known.__name__ for known in TASK_BLOCKS)
+            raise UserError(
+                f"model.backbone: {name!r} has {type(block).__name__}s, {WHY_NOT.get(type(block), 'unknown here')}; "
+                f"wanted one of timm's {wanted}"
+            )
+    if not isinstance(vit.patch_drop, (nn.Identity, type(None))):
         raise UserError("model.backbone_args.patch_drop_rate: every patch needs a prediction, leave it at 0")
     rows, columns = vit.patch_embed.patch_size
     if rows != columns:

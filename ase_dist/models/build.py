@@ -10,7 +10,6 @@ from ase_dist.config import ModelSettings, Settings
 from ase_dist.errors import UserError
 from ase_dist.models.activation_checkpointing import checkpoint_block
 from ase_dist.models.backbone import Backbone, build_backbone
-from ase_dist.models.blocks import TaskBlock
 from ase_dist.models.heads import Level
 from ase_dist.models.init_from import ExportInitializer
 from ase_dist.models.levels import build_heads, chosen_levels, reads_levels
@@ -97,11 +96,11 @@ def _build_vit_model(settings: Settings, tasks: tuple[Task, ...], expert_layer: 
         start.fill_backbone(backbone)
     for module in (backbone.stem, *backbone.blocks, backbone.norm):
         module.requires_grad_(False)
-    blocks = _build_blocks(backbone, chosen, len(tasks), seed=settings.seed, expert_layer=expert_layer)
-    numbers = chosen_levels(chosen, len(blocks), unit="blocks")
+    _add_adapters(backbone, chosen, len(tasks), seed=settings.seed, expert_layer=expert_layer)
+    numbers = chosen_levels(chosen, len(backbone.blocks), unit="blocks")
     level = Level(backbone.width, backbone.grid, backbone.patch, backbone.prefix)
     heads = build_heads(settings, tasks, [level] * len(numbers))
-    model = MultiTaskViT(backbone, blocks, heads, levels=numbers, task_embedding=chosen.task_embedding)
+    model = MultiTaskViT(backbone, heads, levels=numbers, task_embedding=chosen.task_embedding)
     if start:
         start.fill_adapters(model)
     if chosen.tune == "full":
@@ -111,11 +110,10 @@ def _build_vit_model(settings: Settings, tasks: tuple[Task, ...], expert_layer: 
     return model
 
 
-def _build_blocks(
+def _add_adapters(
     backbone: Backbone, chosen: ModelSettings, num_tasks: int, *, seed: int, expert_layer: ExpertLayer
-) -> list[TaskBlock]:
+) -> None:
     """MoE in every n-th block (with n = 2 the second, the fourth, ... as M3ViT), LoRA in the FFNs of the others."""
-    blocks = []
     for index, block in enumerate(backbone.blocks):
         name = f"blocks.{index}"
         lora: dict[str, Any] = {"rank": chosen.lora_rank, "alpha": chosen.lora_alpha}
@@ -128,8 +126,8 @@ def _build_blocks(
         else:
             ffn, places = block.mlp, None
         add_lora(ffn, seed=derive_seed(seed, name, "mlp"), only=places, **lora)
-        blocks.append(TaskBlock(block, moe=layer))
-    return blocks
+        if layer is not None:
+            block.mlp = layer
 
 
 def _moe_layer(base: nn.Module, chosen: ModelSettings, num_tasks: int, *, seed: int, kind: ExpertLayer) -> MoEFFN:

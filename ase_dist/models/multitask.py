@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ase_dist.errors import UserError, did_you_mean
 from ase_dist.models.backbone import Backbone
-from ase_dist.models.blocks import TaskBlock
+from ase_dist.models.families import embed
 from ase_dist.models.heads import Head, LevelsHead
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.layer import finish_layers
@@ -68,7 +68,6 @@ class MultiTaskViT(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
-        blocks: Sequence[TaskBlock],
         heads: Mapping[str, Head],
         *,
         levels: Sequence[int] = (),
@@ -76,12 +75,12 @@ class MultiTaskViT(nn.Module):
     ) -> None:
         super().__init__()
         self.task_names = tuple(heads)
-        self.levels = tuple(levels) or (len(blocks),)
+        self.levels = tuple(levels) or (len(backbone.blocks),)
         whole = any(isinstance(head, LevelsHead) and head.reads_prefix for head in heads.values())
         self.prefix = 0 if whole else backbone.prefix  # tokens that no head gets
         self.stem = backbone.stem
         self.task_embedding = TaskEmbedding(len(heads), backbone.width) if task_embedding else None
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(backbone.blocks)
         self.norm = backbone.norm
         self.heads = nn.ModuleDict(heads)
 
@@ -117,11 +116,11 @@ class MultiTaskViT(nn.Module):
         """The tokens [t, B, P, D] of each of ``levels``, and the routing of the layers with experts."""
         autocast = autocast_dtype(images_BCHW.device.type)
         images_BCHW = images_BCHW.to(next(self.stem.parameters()).dtype)  # DeepSpeed's bf16 casts weights alone
-        tokens_BPD = self.stem.forward_features(images_BCHW)
+        tokens_BPD, ropes = embed(self.stem, images_BCHW, blocks=len(self.blocks))
         x_tBPD = self._streams(tokens_BPD, streams)
         sums, kept = [], {}
-        for number, block in enumerate(self.blocks, start=1):
-            x_tBPD, sums_tM = block(x_tBPD, streams, autocast, True)  # positional, as checkpointing wants
+        for number, (block, rope) in enumerate(zip(self.blocks, ropes, strict=True), start=1):
+            x_tBPD, sums_tM = block(x_tBPD, streams, autocast, True, rope)  # positional, as checkpointing wants
             if block.has_moe:
                 sums.append(RoutingSums(sums_tM, tokens=x_tBPD.shape[1] * x_tBPD.shape[2]))
             if number in self.levels:

@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from ase_dist.errors import UserError
 from ase_dist.files import replacing
 from ase_dist.image_size import ImageSize
+from ase_dist.models.families import family_of
 from ase_dist.models.weight_files import file_of_weights, plain, read_tensors
 from ase_dist.models.weight_mismatch import differences, explain
 from ase_dist.models.weight_names import Found, find_network, to_timm
@@ -46,7 +46,7 @@ def from_hub(name: str, options: Mapping[str, Any]) -> nn.Module:
     return net
 
 
-def load(vit: VisionTransformer, source: str, *, name: str) -> None:
+def load(vit: Any, source: str, *, name: str) -> None:
     """Copy weights into ``vit``, whose classifier has been removed.
 
     ``source`` is a file of weights (``weight_files.read_tensors``) of a timm model or of one of the families that
@@ -57,7 +57,8 @@ def load(vit: VisionTransformer, source: str, *, name: str) -> None:
 
     Without a note in the file (``save_backbone``) its positions are those of a square.
     """
-    path = _file_of(source, name)
+    path, family = _file_of(source, name), family_of(vit)
+    assert family is not None, type(vit)
     found = find_network(read_tensors(path), vit.state_dict().keys())
     weights = to_timm(plain(found.weights, path))
     shapes = {key: weights[key].shape for key in ("patch_embed.proj.weight", "pos_embed") if key in weights}
@@ -65,7 +66,7 @@ def load(vit: VisionTransformer, source: str, *, name: str) -> None:
     given = {key: tensor for key, tensor in weights.items() if positions is None or key != "pos_embed"}
     try:
         with _one_thread():  # timm resamples patch kernels by a pseudo-inverse, whose bits depend on the threads
-            converted = checkpoint_filter_fn(given, vit, adapt_layer_scale=True)
+            converted = dict(family.convert(given, vit))
     except Exception as error:  # timm resamples what may have any shape
         why = explain(weights, vit.state_dict(), name=name) or _first_line(error)
         raise UserError(f"model.pretrained: {path} does not fit {name}: {why}") from None
@@ -88,7 +89,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _positions(weights: Mapping[str, Tensor], vit: VisionTransformer, *, path: Path, name: str) -> Tensor | None:
+def _positions(weights: Mapping[str, Tensor], vit: Any, *, path: Path, name: str) -> Tensor | None:
     """The position embedding of ``weights`` resampled to the grid of ``vit``; None where timm's filter does it right.
 
     It does from a square to a square. Between others it may guess the stored grid from the number of tokens, and take

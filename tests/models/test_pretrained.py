@@ -180,7 +180,7 @@ def test_real_dinov2_features_tell_parts_of_an_image_apart(shared_weights):
     with torch.no_grad():
         x = backbone.stem.forward_features(image)
         for block in backbone.blocks:
-            x = block(x)
+            x = block(x[None])[0][0]  # one stream
     tokens = torch.nn.functional.normalize(backbone.norm(x)[0, 1:], dim=-1).view(7, 7, -1)
     left, right = tokens[:, :3].flatten(0, 1), tokens[:, 4:].flatten(0, 1)
     assert (left @ left.T).mean() > (left @ right.T).mean() + 0.1
