@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import timm
 from timm.layers import PatchEmbed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ase_dist.errors import UserError
@@ -28,7 +30,7 @@ class Backbone(NamedTuple):
     is the side of one in pixels.
     """
 
-    stem: nn.Module
+    stem: VisionTransformer | Eva
     blocks: list[TaskBlock]
     norm: nn.Module
     width: int
