@@ -42,7 +42,7 @@ def test_the_parts_compute_what_the_timm_model_computes(name, prefix, size):
     images = draw(2, 3, *size)
     x = backbone.stem.forward_features(images)
     for block in backbone.blocks:
-        x = block(x)
+        x = block(x[None])[0][0]  # one stream
     assert torch.equal(backbone.norm(x), whole.forward_features(images))
     patch = backbone.patch
     assert (backbone.prefix, backbone.grid) == (prefix, (size[0] // patch, size[1] // patch))

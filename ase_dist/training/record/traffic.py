@@ -46,4 +46,4 @@ def tokens_per_image(model: MultiTaskModel) -> int:
     """Tokens of one image for one task, prefix tokens included; 0 for a model without experts."""
     if not isinstance(model, MultiTaskViT):
         return 0
-    return int(model.stem.patch_embed.num_patches) + model.prefix
+    return int(model.stem.patch_embed.num_patches) + int(model.stem.num_prefix_tokens)
