@@ -250,6 +250,9 @@ class ModelSettings(Section):
     tune: Literal["adapters", "full"] = Field("adapters", description="full trains the backbone's own weights too")
     lora_rank: int = Field(4, ge=0, description="rank of the LoRA on the linears outside the experts; 0: none")
     lora_alpha: float | None = Field(None, gt=0, description="its scale is lora_alpha / lora_rank; null means 1")
+    lora_task_rank: int = Field(
+        0, ge=0, description="rank of a further LoRA for each task on the same linears (MTLoRA); 0: none"
+    )
     task_embedding: bool = Field(True, description="add a trained vector of the task to its tokens")
     head: Annotated[str, AfterValidator(HEADS.checked)] = Field(
         "pup", description="on the last level: pup, pup_linear or linear; on several: dpt, hrnet or multi_level"
@@ -264,6 +267,15 @@ class ModelSettings(Section):
         "none", description="recompute blocks in the backward pass; offload keeps their inputs on the host"
     )
     moe: MoESettings = MoESettings()
+
+    @model_validator(mode="after")
+    def _has_shared_lora(self) -> ModelSettings:
+        if self.lora_task_rank and not self.lora_rank:
+            raise ValueError(
+                f"lora_task_rank is {self.lora_task_rank} and lora_rank 0; a task's LoRA stands beside a shared one, "
+                "give lora_rank 1 or more"
+            )
+        return self
 
 
 class AdamSettings(Section):
@@ -449,6 +461,7 @@ ON_RESUME: dict[str, OnResume] = {
     "model.tune": "refused",
     "model.lora_rank": "refused",
     "model.lora_alpha": "refused",
+    "model.lora_task_rank": "refused",
     "model.task_embedding": "refused",
     "model.head": "refused",
     "model.head_width": "refused",

@@ -19,6 +19,7 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
+from ase_dist.models.lora import Streams
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.layer import TaskIndex
 from ase_dist.ops.modes import autocast as enter_autocast
@@ -61,8 +62,10 @@ class TaskBlock(nn.Module):
         self.norm2, self.ls2, self.drop_path2 = block.norm2, _scale(block, 2), block.drop_path2
         self.mlp = block.mlp if moe is None else moe
         if getattr(block.attn, "q_bias", None) is not None:
-            # timm's EvaAttention would take the weight out of qkv, past LoRA, to add the biases in the same product
+            # timm's attention of Eva and Swin v2 would take the weight out of qkv, past LoRA, to add the biases in the
+            # same product
             block.attn.qkv_bias_separate = True
+        self.streams = Streams()  # for LoRA with pairs of its own for each task
 
     @property
     def has_moe(self) -> bool:
@@ -85,6 +88,7 @@ class TaskBlock(nn.Module):
         ``autocast`` is the mode of the caller, for the second run under activation checkpointing: fairscale 0.4.13
         would run it in float16 in every case, and without autocast on the CPU.
         """
+        self.streams.tasks = task  # type: ignore[assignment]  # a list: x_tBPD has an axis of tasks
         with enter_autocast(x_tBPD.device.type, autocast):
             x_XPD = self.attend(x_tBPD.flatten(0, 1), rope)
             ffn_tBPD, *statistics = self._ffn(self.ffn_input(x_XPD).unflatten(0, x_tBPD.shape[:2]), task, unfinished)

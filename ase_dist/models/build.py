@@ -19,6 +19,7 @@ from ase_dist.models.multitask_resnet import MultiTaskModel, MultiTaskResNet
 from ase_dist.models.resnet import RESNETS, STRIDE, build_resnet, is_resnet
 from ase_dist.models.seeded import seeded_initialisation
 from ase_dist.models.sharing import TRUNKS
+from ase_dist.models.swin import SwinTaskBlock
 from ase_dist.moe import MoEFFN
 from ase_dist.seeding import derive_seed
 from ase_dist.tasks import Task
@@ -97,9 +98,9 @@ def _build_vit_model(settings: Settings, tasks: tuple[Task, ...], expert_layer: 
     for module in (backbone.stem, *backbone.blocks, backbone.norm):
         module.requires_grad_(False)
     _add_adapters(backbone, chosen, len(tasks), seed=settings.seed, expert_layer=expert_layer)
-    numbers = chosen_levels(chosen, len(backbone.blocks), unit="blocks")
-    level = Level(backbone.width, backbone.grid, backbone.patch, backbone.prefix)
-    heads = build_heads(settings, tasks, [level] * len(numbers))
+    unit = "blocks" if len(backbone.levels) == len(backbone.blocks) else "stages"
+    numbers = chosen_levels(chosen, len(backbone.levels), unit=unit)
+    heads = build_heads(settings, tasks, [backbone.levels[number - 1] for number in numbers])
     model = MultiTaskViT(backbone, heads, levels=numbers, task_embedding=chosen.task_embedding)
     if start:
         start.fill_adapters(model)
@@ -113,11 +114,17 @@ def _build_vit_model(settings: Settings, tasks: tuple[Task, ...], expert_layer: 
 def _add_adapters(
     backbone: Backbone, chosen: ModelSettings, num_tasks: int, *, seed: int, expert_layer: ExpertLayer
 ) -> None:
-    """MoE in every n-th block (with n = 2 the second, the fourth, ... as M3ViT), LoRA in the FFNs of the others."""
+    """MoE in every n-th block (with n = 2 the second, the fourth, ... as M3ViT), LoRA in the FFNs of the others.
+
+    Pairs of each task's own are not on the linears under experts, which see tokens in other orders.
+    """
     for index, block in enumerate(backbone.blocks):
         name = f"blocks.{index}"
-        lora: dict[str, Any] = {"rank": chosen.lora_rank, "alpha": chosen.lora_alpha}
+        plain: dict[str, Any] = {"rank": chosen.lora_rank, "alpha": chosen.lora_alpha}
+        lora = {**plain, "task_rank": chosen.lora_task_rank, "num_tasks": num_tasks, "streams": block.streams}
         add_lora(block.attn, seed=derive_seed(seed, name, "attn"), **lora)
+        if isinstance(block, SwinTaskBlock):
+            add_lora(block.downsample, seed=derive_seed(seed, name, "downsample"), **lora)
         layer = None
         if chosen.moe.enabled and (index + 1) % chosen.moe.every_n_blocks == 0:
             layer = _moe_layer(block.mlp, chosen, num_tasks, seed=derive_seed(seed, name, "moe"), kind=expert_layer)
@@ -125,7 +132,7 @@ def _add_adapters(
             ffn, places = (layer, []) if layer.base is None else (layer.base, layer.linears_without_experts())
         else:
             ffn, places = block.mlp, None
-        add_lora(ffn, seed=derive_seed(seed, name, "mlp"), only=places, **lora)
+        add_lora(ffn, seed=derive_seed(seed, name, "mlp"), only=places, **(lora if layer is None else plain))
         if layer is not None:
             block.mlp = layer
 

@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from timm.models import vision_transformer
+from timm.models import swin_transformer, swin_transformer_v2, vision_transformer
 from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -51,6 +53,10 @@ def _embed_eva(stem: Eva, images_BCHW: Tensor, blocks: int) -> Embedding:
     return Embedding(stem.norm_pre(tokens_BPD), ropes)
 
 
+def _embed_swin(stem: SwinTransformer | SwinTransformerV2, images_BCHW: Tensor, blocks: int) -> Embedding:
+    return Embedding(stem.patch_embed(images_BCHW).flatten(1, 2), [None] * blocks)
+
+
 FAMILIES = (
     Family(
         VisionTransformer,
@@ -59,6 +65,8 @@ FAMILIES = (
         partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True),
     ),
     Family(Eva, ("eva",), _embed_eva, eva_weights.convert),
+    Family(SwinTransformer, ("swin_transformer",), _embed_swin, swin_transformer.checkpoint_filter_fn),
+    Family(SwinTransformerV2, ("swin_transformer_v2",), _embed_swin, swin_transformer_v2.checkpoint_filter_fn),
 )
 
 

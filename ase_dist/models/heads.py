@@ -46,6 +46,11 @@ class Level(NamedTuple):
     prefix: int = 0
 
 
+def finest(levels: Sequence[Level]) -> Level:
+    """The one with the smallest cells."""
+    return min(levels, key=lambda level: level.stride)
+
+
 class LevelsHead(nn.Module):
     """A head on several levels: ``head([tokens [B, P, D] of each]) -> logits [B, C, h, w]``, shallow to deep.
 

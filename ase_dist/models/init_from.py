@@ -4,6 +4,7 @@ Tasks, heads, experts and image size may differ. The backbone must fit as a whol
 Of the rest, each of these units is taken as a whole or not at all:
 
 - the LoRA of a linear: same place, rank and scale;
+- the tasks' own LoRA of a linear: likewise, by the name of the task;
 - the experts of a layer: same kind, adapted linears, number of experts and of shared ones, rank and scale. Routers
   come with them, by the name of the task;
 - a head: same task name and shapes;
@@ -33,8 +34,10 @@ LOGGER = logging.getLogger("ase_dist")
 LAYER = re.compile(r"(blocks\.\d+)\.mlp\.(?:router\.weight|\w+\.(?:A|B|weight|bias)\.\d+)")
 LORA = re.compile(r"(.+)\.lora_[AB]")
 HEAD = re.compile(r"heads\.(\w+)\..+")
-BY_TASK = ("router.weight", "task_embedding.weight")  # the first dimension is tasks
+TASK_LORA = re.compile(r"(.+)\.lora_tasks\.[AB]")
+BY_TASK = ("router.weight", "task_embedding.weight", "lora_tasks.A", "lora_tasks.B")  # the first dimension is tasks
 EMBEDDING = "task embedding"
+TASKS_OWN = " LoRA of tasks"
 
 
 class ExportInitializer:
@@ -136,8 +139,9 @@ class ExportInitializer:
         saved = {name for name in self.tensors if _unit(name) == unit}
         if unit.endswith(" experts"):
             agree = _expert_facts(old) == _expert_facts(new) and targets.keys() <= saved  # a shard has some of them
-        elif unit.endswith(" LoRA"):
-            scales = [_scale(model.lora_alpha, model.lora_rank) for model in (old, new)]
+        elif unit.endswith((" LoRA", TASKS_OWN)):
+            ranks = [m.lora_task_rank if unit.endswith(TASKS_OWN) else m.lora_rank for m in (old, new)]
+            scales = [_scale(model.lora_alpha, rank) for model, rank in zip((old, new), ranks, strict=True)]
             agree = scales[0] == scales[1] and targets.keys() == saved
         else:
             agree = targets.keys() == saved
@@ -148,7 +152,7 @@ class ExportInitializer:
         return self.tensors[name].shape[first:] == target.shape[first:]
 
     def _copy(self, targets: Mapping[str, Tensor], model: MultiTaskViT) -> bool:
-        """Copy one unit; False where it is the task embedding and no task is in both models."""
+        """Copy one unit; False where it is of tasks alone and none is in both models."""
         pairs = [
             (new, self._source_tasks.index(name))
             for new, name in enumerate(model.task_names)
@@ -160,7 +164,7 @@ class ExportInitializer:
                 continue
             for new, old in pairs:
                 target[new].copy_(self.tensors[name][old])
-        return bool(pairs) or EMBEDDING not in (_unit(name) for name in targets)
+        return bool(pairs) or not all(name.endswith(BY_TASK) for name in targets)
 
 
 def _unit(name: str) -> str | None:
@@ -171,6 +175,8 @@ def _unit(name: str) -> str | None:
         return EMBEDDING
     if found := LAYER.fullmatch(name):
         return f"{found[1]} experts"
+    if found := TASK_LORA.fullmatch(name):
+        return f"{found[1]}{TASKS_OWN}"
     found = LORA.fullmatch(name)
     return f"{found[1]} LoRA" if found else None
 
@@ -178,8 +184,9 @@ def _unit(name: str) -> str | None:
 def _listed(units: Sequence[str]) -> str:
     """Heads by name, and how many of the rest: ``semseg head, LoRA of 8 linears, experts of 4 layers``."""
     heads = [unit for unit in units if unit.endswith(" head") or unit == EMBEDDING]
-    counts = {kind: sum(unit.endswith(f" {kind}") for unit in units) for kind in ("LoRA", "experts")}
-    rest = [f"{kind} of {count} {'linears' if kind == 'LoRA' else 'layers'}" for kind, count in counts.items() if count]
+    kinds = {" LoRA": "linears", TASKS_OWN: "linears", " experts": "layers"}
+    counts = {kind: sum(unit.endswith(kind) for unit in units) for kind in kinds}
+    rest = [f"{kind[1:]} of {count} {kinds[kind]}" for kind, count in counts.items() if count]
     return ", ".join([*heads, *rest]) or "nothing"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ase_dist.errors import UserError, did_you_mean
-from ase_dist.models.heads import Level, LevelsHead
+from ase_dist.models.heads import Level, LevelsHead, finest
 from ase_dist.ops.doubled_conv import double, doubled_conv
 
 FINEST = 4  # pixels of a cell of the features that these heads end with
@@ -44,11 +44,11 @@ class HRNetHead(LevelsHead):
 
     def forward(self, tokens: Sequence[Tensor]) -> Tensor:
         """Logits [B, C, h, w] of cells of about 4 pixels."""
-        finest = _finest(self.levels)
+        target = finest(self.levels)
         maps = [linear(x) for linear, x in zip(self.linears, self.normalised(tokens), strict=True)]
-        images = [_resize(_image(x, level.grid), finest.grid) for x, level in zip(maps, self.levels, strict=True)]
+        images = [_onto(target, _image(x, level.grid), level) for x, level in zip(maps, self.levels, strict=True)]
         x = sum(images[1:], images[0])
-        for _ in range(_doublings(finest)):
+        for _ in range(_doublings(target)):
             x = double(x)
         return self.last(F.relu(self.norm(x)))  # type: ignore[no-any-return]
 
@@ -72,10 +72,10 @@ class MultiLevelHead(LevelsHead):
 
     def forward(self, tokens: Sequence[Tensor]) -> Tensor:
         """Logits [B, C, h, w] of cells of about 4 pixels."""
-        finest = _finest(self.levels)
+        target = finest(self.levels)
         maps = [linear(x) for linear, x in zip(self.linears, self.normalised(tokens), strict=True)]
-        images = [_resize(_image(x, level.grid), finest.grid) for x, level in zip(maps, self.levels, strict=True)]
-        x, doublings = torch.cat(images, dim=1), _doublings(finest)
+        images = [_onto(target, _image(x, level.grid), level) for x, level in zip(maps, self.levels, strict=True)]
+        x, doublings = torch.cat(images, dim=1), _doublings(target)
         for _ in range(doublings - 1):
             x = double(x)
         x = doubled_conv(x, self.fuse) if doublings else self.fuse(x)
@@ -212,8 +212,11 @@ def _resize(x_BDhw: Tensor, size: Sequence[int]) -> Tensor:
     return wide.to(x_BDhw.dtype)
 
 
-def _finest(levels: Sequence[Level]) -> Level:
-    return min(levels, key=lambda level: level.stride)
+def _onto(target: Level, x_BDhw: Tensor, level: Level) -> Tensor:
+    """The image of ``level`` at the cells of ``target``, without the padding of a pyramid, which lies outside of those."""
+    rows, columns = (n * level.stride // target.stride for n in level.grid)
+    x_BDhw = _resize(x_BDhw, (rows, columns))
+    return x_BDhw if (rows, columns) == target.grid else x_BDhw[..., : target.grid[0], : target.grid[1]]
 
 
 def _doublings(level: Level) -> int:

@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ase_dist.errors import UserError, did_you_mean
 from ase_dist.models.backbone import Backbone
 from ase_dist.models.families import embed
-from ase_dist.models.heads import Head, LevelsHead
+from ase_dist.models.heads import Head, LevelsHead, finest
+from ase_dist.models.lora import TaskPairs
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.layer import finish_layers
 from ase_dist.moe.router import RoutingSums
@@ -75,11 +77,16 @@ class MultiTaskViT(nn.Module):
     ) -> None:
         super().__init__()
         self.task_names = tuple(heads)
-        self.levels = tuple(levels) or (len(backbone.blocks),)
+        numbers = tuple(levels) or (len(backbone.levels),)
+        self.levels = tuple(backbone.level_blocks[number - 1] for number in numbers)
         whole = any(isinstance(head, LevelsHead) and head.reads_prefix for head in heads.values())
         self.prefix = 0 if whole else backbone.prefix  # tokens that no head gets
+        several = any(isinstance(head, LevelsHead) for head in heads.values())
+        level = finest([backbone.levels[number - 1] for number in numbers]) if several else backbone.levels[-1]
+        self.covered = level.grid[0] * level.stride, level.grid[1] * level.stride  # pixels that predictions are for
+        self.block_tokens = backbone.block_tokens
         self.stem = backbone.stem
-        self.task_embedding = TaskEmbedding(len(heads), backbone.width) if task_embedding else None
+        self.task_embedding = TaskEmbedding(len(heads), backbone.stem_width) if task_embedding else None
         self.blocks = nn.ModuleList(backbone.blocks)
         self.norm = backbone.norm
         self.heads = nn.ModuleDict(heads)
@@ -94,6 +101,8 @@ class MultiTaskViT(nn.Module):
         levels, sums = self._features(images_BCHW, streams)
         by_task = zip(*(x_tBPD.unbind(0) for x_tBPD in levels), strict=True)
         predictions = {name: _predict(self.heads[name], tokens) for name, tokens in zip(names, by_task, strict=True)}
+        if (size := tuple(images_BCHW.shape[-2:])) != self.covered:
+            predictions = {name: without_padding(x, self.covered, size) for name, x in predictions.items()}
         if not sums:
             empty = levels[-1].new_zeros(0, len(names), 0, dtype=torch.float32)
             return ModelOutput(predictions, empty.sum(), empty.long(), empty)
@@ -107,8 +116,11 @@ class MultiTaskViT(nn.Module):
         if self.task_embedding is not None:
             self.task_embedding.keep(streams)
         for block in self.blocks:
-            if isinstance(block.mlp, MoEFFN):
-                block.mlp.keep_tasks(streams)
+            for module in block.modules():
+                if isinstance(module, MoEFFN):
+                    module.keep_tasks(streams)
+                elif isinstance(module, TaskPairs):
+                    module.keep(streams)
         self.heads = nn.ModuleDict({name: self.heads[name] for name in names})
         self.task_names = names
 
@@ -137,6 +149,18 @@ class MultiTaskViT(nn.Module):
 def _predict(head: nn.Module, levels: tuple[Tensor, ...]) -> Tensor:
     """What ``head`` says of a task's levels, or of the last."""
     return head(list(levels) if isinstance(head, LevelsHead) else levels[-1])  # type: ignore[no-any-return]
+
+
+def without_padding(logits_BChw: Tensor, covered: tuple[int, int], size: tuple[int, ...]) -> Tensor:
+    """The part of ``logits`` that is the image, of ``size`` pixels, at the upper left of the ``covered`` ones.
+
+    At the resolution of ``logits`` where that has no part of a cell, else in pixels.
+    """
+    cells = [n * side for n, side in zip(logits_BChw.shape[-2:], size, strict=True)]
+    if any(n % whole for n, whole in zip(cells, covered, strict=True)):
+        enlarged = F.interpolate(logits_BChw, size=covered, mode="bilinear", align_corners=False)
+        return enlarged[..., : size[0], : size[1]]
+    return logits_BChw[..., : cells[0] // covered[0], : cells[1] // covered[1]]
 
 
 def checked_tasks(tasks: Sequence[str] | None, have: tuple[str, ...]) -> tuple[str, ...]:

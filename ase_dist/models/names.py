@@ -13,18 +13,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ase_dist.models.lora import TaskPairs
 from ase_dist.models.multitask import TaskEmbedding
 from ase_dist.models.sharing import CrossStitch, MixingConv, TaskList
 from ase_dist.moe import MoEFFN, deepspeed_compat
 from ase_dist.moe.router import TaskRouter
 from ase_dist.moe.state import expert_names
 
-# By module: the axes of its weight along which the tasks are stacked, in equal blocks.
-TASK_AXES: dict[type[nn.Module], tuple[int, ...]] = {
-    TaskRouter: (0,),
-    TaskEmbedding: (0,),
-    CrossStitch: (0, 1),
-    MixingConv: (1,),
+# By module: the tensors, and their axes along which the tasks are stacked, in equal blocks.
+TASK_AXES: dict[type[nn.Module], tuple[tuple[str, ...], tuple[int, ...]]] = {
+    TaskRouter: (("weight",), (0,)),
+    TaskEmbedding: (("weight",), (0,)),
+    TaskPairs: (("A", "B"), (0,)),
+    CrossStitch: (("weight",), (0, 1)),
+    MixingConv: (("weight",), (1,)),
 }
 
 
@@ -119,7 +121,8 @@ def _entries(model: nn.Module) -> Iterator[Entry]:
         if isinstance(module, TaskList):
             task_lists.append(path)
         if type(module) in TASK_AXES:
-            task_axes[id(module.weight)] = TASK_AXES[type(module)]
+            tensors, axes = TASK_AXES[type(module)]
+            task_axes |= {id(getattr(module, name)): axes for name in tensors}
         passing = module._non_persistent_buffers_set
         prefix = f"{path}." if path else ""
         buffers += [(prefix + name, b) for name, b in module.named_buffers(recurse=False) if name not in passing]

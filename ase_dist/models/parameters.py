@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from torch import nn
 
 from ase_dist.models.heads import LevelsHead, TaskHead
-from ase_dist.models.lora import LoRALinear
+from ase_dist.models.lora import LoRALinear, TaskPairs
 from ase_dist.models.multitask import TaskEmbedding
 from ase_dist.models.sharing import Sharing
 from ase_dist.moe import MoEFFN
@@ -87,7 +87,7 @@ def parameter_groups(model: nn.Module) -> dict[str, str]:
 def _walk(module: nn.Module, prefix: str, group: str) -> Iterator[tuple[str, nn.Parameter, str]]:
     """(name, parameter, group) below ``module``; ``group`` is inherited until a module of another owner comes."""
     for name, parameter in module.named_parameters(recurse=False):
-        yield prefix + name, parameter, "lora" if isinstance(module, LoRALinear) else group
+        yield prefix + name, parameter, "lora" if isinstance(module, LoRALinear | TaskPairs) else group
     for name, child in module.named_children():
         owned = next((owned for owner, owned in OWNERS.items() if isinstance(child, owner)), group)
         if isinstance(module, MoEFFN):

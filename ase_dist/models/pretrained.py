@@ -96,7 +96,7 @@ def _positions(weights: Mapping[str, Tensor], vit: Any, *, path: Path, name: str
     14 x 14 for 7 x 28. Files that timm converts first have other names.
     """
     stored, wanted = weights.get("pos_embed"), tuple(vit.patch_embed.grid_size)
-    if stored is None or stored.ndim != 3 or vit.pos_embed is None:
+    if stored is None or stored.ndim != 3 or getattr(vit, "pos_embed", None) is None:
         return None
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     count = stored.shape[1] - prefix

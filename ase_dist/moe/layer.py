@@ -22,7 +22,7 @@ from ase_dist.moe.experts import FFNExperts, LoRAExperts, RoutedTokens, Tensors
 from ase_dist.moe.forms import FormCost
 from ase_dist.moe.gating import Gates, check_gating
 from ase_dist.moe.losses import check_aux_losses, weighted_router_loss
-from ase_dist.moe.router import RoutingSums, TaskRouter, mean_statistics, routing_sums
+from ase_dist.moe.router import RoutingSums, TaskRouter, mean_statistics, routing_sums, stacked_sums
 from ase_dist.moe.sharding import Shard
 from ase_dist.ops import modes
 from ase_dist.ops.activations import Activation, GatedActivation
@@ -322,11 +322,12 @@ class MoEFFN(nn.Module):
 def finish_layers(layers: Sequence[MoEFFN], sums: Sequence[RoutingSums]) -> tuple[Tensor, Tensor, Tensor]:
     """Step 4 of several layers: the losses' sum, the counts and the mean gates [L, t, N], from ``with_sums`` of each.
 
-    In one computation, and over ranks in one collective, where the layers have the same settings.
+    In one computation, and over ranks in one collective, where the layers have the same settings; they may have seen
+    different numbers of tokens.
     """
     settings = [(layer.aux_losses, layer.sync_statistics, layer.training) for layer in layers]
     if all(each == settings[0] for each in settings):
-        return layers[0].finish(RoutingSums(torch.stack([each.sums_tM for each in sums]), sums[0].tokens))
+        return layers[0].finish(stacked_sums(sums))
     losses, counts, mean_gates = zip(*(layer.finish(s) for layer, s in zip(layers, sums, strict=True)), strict=True)
     return torch.stack(losses).sum(), torch.stack(counts), torch.stack(mean_gates)
 

@@ -6,6 +6,8 @@ Letters: t tasks, T tokens of one task, D width, N experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -77,11 +79,12 @@ class RoutingSums(NamedTuple):
     """Sums over the tokens of a task on this process, and how many tokens they are.
 
     ``sums_tM`` has side by side those of ``probs``, ``active`` and ``gates``, [t, N] each, and, where a loss wants it,
-    of logsumexp(logits) squared, [t, 1]. The sums of several layers may be stacked: [L, t, M].
+    of logsumexp(logits) squared, [t, 1]. The sums of several layers may be stacked: [L, t, M], with ``tokens``
+    [L, 1, 1] where the layers have seen different numbers of them.
     """
 
     sums_tM: Tensor
-    tokens: int
+    tokens: int | Tensor
 
 
 def routing_sums(logits_tTN: Tensor, routing: Gates, *, squared_lse: bool = True) -> RoutingSums:
@@ -90,6 +93,16 @@ def routing_sums(logits_tTN: Tensor, routing: Gates, *, squared_lse: bool = True
     if squared_lse:
         parts_tTM.append(logits_tTN.logsumexp(dim=-1, keepdim=True).square())
     return RoutingSums(torch.cat(parts_tTM, dim=-1).sum(dim=1), logits_tTN.shape[1])
+
+
+def stacked_sums(sums: Sequence[RoutingSums]) -> RoutingSums:
+    """The sums of several layers with the same tasks and experts as one."""
+    sums_LtM, counts = torch.stack([each.sums_tM for each in sums]), [each.tokens for each in sums]
+    if all(count == counts[0] for count in counts):
+        return RoutingSums(sums_LtM, counts[0])
+    # filled on the device, run by run of equal numbers: a copy from the host would wait for the device
+    runs = [sums_LtM.new_full((len(list(run)), 1, 1), float(count)) for count, run in groupby(counts)]
+    return RoutingSums(sums_LtM, torch.cat(runs))
 
 
 def router_statistics(logits_tTN: Tensor, routing: Gates, *, over_ranks: bool) -> RouterStatistics:
@@ -106,10 +119,11 @@ def mean_statistics(found: RoutingSums, *, over_ranks: bool) -> tuple[RouterStat
     """
     sums_tM, tokens = found
     N = sums_tM.shape[-1] // 3
-    own_tM = sums_tM / max(tokens, 1)
+    own_tM = sums_tM / (tokens.clamp(min=1.0) if isinstance(tokens, Tensor) else max(tokens, 1))
     counts_tN, mean_gates_tN = sums_tM.detach()[..., N : 2 * N].long(), own_tM.detach()[..., 2 * N : 3 * N]
     if over_ranks and collectives.world_size() > 1:
-        count_t1 = sums_tM.new_full((*sums_tM.shape[:-1], 1), float(tokens))
+        shape = (*sums_tM.shape[:-1], 1)
+        count_t1 = tokens.expand(shape) if isinstance(tokens, Tensor) else sums_tM.new_full(shape, float(tokens))
         total = collectives.all_reduce_sum(torch.cat([sums_tM, count_t1], dim=-1))
         count_t1 = total[..., -1:].clamp(min=1.0)
         own_tM = sums_tM * collectives.world_size() / count_t1

@@ -5,7 +5,6 @@ Letters: B images, t tasks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,22 +17,22 @@ from ase_dist.training.loop import losses
 
 
 class Activations(NamedTuple):
-    """Bytes kept for one image: inside the blocks, as the blocks' inputs, and by everything else, losses included."""
+    """Bytes kept for one image: inside the blocks and inside the one that keeps most, as the blocks' inputs, and by
+    everything else, losses included."""
 
     blocks: int
+    largest_block: int
     inputs: int
     rest: int
-    num_blocks: int
 
     def kept(self, mode: str) -> int:
         """Peak bytes under ``model.checkpoint_activations`` = ``mode``.
 
         A checkpointed block keeps its input until it is recomputed; with ``offload`` the inputs are on the host.
         """
-        if mode == "none" or not self.num_blocks:
+        if mode == "none":
             return self.blocks + self.rest
-        one_block = math.ceil(self.blocks / self.num_blocks)
-        return one_block + self.rest + (self.inputs if mode == "recompute" else 0)
+        return self.largest_block + self.rest + (self.inputs if mode == "recompute" else 0)
 
 
 def measure_activations(settings: Settings, *, width: int) -> Activations:
@@ -57,18 +56,19 @@ def measure_activations(settings: Settings, *, width: int) -> Activations:
                 for task in tasks
             }
             losses.task_losses(output.predictions, labels, tasks, torch.ones(len(tasks), 2))
-    return Activations(kept.blocks, kept.inputs, kept.rest, len(model.blocks))
+    return Activations(kept.blocks, kept.largest_block, kept.inputs, kept.rest)
 
 
 class _SavedBytes:
     """Bytes that autograd saves for backward; each storage counts once, where it is saved first."""
 
     def __init__(self, known: Sequence[Tensor], *, width: int) -> None:
-        self.blocks = self.inputs = self.rest = 0
+        self.blocks = self.largest_block = self.inputs = self.rest = 0
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
         self._alive: list[Tensor] = []  # a freed storage's address could be used again
         self._width = width
         self._in_block = False
+        self._before = 0
 
     def save(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -81,11 +81,12 @@ class _SavedBytes:
         return tensor
 
     def enter_block(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._in_block = True
+        self._in_block, self._before = True, self.blocks
         self.inputs += self._bytes(inputs[0], inputs[0].numel() * inputs[0].element_size())
 
     def leave_block(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._in_block = False
+        self.largest_block = max(self.largest_block, self.blocks - self._before)
 
     def _bytes(self, tensor: Tensor, size: int) -> int:
         return size * self._width // 2 if tensor.dtype == torch.bfloat16 else size

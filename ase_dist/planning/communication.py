@@ -44,11 +44,12 @@ def step_collectives(
     zero: int,
     tokens: float,
     accumulation: int,
-    dispatch: Choice,
+    dispatch: Choice | None = None,
     clipping: bool,
 ) -> list[Collective]:
     """Everything that a rank with ``tokens`` per micro-step takes part in during an optimiser step, at ZeRO 0 to 2.
 
+    ``dispatch`` None is what ``auto`` takes, layer by layer.
     Gradients are taken to fit in one of DeepSpeed's buckets (``reduce_bucket_size``, 500 million elements by default).
     Not for ZeRO 3, which gathers each weight when it is needed: as many all-gathers as there are weights above
     ``stage3_param_persistence_threshold``, forward and backward, and bytes as ``reduction_bytes`` has them.
@@ -92,23 +93,26 @@ def _ring(size: float, ranks: int) -> float:
 
 
 def _dispatch(
-    sizes: ModelSizes, *, ep_size: int, tokens: float, accumulation: int, dispatch: Choice
+    sizes: ModelSizes, *, ep_size: int, tokens: float, accumulation: int, dispatch: Choice | None
 ) -> list[Collective]:
     """What brings tokens and experts together; a forward pass that is recomputed sends again."""
-    layers, G, forwards = sizes.sharded(ep_size), accumulation, sizes.forwards
-    if ep_size == 1 or not layers:
-        return []
-    if dispatch == "gather":
+    G, forwards, found = accumulation, sizes.forwards, []
+    by_choice: dict[Choice, list[LayerShape]] = {}
+    for layer in sizes.sharded(ep_size) if ep_size > 1 else ():
+        by_choice.setdefault(dispatch or layer.cheaper(tokens * layer.share), []).append(layer)
+    if layers := by_choice.get("gather"):
         one_way = G * sum(layer.gather_bytes() for layer in layers) / 2
         forward, backward = len(layers) * G * forwards, len(layers) * G
-        return [
+        found += [
             Collective("experts", "all_gather", ep_size, forward, one_way * forwards),
             Collective("gradients of gathered experts", "reduce_scatter", ep_size, backward, one_way),
         ]
-    # forward: counts, gates, and rows there and back for each adapted linear; backward: all of it but the counts
-    count = len(layers) * G * (forwards * (2 + 2 * sizes.exchanges) + 1 + 2 * sizes.exchanges)
-    sent = dispatch_bytes(layers, tokens=tokens, accumulation=G, forwards=forwards)["all_to_all"]
-    return [Collective("tokens", "all_to_all", ep_size, count, sent)]
+    if layers := by_choice.get("all_to_all"):
+        # forward: counts, gates, and rows there and back for each adapted linear; backward: all of it but the counts
+        count = len(layers) * G * (forwards * (2 + 2 * sizes.exchanges) + 1 + 2 * sizes.exchanges)
+        sent = dispatch_bytes(layers, tokens=tokens, accumulation=G, forwards=forwards)["all_to_all"]
+        found.append(Collective("tokens", "all_to_all", ep_size, count, sent))
+    return found
 
 
 def reduction_bytes(elements: int, *, frozen: int = 0, ranks: int, stage: int, width: int, accumulation: int) -> float:
@@ -129,6 +133,7 @@ def dispatch_bytes(
 ) -> dict[str, float]:
     """Bytes that a rank with ``tokens`` sends per step for its experts, by dispatch; for all_to_all the expected value.
 
+    ``tokens`` are those in the first block, of which a layer sees its ``share``.
     A recomputed forward pass sends its part again.
     """
     if all(layer.ranks == 1 for layer in layers):
@@ -136,7 +141,8 @@ def dispatch_bytes(
     passes = (forwards + 1) / 2  # in units of one forward and one backward pass, as the formulas count
     gather = sum(layer.gather_bytes() for layer in layers) * passes
     counts = [layer.all_to_all_bytes(0) for layer in layers]  # exchanged in forward passes only
-    tokens_sent = sum(layer.all_to_all_bytes(layer.expected_rows(tokens)) for layer in layers) - sum(counts)
+    rows = [layer.expected_rows(tokens * layer.share) for layer in layers]
+    tokens_sent = sum(layer.all_to_all_bytes(n) for layer, n in zip(layers, rows, strict=True)) - sum(counts)
     return {
         "gather": accumulation * gather,
         "all_to_all": accumulation * (tokens_sent * passes + sum(counts) * forwards),
@@ -144,6 +150,13 @@ def dispatch_bytes(
 
 
 def crossover(layers: Sequence[LayerShape]) -> float | None:
-    """Tokens per rank from which gather is cheaper (all layers have one shape); None at expert-parallel size 1."""
-    tokens = layers[0].crossover() if layers and layers[0].ranks > 1 else math.inf
+    """Tokens per rank, in the first block, from which gather is cheaper for all layers together; None without EP."""
+    if not layers or layers[0].ranks == 1:
+        return None
+    tokens = layers[0].crossover()
+    if any(layer != layers[0] for layer in layers):  # bytes are linear in the tokens
+        fixed = sum(layer.gather_bytes() - layer.all_to_all_bytes(0.0) for layer in layers)
+        one_token = sum(layer.all_to_all_bytes(layer.expected_rows(layer.share)) for layer in layers)
+        per_token = one_token - sum(layer.all_to_all_bytes(0.0) for layer in layers)
+        tokens = fixed / per_token if per_token else math.inf
     return tokens if math.isfinite(tokens) else None

@@ -140,7 +140,6 @@ def plan(
         zero=zero,
         tokens=tokens,
         accumulation=accumulation,
-        dispatch=layers[0].cheaper(tokens) if layers else "local",
         clipping=clipping,
     )
     compute = accumulation * batch * (sizes.forwards * sizes.forward_flops + sizes.backward_flops) / flops
@@ -157,7 +156,7 @@ def plan(
         wire_dense=dense_wire,
         wire_replicas=replica_wire,
         wire_dispatch=dispatch,
-        auto="/".join(sorted({layer.cheaper(tokens) for layer in layers})) or "none",
+        auto="/".join(sorted({layer.cheaper(tokens * layer.share) for layer in layers})) or "none",
         crossover=crossover(layers),
         compute_seconds=compute,
         step_seconds={n: compute + (dense_wire + replica_wire + size) / bandwidth for n, size in dispatch.items()},

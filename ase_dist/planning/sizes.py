@@ -13,7 +13,7 @@ from ase_dist.moe.sharding import Shard
 from ase_dist.planning.activations import measure_activations
 from ase_dist.planning.flops import bare_model, count_flops
 from ase_dist.training.loop.engine import trained_groups
-from ase_dist.training.record.traffic import tokens_per_image
+from ase_dist.training.record.traffic import layer_tokens, tokens_per_image
 
 FP32, BF16 = 4, 2  # bytes
 
@@ -23,7 +23,8 @@ class ModelSizes:
     """What a plan needs to know about a model that is not sharded.
 
     ``frozen`` and ``dense`` (trained, without the routed experts) count elements; ``layers`` are the MoE layers at
-    expert-parallel size 1 in the run's type; ``width`` is the bytes of a weight; tokens are those of all tasks. FLOPs
+    expert-parallel size 1 in the run's type; ``width`` is the bytes of a weight; tokens are those of all tasks in the
+    first block. FLOPs
     and ``activations`` (bytes kept for the backward pass) are per image. ``forwards`` is how often a micro-step runs
     the blocks forward: 2 with activation checkpointing. ``num_experts`` is N with the shared ones, ``exchanges`` how
     often a token that travels goes to its experts and back in a forward pass (each adapted linear), and
@@ -61,16 +62,21 @@ def measure(settings: Settings) -> ModelSizes:
     groups = parameter_groups(model)
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     experts = [module for module in model.modules() if isinstance(module, MoEFFN)]
-    layers = [layer.layer_shape() for layer in experts if layer.shard.routed]
+    tokens = tokens_per_image(model)
+    layers = [
+        replace(layer.layer_shape(), element_bytes=width, share=count / tokens)
+        for layer, count in layer_tokens(model)
+        if layer.shard.routed
+    ]
     optimised = trained_groups(model, settings.train)
     dense = {id(p) for name, p in model.named_parameters() if groups[name] != "routed"}
     flops = count_flops(settings)
     return ModelSizes(
         frozen=sum(p.numel() for p in model.parameters()) - sum(trained.values()),
         dense=sum(count for name, count in trained.items() if groups[name] != "routed"),
-        layers=tuple(replace(layer, element_bytes=width) for layer in layers),
+        layers=tuple(layers),
         width=width,
-        tokens_per_image=len(model.task_names) * tokens_per_image(model),
+        tokens_per_image=len(model.task_names) * tokens,
         forward_flops=flops.forward,
         backward_flops=flops.backward,
         activations=measure_activations(settings, width=width).kept(settings.model.checkpoint_activations),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ase_dist.models.lora import LoRALinear, add_lora, merge_lora
+from ase_dist.models.lora import LoRALinear, Streams, add_lora, merge_lora
 
 pytestmark = pytest.mark.single_gpu
 
@@ -105,3 +105,77 @@ def test_merged_models_compute_the_same_with_plain_linears(x):
     merge_lora(model)
     assert type(model[0][0]) is nn.Linear and type(model[1]) is nn.Linear and model[1].bias is None
     torch.testing.assert_close(model(x), wanted)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A pair for each task beside the shared one
+
+
+def with_task_pairs(*, alpha=None, num_tasks=3):
+    """A LoRA linear whose pairs are all off their start, and its streams."""
+    module, streams = nn.Sequential(linear()), Streams()
+    add_lora(module, rank=2, alpha=alpha, seed=1, task_rank=4, num_tasks=num_tasks, streams=streams)
+    drawn = torch.Generator().manual_seed(4)
+    for pair in (module[0].lora_B, module[0].lora_tasks.B):
+        nn.init.normal_(pair, generator=drawn)
+    return module, streams
+
+
+def task_by_task(layer, x, tasks):
+    """The slow version: the base and two plain low-rank maps for each stream."""
+    scale, own = layer.scale, layer.lora_tasks
+    streams = []
+    for x_TD, task in zip(x.chunk(len(tasks)), tasks, strict=True):
+        y = layer.base(x_TD) + scale * (x_TD @ layer.lora_A.T) @ layer.lora_B.T
+        streams.append(y + own.scale * (x_TD @ own.A[task].T) @ own.B[task].T)
+    return torch.cat(streams)
+
+
+@pytest.mark.parametrize("tasks", [None, [0, 1, 2], [2], [2, 0]])
+@pytest.mark.parametrize("alpha", [None, 6.0])
+def test_each_stream_gets_the_shared_pair_and_its_tasks_own(alpha, tasks):
+    module, streams = with_task_pairs(alpha=alpha)
+    streams.tasks, count = tasks, 3 if tasks is None else len(tasks)
+    module.double()
+    x, weights = (
+        torch.randn(4 * count, 5, width, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
+        for width in (6, 10)
+    )
+    x.requires_grad_()
+    wanted = task_by_task(module[0], x, range(3) if tasks is None else tasks)
+    torch.testing.assert_close(module(x), wanted)
+    trained = [x, *(p for p in module.parameters() if p.requires_grad)]
+    assert len(trained) == 5
+    for got, right in zip(
+        torch.autograd.grad((module(x) * weights).sum(), trained),
+        torch.autograd.grad((wanted * weights).sum(), trained),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, right)
+
+
+def test_tasks_kept_compute_as_before_and_one_alone_is_merged(x):
+    module, streams = with_task_pairs(alpha=6.0)
+    streams.tasks = [2, 0]
+    wanted = module(torch.cat([x, x])).detach()
+    module[0].lora_tasks.keep([2, 0])
+    assert not module[0].lora_tasks.A.requires_grad
+    streams.tasks = [0, 1]
+    torch.testing.assert_close(module(torch.cat([x, x])), wanted)
+    merge_lora(module)
+    assert isinstance(module[0], LoRALinear), "several tasks are not one linear"
+    module[0].lora_tasks.keep([1])
+    merge_lora(module)
+    assert type(module[0]) is nn.Linear
+    torch.testing.assert_close(module(x), wanted[3:])
+
+
+def test_pairs_of_tasks_start_as_nothing_and_each_from_its_own_number(x):
+    module, _ = with_task_pairs()
+    few, _ = with_task_pairs(num_tasks=2)
+    nn.init.zeros_(module[0].lora_tasks.B)
+    shared = LoRALinear(linear(), rank=2, seed=0)
+    shared.load_state_dict({name: p for name, p in module[0].state_dict().items() if "tasks" not in name})
+    assert torch.equal(module(x), shared(x))
+    assert torch.equal(module[0].lora_tasks.A[:2], few[0].lora_tasks.A)
+    assert not torch.equal(module[0].lora_tasks.A[0], module[0].lora_tasks.A[1])

@@ -46,8 +46,9 @@ def test_the_prediction_is_what_autograd_keeps(model):
 
 def test_checkpointing_keeps_one_block_and_the_inputs_of_all():
     sizes = measure_activations(settings_for(), width=4)
-    assert sizes.num_blocks == 3 and sizes.inputs == 3 * 4 * (5 * 5 * 32)  # five tasks, five tokens
-    assert sizes.kept("recompute") == -(-sizes.blocks // 3) + sizes.inputs + sizes.rest
+    assert sizes.inputs == 3 * 4 * (5 * 5 * 32)  # five tasks, five tokens
+    assert sizes.blocks / 3 <= sizes.largest_block < 1.05 * sizes.blocks / 3
+    assert sizes.kept("recompute") == sizes.largest_block + sizes.inputs + sizes.rest
     assert sizes.kept("offload") == sizes.kept("recompute") - sizes.inputs
     half = measure_activations(settings_for(), width=2)
     assert 0.5 <= half.kept("none") / sizes.kept("none") < 0.75

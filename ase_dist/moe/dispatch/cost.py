@@ -19,7 +19,8 @@ class LayerShape:
     """The sizes that decide what a layer's dispatch costs.
 
     ``values_per_token`` is how many values a travelling token carries in a forward pass, both ways together;
-    ``expert_values`` the parameters of one routed expert; ``element_bytes`` the size of one value.
+    ``expert_values`` the parameters of one routed expert; ``element_bytes`` the size of one value. ``share`` is how
+    many tokens the layer sees of those in the model's first block: less than 1 in the later stages of a pyramid.
     """
 
     routed: int
@@ -29,6 +30,7 @@ class LayerShape:
     values_per_token: int
     expert_values: int
     element_bytes: int
+    share: float = 1.0
 
     def gather_bytes(self) -> int:
         """Bytes that a rank sends per forward and backward pass when experts travel: exact."""

@@ -19,7 +19,7 @@ from ase_dist.moe import deepspeed_compat
 from ase_dist.training.ds_config import ResolvedConfig
 from ase_dist.training.loop.schedule import schedule_lambda
 from ase_dist.training.process.runtime import World
-from ase_dist.training.record.traffic import tokens_per_image
+from ase_dist.training.record.traffic import layer_tokens
 
 LOGGER = logging.getLogger("ase_dist")
 FUSED = ("cuda", "xpu")  # devices with torch's fused Adam that training runs on
@@ -119,9 +119,9 @@ def decide_dispatch(model: MultiTaskModel, *, images: int) -> None:
     """Decide ``model.moe.dispatch=auto`` for micro-steps of ``images`` on each rank, before the first forward pass."""
     from ase_dist.moe import ASEMoE
 
-    for layer in model.modules():
+    for layer, tokens in layer_tokens(model):
         if isinstance(layer, ASEMoE):
-            layer.decide_dispatch(images * layer.num_tasks * tokens_per_image(model))
+            layer.decide_dispatch(images * layer.num_tasks * tokens)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -15,26 +15,30 @@ def dispatch_summary(model: MultiTaskModel, *, images: int) -> dict[str, Any]:
     ``gather_bytes`` are exact; ``all_to_all_bytes`` expect tokens to choose among experts evenly. Empty where no
     experts are shared between ranks.
     """
-    layers = [module for module in model.modules() if isinstance(module, MoEFFN) and module.shard.count > 1]
+    layers = [(layer, count) for layer, count in layer_tokens(model) if layer.shard.count > 1]
     if not layers:
         return {}
-    tokens = images * len(model.task_names) * tokens_per_image(model)
-    shapes = [layer.layer_shape() for layer in layers]
+    tokens = [images * len(model.task_names) * count for _, count in layers]
+    shapes = [layer.layer_shape() for layer, _ in layers]
+    travelling = [shape.all_to_all_bytes(shape.expected_rows(n)) for shape, n in zip(shapes, tokens, strict=True)]
     return {
         "ep_size": shapes[0].ranks,
         "layers": len(layers),
-        "tokens_per_rank": tokens,
+        "tokens_per_rank": tokens[0],
+        "least_tokens_per_rank": min(tokens),
         "gather_bytes": sum(shape.gather_bytes() for shape in shapes),
-        "all_to_all_bytes": round(sum(shape.all_to_all_bytes(shape.expected_rows(tokens)) for shape in shapes)),
+        "all_to_all_bytes": round(sum(travelling)),
         "crossover_tokens": shapes[0].crossover(),
-        "dispatch": [layer.dispatch for layer in layers],
+        "dispatch": [layer.dispatch for layer, _ in layers],
     }
 
 
 def dispatch_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The summary as rows of the start-up table."""
+    first, least = summary["tokens_per_rank"], summary["least_tokens_per_rank"]
+    tokens = f"{first:,}" if first == least else f"{first:,} in the first layer to {least:,}"
     return [
-        ("tokens per rank and micro-step", f"{summary['tokens_per_rank']:,}"),
+        ("tokens per rank and micro-step", tokens),
         ("sent if experts travel (gather)", f"{summary['gather_bytes'] / 1e6:.2f} MB"),
         ("sent if tokens travel (all_to_all)", f"{summary['all_to_all_bytes'] / 1e6:.2f} MB"),
         ("experts travel cheaper from", f"{summary['crossover_tokens']:.0f} tokens per rank"),
@@ -42,8 +46,14 @@ def dispatch_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def tokens_per_image(model: MultiTaskModel) -> int:
-    """Tokens of one image for one task, prefix tokens included; 0 for a model without experts."""
+def layer_tokens(model: MultiTaskModel) -> list[tuple[MoEFFN, int]]:
+    """Each layer with experts, and the tokens of one image for one task that it sees, prefix tokens included."""
     if not isinstance(model, MultiTaskViT):
-        return 0
-    return int(model.stem.patch_embed.num_patches) + int(model.stem.num_prefix_tokens)
+        return []
+    pairs = zip(model.blocks, model.block_tokens, strict=True)
+    return [(block.mlp, count) for block, count in pairs if isinstance(block.mlp, MoEFFN)]
+
+
+def tokens_per_image(model: MultiTaskModel) -> int:
+    """Tokens of one image for one task in the first block, prefix tokens included; 0 for a model without blocks."""
+    return model.block_tokens[0] if isinstance(model, MultiTaskViT) else 0
