@@ -213,7 +213,7 @@ def _resize(x_BDhw: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _onto(target: Level, x_BDhw: Tensor, level: Level) -> Tensor:
-    """The image of ``level`` at the cells of ``target``, without the padding of a pyramid, which lies outside of those."""
+    """The image of ``level`` at the cells of ``target``, without the padding of a pyramid, which lies outside them."""
     rows, columns = (n * level.stride // target.stride for n in level.grid)
     x_BDhw = _resize(x_BDhw, (rows, columns))
     return x_BDhw if (rows, columns) == target.grid else x_BDhw[..., : target.grid[0], : target.grid[1]]

@@ -47,6 +47,8 @@ class SwinTaskBlock(TaskBlock):
         self.grid: tuple[int, int] = _pair(block.input_resolution)
         self.window, self.shift = _pair(block.window_size), _pair(block.shift_size)
         self.register_buffer("attn_mask", block.attn_mask, persistent=False)
+        if self.norm_last:
+            block.attn.cpb_mlp.register_forward_pre_hook(_in_type_of_weights)
 
     def attend(self, x_XPD: Tensor, rope: Tensor | None) -> Tensor:
         """Steps 1 and 2, [X, P, D] to the same, or to a quarter of the tokens with another width."""
@@ -106,6 +108,11 @@ def check_stages(name: str, net: Any) -> None:
             "model.backbone_args: got a Swin transformer for any size, and its size is data.size; leave "
             "strict_img_size and dynamic_img_size out"
         )
+
+
+def _in_type_of_weights(mlp: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """v2's table of coordinates is a buffer, and DeepSpeed's bf16 casts weights alone."""
+    return (inputs[0].to(next(mlp.parameters()).dtype),)
 
 
 def _pair(sides: Any) -> tuple[int, int]:
