@@ -101,7 +101,7 @@ def stacked_sums(sums: Sequence[RoutingSums]) -> RoutingSums:
     if all(count == counts[0] for count in counts):
         return RoutingSums(sums_LtM, counts[0])
     # filled on the device, run by run of equal numbers: a copy from the host would wait for the device
-    runs = [sums_LtM.new_full((len(list(run)), 1, 1), float(count)) for count, run in groupby(counts)]
+    runs = [sums_LtM.new_full((len(list(run)), 1, 1), count) for count, run in groupby(counts)]
     return RoutingSums(sums_LtM, torch.cat(runs))
 
 
