@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,8 @@ def routing_sums(logits_tTN: Tensor, routing: Gates, *, squared_lse: bool = True
 
 def stacked_sums(sums: Sequence[RoutingSums]) -> RoutingSums:
     """The sums of several layers with the same tasks and experts as one."""
-    sums_LtM, counts = torch.stack([each.sums_tM for each in sums]), [each.tokens for each in sums]
+    sums_LtM = torch.stack([each.sums_tM for each in sums])
+    counts = [cast(int, each.tokens) for each in sums]
     if all(count == counts[0] for count in counts):
         return RoutingSums(sums_LtM, counts[0])
     # filled on the device, run by run of equal numbers: a copy from the host would wait for the device
