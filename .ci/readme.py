@@ -1,26 +1,35 @@
-"""Run the README's commands in its order, as somebody does who has just cloned it, in a copy of this checkout.
+"""Run the commands of the README and of docs/ in their order, as somebody does who has just cloned it, in a copy.
 
-    python .ci/readme.py FOLDER [--quick] [--only TEXT]
+    python .ci/readme.py FOLDER [--quick] [--only TEXT] [--page NAME]
 
-Each command's output becomes FOLDER/NN.txt, and the copy is FOLDER/checkout. What the README expects its reader to have
-(PASCAL-Context, photographs, weights) is put there first: generated scenes in the same layout, untrained weights.
-With --quick every command gets settings that make it short: minutes in all, where the studies alone take hours.
-Not run: what installs and tests, which is .ci/run's, and what needs several machines, which is tests/cluster's.
+Each command's output becomes FOLDER/NN.txt, and the copy of this checkout is FOLDER/checkout. What the pages expect
+their reader to have (PASCAL-Context, photographs, weights) is put there first: generated scenes in the same layout,
+untrained weights. With --quick every command gets settings that make it short: minutes in all, where the studies alone
+take hours. The README goes first and docs/start.md second, since the other pages use their run; of these two at a time
+are followed. A command that several pages have is run once.
+Not run: what installs and tests, which is .ci/run's; what needs several machines, which is tests/cluster's; what serves
+a page until it is stopped; the pages that a test of their own follows, in a folder of their own and with small models
+(``followed_by``); with --quick the benchmarks, of which tests/test_benchmarks.py runs each at a tiny size.
 The exit code is 1 where a command failed.
 """
 
 import argparse
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ELSEWHERE = re.compile(r"^(pip|pytest) |HOST")
+FIRST = ("README.md", "start.md")  # their run is what other pages evaluate, export and report
+ELSEWHERE = re.compile(r"^(pip|pytest|sphinx-build|pre-commit|sudo) |HOST|--watch|ase-dist demo ")
+LAUNCHERS = re.compile(r"^(deepspeed|torchrun) ")  # all of them meet at port 29500: one at a time
 LEFT = (".git", "__pycache__", ".*_cache", "*.egg-info", "build", "dist", "runs", "studies", "exports", ".venv")
 
 # What is appended to the commands that match; all that match, in this order
@@ -38,11 +47,8 @@ QUICK = (
     (r"study\.py table1", f"--only stl_resnet18,ase_16_3_1_4 {STUDY}"),
     (r"study\.py naive_vs_ase", f"--only ase_16_3_1_4_pair 'model.backbone_args={{depth: 1}}' {STUDY}"),
     (r"study\.py topk", f"--only ase_k3 {SMALL_VIT} {STUDY}"),
-    (r"benchmarks/roofline", "--tokens 6 --depth 1 --size 64 --step-shapes tiny"),
-    (r"benchmarks/layer", "--images 1 --few-images 1 --tokens 6 --repeats 1 --threads 1"),
-    (r"benchmarks/train_step", "--depth 1 --size 64 --head linear --repeats 1 --threads 1"),
-    (r"benchmarks/scaling", "--points 2 --images 1 --repeats 1"),
 )
+QUICK_ELSEWHERE = re.compile(r"^python benchmarks/")  # tests/test_benchmarks.py runs each at a tiny size
 
 
 def main():
@@ -51,29 +57,66 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quick", action="store_true", help="with settings that make every command short")
     parser.add_argument("--only", default="", metavar="TEXT", help="the commands that contain it")
+    parser.add_argument("--page", default="", metavar="NAME", help="the commands of one page, such as export.md")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True)
     checkout = folder / "checkout"
     shutil.copytree(ROOT, checkout, symlinks=True, ignore=shutil.ignore_patterns(*LEFT))
+    (folder / "home").mkdir()
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-                   "PYTHONPATH": str(checkout), "XDG_CACHE_HOME": str(folder / "cache")}  # fmt: skip
+                   "PYTHONPATH": str(checkout), "XDG_CACHE_HOME": str(folder / "cache"),
+                   "HOME": str(folder / "home")}  # fmt: skip
     bring_data(checkout, environment)
     words = ALWAYS + QUICK * arguments.quick
-    chosen = [command for command in commands(checkout / "README.md") if arguments.only in command]
-    failed = [number for number, command in enumerate(chosen, start=1)
-              if not ran(f"{command} {appended(command, words)}".strip(), checkout, environment,
-                         folder / f"{number:02}.txt")]  # fmt: skip
-    print(f"{len(chosen)} commands, {len(failed)} failed")
-    return 1 if failed or not chosen else 0
+    launching, numbers = threading.Lock(), itertools.count(1)
+
+    def follow(lines):
+        """The commands of a page in their order; returns how many failed."""
+        failed = 0
+        for line in lines:
+            command = f"{line} {appended(line, words)}".strip()
+            output = folder / f"{next(numbers):02}.txt"
+            with launching if LAUNCHERS.search(line) else threading.Lock():
+                failed += not ran(command, checkout, environment, output)
+        return failed
+
+    chosen = {page: [line for line in lines if arguments.only in line
+                     and not (arguments.quick and QUICK_ELSEWHERE.search(line))]
+              for page, lines in to_run().items() if arguments.page in ("", page)}  # fmt: skip
+    failed = sum(follow(chosen.pop(page, ())) for page in FIRST)
+    with ThreadPoolExecutor(2) as pool:
+        failed += sum(pool.map(follow, chosen.values()))
+    done = next(numbers) - 1
+    print(f"{done} commands, {failed} failed")
+    return 1 if failed or not done else 0
 
 
-def commands(readme):
+def to_run():
+    """The commands of each page that are run here, each once, by the page's name, ``FIRST`` in front."""
+    seen, found = set(), {}
+    pages = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+    for name in (*FIRST, *(name for name in pages if name not in FIRST)):
+        if not followed_by(name):
+            lines = dict.fromkeys(commands(pages[name]))
+            found[name] = [line for line in lines if line not in seen]
+            seen.update(lines)
+    return found
+
+
+def followed_by(page):
+    """The tests that read a page by its name and run its commands."""
+    tests = (ROOT / "tests").rglob("test_*.py")
+    return [test for test in tests if test.name not in ("test_docs.py", "test_readme.py")
+            and f'"{page}"' in test.read_text(encoding="utf-8") and page != "README.md"]  # fmt: skip
+
+
+def commands(page):
     """The lines of the bash blocks that are run here, continued ones joined."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", readme.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks if "ssh-copy-id" not in block for line in block.replace("\\\n", " ").splitlines()]
     parts = [re.sub(r"^pip [^&]*&& ", "", line) for line in lines]  # what follows an installation
-    return [re.sub(r" +", " ", part) for part in parts if not ELSEWHERE.search(part)]
+    return [re.sub(r" +", " ", part) for part in parts if part and not ELSEWHERE.search(part)]
 
 
 def appended(command, table):
@@ -92,6 +135,7 @@ def bring_data(checkout, environment):
     (checkout / "ccp_mt").symlink_to("PASCAL_MT")
     photographs = sorted((checkout / "PASCAL_MT" / "JPEGImages").iterdir())
     (checkout / "photo.jpg").symlink_to(photographs[0])
+    (checkout / "photographs").symlink_to("PASCAL_MT/JPEGImages")
     (checkout / "holiday").mkdir()
     for photograph in photographs[1:3]:
         (checkout / "holiday" / photograph.name).symlink_to(photograph)

@@ -6,9 +6,11 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from ase_dist.files import replacing, write_atomic
 from ase_dist.training.process.runtime import keep_freed_memory
+from ase_dist.training.record.environment import git_commit
 
 MB = 1e6
 
@@ -137,10 +140,15 @@ def machine() -> dict[str, object]:
 
 
 def write_report(path: Path | None, arguments: Any, **parts: object) -> None:
-    """Everything as JSON, where a path is given."""
+    """Everything as JSON, where a path is given: what ran, from which commit, when and where, and the figures.
+
+    The tables of docs/ are made of such files in docs/figures/ by docs/figures.py.
+    """
     if path is not None:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-        report = {"machine": machine(), "arguments": settings, **parts}
+        report = {"benchmark": Path(sys.argv[0]).name, "commit": git_commit(),
+                  "date": datetime.now(timezone.utc).date().isoformat(), "machine": machine(), "arguments": settings,
+                  **parts}  # fmt: skip
         write_atomic(path, json.dumps(report, indent=2) + "\n")
 
 

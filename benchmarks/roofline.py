@@ -26,7 +26,6 @@ the host needs to launch them one by one, which a graph or a compiler saves.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -36,7 +35,7 @@ from typing import Any
 import torch
 from _kernels import ACCELERATORS, Accelerator, Cost, Kernel, KernelCount, by, counting, total
 from _parts import PartTracker
-from _timing import drawing
+from _timing import drawing, write_report
 from peers.common import Case, Experts, Side
 from peers.plain import PlainLoRA, apply_experts, by_loop, by_sorted_products, frozen, ours
 from timm.layers import Mlp
@@ -44,7 +43,6 @@ from torch import Tensor, nn
 
 from ase_dist.baselines import apply_baseline
 from ase_dist.config import Settings
-from ase_dist.files import write_atomic
 from ase_dist.models import MultiTaskModel
 from ase_dist.moe.router import TaskRouter
 from ase_dist.planning.flops import bare_model
@@ -94,14 +92,9 @@ def main() -> None:
     for sides in cases:
         _print(sides, accelerator, arguments)
     if arguments.json:
-        report = {
-            "counted": True,
-            "accelerator": asdict(accelerator),
-            "basis": _basis(accelerator, arguments),
-            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
-            "rows": [_as_json(side, sides, accelerator, arguments) for sides in cases for side in sides],
-        }
-        write_atomic(arguments.json, json.dumps(report, indent=2) + "\n")
+        rows = [_as_json(side, sides, accelerator, arguments) for sides in cases for side in sides]
+        basis = _basis(accelerator, arguments)
+        write_report(arguments.json, arguments, counted=True, accelerator=asdict(accelerator), basis=basis, rows=rows)
     if arguments.plot:
         _draw(cases, accelerator, arguments)
 

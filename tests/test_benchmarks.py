@@ -31,7 +31,16 @@ def run(name, arguments, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert plot.read_bytes().startswith(b"\x89PNG")
-    return done.stdout, json.loads(report.read_text())
+    report = json.loads(report.read_text())
+    assert report["benchmark"] == f"{name}.py" and report["date"].startswith("20") and "commit" in report
+    spec = importlib.util.spec_from_file_location("figures", BENCHMARKS.parent / "docs" / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    for make, file in figures.TABLES.values():  # the pages' tables can be made of it
+        if file == f"{name}.json":
+            columns, rows = make(report)
+            assert rows and all(len(row) == len(columns) for row in rows)
+    return done.stdout, report
 
 
 def test_layer(tmp_path):

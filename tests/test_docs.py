@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -51,3 +52,33 @@ def test_every_module_of_the_glossary_is_there(name):
 def test_every_class_of_the_glossary_is_there(name):
     files = (ROOT / "ase_dist").rglob("*.py")
     assert any(re.search(rf"^class {name}\b|^{name}\b.* = ", path.read_text(), re.MULTILINE) for path in files)
+
+
+def program(name):
+    """A program of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_drawings_are_those_that_their_program_makes():
+    drawings = program("drawings")
+    made = {f"{name}.svg": draw() for name, draw in drawings.DRAWINGS.items()}
+    assert made == {path.name: path.read_text(encoding="utf-8") for path in drawings.FOLDER.iterdir()}
+
+
+def test_tables_of_figures_are_those_of_the_benchmarks_files():
+    """``python docs/figures.py`` makes them anew; every table is on a page, and every file has a table."""
+    figures = program("figures")
+    texts = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+    assert [name for name, text in texts.items() if figures.renewed(text) != text] == []
+    assert sorted(re.findall(r"<!-- figures: (\w+) -->", "".join(texts.values()))) == sorted(figures.TABLES)
+    files = {path.name for path in (ROOT / "docs" / "figures").iterdir()}
+    assert files == {file for _, file in figures.TABLES.values()}
+
+
+def test_a_changed_figure_is_seen():
+    figures = program("figures")
+    text = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert figures.renewed(text.replace("| 1009 |", "| 1010 |")) == text != text.replace("| 1009 |", "| 1010 |")

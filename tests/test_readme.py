@@ -1,4 +1,4 @@
-"""The README against the code: its Python runs, its commands parse, its tables and names are those of the code.
+"""README and docs/ against the code: their Python runs, commands parse, tables and names are those of the code.
 
 A command is given to the parser that would read it: the launcher's own, then the script's, then the settings tree.
 """
@@ -19,11 +19,12 @@ import yaml
 from timm.layers import Mlp
 
 from ase_dist.commands.main import COMMANDS, find_command, module_of
-from ase_dist.config import Settings, setting_keys
+from ase_dist.config import ALIASES, Section, Settings, setting_keys
 from ase_dist.errors import ExitCode
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.sharding import Shard
 from ase_dist.read_config import DEFAULT_CONFIG, load_settings, shipped_configs
+from ase_dist.registries import AUGMENTATIONS, BALANCINGS, GATINGS, HEADS
 from ase_dist.training.ds_config import read_ds_config, resolve, shipped_ds_configs
 
 if sys.version_info >= (3, 11):
@@ -32,32 +33,43 @@ else:
     import tomli as tomllib  # which pytest brings there
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+README = PAGES["README.md"]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-BLOCKS = [(language, text) for language, text in FENCE.findall(README)]
-PROSE = FENCE.sub("", README)
+PROSE = "\n".join(FENCE.sub("", text) for text in PAGES.values())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ON_ONE_DEVICE = pytest.mark.single_gpu
 
 
-def table(header):
-    """The cells of the rows of the table whose header line begins with ``header``, code marks taken off."""
-    lines = itertools.dropwhile(lambda line: not line.startswith(header), README.splitlines())
+def script(path):
+    """A program of the repository that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FOLLOWER = script(ROOT / ".ci" / "readme.py")  # what runs the commands of the pages
+FOLLOWED = {name for name in PAGES if FOLLOWER.followed_by(name)}  # by a test of their own
+
+
+def blocks(language, pages=PAGES):
+    return [text for name in pages for found, text in FENCE.findall(PAGES[name]) if found == language]
+
+
+def table(page, header):
+    """The cells of the rows of a page's table whose header line begins with ``header``, code marks taken off."""
+    lines = itertools.dropwhile(lambda line: not line.startswith(header), PAGES[page].splitlines())
     rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines))[2:]
     assert rows, header
     return [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in rows]
-
-
-def section(title):
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Python
 
 
-def python_blocks():
-    return [text for language, text in BLOCKS if language == "python"]
+PYTHON = list(dict.fromkeys(blocks("python", [name for name in sorted(PAGES) if name not in FOLLOWED])))
 
 
 def needs_deepspeed(block):
@@ -65,9 +77,18 @@ def needs_deepspeed(block):
 
 
 @ON_ONE_DEVICE
-@pytest.mark.parametrize("block", [block for block in python_blocks() if not needs_deepspeed(block)])
-def test_python_runs(block):
-    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+@pytest.mark.parametrize("block", [block for block in PYTHON if not needs_deepspeed(block)])
+def test_python_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"norm.weight": torch.ones(2)}}, "last.ckpt")  # which docs/weights.md converts
+    registries = (AUGMENTATIONS, BALANCINGS, GATINGS, HEADS)
+    before = [dict(registry.items()) for registry in registries]
+    try:
+        exec(compile(block, "page.md", "exec"), {"__name__": "__main__"})
+    finally:
+        for registry, entries in zip(registries, before, strict=True):
+            for name in set(registry) - set(entries):
+                del registry[name]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +97,7 @@ def test_python_runs(block):
 def test_python_for_deepspeed_runs_as_a_file(ranks, tmp_path):
     if 0 < torch.cuda.device_count() < ranks:
         pytest.skip(f"{ranks} ranks need as many GPUs or none, here is {torch.cuda.device_count()}")
-    (block,) = filter(needs_deepspeed, python_blocks())
+    (block,) = filter(needs_deepspeed, PYTHON)
     check = f"assert (world.size, model.ffn.num_local_experts) == ({ranks}, {-(-7 // ranks)})\nruntime.stop()"
     (tmp_path / "block.py").write_text(block.replace("runtime.stop()", check))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
@@ -92,11 +113,12 @@ def test_python_for_deepspeed_runs_as_a_file(ranks, tmp_path):
 
 
 def commands():
-    """Every command of the bash blocks as a list of words."""
-    texts = [text for language, text in BLOCKS if language == "bash" and "ssh-copy-id" not in text]  # tests/cluster's
+    """Every command of the bash blocks as a list of words, once; of pages that no test of their own follows."""
+    texts = [text for text in blocks("bash", [name for name in sorted(PAGES) if name not in FOLLOWED])
+             if "ssh-copy-id" not in text]  # tests/cluster's  # fmt: skip
     lines = "".join(text.replace("\\\n", " ") for text in texts).splitlines()
-    words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
-    return [command for command in words if command]
+    words = dict.fromkeys(tuple(shlex.split(part, comments=True)) for line in lines for part in line.split("&&"))
+    return [list(command) for command in words if command and command[0] not in SHELL]
 
 
 def check_pip(*words):
@@ -133,7 +155,7 @@ def check_python(script, *words):
     """A command by its script or by ``-m ase_dist``; of a benchmark the names of options alone."""
     if script == "-m":
         assert words[0] == "ase_dist"
-        if words[1:] == ("--help",):
+        if words[1] in ("--help", "--print-completion"):
             return
         name, words = find_command(words[1:])
     else:
@@ -160,7 +182,11 @@ def check_train(*words):
     resolve(load_settings(config, arguments.settings), json, world=2, native_bf16=False)
 
 
+SHELL = ("eval", "echo", "mkdir")  # the shell's own, which .ci/readme.py runs
+
 CHECKS = {
+    "ase-dist": lambda *words: check_python("-m", "ase_dist", *words),
+    "sphinx-build": lambda *words: None,  # .ci/run's
     "pip": check_pip,
     "pytest": check_pytest,
     "deepspeed": check_deepspeed,
@@ -227,7 +253,7 @@ def value_of(settings, key):
 @ON_ONE_DEVICE
 def test_the_table_of_settings_is_that_of_the_code():
     default, scenes = Settings(), load_settings("scenes")
-    for key, value, in_scenes, meaning in table("| key |"):
+    for key, value, in_scenes, meaning in table("settings.md", "| key |"):
         assert yaml.safe_load(value) == value_of(default, key), key
         assert yaml.safe_load(in_scenes or value) == value_of(scenes, key), key
         assert meaning, key
@@ -235,7 +261,9 @@ def test_the_table_of_settings_is_that_of_the_code():
 
 @ON_ONE_DEVICE
 def test_exit_codes_are_those_of_the_code():
-    assert {int(code): name.upper() for code, name, _ in table("| code |")} == {code: code.name for code in ExitCode}
+    assert {int(code): name.upper() for code, name, _ in table("training.md", "| code |")} == {
+        code: code.name for code in ExitCode
+    }
 
 
 @ON_ONE_DEVICE
@@ -249,15 +277,15 @@ def test_bytes_on_the_wire_are_those_of_the_code():
         travelling = [shape.all_to_all_bytes(shape.expected_rows(images * 5 * 197)) / 1e6 for images in (1, 8)]
         gathered, crossover = f"{shape.gather_bytes() / 1e6:.2f}", f"{shape.crossover():.0f}"
         rows.append([experts, str(ranks), gathered, *(f"{value:.1f}" for value in travelling), crossover])
-    assert table("| experts | P |") == rows
+    assert table("expert_parallelism.md", "| experts | P |") == rows
 
 
 @ON_ONE_DEVICE
 def test_every_dependency_has_its_reason():
     project = PROJECT["project"]
-    extras = [requirement for extra in project["optional-dependencies"].values() for requirement in extra]
+    extras = {requirement for extra in project["optional-dependencies"].values() for requirement in extra}
     wanted = [*project["dependencies"], *(each for each in extras if not each.startswith("ase-dist["))]
-    heads = [line.split(":")[0] for line in section("Dependencies").splitlines() if line.startswith("- ")]
+    heads = [line.split(":")[0] for line in PAGES["dependencies.md"].splitlines() if line.startswith("- ")]
     named = [name for head in heads for name in re.findall(r"`([^`]+)`", head)]
     assert sorted(named) == sorted(re.match(r"[\w-]+", requirement)[0] for requirement in wanted)
 
@@ -266,7 +294,7 @@ def test_every_dependency_has_its_reason():
 def test_the_map_has_the_layers_in_their_order():
     layers = PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
     names = [[name.strip().removeprefix("ase_dist.") for name in layer.split("|")] for layer in layers]
-    places = [[re.search(rf"\b{name}(?:/|\.py)", section("Map")).start() for name in layer] for layer in names]
+    places = [[re.search(rf"\b{name}(?:/|\.py)", PAGES["code_map.md"]).start() for name in layer] for layer in names]
     assert all(max(upper) < min(lower) for upper, lower in itertools.pairwise(places))
 
 
@@ -276,13 +304,74 @@ def test_the_map_has_the_layers_in_their_order():
 CODE = sorted(set(re.findall(r"`([^`\n]+)`", PROSE)))
 FOLDERS = ("ase_dist/", "ds_configs/", "launch/", "tests/", "docker/", "benchmarks/", ".ci/", ".github/")
 SECTIONS = {key.split(".")[0] for key in setting_keys() if "." in key}
-LAUNCHERS = {"--num_gpus"}  # whose parsers see it in a command
+OTHERS = {"--num_gpus", "--aug"}  # of launchers, whose parsers see it in a command, and of LibMTL
+
+
+LINKS = sorted(
+    {(name, link) for name, text in PAGES.items() for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text))}
+)
 
 
 @ON_ONE_DEVICE
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)]+)\)", README))))
-def test_links_and_pictures_are_there(target):
-    assert target.startswith("https://") or (ROOT / target).is_file()
+def test_links_and_pictures_are_there():
+    """Of links into a page its headings too; the pages of the API are made by the build, which checks those."""
+    lost = []
+    for page, link in LINKS:
+        place, _, heading = link.partition("#")
+        folder = ROOT if page == "README.md" else ROOT / "docs"
+        target = folder / place if place else folder / page
+        if not link.startswith(("https://", "api/")) and not (
+            target.is_file() and (not heading or heading in headings(target))
+        ):
+            lost.append(f"{page}: {link}")
+    assert not lost
+
+
+def headings(page):
+    """The anchors of a page's headings, as GitHub and MyST make them."""
+    found = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in found]
+
+
+@ON_ONE_DEVICE
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 10_000
+
+
+@ON_ONE_DEVICE
+def test_every_page_with_commands_is_followed():
+    """By .ci/readme.py or by a test of its own; the same command is run once."""
+    todo = FOLLOWER.to_run()
+    lines = [line for page in todo.values() for line in page]
+    assert len(lines) == len(set(lines)) and len(lines) > 30
+    assert set(todo) | FOLLOWED == set(PAGES)
+    assert {"own_data.md", "runs.md", "balancing.md", "partial_labels.md"} <= FOLLOWED
+
+
+@ON_ONE_DEVICE
+def test_every_setting_is_described():
+    settings_page = script(ROOT / "docs" / "settings_page.py")
+    assert settings_page.without_description() == []
+    text = settings_page.sections()
+    assert [key for key in setting_keys() if f"(setting-{key})=\n`{key}`\n: " not in text] == []
+    assert (
+        "`model.moe.k`\n: routed experts active per token\n\n  whole number >= 0; default `3`; on resume refused"
+        in text
+    )
+    assert "one of `ase`, `naive`" in text and "`data.sets[].weight`" in text
+
+
+@ON_ONE_DEVICE
+def test_a_setting_without_a_description_fails_the_page():
+    class Undescribed(Section):
+        """A section."""
+
+        key: int = 3
+
+    settings_page = script(ROOT / "docs" / "settings_page.py")
+    assert settings_page.without_description(Undescribed) == ["key"]
+    with pytest.raises(ValueError, match="without a description: key"):
+        settings_page._section(Undescribed, "", 2)
 
 
 @ON_ONE_DEVICE
@@ -298,14 +387,21 @@ def test_settings_in_the_text_are_there():
     dotted = [name for name in CODE if re.fullmatch(r"\w+(\.\w+)+(=\S*)?", name) and not name.endswith(files)]
     named = [name for name in dotted if name.split(".")[0] in SECTIONS]
     assert named
-    assert [name for name in named if name.split("=")[0] not in setting_keys()] == []
-    load_settings("scenes", [name for name in named if "=" in name])
+    keys = {*setting_keys(), *ALIASES}
+    entries = ("model.moe.aux_losses.", "train.loss_weights.", "data.sets.")  # of a dictionary, of a list
+    assert [name for name in named if name.split("=")[0] not in keys and not name.startswith(entries)] == []
+    for name in (
+        name for name in named if re.fullmatch(r"[\w.]+=[a-z0-9.{}:\[\], ]+", name)
+    ):  # no place, no blank to fill
+        load_settings("scenes", [name])
 
 
 @ON_ONE_DEVICE
 def test_options_in_the_text_are_there():
     actions = [action for name in COMMANDS for action in module_of(name).parser()._actions]
-    known = {option for action in actions for option in action.option_strings} | LAUNCHERS
+    known = {option for action in actions for option in action.option_strings} | OTHERS
+    for benchmark in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'"(--[\w-]+)"', benchmark.read_text(encoding="utf-8")))
     assert {name.split()[0] for name in CODE if name.startswith("-")} <= known
 
 
@@ -319,4 +415,4 @@ def test_modules_in_the_text_are_there():
 
 @ON_ONE_DEVICE
 def test_every_shipped_config_is_named():
-    assert [name for name in shipped_configs() if f"`{name}`" not in README] == []
+    assert [name for name in shipped_configs() if f"`{name}`" not in PAGES["data.md"]] == []

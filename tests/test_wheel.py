@@ -17,7 +17,7 @@ import ase_dist
 pytestmark = pytest.mark.single_gpu
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "ase_dist", "ds_configs", "launch", "tests", "benchmarks")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "ase_dist", "ds_configs", "launch", "tests", "benchmarks", "docs")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.pyc")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 SMALL = ("data.scenes.train_images=2", "data.scenes.val_images=1", "data.scenes.size=32", "train.max_steps=1",

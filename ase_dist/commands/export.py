@@ -1,6 +1,6 @@
 """Export the model of a run for inference: model.safetensors and export.json, read by ``ase_dist.load(OUT)``.
 
-With --format also programs that run without this package: images in, logits by task out, see README.
+With --format also programs that run without this package: images in, logits by task out, see docs/export.md.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def test_lock_files_hold_every_dependency_with_hashes():
 
 
 def test_the_readme_has_the_lines_that_are_run_between_two_hosts():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
     if "launch/cluster" not in text:
         pytest.skip("the README says nothing of clusters")
     assert f"```bash\n{README}```" in text
