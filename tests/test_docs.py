@@ -4,9 +4,11 @@ import ast
 import importlib
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -82,3 +84,18 @@ def test_a_changed_figure_is_seen():
     figures = program("figures")
     text = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     assert figures.renewed(text.replace("| 1009 |", "| 1010 |")) == text != text.replace("| 1009 |", "| 1010 |")
+
+
+def test_pictures_are_made_of_a_run(tmp_path):
+    pictures = program("pictures")
+    (tmp_path / "predictions").mkdir()
+    for step, color in ((0, "red"), (20, "blue")):
+        Image.new("RGB", (3000, 600), color).save(tmp_path / f"predictions/step_{step:06}.png")
+    (tmp_path / "report.html").write_text("<body style='background: #00ff00'></body>")
+    names = ["predictions", *["report"] * any(map(shutil.which, pictures.BROWSERS))]
+    pictures.main(tmp_path, tmp_path, names)
+    made = {name: Image.open(tmp_path / f"{name}.jpg") for name in names}
+    assert made["predictions"].size == (1500, 300) and made["predictions"].getpixel((9, 9))[2] > 250
+    if "report" in made:
+        assert made["report"].width == 915 and made["report"].getpixel((450, 600))[1] > 250
+    assert {path.stem for path in pictures.IMAGES.glob("*.jpg")} == set(pictures.PICTURES)
