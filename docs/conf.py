@@ -45,7 +45,7 @@ copybutton_exclude = ".linenos, .gp"
 
 
 def _inline_math(translator, node):
-    translator.body.append(tex2mathml(node.astext()))
+    translator.body.append(tex2mathml(node.astext(), as_block=False))
     raise reference.SkipNode
 
 
