@@ -59,7 +59,8 @@ class MultiTaskViT(nn.Module):
 
     1. patch and position embedding, once for all tasks
     2. + task embedding: [t, B, P, D]
-    3. the blocks, all streams in one pass, each MoE layer's router picked by task
+    3. the blocks, all streams in one pass, each MoE layer's router picked by task; without embedding and experts the
+       streams are equal, and one is computed
     4. the backbone's final norm on the patch tokens, then each task's head
 
     A head on several levels also gets the tokens that leave the earlier ``levels`` (numbers of blocks, from 1 to the
@@ -129,7 +130,8 @@ class MultiTaskViT(nn.Module):
         autocast = autocast_dtype(images_BCHW.device.type)
         images_BCHW = images_BCHW.to(next(self.stem.parameters()).dtype)  # DeepSpeed's bf16 casts weights alone
         tokens_BPD, ropes = embed(self.stem, images_BCHW, blocks=len(self.blocks))
-        x_tBPD = self._streams(tokens_BPD, streams)
+        differ = self.task_embedding is not None or any(block.has_moe for block in self.blocks)
+        x_tBPD = self._streams(tokens_BPD, streams if differ else streams[:1])
         sums, kept = [], {}
         for number, (block, rope) in enumerate(zip(self.blocks, ropes, strict=True), start=1):
             x_tBPD, sums_tM = block(x_tBPD, streams, autocast, True, rope)  # positional, as checkpointing wants
@@ -138,7 +140,7 @@ class MultiTaskViT(nn.Module):
             if number in self.levels:
                 kept[number] = x_tBPD[:, :, self.prefix :]
         kept[number] = self.norm(kept[number])
-        return [kept[number] for number in self.levels], sums
+        return [kept[number].expand(len(streams), -1, -1, -1) for number in self.levels], sums
 
     def _streams(self, tokens_BPD: Tensor, streams: list[int]) -> Tensor:
         if self.task_embedding is None:

@@ -99,6 +99,21 @@ def test_without_a_task_embedding_the_streams_differ_by_router_alone(model_for, 
     assert not torch.equal(counts[0, 0], counts[0, 1])
 
 
+def test_equal_streams_are_computed_once(model_for, images, gradients):
+    model = model_for(task_embedding=False, moe={"enabled": False}, lora_rank=0, tune="full")
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
+    together = model(images()).predictions
+    got = gradients(model, loss_of(together))
+    alone = [model(images(), tasks=[task]).predictions for task in TASKS]
+    assert seen == [1] * 6
+    for task, predictions in zip(TASKS, alone, strict=True):
+        torch.testing.assert_close(predictions[task], together[task])
+    expected = gradients(model, sum(loss_of(predictions) for predictions in alone))
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_the_task_embedding_is_added_once_per_stream():
     embedding = TaskEmbedding(3, 4)
     x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
