@@ -13,6 +13,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from ase_dist.registries import HEADS
+
 pytestmark = pytest.mark.single_gpu
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -87,6 +89,20 @@ def test_train_step(tmp_path):
     assert rows["neither"]["parts_ms"]["routers"] == 0
     assert rows["neither"]["trained"] < rows["mtl_vit_lora"]["trained"] < rows["ase_16_3_1_4"]["trained"]
     assert "times faster than a pass per task" in printed
+
+
+def test_heads(tmp_path):
+    report = tmp_path / "out.json"
+    options = ["--shape", "tiny", "--depth", "4", "--images", "1", "--size", "64", "--head-width", "8"]
+    command = [sys.executable, str(BENCHMARKS / "heads.py"), *options, "--json", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = {row["head"]: row for row in json.loads(report.read_text())["rows"]}
+    assert list(rows) == list(HEADS) and all(row["head"] in done.stdout for row in rows.values())
+    bodies = {name: row["kernels"] - row["kernels, heads"] for name, row in rows.items()}
+    # levels cost no kernel outside of the heads that read them; losses enlarge the logits of some heads
+    assert len({bodies[name] for name in ("pup", "pup_linear", "dpt")}) == 1
+    assert len({bodies[name] for name in ("linear", "hrnet", "multi_level")}) == 1
 
 
 def test_scaling(tmp_path):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -134,8 +135,9 @@ class PUPLinearHead(TaskHead):
     def forward(self, tokens_BPD: Tensor) -> Tensor:
         """Logits [B, C, h, w] of the larger path."""
         small, large = sorted((self.linear(tokens_BPD), self.pup(tokens_BPD)), key=lambda logits: logits.shape[-1])
-        # in float32, in which its backward pass then adds up; for bf16 that is up to 64 additions a cell
-        enlarged = F.interpolate(small.float(), size=large.shape[-2:], mode="bilinear", align_corners=False)
+        # in float32 or wider, in which its backward pass then adds up; for bf16 that is up to 64 additions a cell
+        wide = small.to(torch.promote_types(small.dtype, torch.float32))
+        enlarged = F.interpolate(wide, size=large.shape[-2:], mode="bilinear", align_corners=False)
         return large + enlarged.to(large.dtype)
 
 

@@ -7,7 +7,7 @@ Of the rest, each of these units is taken as a whole or not at all:
 - the tasks' own LoRA of a linear: likewise, by the name of the task;
 - the experts of a layer: same kind, adapted linears, number of experts and of shared ones, rank and scale. Routers
   come with them, by the name of the task;
-- a head: same task name and shapes;
+- a head: same task name and shapes, and of one on several levels the same levels;
 - the task embedding: by the name of the task.
 
 All other tensors keep their own initial values, and the log says so.
@@ -26,6 +26,7 @@ from ase_dist.config import ModelSettings
 from ase_dist.errors import UserError
 from ase_dist.models.backbone import Backbone
 from ase_dist.models.export_file import Export, open_export
+from ase_dist.models.levels import reads_levels, spread
 from ase_dist.models.multitask import MultiTaskViT
 from ase_dist.models.names import named_tensors
 from ase_dist.models.pretrained import patch_grid
@@ -143,9 +144,17 @@ class ExportInitializer:
             ranks = [m.lora_task_rank if unit.endswith(TASKS_OWN) else m.lora_rank for m in (old, new)]
             scales = [_scale(model.lora_alpha, rank) for model, rank in zip((old, new), ranks, strict=True)]
             agree = scales[0] == scales[1] and targets.keys() == saved
+        elif unit.endswith(" head") and reads_levels(new.head):
+            agree = targets.keys() == saved and self._same_levels(old)
         else:
             agree = targets.keys() == saved
         return agree and all(self._same_shape(name, target) for name, target in targets.items())
+
+    def _same_levels(self, old: ModelSettings) -> bool:
+        """Whether the heads of both read the same blocks, of which the backbones have equally many."""
+        count = 1 + max(int(name.split(".")[1]) for name in self.tensors if name.startswith("blocks."))
+        numbers = [model.levels or spread(count, reads_levels(self.chosen.head)) for model in (old, self.chosen)]
+        return numbers[0] == numbers[1] and old.head_args == self.chosen.head_args
 
     def _same_shape(self, name: str, target: Tensor) -> bool:
         first = 1 if name.endswith(BY_TASK) else 0

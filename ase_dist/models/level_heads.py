@@ -202,14 +202,14 @@ def _image(tokens_BPD: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _resize(x_BDhw: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinearly at the centres of cells; where that is not a doubling the gradient is added up in float32."""
+    """Bilinearly at the centres of cells; where that is not a doubling the gradient is added up in float32 or wider."""
     h, w = x_BDhw.shape[-2:]
     if tuple(size) == (h, w):
         return x_BDhw
     if tuple(size) == (2 * h, 2 * w):
         return double(x_BDhw)
-    wide = F.interpolate(x_BDhw.float(), size=tuple(size), mode="bilinear", align_corners=False)
-    return wide.to(x_BDhw.dtype)
+    wide = x_BDhw.to(torch.promote_types(x_BDhw.dtype, torch.float32))
+    return F.interpolate(wide, size=tuple(size), mode="bilinear", align_corners=False).to(x_BDhw.dtype)
 
 
 def _onto(target: Level, x_BDhw: Tensor, level: Level) -> Tensor:

@@ -18,21 +18,23 @@ from ase_dist.training.loop import losses
 
 class Activations(NamedTuple):
     """Bytes kept for one image: inside the blocks and inside the one that keeps most, as the blocks' inputs, and by
-    everything else, losses included."""
+    everything else, losses included. ``levels`` are those of ``inputs`` that a head on several levels keeps too."""
 
     blocks: int
     largest_block: int
     inputs: int
     rest: int
+    levels: int
 
     def kept(self, mode: str) -> int:
         """Peak bytes under ``model.checkpoint_activations`` = ``mode``.
 
-        A checkpointed block keeps its input until it is recomputed; with ``offload`` the inputs are on the host.
+        A checkpointed block keeps its input until it is recomputed; with ``offload`` the inputs are on the host, and
+        on the device what heads keep of them.
         """
         if mode == "none":
             return self.blocks + self.rest
-        return self.largest_block + self.rest + (self.inputs if mode == "recompute" else 0)
+        return self.largest_block + self.rest + (self.inputs if mode == "recompute" else self.levels)
 
 
 def measure_activations(settings: Settings, *, width: int) -> Activations:
@@ -56,15 +58,16 @@ def measure_activations(settings: Settings, *, width: int) -> Activations:
                 for task in tasks
             }
             losses.task_losses(output.predictions, labels, tasks, torch.ones(len(tasks), 2))
-    return Activations(kept.blocks, kept.largest_block, kept.inputs, kept.rest)
+    return Activations(kept.blocks, kept.largest_block, kept.inputs, kept.rest, kept.levels)
 
 
 class _SavedBytes:
     """Bytes that autograd saves for backward; each storage counts once, where it is saved first."""
 
     def __init__(self, known: Sequence[Tensor], *, width: int) -> None:
-        self.blocks = self.largest_block = self.inputs = self.rest = 0
+        self.blocks = self.largest_block = self.inputs = self.rest = self.levels = 0
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self._inputs: dict[int, int] = {}  # bytes of a block's input by its storage
         self._alive: list[Tensor] = []  # a freed storage's address could be used again
         self._width = width
         self._in_block = False
@@ -78,11 +81,15 @@ class _SavedBytes:
             size = self._bytes(tensor, storage.nbytes())
             self.blocks += size if self._in_block else 0
             self.rest += 0 if self._in_block else size
+        elif not self._in_block:
+            self.levels += self._inputs.pop(storage._cdata, 0)
         return tensor
 
     def enter_block(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._in_block, self._before = True, self.blocks
-        self.inputs += self._bytes(inputs[0], inputs[0].numel() * inputs[0].element_size())
+        size = self._bytes(inputs[0], inputs[0].numel() * inputs[0].element_size())
+        self.inputs += size
+        self._inputs[inputs[0].untyped_storage()._cdata] = size
 
     def leave_block(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._in_block = False

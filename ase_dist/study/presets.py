@@ -45,6 +45,14 @@ PRESETS: dict[str, Preset] = {
         sizes=(84, 112, 140, 168),
         changes={**QUIET, "checkpoint.every": 25},
     ),
+    "rgbd": Preset(
+        "rgbd",
+        "RGB-D photographs (nyud)",
+        steps=75,
+        pair=("semseg", "normals"),
+        sizes=(84, 112, 140, 168),
+        changes={**QUIET, "checkpoint.every": 25},
+    ),
     "pascal": Preset(
         "pascal_ase_16_3_1_4",
         "PASCAL-Context",

@@ -8,7 +8,7 @@ from typing import Any
 
 from ase_dist.baselines import baselines
 from ase_dist.errors import UserError, did_you_mean
-from ase_dist.registries import BALANCINGS
+from ase_dist.registries import BALANCINGS, HEADS
 from ase_dist.study.presets import Preset
 
 
@@ -192,6 +192,11 @@ def _norm_ablation(preset: Preset) -> list[Variant]:
     ]
 
 
+def _heads(preset: Preset) -> list[Variant]:
+    """Every head on the same model."""
+    return [Variant(name, name, "ase_16_3_1_4", {"model.head": name}, group="16/3/1/4") for name in HEADS]
+
+
 def _resolution(preset: Preset) -> list[Variant]:
     return [
         Variant(
@@ -240,6 +245,7 @@ STUDIES: dict[str, Study] = {
     ),
     "balancing": Study("How the tasks' losses are balanced", _balancing, ("fixed",)),
     "norm_ablation": Study("How gates are normalised", _norm_ablation, ("naive",)),
+    "heads": Study("Heads on the last level and on several", _heads, ("pup",)),
     "resolution": Study("Image size", _resolution, ("mtl_vit_lora_{smallest}",), axis="image side, pixels"),
 }
 

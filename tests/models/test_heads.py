@@ -137,3 +137,6 @@ def test_the_combined_head_is_the_sum_of_its_paths(patch: int, side: int) -> Non
     x = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(0))
     linear = nn.functional.interpolate(head.linear(x), size=(side, side), mode="bilinear")
     torch.testing.assert_close(head(x), linear + head.pup(x))
+    wide, x = head.double(), x.double()
+    linear = nn.functional.interpolate(wide.linear(x), size=(side, side), mode="bilinear")
+    torch.testing.assert_close(wide(x), linear + wide.pup(x), rtol=1e-12, atol=1e-12)

@@ -37,7 +37,8 @@ def kept_by_autograd(settings):
     return sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in known)
 
 
-@pytest.mark.parametrize("model", [{}, {"moe": {"enabled": False}}, {"tune": "full", "head": "linear"}, RESNET])
+@pytest.mark.parametrize("model", [{}, {"moe": {"enabled": False}}, {"tune": "full", "head": "linear"}, RESNET,
+                                   {"head": "dpt"}, {"head": "hrnet", "levels": [1, 3]}])  # fmt: skip
 def test_the_prediction_is_what_autograd_keeps(model):
     chosen = settings_for(**model)
     predicted = measure_activations(chosen, width=4)
@@ -50,5 +51,9 @@ def test_checkpointing_keeps_one_block_and_the_inputs_of_all():
     assert sizes.blocks / 3 <= sizes.largest_block < 1.05 * sizes.blocks / 3
     assert sizes.kept("recompute") == sizes.largest_block + sizes.inputs + sizes.rest
     assert sizes.kept("offload") == sizes.kept("recompute") - sizes.inputs
+    assert sizes.levels == 0
+    several = measure_activations(settings_for(head="hrnet", levels=[1, 2, 3]), width=4)
+    assert several.levels == 2 * 4 * (5 * 5 * 32)  # the last comes out of the norm and is no block's input
+    assert several.kept("offload") == several.kept("recompute") - several.inputs + several.levels
     half = measure_activations(settings_for(), width=2)
     assert 0.5 <= half.kept("none") / sizes.kept("none") < 0.75

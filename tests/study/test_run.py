@@ -27,6 +27,7 @@ SOME = {  # where all variants would take long and say nothing more
     "topk": ["lora_moe_k3", "lora_moe_k7", "ase_k3", "ase_k7"],
     "router_cost": ["n16", "n256"],
     "balancing": ["fixed", "dwa", "upgrad"],
+    "heads": ["pup", "hrnet"],
     "resolution": ["mtl_vit_lora_32", "ase_16_3_1_4_48"],
 }  # fmt: skip
 
