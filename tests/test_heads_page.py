@@ -54,7 +54,7 @@ def test_the_tables_name_every_head():
 def test_the_example_is_a_head(monkeypatch):
     monkeypatch.setitem(HEADS, "mean", None)
     (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
-    exec(compile(code, "heads.md", "exec"), {"__name__": "heads"})  # noqa: S102
+    exec(compile(code, "heads.md", "exec"), {"__name__": "heads"})
     settings = load_settings(None, [*SHORT, *SCENES, "model.head=mean", "model.head_args={bias: false}"])
     model = build_model(settings, select_tasks("scenes", settings.tasks), expert_layer="plain")
     assert model.levels == (4, 8) and model.heads["edge"].linear.bias is None
