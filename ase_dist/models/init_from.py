@@ -58,10 +58,12 @@ class ExportInitializer:
             raise UserError(f"model.init_from: {error}") from None
         self.chosen = chosen
         self.tensors = dict(self.export.tensors())
+        self.num_levels = 0  # of the backbone
         self.without_ffn: set[str] = set()  # blocks of which the export has no FFN, only experts
 
     def fill_backbone(self, backbone: Backbone) -> None:
         """Copy the backbone; the position embedding is resampled to the new grid. UserError unless all of it fits."""
+        self.num_levels = len(backbone.levels)
         targets: dict[str, Tensor] = dict(backbone.stem.state_dict())
         for i, block in enumerate(backbone.blocks):
             targets |= {f"blocks.{i}.{name}": tensor for name, tensor in block.state_dict().items()}
@@ -145,16 +147,17 @@ class ExportInitializer:
             scales = [_scale(model.lora_alpha, rank) for model, rank in zip((old, new), ranks, strict=True)]
             agree = scales[0] == scales[1] and targets.keys() == saved
         elif unit.endswith(" head") and reads_levels(new.head):
-            agree = targets.keys() == saved and self._same_levels(old)
+            agree = targets.keys() == saved and old.head == new.head and self._same_levels(old)
         else:
             agree = targets.keys() == saved
         return agree and all(self._same_shape(name, target) for name, target in targets.items())
 
     def _same_levels(self, old: ModelSettings) -> bool:
-        """Whether the heads of both read the same blocks, of which the backbones have equally many."""
-        count = 1 + max(int(name.split(".")[1]) for name in self.tensors if name.startswith("blocks."))
-        numbers = [model.levels or spread(count, reads_levels(self.chosen.head)) for model in (old, self.chosen)]
-        return numbers[0] == numbers[1] and old.head_args == self.chosen.head_args
+        """Whether the heads of both read the same levels of the backbone, which is the same."""
+        there, here = (
+            model.levels or spread(self.num_levels, reads_levels(model.head)) for model in (old, self.chosen)
+        )
+        return there == here and old.head_args == self.chosen.head_args
 
     def _same_shape(self, name: str, target: Tensor) -> bool:
         first = 1 if name.endswith(BY_TASK) else 0

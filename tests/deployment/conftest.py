@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from ase_dist.read_config import build_settings
 from ase_dist.tasks import select_tasks
 from tests.models.conftest import images, model_for, settings_for, shared_weights, stirred  # noqa: F401
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "data": {"size": 32},
     "model": {
         "backbone": "vit_tiny_patch16_224",
@@ -26,9 +27,13 @@ SETTINGS = {
 }
 
 
-def make_export(out: Path, *, data: str = "scenes", tasks: list[str] | None = None) -> Path:
-    """An export of a model whose every trained tensor was moved off its start, so that tasks and images differ."""
-    settings = build_settings({**SETTINGS, "data": {"size": 32, "name": data}, "tasks": tasks})
+def make_export(out: Path, *, data: str = "scenes", tasks: list[str] | None = None, **changed: Any) -> Path:
+    """An export of a model whose every trained tensor was moved off its start, so that tasks and images differ.
+
+    ``changed`` are settings of the model.
+    """
+    tree = {"data": {"size": 32, "name": data}, "model": {**SETTINGS["model"], **changed}, "tasks": tasks}
+    settings = build_settings(tree)
     chosen = select_tasks(data, settings.tasks)
     model = build_model(settings, chosen, expert_layer="plain")
     generator = torch.Generator().manual_seed(1)

@@ -5,6 +5,7 @@ import logging
 import math
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -44,6 +45,7 @@ def folder(model, tmp_path_factory):
 
 SCRIPT = """
 import sys
+from importlib.util import find_spec
 for name in ("ase_dist", "timm", "deepspeed"):
     sys.modules[name] = None
 import json, numpy, torch
@@ -138,6 +140,16 @@ def test_onnx_computes_the_same_at_any_batch(model, tmp_path):
         for value, logits in zip(found, expected(model, count, TASKS).values(), strict=True):
             np.testing.assert_allclose(value, logits, rtol=1e-3, atol=1e-4 * np.abs(logits).max())
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("head", ["dpt", "hrnet", "multi_level"])
+def test_a_head_on_several_levels_is_a_program_too(head, tmp_path):
+    args = {"readout": "project"} if head == "dpt" else {}
+    options = {"head": head, "head_args": args, "head_width": 8, "levels": [1, 1, 2, 2], "moe": {"enabled": False}}
+    other = load(make_export(tmp_path / "export", tasks=["edge", "normals"], **options))
+    formats = [*["onnx"] * (head == "dpt" and find_spec("onnxruntime") is not None), "pt2"]
+    errors = deploy(other, tmp_path / "out", formats=formats, tasks=["edge"])
+    assert set(errors) == set(formats) and max(errors.values()) < 1e-4
 
 
 def test_without_its_libraries_onnx_is_refused_and_without_a_runtime_not_checked(model, tmp_path, monkeypatch, caplog):

@@ -4,12 +4,16 @@ import pytest
 import timm
 import torch
 
+from ase_dist.deployment.export import write_export
 from ase_dist.errors import UserError
+from ase_dist.models import build_model
 from ase_dist.models.heads import Level, LevelsHead
+from ase_dist.models.level_heads import HRNetHead
 from ase_dist.models.levels import chosen_levels, spread
 from ase_dist.models.seeded import seeded_initialisation
 from ase_dist.read_config import build_settings
 from ase_dist.registries import HEADS
+from ase_dist.tasks import select_tasks
 from tests.models.conftest import TINY_VIT
 
 pytestmark = pytest.mark.single_gpu
@@ -32,6 +36,12 @@ class SeenHead(LevelsHead):
         self.seen.append([x.detach() for x in tokens])
         x = self.linear(self.normalised(tokens)[-1])[:, -(self.levels[-1].grid[0] * self.levels[-1].grid[1]) :]
         return x.unflatten(1, self.levels[-1].grid).permute(0, 3, 1, 2)
+
+
+@pytest.fixture(autouse=True)
+def pair(monkeypatch):
+    """``pair`` is a head on two levels."""
+    monkeypatch.setitem(HEADS, "pair", type("Pair", (HRNetHead,), {"num_levels": 2}))
 
 
 @pytest.fixture
@@ -160,6 +170,25 @@ def test_a_resnets_head_reads_the_last_stage_alone(model_for):
     resnet = {"backbone": "resnet18", "backbone_args": {}, "tune": "full", "lora_rank": 0, "moe": {"enabled": False}}
     with pytest.raises(UserError, match=r"^model.head: got 'hrnet', which reads several levels"):
         model_for(head="hrnet", **resnet)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "taken"),
+    [({"levels": [2, 4]}, True), ({"levels": None}, True), ({"levels": [1, 4]}, False), ({"head": "pup"}, False)],
+)
+def test_an_exported_head_is_taken_where_it_reads_the_same_levels(wanted, taken, settings_for, stirred, tmp_path):
+    """Two blocks of four: null is 2 and 4 for a head that asks for two."""
+    options = {"tasks": ["edge"], "backbone_args": DEEP}
+    settings = settings_for(head="pair", levels=[2, 4], **options)
+    tasks = select_tasks("scenes", ["edge"])
+    model = stirred(build_model(settings, tasks, expert_layer="plain"))
+    write_export(
+        tmp_path / "out", model, settings, tasks, dtype="fp32", facts={"step": 1, "metrics": None, "backbone": {}}
+    )
+    chosen = settings_for(init_from=str(tmp_path / "out"), **{"head": "pair", **options, **wanted})
+    found = build_model(chosen, tasks, expert_layer="plain")
+    assert torch.equal(found.blocks[0].attn.qkv.lora_B, model.blocks[0].attn.qkv.lora_B)
+    assert torch.equal(found.heads["edge"].last.weight, model.heads["edge"].last.weight) is taken
 
 
 def test_what_a_head_must_know_of_a_level():
