@@ -88,11 +88,11 @@ class DPTHead(LevelsHead):
     1. Reassemble: LayerNorm; the class token is left out, added to each token or, with ``readout='project'``, appended
        to it and the pair mapped by GELU(linear); 1x1 convolution to an eighth, a quarter, a half and all of the width;
        resampled to cells of 4, 8, 16 and 32 pixels by (transposed) convolutions; conv 3x3 to W channels
-    2. Fusion from the deepest on: x = up(conv1x1(RCU(x + RCU(level)))), to the size of the next level, RCU being
-       RefineNet's residual unit z + norm(conv(ReLU(norm(conv(ReLU(z))))))
+    2. Fusion from the deepest on: x = up(conv1x1(RCU(x + RCU(level)))), twofold and cut to the size of the next level,
+       RCU being RefineNet's residual unit z + norm(conv(ReLU(norm(conv(ReLU(z))))))
     3. Output: conv 3x3, GroupNorm, ReLU, conv 1x1, twofold up
 
-    Steps 1 and 2 enlarge between the centres of cells, where the published code aligns corners: what is predicted for
+    Steps 2 and 3 enlarge between the centres of cells, where the published code aligns corners: what is predicted for
     a pixel stands where the losses look for it. A level of a pyramid (Swin) that has its cells and its width already
     goes to the 3x3 convolution as it is.
     """
@@ -134,9 +134,10 @@ class DPTHead(LevelsHead):
         told = [readout(x) for readout, x in zip(self.readouts, self.normalised(tokens), strict=True)]
         images = [stage(x) for stage, x in zip(self.reassemble, told, strict=True)]
         images = [conv(image) for conv, image in zip(self.convs, images, strict=True)]
-        x = images[-1]
-        for i in (3, 2, 1, 0):
-            x = x if i == 3 else _resize(x, images[i].shape[-2:]) + self.skips[i](images[i])
+        x = self.projections[3](self.units[3](images[3]))
+        for i in (2, 1, 0):
+            rows, columns = images[i].shape[-2:]  # odd ones were rounded up in the deeper level
+            x = double(x)[..., :rows, :columns] + self.skips[i](images[i])
             x = self.projections[i](self.units[i](x))
         return double(self.last(F.relu(self.norm(doubled_conv(x, self.conv)))))
 

@@ -63,9 +63,10 @@ LEVELS = [
 ]
 
 
-def enlarged(image, levels, size):
-    """To the finest level's grid, then doubled until the size is reached, as published pyramids are resized once."""
-    x = at(image, min(levels, key=lambda level: level.stride).grid)
+def enlarged(image, level, levels, size):
+    """Once to the cells of the finest level, without the padding of a pyramid; then doubled until it has the size."""
+    fine = min(levels, key=lambda level: level.stride)
+    x = at(image, [n * level.stride // fine.stride for n in level.grid])[..., : fine.grid[0], : fine.grid[1]]
     while tuple(x.shape[-2:]) != size:
         x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
     return x
@@ -74,7 +75,10 @@ def enlarged(image, levels, size):
 @pytest.mark.parametrize(("levels", "size"), LEVELS)
 def test_hrnet_is_two_convolutions_on_all_levels_side_by_side(levels, size):
     head, tokens = made("hrnet", levels), tokens_of(levels)
-    together = torch.cat([enlarged(image, levels, size) for image in images_of(head, tokens)], dim=1)
+    together = torch.cat(
+        [enlarged(image, level, levels, size) for image, level in zip(images_of(head, tokens), levels, strict=True)],
+        dim=1,
+    )
     weight = torch.cat([linear.weight for linear in head.linears], dim=1)[..., None, None]
     x = F.conv2d(together, weight, head.linears[-1].bias)
     wanted = F.conv2d(F.relu(head.norm(x)), head.last.weight, head.last.bias)
@@ -88,7 +92,9 @@ def test_multi_level_is_a_linear_map_of_each_and_a_convolution_over_all(levels, 
         F.conv2d(image, linear.weight[..., None, None], linear.bias)
         for image, linear in zip(images_of(head, tokens), head.linears, strict=True)
     ]
-    together = torch.cat([enlarged(image, levels, size) for image in maps], dim=1)
+    together = torch.cat(
+        [enlarged(image, level, levels, size) for image, level in zip(maps, levels, strict=True)], dim=1
+    )
     x = F.conv2d(together, head.fuse.weight, head.fuse.bias, padding=1)
     wanted = F.conv2d(F.relu(head.norm(x)), head.last.weight, head.last.bias)
     same(head, head(tokens), wanted, tokens)
@@ -116,8 +122,9 @@ def test_dpt_on_any_grid_fuses_at_the_size_of_the_next_level(levels):
     for i in (3, 2, 1, 0):
         if i < 3:
             x = x + plain_unit(head.skips[i], images[i])
-        size = images[i - 1].shape[-2:] if i else [2 * side for side in images[0].shape[-2:]]
-        x = F.conv2d(at(plain_unit(head.units[i], x), size), head.projections[i].weight, head.projections[i].bias)
+        rows, columns = images[i - 1].shape[-2:] if i else (None, None)
+        x = at(plain_unit(head.units[i], x), [2 * side for side in x.shape[-2:]])[..., :rows, :columns]
+        x = F.conv2d(x, head.projections[i].weight, head.projections[i].bias)
     x = F.relu(head.norm(F.conv2d(x, head.conv.weight, head.conv.bias, padding=1)))
     wanted = F.conv2d(x, head.last.weight, head.last.bias)
     wanted = F.interpolate(wanted, scale_factor=2, mode="bilinear", align_corners=False)
