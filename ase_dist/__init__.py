@@ -18,10 +18,13 @@ __all__ = ["__version__", "load"]
 
 
 def load(path: str | PathLike[str], *, device: torch.device | str = "cpu") -> Any:
-    """The model in a folder that ``launch/export.py`` has written: an ``ase_dist.deployment.predictor.Predictor``.
+    """The model that ``launch/export.py`` has written: an ``ase_dist.deployment.predictor.Predictor``.
+
+    ``path`` is the folder, or ``hf://owner/name[@revision][/folder]`` on the Hugging Face hub.
 
     Its ``predict(images)`` takes pictures, arrays or paths; called, it takes normalised tensors and gives raw logits.
-    Needs no DeepSpeed. Raises UserError where the export is missing, damaged or of a newer version.
+    Needs no DeepSpeed. Raises UserError where the export is missing, damaged or of a newer version, RunError where the
+    hub cannot be reached.
     """
     # by name, and only now: every module imports this one, so that an import here would be an arrow from each to all
     return import_module("ase_dist.deployment.predictor").load(path, device=device)

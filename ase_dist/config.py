@@ -240,12 +240,12 @@ class ModelSettings(Section):
 
     backbone: str = Field("vit_base_patch16_224", description="any timm vision transformer by name, or resnet18")
     backbone_args: dict[str, Any] = Field(default_factory=dict, description="passed to timm's constructor")
-    pretrained: PathOrName = Field("none", description="'none', 'hub', 'scenes' (shipped), a file of weights")
+    pretrained: PathOrName = Field("none", description="'none', 'hub', 'scenes' (shipped), a file, hf://owner/name")
     sharing: Literal["shared", "mtan", "nddr", "cross_stitch"] = Field(
         "shared", description="ResNets only: how the tasks share features"
     )
     init_from: PathOrName | None = Field(
-        None, description="the folder of an exported model to start from, backbone included"
+        None, description="the folder of an exported model to start from, backbone included; or hf://owner/name"
     )
     tune: Literal["adapters", "full"] = Field("adapters", description="full trains the backbone's own weights too")
     lora_rank: int = Field(4, ge=0, description="rank of the LoRA on the linears outside the experts; 0: none")

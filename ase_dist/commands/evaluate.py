@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from ase_dist.commands.cli import command_parser, path, path_or_name, run_command
+from ase_dist.errors import UserError
 from ase_dist.printable import show
 
 PATIENCE = 1800.0  # seconds without progress after which the command ends; also the limit of a collective
@@ -21,7 +22,12 @@ exit codes: 0 done, 2 something cannot be used (one sentence says what)
 def parser() -> argparse.ArgumentParser:
     """The options; what launchers add (--local_rank) is accepted and not needed."""
     p = command_parser("evaluate", description=__doc__, epilog=EPILOG)
-    p.add_argument("model", type=path, metavar="RUN_OR_EXPORT", help="the output folder of a run, or an export")
+    p.add_argument(
+        "model",
+        type=path,
+        metavar="RUN_OR_EXPORT",
+        help="the output folder of a run, or an export, perhaps hf://owner/name",
+    )
     p.add_argument("settings", nargs="*", metavar="key=value", help="data.*, eval.* and tasks, over the model's own")
     p.add_argument(
         "--checkpoint",
@@ -74,6 +80,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         write_report,
     )
     from ase_dist.evaluation.tables import to_markdown
+    from ase_dist.hub import is_hub
     from ase_dist.training.process.folder_lock import FolderLock
     from ase_dist.training.process.runtime import join
     from ase_dist.training.process.watchdog import Watchdog
@@ -92,6 +99,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         arguments.reference,
         arguments.out,
     )
+    if is_hub(arguments.model) and arguments.out is None:
+        raise UserError("--out: the model is on the hub; name the folder for the report, such as --out evaluation")
     run = RunFolder(arguments.model)
     out = arguments.out or run.evaluation
     lock = FolderLock(out / "evaluation.lock", folder=out, doing="evaluating", other="--out")

@@ -21,7 +21,9 @@ exit codes: 0 all predicted, 2 something cannot be used (one sentence says what)
 def parser() -> argparse.ArgumentParser:
     """The options."""
     p = command_parser("predict", description=__doc__, epilog=EPILOG)
-    p.add_argument("export", type=path, metavar="EXPORT", help="a folder that the command export has written")
+    p.add_argument(
+        "export", type=path, metavar="EXPORT", help="a folder that the command export has written, or hf://owner/name"
+    )
     p.add_argument(
         "images", type=path, nargs="+", metavar="IMAGE_OR_FOLDER", help="files, and folders with all in them"
     )

@@ -25,6 +25,7 @@ from ase_dist.evaluation.metrics import EdgeOds
 from ase_dist.evaluation.ods import THRESHOLDS
 from ase_dist.evaluation.tables import FORMAT, Report, to_json, to_latex, to_markdown
 from ase_dist.files import require_room, sha256_of, write_atomic
+from ase_dist.hub import is_hub
 from ase_dist.json_files import read_object
 from ase_dist.overwriting import refuse_foreign
 from ase_dist.read_config import override_settings, parse_override
@@ -295,7 +296,7 @@ def _facts(
         within = " and ".join(dict.fromkeys(f"{task.tolerance:g}" for task in tasks if task.tolerance is not None))
         edges = f"{first}{THRESHOLDS} thresholds, thinned, matched within {within} of the diagonal as published"
     return {
-        "model": str(trained.path),
+        "model": trained.name,
         "kind": trained.kind,
         "step": trained.step,
         "data": data.name,
@@ -318,7 +319,8 @@ def _report(
 ) -> Report:
     """Without a comparison, and with a warning, where a score is undefined: the rest is still useful."""
     place, comparison = facts["folder"] or facts["data"], None
-    title = f"{trained.path.resolve().name}, step {trained.step}, on {place} ({facts['split']})"
+    called = trained.name.rpartition("/")[2] if is_hub(trained.name) else Path(trained.name).resolve().name
+    title = f"{called}, step {trained.step}, on {place} ({facts['split']})"
     try:
         comparison = None if reference is None else compare(tasks, results, reference, delta=delta)
     except UserError as error:

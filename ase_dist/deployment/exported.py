@@ -40,11 +40,11 @@ class ExportedModel(nn.Module):
 
 
 def load(path: str | PathLike[str], *, device: torch.device | str = "cpu") -> ExportedModel:
-    """The model in the folder that ``launch/export.py`` has written, converted to float32.
+    """The model in the folder that ``launch/export.py`` has written, or ``hf://owner/name``, converted to float32.
 
-    Needs neither DeepSpeed nor a network nor any other file. It takes normalised tensors and gives raw logits;
-    ``ase_dist.load`` gives one that takes pictures too (``ase_dist.deployment.predictor``). Raises UserError where the
-    export is missing, damaged or of a newer version.
+    Needs neither DeepSpeed nor any other file; of a folder no network. It takes normalised tensors and gives raw
+    logits; ``ase_dist.load`` gives one that takes pictures too (``ase_dist.deployment.predictor``). Raises UserError
+    where the export is missing, damaged or of a newer version.
     """
     export = open_export(path)
     settings = Settings(data=DataSettings(size=export.card.image.size), model=export.card.model)

@@ -10,8 +10,9 @@ from ase_dist.deployment.trained_model import choose_checkpoint, read_run
 from ase_dist.errors import UserError, describe, file_error
 from ase_dist.evaluation.comparison import Reference, paper_reference
 from ase_dist.evaluation.tables import FORMAT
+from ase_dist.hub import is_hub
 from ase_dist.json_files import read_object
-from ase_dist.models.export_file import CARD
+from ase_dist.models.export_file import CARD, fetch_export
 from ase_dist.tasks import RENAMED_SCORES, TOLERANCE
 from ase_dist.training.record.run_folder import RunFolder
 from ase_dist.training.state.meta import read_meta
@@ -29,7 +30,8 @@ def read_reference(name: str) -> Reference:
     """
     if name == PAPER:
         return paper_reference()
-    path, run = Path(name), RunFolder(name)
+    path = fetch_export(name, (CARD,)).path.parent if is_hub(name) else Path(name)
+    run = RunFolder(path)
     for file in (path, path / EVALUATION_FILE, run.evaluation / EVALUATION_FILE):
         if file.is_file():
             return _from_file(file, name)

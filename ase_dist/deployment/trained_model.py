@@ -9,13 +9,14 @@ from typing import Literal
 
 import torch
 
-from ase_dist.agreement import on_rank_zero
-from ase_dist.collectives import rank
+from ase_dist.agreement import on_rank_zero, raise_together
+from ase_dist.collectives import gather_objects, rank
 from ase_dist.config import Settings
 from ase_dist.deployment.exported import ExportedModel, load
 from ase_dist.errors import UserError
-from ase_dist.models import MultiTaskModel, build_model
-from ase_dist.models.export_file import CARD
+from ase_dist.hub import is_hub
+from ase_dist.models import MultiTaskModel, build_model, fetch_from_hub
+from ase_dist.models.export_file import CARD, fetch_export
 from ase_dist.models.names import task_order, trained_entries
 from ase_dist.read_config import recorded_settings
 from ase_dist.tasks import Task
@@ -32,9 +33,12 @@ LOGGER = logging.getLogger("ase_dist")
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model in eval mode; ``settings`` are the run's, or those of an export's card with its data set."""
+    """A trained model in eval mode; ``settings`` are the run's, or those of an export's card with its data set.
 
-    path: Path
+    ``name`` is what the user has named, of a place on the hub with its commit.
+    """
+
+    name: str
     kind: Literal["run", "export"]
     model: MultiTaskModel | ExportedModel
     tasks: tuple[Task, ...]
@@ -45,31 +49,35 @@ class TrainedModel:
 def open_trained_model(path: str | Path, *, checkpoint: str = "newest", device: torch.device) -> TrainedModel:
     """The model in the folder of a run or of an export; ``checkpoint`` as for ``choose_checkpoint``, of a run only.
 
-    Raises UserError where ``path`` is neither, or is damaged.
+    ``path`` may be an export on the hub, which rank 0 fetches first. Collective. Raises UserError where ``path`` is
+    neither a run nor an export, or is damaged.
     """
-    path = Path(path)
+    if is_hub(path):
+        fetched = raise_together(lambda: str(fetch_export(path).pinned) if rank() == 0 else "")
+        path = str(gather_objects(fetched)[0])
+    name, path = str(path), Path(path)
     config = RunFolder(path).config
     if not config.is_file():
         if not is_export(path):
             raise UserError(f"{str(path)!r} is neither a run nor an export: it holds no {config.name} and no {CARD}")
         if checkpoint != "newest":
             raise UserError(f"--checkpoint: {str(path)!r} is an export, which holds one model; leave the option out")
-        export = load(path, device=device)
+        export = load(name, device=device)
         card = export.card
         data = {"name": card.data, "size": card.image.size, "description": card.description, "sets": card.sets}
         tree = {"data": data, "tasks": [task.name for task in card.tasks]}
         chosen = Settings.model_validate(tree).model_copy(update={"model": card.model})
-        return TrainedModel(path, "export", export, export.tasks, chosen, card.step)
+        return TrainedModel(name, "export", export, export.tasks, chosen, card.step)
     settings = read_run(path)
     tasks = settings.chosen_tasks()
     with choose_checkpoint(path, checkpoint) as found:
         model = rebuild(settings, tasks, found).requires_grad_(False).to(device).eval()
-        return TrainedModel(path, "run", model, tasks, settings, found.step)
+        return TrainedModel(name, "run", model, tasks, settings, found.step)
 
 
 def is_export(path: Path) -> bool:
-    """Whether ``path`` looks like the folder of an export."""
-    return (path / CARD).is_file()
+    """Whether ``path`` looks like the folder of an export, or is on the hub, where runs are not."""
+    return is_hub(path) or (path / CARD).is_file()
 
 
 def read_run(run: Path) -> Settings:
@@ -136,7 +144,7 @@ def rebuild(settings: Settings, tasks: tuple[Task, ...], checkpoint: Checkpoint)
     other = ", ".join(clause for key, clause in differences.refused.items() if key.startswith(("model.", "tasks")))
     if not other:
         plain = settings.model.model_copy(update={"checkpoint_activations": "none"})
-        model = build_model(settings.model_copy(update={"model": plain}), tasks, expert_layer="plain")
+        model = build_model(fetch_from_hub(settings.model_copy(update={"model": plain})), tasks, expert_layer="plain")
         if frozen_digest(model) != meta.backbone["sha256"]:
             raise UserError(
                 f"the frozen backbone {settings.model.backbone} that the settings give now is not the one of "

@@ -6,10 +6,14 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ase_dist.agreement import raise_together
+from ase_dist.collectives import gather_objects, rank
 from ase_dist.config import ModelSettings, Settings
 from ase_dist.errors import UserError
+from ase_dist.hub import is_hub
 from ase_dist.models.activation_checkpointing import checkpoint_block
 from ase_dist.models.backbone import Backbone, build_backbone
+from ase_dist.models.export_file import fetch_export
 from ase_dist.models.heads import Level
 from ase_dist.models.init_from import ExportInitializer
 from ase_dist.models.levels import build_heads, chosen_levels, reads_levels
@@ -20,6 +24,7 @@ from ase_dist.models.resnet import RESNETS, STRIDE, build_resnet, is_resnet
 from ase_dist.models.seeded import seeded_initialisation
 from ase_dist.models.sharing import TRUNKS
 from ase_dist.models.swin import SwinTaskBlock
+from ase_dist.models.weight_files import fetch_weights
 from ase_dist.moe import MoEFFN
 from ase_dist.seeding import derive_seed
 from ase_dist.tasks import Task
@@ -49,6 +54,26 @@ def build_model(
             f"others are for {', '.join(RESNETS)}"
         )
     return _build_vit_model(settings, tasks, expert_layer)
+
+
+def fetch_from_hub(settings: Settings) -> Settings:
+    """``settings`` with ``model.pretrained`` and ``model.init_from`` on the hub pinned to the commit of this moment.
+
+    Rank 0 fetches the files; the others then find them in the cache or, on another host, fetch the same commit.
+    Collective. Raises as ``hub.fetch`` on all ranks.
+    """
+    chosen = settings.model
+
+    def fetch() -> dict[str, str]:
+        if chosen.init_from is not None:
+            return {"init_from": str(fetch_export(chosen.init_from).pinned)} if is_hub(chosen.init_from) else {}
+        return {"pretrained": str(fetch_weights(chosen.pretrained).pinned)} if is_hub(chosen.pretrained) else {}
+
+    if not any(map(is_hub, (chosen.pretrained, chosen.init_from or ""))):
+        return settings
+    found = gather_objects(raise_together(lambda: fetch() if rank() == 0 else {}))[0]
+    assert isinstance(found, dict)
+    return settings.model_copy(update={"model": chosen.model_copy(update=found)})
 
 
 def _build_resnet_model(settings: Settings, tasks: tuple[Task, ...]) -> MultiTaskResNet:

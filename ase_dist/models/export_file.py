@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -24,8 +24,10 @@ from ase_dist.config import LARGEST_INPUT, ModelSettings, SetSettings, SizeSetti
 from ase_dist.description import DataSetDescription
 from ase_dist.errors import UserError, first_problem
 from ase_dist.files import expand_user, sha256_of
+from ase_dist.hub import Fetched, Place, fetch, is_hub
 from ase_dist.image_size import ImageSize
 from ase_dist.json_files import json_digest, read_object
+from ase_dist.models.weight_files import what_it_is
 from ase_dist.tasks import Task
 
 CARD, WEIGHTS = "export.json", "model.safetensors"
@@ -144,9 +146,18 @@ class Export:
             raise UserError(f"{self.folder / WEIGHTS}: not a safetensors file ({error}); export again") from None
 
 
+def fetch_export(name: str | PathLike[str], files: Sequence[str] = (CARD, WEIGHTS)) -> Fetched:
+    """Fetch an export, or some of its files, from the hub. Raises as ``hub.fetch``."""
+    lacking = f"an export has {CARD}; a backbone's weights alone are for model.pretrained"
+    return fetch(Place.read(name), files, lacking=lacking)
+
+
 def open_export(path: str | PathLike[str]) -> Export:
-    """Check the card and the hash of an export. Raises UserError with one sentence that names the file."""
-    folder = Path(expand_user(str(path)))
+    """Check the card and the hash of an export, a folder or ``hf://owner/name``.
+
+    Raises UserError with one sentence that names the file, and as ``hub.fetch``.
+    """
+    folder = fetch_export(path).path.parent if is_hub(path) else Path(expand_user(str(path)))
     for name in (CARD, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no export, there is no {name} in it; make one with launch/export.py RUN OUT")
@@ -166,5 +177,6 @@ def open_export(path: str | PathLike[str]) -> Export:
     if own_hash != card_digest(tree) and (own_hash is not None or card.version > 1):
         raise UserError(f"{card_file}: was changed or damaged, its own SHA-256 does not fit; export or copy it again")
     if sha256_of(folder / WEIGHTS) != card.sha256:
-        raise UserError(f"{folder / WEIGHTS}: damaged, its SHA-256 is not that in {CARD}; export or copy it again")
+        why = what_it_is(folder / WEIGHTS) or f"damaged, its SHA-256 is not that in {CARD}; export or copy it again"
+        raise UserError(f"{folder / WEIGHTS}: {why}")
     return Export(folder, card)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from ase_dist.errors import UserError
 from ase_dist.files import replacing
+from ase_dist.hub import is_hub
 from ase_dist.image_size import ImageSize
 from ase_dist.models.families import family_of
-from ase_dist.models.weight_files import file_of_weights, plain, read_tensors
+from ase_dist.models.weight_files import fetch_weights, file_of_weights, plain, read_tensors
 from ase_dist.models.weight_mismatch import differences, explain
 from ase_dist.models.weight_names import Found, find_network, to_timm
 
@@ -139,7 +140,9 @@ def load_plain(net: nn.Module, source: str, *, name: str) -> None:
 
 
 def _file_of(source: str, name: str) -> Path:
-    return shipped_file(name) if source == SHIPPED else file_of_weights(Path(source))
+    if source == SHIPPED:
+        return shipped_file(name)
+    return fetch_weights(source).path if is_hub(source) else file_of_weights(Path(source))
 
 
 def _copy(

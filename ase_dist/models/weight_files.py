@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ase_dist.errors import RunError, UserError, file_error
+from ase_dist.errors import RunError, UserError, did_you_mean, file_error
 from ase_dist.files import open_regular, read_text
+from ase_dist.hub import Fetched, Place, fetch, fetch_any, files_of
 
 HEAD = 4096  # bytes from which the kind of a file is told
 MOST_HEADER = 100 << 20  # bytes of a safetensors header, its own limit
 MOST_NESTED = 16  # containers in each other
-NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+INDEX = ".index.json"
+NAMES = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # that one file in a folder may have
 CONVERT = "write its state dict by safetensors.torch.save_file(STATE_DICT, 'weights.safetensors')"
 
@@ -77,8 +79,10 @@ FOLDERS = (
 def file_of_weights(path: Path) -> Path:
     """``path``, or of a folder the file of weights in it. UserError where it holds something else, or several."""
     if not path.exists():
+        beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(
-            f"model.pretrained: there is no file {path}; wanted none, hub, scenes, hf://owner/name or a file of weights"
+            f"model.pretrained: there is no file {path}{did_you_mean(path.name, beside)}; wanted none, hub, scenes, "
+            "hf://owner/name or a file of weights"
         )
     if not path.is_dir():
         return path
@@ -93,6 +97,36 @@ def file_of_weights(path: Path) -> Path:
         return files[0]
     there = f"several: {', '.join(file.name for file in files[:5])}" if files else "none"
     raise UserError(f"model.pretrained: {path} is a folder, wanted one file of weights in it, got {there}; name one")
+
+
+def fetch_weights(name: str) -> Fetched:
+    """Fetch a file of weights, shards with their index, from the hub: the file that ``name`` has, or of a repository or
+    folder the one file of weights in it.
+
+    Raises UserError, beginning with the setting, and RunError as ``hub.fetch``.
+    """
+    try:
+        place = Place.read(name)
+        fetched = fetch_any(place, ("", *NAMES) if place.path else NAMES)
+        if fetched is None:
+            there = files_of(place)
+            weights = [file for file in there if Path(file).suffix.lower() in SUFFIXES and "/" not in file]
+            if len(weights) != 1:
+                what = "several files of weights" if weights else "no file of weights"
+                listed = weights or files_of(place._replace(path=""))
+                raise UserError(
+                    f"{place} has {what}, the repository has {', '.join(listed[:6]) or 'no files'}; name one as in "
+                    "hf://owner/name/file"
+                )
+            fetched = fetch_any(place, weights)
+            assert fetched is not None
+        if fetched.path.name.endswith(INDEX):
+            names = {file for _, file in _weight_map(fetched.path)}
+            folder = PurePosixPath(fetched.pinned.path).parent
+            fetch(fetched.pinned._replace(path=str(folder) if folder.name else ""), sorted(names))
+    except UserError as error:
+        raise UserError(f"model.pretrained: {error}") from None
+    return fetched
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -115,7 +149,7 @@ def plain(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """``weights`` as plain tensors; UserError for one that is sparse, quantised, complex, larger than what is on the
     disk, or not finite.
     """
-    files = path.parent.iterdir() if path.name.endswith(".index.json") else [path]
+    files = path.parent.iterdir() if path.name.endswith(INDEX) else [path]
     size = sum(file.stat().st_size for file in files if file.is_file())
     for name, tensor in weights.items():
         wrong = ""
@@ -143,10 +177,9 @@ def _read(path: Path) -> Any:
     if head[8:9] != b"{" or length > MOST_HEADER:  # no safetensors
         if head.startswith(b"{") and (shards := _shards(path)):
             return {name: tensor for shard, names in shards.items() for name, tensor in _shard(shard, names)}
-        for pattern, what, then in FOREIGN:
-            if re.match(pattern, head, re.DOTALL):
-                begins = f" (it begins with {head[:32]!r})" if head else ""
-                raise UserError(f"model.pretrained: {path} is {what}{begins}, no weights; {then}")
+        if found := _foreign(head):
+            begins = f" (it begins with {head[:32]!r})" if head else ""
+            raise UserError(f"model.pretrained: {path} is {found[0]}{begins}, no weights; {found[1]}")
         if head.startswith(b"PK\x03\x04"):
             _refuse_other_zip(path)
         return _unpickled(path)
@@ -163,6 +196,20 @@ def _read(path: Path) -> Any:
         )
     with safe_open(path, framework="pt") as tensors:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+
+
+def what_it_is(path: Path) -> str:
+    """``is a pointer of Git LFS, ...``: what a file is that holds no weights, and what to do; empty for any other."""
+    with open_regular(path) as file:
+        found = _foreign(file.read(HEAD))
+    return f"is {found[0]}; {found[1]}" if found else ""
+
+
+def _foreign(head: bytes) -> tuple[str, str] | None:
+    """What a file is whose first bytes are of no kind that may hold weights, and what to do."""
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MOST_HEADER:  # safetensors
+        return None
+    return next(((what, then) for pattern, what, then in FOREIGN if re.match(pattern, head, re.DOTALL)), None)
 
 
 def _refuse_other_zip(path: Path) -> None:
@@ -212,19 +259,25 @@ def _unpickled(path: Path) -> Any:
     )
 
 
-def _shards(path: Path) -> dict[Path, list[str]]:
-    """The files of an ``*.index.json`` with the names of the tensors in each; empty where it is no such index."""
+def _weight_map(path: Path) -> list[tuple[str, str]]:
+    """The names of tensors in an ``*.index.json`` with their files, which lie beside it; none where it is no index."""
     try:
         tree = json.loads(read_text(path))
     except (ValueError, RecursionError):  # UserError is a ValueError
-        return {}
+        return []
     places = tree.get("weight_map") if isinstance(tree, dict) else None
-    if not isinstance(places, dict) or not places:
-        return {}
-    shards: dict[Path, list[str]] = {}
-    for name, file in places.items():
+    if not isinstance(places, dict):
+        return []
+    for file in places.values():
         if not isinstance(file, str) or Path(file).name != file:
             raise UserError(f"model.pretrained: {path} names the shard {file!r:.80}, wanted a file beside it")
+    return list(places.items())
+
+
+def _shards(path: Path) -> dict[Path, list[str]]:
+    """The files of an ``*.index.json`` with the names of the tensors in each; empty where it is no such index."""
+    shards: dict[Path, list[str]] = {}
+    for name, file in _weight_map(path):
         shards.setdefault(path.with_name(file), []).append(name)
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
@@ -252,6 +305,10 @@ def _flat(tree: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tens
 
 
 def _unreadable(path: Path, error: Exception) -> UserError | RunError:
+    if isinstance(error, OSError):
+        return file_error(
+            error, f"model.pretrained: {path} cannot be read ({error.strerror or error}); name another file"
+        )
     reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
     if isinstance(error, pickle.UnpicklingError):  # torch's first line only advises to unpickle unsafely
         reason = "its pickle is none of torch.save"

@@ -7,6 +7,7 @@ import logging
 import pickle
 import re
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,6 +113,15 @@ def test_objects_are_refused_by_name_with_the_way_out(form, teacher, read, tmp_p
     assert f"{__name__}.Hyper" in said and "weights_only=False" in said and "save_file" in said and "any code" in said
 
 
+def test_the_conversion_on_the_page_works(teacher, read, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "last.ckpt", {"state_dict": teacher, "hyper_parameters": Hyper()})
+    exec(code, {})
+    same(read(tmp_path / "last.safetensors"), teacher)
+
+
 def npz():
     file = io.BytesIO()
     np.savez(file, a=np.ones(3))
@@ -174,7 +184,9 @@ def test_a_file_that_is_cut_short_is_one_sentence(form, share, teacher, read, tm
 
 
 def test_pipes_and_missing_files_are_refused_at_once(read, tmp_path):
-    assert "there is no file" in refused(read, tmp_path / "w.pth")
+    (tmp_path / "weights.pt").touch()
+    assert "weights.pth, did you mean 'weights.pt'?; wanted" in refused(read, tmp_path / "weights.pth")
+    assert "there is no file" in refused(read, tmp_path / "nowhere" / "w.pth")
     (tmp_path / "w").symlink_to("/dev/zero")
     with pytest.raises(UserError, match="got a device"):
         read(tmp_path / "w")

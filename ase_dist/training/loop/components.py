@@ -16,7 +16,7 @@ from ase_dist.agreement import raise_together, require_same_on_ranks
 from ase_dist.config import ModelSettings, Settings, flat
 from ase_dist.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader, data_fingerprint
 from ase_dist.errors import UserError
-from ase_dist.models import ParameterTable, build_model, parameter_table
+from ase_dist.models import ParameterTable, build_model, fetch_from_hub, parameter_table
 from ase_dist.models.resnet import is_resnet
 from ase_dist.tasks import Task
 from ase_dist.training.balancing.balancer import Balancer
@@ -81,8 +81,9 @@ def build(config: ResolvedConfig, world: World, *, beat: Callable[[str], None]) 
         }
     )
     beat("building the model")
+    fetched = fetch_from_hub(settings)
     model = raise_together(
-        lambda: build_model(settings, tasks, expert_layer="plain" if config.zero_stage == 3 else "deepspeed")
+        lambda: build_model(fetched, tasks, expert_layer="plain" if config.zero_stage == 3 else "deepspeed")
     )
     if has_random_frozen_backbone(settings.model):
         LOGGER.warning(
