@@ -59,7 +59,7 @@ class MultiTaskViT(nn.Module):
 
     1. patch and position embedding, once for all tasks
     2. + task embedding: [t, B, P, D]
-    3. the blocks, all streams in one pass, each MoE layer's router picked by task; without embedding and experts the
+    3. the blocks, all streams in one pass, each MoE layer's router picked by task; where no part is a task's own the
        streams are equal, and one is computed
     4. the backbone's final norm on the patch tokens, then each task's head
 
@@ -90,6 +90,8 @@ class MultiTaskViT(nn.Module):
         self.task_embedding = TaskEmbedding(len(heads), backbone.stem_width) if task_embedding else None
         self.blocks = nn.ModuleList(backbone.blocks)
         self.norm = backbone.norm
+        of_tasks = (MoEFFN, TaskPairs)
+        self.streams_differ = task_embedding or any(isinstance(module, of_tasks) for module in self.blocks.modules())
         self.heads = nn.ModuleDict(heads)
 
     def forward(self, images_BCHW: Tensor, *, tasks: Sequence[str] | None = None) -> ModelOutput:
@@ -130,8 +132,7 @@ class MultiTaskViT(nn.Module):
         autocast = autocast_dtype(images_BCHW.device.type)
         images_BCHW = images_BCHW.to(next(self.stem.parameters()).dtype)  # DeepSpeed's bf16 casts weights alone
         tokens_BPD, ropes = embed(self.stem, images_BCHW, blocks=len(self.blocks))
-        differ = self.task_embedding is not None or any(block.has_moe for block in self.blocks)
-        x_tBPD = self._streams(tokens_BPD, streams if differ else streams[:1])
+        x_tBPD = self._streams(tokens_BPD, streams if self.streams_differ else streams[:1])
         sums, kept = [], {}
         for number, (block, rope) in enumerate(zip(self.blocks, ropes, strict=True), start=1):
             x_tBPD, sums_tM = block(x_tBPD, streams, autocast, True, rope)  # positional, as checkpointing wants

@@ -114,6 +114,19 @@ def test_equal_streams_are_computed_once(model_for, images, gradients):
         torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize(
+    "own",
+    [{"moe": {}}, {"lora_task_rank": 2, "lora_rank": 2}, {"task_embedding": True}],
+    ids=["experts", "lora", "embedding"],
+)
+def test_streams_with_a_part_of_the_tasks_own_are_computed_each(own, model_for, images):
+    model = model_for(**{"task_embedding": False, "moe": {"enabled": False}, **own})
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
+    model(images())
+    assert seen == [5]
+
+
 def test_the_task_embedding_is_added_once_per_stream():
     embedding = TaskEmbedding(3, 4)
     x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
