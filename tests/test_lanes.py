@@ -1,13 +1,16 @@
 """The fast lane touches every package; its modules exist, and the workflows of a hosted CI are sound."""
 
 import ast
+import os
 import pkgutil
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import ase_dist
 from tests.lanes import DEEPSPEED, FAST, is_elsewhere
@@ -63,6 +66,16 @@ def test_workflows_keep_to_their_schema(workflow):
     command = [tool, "--builtin-schema", "vendor.github-workflows", str(workflow)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_workflows_run_is_there(request):
+    """Scripts that can be started, and markers that pyproject.toml declares."""
+    jobs = [job for path in WORKFLOWS for job in yaml.safe_load(path.read_text())["jobs"].values()]
+    lines = [shlex.split(step["run"]) for job in jobs for step in job["steps"] if "run" in step]
+    scripts = [ROOT / words[0] for words in lines if "/" in words[0]]
+    assert len(scripts) >= 3 and all(os.access(script, os.X_OK) for script in scripts)
+    markers = {words[words.index("-m") + 1] for words in lines if words[0] == "pytest" and "-m" in words}
+    assert markers and markers <= {line.partition(":")[0] for line in request.config.getini("markers")}
 
 
 def test_actionlint_finds_nothing():
