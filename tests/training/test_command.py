@@ -129,7 +129,7 @@ class Started:
 
     def kill(self, rank):
         """SIGKILL to a rank once there is a checkpoint to go on from."""
-        self._await(self.output / "checkpoints" / FIRST / "manifest.json")
+        self.wait_for(self.output / "checkpoints" / FIRST / "manifest.json")
         self.was_killed = json.loads((self.output / f"rank_{rank}.beat").read_text())["pid"]
         os.kill(self.was_killed, signal.SIGKILL)
 
@@ -138,7 +138,7 @@ class Started:
 
         ``deepspeed`` itself ends at once, its ranks when they have saved.
         """
-        self._await(self.output / "checkpoints" / f"step_{STEPS}" / "manifest.json")
+        self.wait_for(self.output / "checkpoints" / f"step_{STEPS}" / "manifest.json")
         family, began = psutil.Process(self.process.pid).children(recursive=True), time.monotonic()
         os.killpg(self.process.pid, number) if group else self.process.terminate()
         self.end()
@@ -160,9 +160,10 @@ class Started:
                     process.kill()
             self.process.wait()
 
-    def _await(self, path):
+    def wait_for(self, path, *, lines=0):
+        """Until the file is there and has so many lines."""
         deadline = time.monotonic() + SECONDS
-        while not path.is_file():
+        while not (path.is_file() and path.read_text().count("\n") >= lines):
             assert self.process.poll() is None and time.monotonic() < deadline, self.text.read_text()[-3000:]
             time.sleep(0.005)
 

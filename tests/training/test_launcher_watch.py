@@ -34,7 +34,7 @@ ENDINGS = {
 
 def end_the_launcher(run, number, *, with_second):
     """Send it ``number``: who lives on after that, the seconds until all have ended, a second start before it."""
-    run._await(run.output / "metrics.jsonl", lines=4)
+    run.wait_for(run.output / "metrics.jsonl", lines=4)
     second = [sys.executable, TRAIN, f"output={run.output}"]
     refused = subprocess.run(second, capture_output=True, text=True, check=False) if with_second else None
     family = psutil.Process(run.process.pid).children(recursive=True)
