@@ -24,6 +24,7 @@ COMMANDS = (
     "prepare_data",
     "make_scenes",
     "pretrain_backbone",
+    "demo",
     "doctor",
     "cluster check",
 )
