@@ -207,8 +207,8 @@ def test_a_chart_of_several_runs_answers_with_the_value_of_each(browser, tmp_pat
 def test_a_link_into_the_table_opens_the_fold(browser, tmp_path):
     show(browser, write_report(write_study(tmp_path / "study")))
     browser.find_element("link text", "Naive shared").click()
-    folds = run(browser, "return [...document.querySelectorAll('#variants > details')].map((fold) => fold.open)")
-    assert folds == [False, True, False]
+    folds = "return [...document.querySelectorAll('#variants > details')].map((fold) => fold.open)"
+    WebDriverWait(browser, 20).until(lambda _: run(browser, folds) == [False, True, False])  # the event comes later
 
 
 def test_without_scripts_everything_but_the_slider_is_there(browser, run_page):
