@@ -238,7 +238,9 @@ class MoESettings(Section):
 class ModelSettings(Section):
     """The backbone, its adapters and the heads."""
 
-    backbone: str = Field("vit_base_patch16_224", description="any timm vision transformer by name, or resnet18")
+    backbone: str = Field(
+        "vit_base_patch16_224", description="a ViT (DINOv2, DINOv3, EVA, ...) or Swin of timm by name, or resnet18"
+    )
     backbone_args: dict[str, Any] = Field(default_factory=dict, description="passed to timm's constructor")
     pretrained: PathOrName = Field("none", description="'none', 'hub', 'scenes' (shipped), a file, hf://owner/name")
     sharing: Literal["shared", "mtan", "nddr", "cross_stitch"] = Field(

@@ -1,4 +1,4 @@
-"""Weights of DINOv3 and the other models of timm's ``Eva``, in timm's names, in Meta's, and in those of a TaskBlock."""
+"""Weights for DINOv3 and the other models of timm's ``Eva``: timm's own filter, and what it leaves to be done."""
 
 from __future__ import annotations
 
@@ -8,27 +8,20 @@ from collections.abc import Mapping
 from timm.models.eva import Eva, checkpoint_filter_fn
 from torch import Tensor
 
-from ase_dist.errors import UserError
-
-QKV_BIAS = re.compile(r"blocks\.\d+\.attn\.qkv\.bias")
-SCALE = re.compile(r"(blocks\.\d+\.)ls([12])\.gamma")
+BIAS = re.compile(r"blocks\.\d+\.attn\.[qv]_bias")
+SCALE = re.compile(r"(blocks\.\d+\.)ls([12])\.gamma")  # what a TaskBlock calls timm's gamma_1 and gamma_2
 
 
 def convert(weights: Mapping[str, Tensor], model: Eva) -> dict[str, Tensor]:
-    """The tensors of a file by timm's names, position and patch embeddings resampled: timm's own filter, and before it
+    """Tensors under timm's names, or a trained backbone's, with position and patch embeddings of the model's shapes.
 
-    - Meta's DINOv3 has one bias for q, k and v, of which a mask makes k's 0. timm's filter takes those of q and v where
-      its model has them (``..._qkvb``) and else drops them; here one that is not 0 is refused then.
-    - The layer scales of a ``TaskBlock`` are called ``ls1.gamma``, which timm reads in Meta's files alone.
-
-    Raises UserError for a bias that ``model`` has no place for.
+    Meta's DINOv3 have biases of q and v, which are all 0 in the distilled models; timm has a model with biases and one
+    without for each. Those of 0 are left out for a model without; others stay, and do not fit.
     """
-    state, own = {}, {name for name, _ in model.named_parameters()}
-    for name, tensor in weights.items():
-        if QKV_BIAS.fullmatch(name) and name not in own and name.replace("qkv.bias", "q_bias") not in own:
-            query, _, value = tensor.chunk(3)
-            if query.any() or value.any():
-                raise UserError(f"{name} is not 0 and this model has none; take the timm model of this name and _qkvb")
-            continue  # timm's filter would print that it leaves it out
-        state[SCALE.sub(r"\1gamma_\2", name)] = tensor
+    has_biases = any(BIAS.fullmatch(name) or name.endswith("q_proj.bias") for name, _ in model.named_parameters())
+    state = {
+        SCALE.sub(r"\1gamma_\2", name): tensor
+        for name, tensor in weights.items()
+        if has_biases or not BIAS.fullmatch(name) or tensor.any()
+    }
     return dict(checkpoint_filter_fn(state, model))

@@ -34,6 +34,7 @@ class Facts(NamedTuple):
         norm = next((shape for name, shape in shapes.items() if name.endswith("norm1.weight")), ())
         fc1 = next((shape for name, shape in shapes.items() if name.endswith("mlp.fc1.weight")), ())
         names = {found[2] for found in inside} | {name for name in shapes if not BLOCK.fullmatch(name)}
+        names |= {ALIASES[name] for name in names & ALIASES.keys()}
         return cls(
             width=patches[0] if patches else norm[0] if norm else None,
             depth=1 + max((int(found[1]) for found in inside), default=-1),
@@ -57,6 +58,8 @@ PARTS: Mapping[str, tuple[str, str | None, str | None]] = {
     "norm.weight": ("a norm after the blocks", None, "global_pool: avg"),
     "attn.relative_position_bias_table": ("relative positions", None, None),
 }
+
+ALIASES = {"gamma_1": "ls1.gamma", "attn.q_bias": "attn.qkv.bias", "attn.q_proj.bias": "attn.qkv.bias"}  # timm's Eva
 
 
 def explain(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, name: str) -> str:

@@ -120,6 +120,34 @@ def from_dinov2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {_renamed(name, renamed if is_packed else {}): tensor for name, tensor in weights.items()}
 
 
+DINOV3 = {
+    r"^storage_tokens$": "reg_token",
+    r"^(blocks\.\d+\.)ls([12])\.gamma$": r"\1gamma_\2",
+    r"^(blocks\.\d+\.mlp\.)w1\.": r"\1fc1_g.",
+    r"^(blocks\.\d+\.mlp\.)w2\.": r"\1fc1_x.",
+    r"^(blocks\.\d+\.mlp\.)w3\.": r"\1fc2.",
+}
+DINOV3_UNUSED = re.compile(r"(rope_embed|local_cls_norm|projectors|mask_token)(\.|$)|.*\.bias_mask$")
+
+
+def from_dinov3(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Meta's DINOv3: storage tokens are registers, and q, k and v have one bias, of which a mask makes that of k 0.
+
+    As timm's filter of ``Eva``. Sapiens2, which has storage tokens too, is left to it.
+    """
+    if "storage_tokens" not in weights or "blocks.0.attn.wq.weight" in weights:
+        return weights
+    found: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if DINOV3_UNUSED.match(name):
+            continue
+        if bias := re.fullmatch(r"(blocks\.\d+\.attn\.)qkv\.bias", name):
+            found[f"{bias[1]}q_bias"], _, found[f"{bias[1]}v_bias"] = tensor.chunk(3)
+        else:
+            found[_renamed(name, DINOV3)] = tensor
+    return found
+
+
 TRANSFORMERS = {
     r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
     r"^embeddings\.position_embeddings$": "pos_embed",
@@ -165,4 +193,8 @@ def _renamed(name: str, rules: Mapping[str, str]) -> str:
     return name
 
 
-FAMILIES = (from_transformers, from_dinov2)  # in this order: transformers' DINOv2 keeps Meta's registers and positions
+FAMILIES = (
+    from_transformers,
+    from_dinov2,
+    from_dinov3,
+)  # in this order: transformers' DINOv2 keeps Meta's registers and positions
