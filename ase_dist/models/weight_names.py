@@ -20,6 +20,7 @@ WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wra
 ANCHORS = frozenset(
     (
         "embeddings.patch_embeddings.projection.weight",
+        "embeddings.patch_embeddings.weight",
         "visual.class_embedding",
         "preprocessor.patchifier.proj.weight",
         "radio_model.model.patch_generator.embedder.weight",
@@ -187,14 +188,43 @@ def from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+TRANSFORMERS_DINOV3 = {
+    r"^embeddings\.patch_embeddings\.": "patch_embed.proj.",
+    r"^embeddings\.cls_token$": "cls_token",
+    r"^embeddings\.register_tokens$": "reg_token",
+    r"^(?:model\.)?layer\.(\d+)\.": r"blocks.\1.",
+    r"^(blocks\.\d+\.)attention\.o_proj\.": r"\1attn.proj.",
+    r"^(blocks\.\d+\.)attention\.([qv])_proj\.bias$": r"\1attn.\2_bias",
+    r"^(blocks\.\d+\.)layer_scale(\d)\.lambda1$": r"\1gamma_\2",
+    r"^(blocks\.\d+\.mlp\.)gate_proj\.": r"\1fc1_g.",
+    r"^(blocks\.\d+\.mlp\.)down_proj\.": r"\1fc2.",
+}
+
+
+def from_transformers_dinov3(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DINOv3 of the library transformers: queries, keys and values apart, other names."""
+    if "embeddings.patch_embeddings.weight" not in weights:
+        return weights
+    is_gated = any(name.endswith(".mlp.gate_proj.weight") for name in weights)
+    rules = {**TRANSFORMERS_DINOV3, r"^(blocks\.\d+\.mlp\.)up_proj\.": r"\1fc1_x." if is_gated else r"\1fc1."}
+    found: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if re.match(r"(embeddings\.mask_token|rope_embeddings)(\.|$)", name):
+            continue
+        if part := re.fullmatch(r"(.+\.attention\.)([qkv])_proj\.weight", name):
+            parts = [weights.get(f"{part[1]}{which}_proj.weight") for which in "qkv"]
+            own = _renamed(part[1], rules).replace(".attention.", ".attn.")
+            found[f"{own}qkv.weight"] = torch.cat([tensor for tensor in parts if tensor is not None])
+        else:
+            found[_renamed(name, rules)] = tensor
+    return found
+
+
 def _renamed(name: str, rules: Mapping[str, str]) -> str:
     for pattern, new in rules.items():
         name = re.sub(pattern, new, name)
     return name
 
 
-FAMILIES = (
-    from_transformers,
-    from_dinov2,
-    from_dinov3,
-)  # in this order: transformers' DINOv2 keeps Meta's registers and positions
+# In this order: transformers' DINOv2 keeps Meta's registers and positions
+FAMILIES = (from_transformers, from_transformers_dinov3, from_dinov2, from_dinov3)

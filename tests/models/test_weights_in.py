@@ -370,7 +370,7 @@ def test_meta_swiglu():
     assert to_timm(stored).keys() == {"blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.bias", "norm.bias"}
 
 
-@pytest.mark.parametrize("family", ["vit", "dinov2", "dinov2_with_registers"])
+@pytest.mark.parametrize("family", ["vit", "dinov2", "dinov2_with_registers", "dinov3", "dinov3_gated"])
 @pytest.mark.parametrize("prefix", ["", "model.module."])
 def test_weights_of_transformers_compute_the_same(family, prefix, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -382,6 +382,18 @@ def test_weights_of_transformers_compute_the_same(family, prefix, tmp_path):
             "vit_small_patch14_reg4_dinov2",
             14,
             {"num_register_tokens": 4},
+        ),
+        "dinov3": (
+            "DINOv3ViT",
+            "vit_small_patch16_dinov3_qkvb",
+            16,
+            {"num_register_tokens": 4, "intermediate_size": 128},
+        ),
+        "dinov3_gated": (
+            "DINOv3ViT",
+            "vit_small_plus_patch16_dinov3_qkvb",
+            16,
+            {"num_register_tokens": 4, "intermediate_size": 128, "use_gated_mlp": True, "hidden_act": "silu"},
         ),
     }
     kind, name, patch, more = kinds[family]
