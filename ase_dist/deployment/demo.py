@@ -229,6 +229,10 @@ def serve(model: Predictor, *, title: str, host: str, port: int, ready: Callable
                 await super().startup(sockets=sockets)
                 ready(f"http://{host}:{port}/")
 
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # browsers that still listen are no error
+                await super().shutdown(sockets=sockets)
+
         config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1, lifespan="on")
         with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises once more when it has ended
             Server(config).run(sockets=[listening])
