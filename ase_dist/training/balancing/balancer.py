@@ -16,6 +16,7 @@ Letters: t tasks.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from ase_dist.training.balancing.method import Method, Seen, require_modules
 from ase_dist.training.loop import losses
 from ase_dist.training.loop.conflict import same_random_state
 
+LOGGER = logging.getLogger("ase_dist")
 FIXED = "fixed"
 
 
@@ -51,6 +53,7 @@ class StoredBalancing(BaseModel):
 class _Step(NamedTuple):
     """What the step under way has seen, and the batches that it has it from."""
 
+    number: int
     seen: Seen
     batches: Sequence[Batch]
     counts: Tensor
@@ -64,6 +67,8 @@ class Balancer:
     2. ``weighted_sum`` of the losses of each micro-step
     3. ``end_step`` lets the method learn, where the optimiser has taken the step
 
+    Where a method finds no finite weights those of the step before stay; ``count_kept`` says how often.
+
     Raises UserError for what the settings cannot mean and for packages that are missing. With ``fixed``, the default,
     the sum is that of ``train.loss_weights`` alone, and nothing is measured or communicated.
     """
@@ -76,6 +81,7 @@ class Balancer:
         self.scales = losses.loss_weights(tasks, self.overrides)
         self._window: int | None = None
         self._step: _Step | None = None
+        self._is_kept_told = False
         self.method: Method | None = None
         self.weights_t: Tensor | None = None  # None with fixed weights
         kind = BALANCINGS[self.name]
@@ -92,6 +98,7 @@ class Balancer:
         self._measure = Measurement(model, tasks, self.scales, on=self.on)
         self.weights_t = torch.ones(len(tasks), device=device)
         self._zeros_t = torch.zeros(len(tasks), device=device)
+        self._kept_2 = torch.zeros(2, device=device)  # updates without finite weights, and the step of the first
         self._scales_t = torch.tensor([self.scales[task.name] for task in tasks], device=device)
 
     def describe(self) -> str:
@@ -122,7 +129,7 @@ class Balancer:
         elif is_due and method.uses_losses and len(batches) > 1:
             beat(f"task losses of step {step}")
             seen = seen._replace(losses_t=self._losses_of(batches, counts))
-        self._step = _Step(seen, batches, counts, is_due)
+        self._step = _Step(step, seen, batches, counts, is_due)
         if is_due and (seen.losses_t is not None or not method.uses_losses):
             self._take_weights()
 
@@ -158,10 +165,34 @@ class Balancer:
         ends = step % self._window == 0 if self._window is not None else epoch_ends
         method.learn(seen, after_t, window_ends=ends)
 
+    def count_kept(self) -> int:
+        """Updates since the last call that found no finite weights; the first of a run is told in the log.
+
+        The host waits for the device.
+        """
+        if self.method is None:
+            return 0
+        count, first = map(int, self._kept_2.tolist())
+        self._kept_2 = torch.zeros_like(self._kept_2)
+        if count and not self._is_kept_told and collectives.rank() == 0:
+            self._is_kept_told = True
+            LOGGER.warning(
+                "train.balancing.method: %r found no finite weights at step %d%s; those of the step before stay, and "
+                "metrics.jsonl counts such steps as kept_weights",
+                self.name,
+                first,
+                f" ({self.method.problem})" if self.method.problem else "",
+            )
+        return count
+
     def _take_weights(self) -> None:
         assert self.method is not None and self._step is not None and self.weights_t is not None
         new_t = self.method.weights(self._step.seen)
-        self.weights_t = torch.where(new_t.isfinite().all(), new_t, self.weights_t)
+        is_finite = new_t.isfinite().all()
+        self.weights_t = torch.where(is_finite, new_t, self.weights_t)
+        count, first = self._kept_2
+        first = torch.where(is_finite | (count > 0), first, torch.full_like(first, self._step.number))
+        self._kept_2 = torch.stack([count + ~is_finite, first])
 
     def _losses_of(self, batches: Sequence[Batch], counts: Tensor) -> Tensor:
         """The losses [t] of all ranks' batches by a forward pass, times their scales; the random state stays."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from typing import Any, ClassVar, Literal
 
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from ase_dist import collectives
 from ase_dist.config import Section
+from ase_dist.errors import describe
 from ase_dist.training.balancing.method import Method, Seen, drawing_from, mean_of, to_device
 
-LOGGER = logging.getLogger("ase_dist")
 LEAST_WEIGHT = 1e-3  # of GradNorm, whose steps would else lead to 0 and below
 
 
@@ -25,7 +24,8 @@ class GradNorm(Method):
     2. a step of Adam on w down the sum of |G_i - mean(G) r_i^alpha|, the second term held constant
     3. the weights are scaled so that they add up to t
 
-    The step itself takes the weights as they were before, as the paper does.
+    The step itself takes the weights as they were before, as the paper does. Tasks without labels keep theirs, and the
+    others are scaled so that all still add up to t: from equal weights on they have those of a run without the absent.
     """
 
     uses_losses: ClassVar[bool] = True
@@ -59,8 +59,10 @@ class GradNorm(Method):
         scaled_t = state["weight"] * norms_t
         target_t = mean_of(scaled_t, present_t) * rate_t**self.args.alpha
         self.adam_step("weight", (scaled_t - target_t).sign() * norms_t, present_t)
-        weight_t = state["weight"].clamp(min=LEAST_WEIGHT)
-        state["weight"] = weight_t * self.count / weight_t.sum()
+        weight_t = state["weight"].clamp(min=LEAST_WEIGHT) * present_t
+        absent_t = state["weight"] * ~present_t
+        share = (self.count - absent_t.sum()) / weight_t.sum().clamp(min=LEAST_WEIGHT)
+        state["weight"] = weight_t * share + absent_t
 
 
 class OnHost(Method):
@@ -88,13 +90,15 @@ class OnHost(Method):
         gramian_tt = gramian_tt[present_t][:, present_t]
         trace = gramian_tt.diagonal().sum()
         weights_t = torch.full((self.count,), torch.nan, dtype=torch.float64)
+        self.problem = "no gradient, or one that is not finite"
         if gramian_tt.isfinite().all() and trace > 0:
             try:
                 with drawing_from(seen.seed):
                     solved = self.solve(gramian_tt / trace if self.is_scale_free else gramian_tt, present_t)
                 weights_t = torch.zeros_like(weights_t).masked_scatter(present_t, solved.double())
+                self.problem = ""
             except Exception as error:  # of whichever solver: a matrix that it cannot do must not end a run
-                LOGGER.warning("%s: no weights for this step, the last ones stay: %s", type(self).__name__, error)
+                self.problem = describe(error)
         if collectives.rank() > 0:
             weights_t = torch.zeros_like(weights_t)
         return collectives.all_reduce_sum(to_device(weights_t.float(), self.device))

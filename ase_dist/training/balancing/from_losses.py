@@ -61,7 +61,7 @@ class DynamicAverage(Method):
     """Weights by how slowly a loss falls (Liu et al., arXiv 1803.10704, Eq. 7).
 
     lambda_i = t softmax_i(r / T) with r_i the loss averaged over the last window of steps over that of the window
-    before; 1 while there are not yet two of them.
+    before; 1 while there are not yet two of them. In a step t counts the tasks with labels, over which the softmax is.
     """
 
     learns: ClassVar[bool] = True
@@ -88,7 +88,8 @@ class DynamicAverage(Method):
         for average_t in (older_t, newer_t):
             function(torch.where(known_t, average_t, ones_t))
             function.step()
-        return slopes(function, ones_t)
+        weights_t = slopes(function, ones_t) * seen.present_t
+        return weights_t * seen.present_t.sum() / weights_t.sum().clamp(min=EPSILON)
 
     def learn(self, seen: Seen, after_t: Tensor | None, *, window_ends: bool) -> None:
         """Add the step's losses to their averages; at the end of a window it becomes the newer of the two."""

@@ -63,6 +63,7 @@ class Method:
     def __init__(self, count: int, *, args: Any, lr: float, device: torch.device) -> None:
         self.count, self.args, self.learning_rate, self.device = count, args, lr, device
         self.state: dict[str, Tensor] = {}
+        self.problem = ""  # why the last weights are not finite, where that is known, for the log
 
     def weights(self, seen: Seen) -> Tensor:
         """The factor of each task's loss [t]; where one is not finite those of the step before stay."""

@@ -282,6 +282,8 @@ class Trainer:
             return
         values = self.span.take()
         values |= {"epoch": self.train_loader.epoch, "lr": self.engine.get_lr()[0]}
+        if kept := self.balancer.count_kept():
+            values["kept_weights"] = kept
         with self._recording():
             self.recorder.write("train", step=step, values=values)
         shown = {"loss": values["loss"], **values["losses"], "images/s": values["images_per_second"]}

@@ -9,9 +9,10 @@ A line has ``kind``, ``step`` and the keys of its kind; those that ``plots`` dra
 - ``end``: how the start before it ended: exit (the name of its ``ExitCode`` in small letters), why (a sentence), time.
   Missing where the process was killed. ``step`` is the last one taken.
 - ``train``: loss, losses {task: loss}; with balancing task_weights {task: mean weight}, which multiply the losses in
-  addition to ``train.loss_weights``; and where there are experts: expert_load [layers][tasks][N], the share of the
-  task's tokens for which an expert was active; mean_gates [layers][tasks][N]; shared_gate [layers][tasks], the mean
-  over tokens of the shared experts' gates together.
+  addition to ``train.loss_weights``, and kept_weights, how many steps since the line before found no finite weights and
+  took those of the step before (not there where none did); and where there are experts: expert_load
+  [layers][tasks][N], the share of the task's tokens for which an expert was active; mean_gates [layers][tasks][N];
+  shared_gate [layers][tasks], the mean over tokens of the shared experts' gates together.
 - ``conflict``: cosines [tasks][tasks] between the tasks' gradients on the shared experts, cosines_by_layer [layers],
   the mean over pairs of tasks, conflicting, the share of pairs below 0.
 - ``eval``: metrics {task: {metric: value}}; trivial, of the same form, for a predictor that learned nothing.
