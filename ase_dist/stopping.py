@@ -14,7 +14,7 @@ from types import FrameType
 # What a terminal, a launcher or a scheduler sends to all processes of a job. SIGHUP: the terminal was closed. SIGUSR1
 # and SIGUSR2: the time limit is near.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-GRACE = 5.0  # seconds that the main thread gets to notice a signal
+GRACE = 2.0  # seconds that the main thread gets to notice a signal, or to end an import
 PAUSE = 0.5  # seconds in which a second Ctrl-C is taken for the first
 
 

@@ -27,12 +27,15 @@ OUTGROWS = (
 
 
 class Collective(NamedTuple):
-    """``number`` collectives of a kind per optimiser step among ``ranks``, and the bytes that a rank sends in all."""
+    """``number`` collectives of a kind per optimiser step among ``ranks``, and the bytes that a rank sends in all.
+
+    A mean over steps where not all steps have them.
+    """
 
     what: str
     kind: str
     ranks: int
-    number: int
+    number: float
     sent: float
 
 
@@ -55,19 +58,15 @@ def step_collectives(
     ``stage3_param_persistence_threshold``, forward and backward, and bytes as ``reduction_bytes`` has them.
     """
     replicas = world // ep_size
-    layers, L = sizes.sharded(ep_size), len(sizes.layers)
+    layers = sizes.sharded(ep_size)
     routed = sum(layer.slots * layer.expert_values for layer in layers)
     times = accumulation if zero == 2 else 1  # stage 2 divides the gradients, so each micro-step reduces them
-    found = [Collective("label counts", "all_reduce", world, 1, _ring(2 * COUNTS_PER_TASK * FP32 * sizes.tasks, world))]
-    if L:
-        values = sizes.tasks * (3 * sizes.num_experts + STATISTICS_PER_TASK)
-        # one for the layers of a micro-step together, outside of the blocks that activation checkpointing runs again
-        sent = _ring(2 * L * accumulation * values * FP32, world)
-        found.append(Collective("router statistics", "all_reduce", world, accumulation, sent))
-    found += _dispatch(sizes, ep_size=ep_size, tokens=tokens, accumulation=accumulation, dispatch=dispatch)
+    found = [Collective("label counts", "all_reduce", world, 1, ring(2 * COUNTS_PER_TASK * FP32 * sizes.tasks, world))]
+    found += router_statistics(sizes, world=world, number=accumulation, full_passes=accumulation)
+    found += exchanged(sizes, ep_size=ep_size, tokens=tokens, passes=accumulation, dispatch=dispatch)
     for what, elements, ranks in (("gradients", sizes.dense, world), ("gradients of experts", routed, replicas)):
         if elements and ranks > 1:
-            sent = _ring(2 * times * elements * sizes.width, ranks)
+            sent = ring(2 * times * elements * sizes.width, ranks)
             found.append(Collective(what, "all_reduce", ranks, times, sent))
     # ZeRO 1 and 2 take the norm and its maximum of each kind of parameter, those of experts partly among the replicas;
     # at ZeRO 0 sharded experts add theirs, and all ranks agree whether the norm is finite
@@ -76,42 +75,63 @@ def step_collectives(
         among.update([world, replicas] if zero else [ep_size])
     for ranks, number in among.items():
         if ranks > 1 and number:
-            found.append(Collective("norms", "all_reduce", ranks, number, _ring(2 * number * FP32, ranks)))
+            found.append(Collective("norms", "all_reduce", ranks, number, ring(2 * number * FP32, ranks)))
     if zero:
         for what, elements, ranks, groups in (
             ("weights", sizes.dense, world, sizes.optimizer_groups),
             ("weights of experts", routed, replicas, 1),
         ):
             if elements and ranks > 1:
-                found.append(Collective(what, "all_gather", ranks, groups, _ring(elements * sizes.width, ranks)))
-    found.append(Collective("finite, stop, unread", "all_reduce", world, 1, _ring(2 * 3 * FP32, world)))
+                found.append(Collective(what, "all_gather", ranks, groups, ring(elements * sizes.width, ranks)))
+    found.append(Collective("finite, stop, unread", "all_reduce", world, 1, ring(2 * 3 * FP32, world)))
     return found if world > 1 else []
 
 
-def _ring(size: float, ranks: int) -> float:
+def ring(size: float, ranks: int) -> float:
+    """Bytes that a rank sends in an all-gather or a reduce-scatter of ``size`` bytes."""
     return (ranks - 1) / ranks * size
 
 
-def _dispatch(
-    sizes: ModelSizes, *, ep_size: int, tokens: float, accumulation: int, dispatch: Choice | None
+def router_statistics(sizes: ModelSizes, *, world: int, number: int, full_passes: int) -> list[Collective]:
+    """The means over tokens in ``number`` forward passes, which have the streams of ``full_passes`` of all tasks.
+
+    One for the layers of a pass together, outside of the blocks that activation checkpointing runs again.
+    """
+    values = len(sizes.layers) * sizes.tasks * (3 * sizes.num_experts + STATISTICS_PER_TASK)
+    sent = ring(2 * full_passes * values * FP32, world)
+    return [Collective("router statistics", "all_reduce", world, number, sent)] if values else []
+
+
+def exchanged(
+    sizes: ModelSizes,
+    *,
+    ep_size: int,
+    tokens: float,
+    passes: int,
+    dispatch: Choice | None,
+    training_tokens: float | None = None,
+    backward: bool = True,
 ) -> list[Collective]:
-    """What brings tokens and experts together; a forward pass that is recomputed sends again."""
-    G, forwards, found = accumulation, sizes.forwards, []
+    """What brings ``tokens`` of a pass and experts together; a forward pass that is recomputed sends again.
+
+    ``dispatch`` None: what each layer takes for ``training_tokens``, by default those of the pass.
+    """
+    G, forwards, found = passes, sizes.forwards, []
     by_choice: dict[Choice, list[LayerShape]] = {}
     for layer in sizes.sharded(ep_size) if ep_size > 1 else ():
-        by_choice.setdefault(dispatch or layer.cheaper(tokens * layer.share), []).append(layer)
+        own = (tokens if training_tokens is None else training_tokens) * layer.share
+        by_choice.setdefault(dispatch or layer.cheaper(own), []).append(layer)
     if layers := by_choice.get("gather"):
         one_way = G * sum(layer.gather_bytes() for layer in layers) / 2
-        forward, backward = len(layers) * G * forwards, len(layers) * G
-        found += [
-            Collective("experts", "all_gather", ep_size, forward, one_way * forwards),
-            Collective("gradients of gathered experts", "reduce_scatter", ep_size, backward, one_way),
-        ]
+        count = len(layers) * G
+        found.append(Collective("experts", "all_gather", ep_size, count * forwards, one_way * forwards))
+        if backward:
+            found.append(Collective("gradients of gathered experts", "reduce_scatter", ep_size, count, one_way))
     if layers := by_choice.get("all_to_all"):
         # forward: counts, gates, and rows there and back for each adapted linear; backward: all of it but the counts
-        count = len(layers) * G * (forwards * (2 + 2 * sizes.exchanges) + 1 + 2 * sizes.exchanges)
-        sent = dispatch_bytes(layers, tokens=tokens, accumulation=G, forwards=forwards)["all_to_all"]
-        found.append(Collective("tokens", "all_to_all", ep_size, count, sent))
+        count = len(layers) * G * (forwards * (2 + 2 * sizes.exchanges) + backward * (1 + 2 * sizes.exchanges))
+        moved = dispatch_bytes(layers, tokens=tokens, accumulation=G, forwards=forwards, backward=backward)
+        found.append(Collective("tokens", "all_to_all", ep_size, count, moved["all_to_all"]))
     return found
 
 
@@ -125,11 +145,11 @@ def reduction_bytes(elements: int, *, frozen: int = 0, ranks: int, stage: int, w
     """
     reduced = accumulation * elements if stage == 3 else 2 * elements * (accumulation if stage == 2 else 1)
     gathered = {0: 0, 1: elements, 2: elements, 3: 2 * accumulation * (elements + frozen)}[stage]
-    return _ring(width * (reduced + gathered), ranks)
+    return ring(width * (reduced + gathered), ranks)
 
 
 def dispatch_bytes(
-    layers: Sequence[LayerShape], *, tokens: float, accumulation: int = 1, forwards: int = 1
+    layers: Sequence[LayerShape], *, tokens: float, accumulation: int = 1, forwards: int = 1, backward: bool = True
 ) -> dict[str, float]:
     """Bytes that a rank with ``tokens`` sends per step for its experts, by dispatch; for all_to_all the expected value.
 
@@ -138,7 +158,7 @@ def dispatch_bytes(
     """
     if all(layer.ranks == 1 for layer in layers):
         return {"local": 0.0}
-    passes = (forwards + 1) / 2  # in units of one forward and one backward pass, as the formulas count
+    passes = (forwards + backward) / 2  # in units of one forward and one backward pass, as the formulas count
     gather = sum(layer.gather_bytes() for layer in layers) * passes
     counts = [layer.all_to_all_bytes(0) for layer in layers]  # exchanged in forward passes only
     rows = [layer.expected_rows(tokens * layer.share) for layer in layers]

@@ -12,6 +12,7 @@ from itertools import product
 
 from ase_dist.config import Settings
 from ase_dist.errors import UserError
+from ase_dist.planning.balancing import Needs, balancing_collectives, balancing_flops, needs_of
 from ase_dist.planning.communication import Collective, crossover, dispatch_bytes, reduction_bytes, step_collectives
 from ase_dist.planning.sizes import FP32, ModelSizes, measure
 from ase_dist.training.ds_config import ZERO_STAGES, resolve
@@ -23,7 +24,8 @@ class Plan:
 
     ``parameters`` are the elements of weights held, ``trained`` those of them with a gradient before ZeRO divides
     anything. ``wire_dense`` and ``wire_replicas`` are the bytes of gradients and weights that data parallelism sends:
-    for everything but the routed experts over the world, and for routed experts over their replicas. ``wire_dispatch``
+    for everything but the routed experts over the world, and for routed experts over their replicas;
+    ``wire_balancing`` is what ``train.balancing`` sends with the dispatch that ``auto`` takes. ``wire_dispatch``
     and ``step_seconds`` are by dispatch (only ``local`` at expert-parallel size 1); ``crossover`` is the number of
     tokens per rank from which gather is cheaper. ``collectives`` are those of a step with the dispatch that ``auto``
     takes; None at ZeRO 3.
@@ -40,6 +42,7 @@ class Plan:
     activations: int
     wire_dense: float
     wire_replicas: float
+    wire_balancing: float
     wire_dispatch: Mapping[str, float]
     auto: str
     crossover: float | None
@@ -85,7 +88,7 @@ def make_plans(
         settings = settings.model_copy(update={"model": settings.model.model_copy(update={"moe": moe})})
         zero = {"zero_optimization": {"stage": stage}}
         settings = resolve(settings, zero, world=world, native_bf16=True).settings
-    sizes = measure(settings)
+    sizes, needs = measure(settings), needs_of(settings)
     train = settings.train
     return sizes, [
         plan(
@@ -99,6 +102,7 @@ def make_plans(
             flops=flops,
             clipping=train.gradient_clipping > 0,
             moments=train.moments,
+            balancing=needs,
         )
         for ep_size, stage in product(ep_sizes, stages)
     ]
@@ -116,6 +120,7 @@ def plan(
     flops: float,
     clipping: bool = True,
     moments: int = 2,
+    balancing: Needs | None = None,
 ) -> Plan:
     """The plan of one topology; ``batch`` images per rank and micro-step, ``accumulation`` micro-steps per step.
 
@@ -142,7 +147,15 @@ def plan(
         accumulation=accumulation,
         clipping=clipping,
     )
-    compute = accumulation * batch * (sizes.forwards * sizes.forward_flops + sizes.backward_flops) / flops
+    per_image = sizes.forwards * sizes.forward_flops + sizes.backward_flops
+    extra: list[Collective] = []
+    if balancing is not None:
+        per_image += balancing_flops(sizes, balancing)
+        extra = balancing_collectives(
+            sizes, balancing, world=world, ep_size=ep_size, tokens=tokens, accumulation=accumulation
+        )
+    wire_balancing = sum(each.sent for each in extra)
+    compute = accumulation * batch * per_image / flops
     return Plan(
         world=world,
         ep_size=ep_size,
@@ -155,12 +168,15 @@ def plan(
         activations=batch * sizes.activations,
         wire_dense=dense_wire,
         wire_replicas=replica_wire,
+        wire_balancing=wire_balancing,
         wire_dispatch=dispatch,
         auto="/".join(sorted({layer.cheaper(tokens * layer.share) for layer in layers})) or "none",
         crossover=crossover(layers),
         compute_seconds=compute,
-        step_seconds={n: compute + (dense_wire + replica_wire + size) / bandwidth for n, size in dispatch.items()},
-        collectives=None if zero == 3 else sent,
+        step_seconds={
+            n: compute + (dense_wire + replica_wire + wire_balancing + size) / bandwidth for n, size in dispatch.items()
+        },
+        collectives=None if zero == 3 else [*sent, *extra],
     )
 
 

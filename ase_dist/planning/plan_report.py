@@ -44,11 +44,16 @@ def report(sizes: ModelSizes, plans: Sequence[Plan], *, tokens: int, bandwidth: 
         )
         for p in plans
     ]
+    has_balancing = any(p.wire_balancing for p in plans)
+
+    def balanced(p: Plan) -> list[float]:
+        return [p.wire_balancing] if has_balancing else []
+
     wire: list[list[Cell]] = []
     for p in plans:
         moved = [p.wire_dispatch[name] / MB if name in p.wire_dispatch else None for name in DISPATCHES]
         times = [p.step_seconds[n] * 1e3 if n in p.step_seconds else None for n in ("local", *DISPATCHES)]
-        data_parallel = p.wire_dense / MB, p.wire_replicas / MB
+        data_parallel = [size / MB for size in (p.wire_dense, p.wire_replicas, *balanced(p))]
         wire.append([p.ep_size, p.zero, *data_parallel, *moved, p.auto, p.crossover, p.compute_seconds * 1e3, *times])
     titles = f"on each of {plans[0].world} ranks (MB)", "sent by each rank per optimiser step (MB), and its time (ms)"
     held = ("EP", "ZeRO", "parameters", "trained", "weights", "gradients", "master+moments", "activations", "sum")
@@ -57,6 +62,7 @@ def report(sizes: ModelSizes, plans: Sequence[Plan], *, tokens: int, bandwidth: 
         "ZeRO",
         "dense",
         "experts' replicas",
+        *(["balancing"] if has_balancing else []),
         *DISPATCHES,
         "auto",
         "crossover tokens",

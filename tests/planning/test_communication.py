@@ -18,9 +18,12 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ase_dist import agreement, collectives
+from ase_dist.planning.balancing import balancing_collectives, needs_of
 from ase_dist.planning.communication import step_collectives
 from ase_dist.planning.plan import make_plans
 from ase_dist.planning.sizes import measure
+from ase_dist.read_config import override_settings
+from ase_dist.training.balancing.balancer import Balancer
 from ase_dist.training.ds_config import resolve
 from ase_dist.training.loop.components import build
 from ase_dist.training.loop.trainer import mean_label_counts, training_loss
@@ -42,6 +45,11 @@ CASES = {  # world, expert-parallel size, DeepSpeed's JSON, settings
     "16 ranks, two micro-steps": (16, 4, "z2", "train.gradient_accumulation_steps=2", FP32),
     "16 ranks, experts everywhere": (16, 1, "z0", "train.bf16=true", RECOMPUTE),
 }
+BALANCED = ("4 ranks, tokens travel", "16 ranks, two micro-steps")  # cases that try these too
+METHODS = (
+    *(f"train.balancing.method={name}" for name in ("rlw", "dwa", "uncertainty", "gls", "famo", "gradnorm", "mgda")),
+    "train.balancing.method=pcgrad train.balancing.on=representation",
+)
 
 
 class Asked(TorchDispatchMode):
@@ -65,8 +73,11 @@ class Asked(TorchDispatchMode):
         return result
 
 
-def asked_in_a_step(case, scenes, rank, folder):
-    """The second step of a run, as the training loop takes it, in a world that is not there."""
+def asked_in_a_step(case, methods, scenes, rank, folder):
+    """The second step of a run, as the training loop takes it, in a world that is not there: number and sent.
+
+    With fixed weights, then with each of ``methods`` of balancing, whose settings it has, in the same process.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     world, ep_size, zero, *overrides = case
@@ -92,48 +103,84 @@ def asked_in_a_step(case, scenes, rank, folder):
         place = runtime.start(timeout=60, threads=1)
         config = resolve(settings, ds_config(zero), world=world, native_bf16=False)
         parts = build(config, place, beat=lambda doing: None)
-        for _ in range(2):
-            with Asked() as asked:
-                batches = [next(parts.train_loader) for _ in range(settings.train.gradient_accumulation_steps)]
-                counts = mean_label_counts(batches, parts.tasks, place)
-                for batch in batches:
-                    output = parts.engine(batch.images)
-                    parts.engine.backward(training_loss(output, batch, parts.tasks, counts, parts.balancer)[1])
-                    parts.engine.step()
-                _ = vote(torch.tensor(True), stop=False).finite
+        found = []
+        for method in ("", *methods):
+            tried = override_settings(settings, dict(word.split("=") for word in method.split()))
+            balancer = Balancer(tried, parts.tasks, parts.engine.module, place.device)
+            for step in (1, 2):
+                with Asked() as asked:
+                    batches = [next(parts.train_loader) for _ in range(settings.train.gradient_accumulation_steps)]
+                    counts = mean_label_counts(batches, parts.tasks, place)
+                    balancer.begin_step(step, batches, counts, beat=lambda doing: None)
+                    losses = []
+                    for batch in batches:
+                        output = parts.engine(batch.images)
+                        by_task, total = training_loss(output, batch, parts.tasks, counts, balancer)
+                        parts.engine.backward(total)
+                        parts.engine.step()
+                        losses.append({name: loss.detach() for name, loss in by_task.items()})
+                    balancer.end_step(step, losses, epoch_ends=False)
+                    _ = vote(torch.tensor(True), stop=False).finite
+            found.append([asked.number, asked.sent])
         parts.close()
-    return [asked.number, asked.sent]
+    return found
 
 
-def planned(case):
+def planned(case, method=""):
     """The same of the plan."""
     world, ep_size, zero, *overrides = case
-    settings = tiny_settings("none", "none", f"model.moe.ep_size={ep_size}", "train.batch_size=1", *overrides)
-    dispatch = "local" if ep_size == 1 else "gather" if settings.model.moe.dispatch == "auto" else "all_to_all"
-    sizes = measure(settings)
+    settings = tiny_settings(
+        "none", "none", f"model.moe.ep_size={ep_size}", "train.batch_size=1", *overrides, *method.split()
+    )
+    sizes, needs = measure(settings), needs_of(settings)
+    topology = {
+        "world": world,
+        "ep_size": ep_size,
+        "tokens": sizes.tokens_per_image,
+        "dispatch": "local" if ep_size == 1 else "gather" if settings.model.moe.dispatch == "auto" else "all_to_all",
+        "accumulation": settings.train.gradient_accumulation_steps,
+    }
     number, sent = Counter(), Counter()
-    for each in step_collectives(
-        sizes, world=world, ep_size=ep_size, zero=int(zero[1]), tokens=sizes.tokens_per_image, dispatch=dispatch,
-        accumulation=settings.train.gradient_accumulation_steps, clipping=True
-    ):  # fmt: skip
+    for each in (
+        *step_collectives(sizes, zero=int(zero[1]), clipping=True, **topology),
+        *(balancing_collectives(sizes, needs, **topology) if needs else ()),
+    ):
         number[f"{each.kind} {each.ranks}"] += each.number
         sent[f"{each.kind} {each.ranks}"] += each.sent
     return number, sent
 
 
 def test_the_collectives_of_a_step_are_those_of_the_plan(tmp_path, scenes):
+    methods = {name: METHODS if name in BALANCED else () for name in CASES}
     running = {
-        name: start_world(partial(asked_in_a_step, case, scenes), tmp_path / str(i))
+        name: start_world(partial(asked_in_a_step, case, methods[name], scenes), tmp_path / str(i))
         for i, (name, case) in enumerate(CASES.items())
     }
     for name, wait in running.items():
         world = wait()
         assert world.codes == [0], name
-        (asked, sent), (number, bytes_sent) = world.results[0], planned(CASES[name])
-        assert asked == number, name
-        for place, size in sent.items():
-            if "all_to_all" not in place:  # where tokens go depends on what they are
-                assert size == pytest.approx(bytes_sent[place], rel=0.01, abs=16), (name, place)  # ZeRO's padding
+        for method, (asked, sent) in zip(("", *methods[name]), world.results[0], strict=True):
+            number, bytes_sent = planned(CASES[name], method)
+            assert asked == number, (name, method)
+            for place, size in sent.items():
+                if "all_to_all" not in place:  # where tokens go depends on what they are
+                    assert size == pytest.approx(bytes_sent[place], rel=0.01, abs=16), (name, method, place)
+
+
+def test_what_balancing_adds_is_a_mean_over_its_steps():
+    changes = ("train.balancing.method=mgda", "train.batch_size=1", FP32)
+    each, fifth = (tiny_settings("none", "none", *changes, f"train.balancing.every={every}") for every in (1, 5))
+    options = {"world": 4, "ep_sizes": [2], "stages": [1], "bandwidth": 1e9, "flops": 1e12}
+    fixed = make_plans(tiny_settings("none", "none", *changes[1:]), **options)[1][0]
+    (always,), (seldom,) = make_plans(each, **options)[1], make_plans(fifth, **options)[1]
+    assert fixed.wire_balancing == 0 < seldom.wire_balancing == pytest.approx(always.wire_balancing / 5)
+    extra = [sum(c.number for c in p.collectives) - sum(c.number for c in fixed.collectives) for p in (always, seldom)]
+    assert extra[0] == pytest.approx(5 * extra[1])
+    assert always.compute_seconds - fixed.compute_seconds == pytest.approx(
+        5 * (seldom.compute_seconds - fixed.compute_seconds)
+    )
+    assert always.step_seconds["gather"] > seldom.step_seconds["gather"] > fixed.step_seconds["gather"]
+    assert all(c.what.startswith("balancing: ") for c in always.collectives[len(fixed.collectives) :])
 
 
 def test_a_step_has_as_many_collectives_and_bytes_at_4096_ranks_as_at_64(tmp_path):
