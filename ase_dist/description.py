@@ -26,7 +26,7 @@ from pydantic import (
 
 from ase_dist import typed_yaml
 from ase_dist.errors import UserError, did_you_mean, file_error, first_problem
-from ase_dist.files import expand_user, read_text
+from ase_dist.files import expand_user, is_regular, read_text
 from ase_dist.tasks import DATA_SETS, IGNORE, RENAMED_SCORES, SCORES, Color, DataSet, Kind, Task, voc_color
 
 FILE_NAME = "dataset.yaml"
@@ -388,15 +388,16 @@ def find_description(name: str | None, root: str | Path | None) -> Path | None:
     """The file that describes the data set of ``data.name`` and ``data.root``; None where there is none.
 
     ``name`` may be a YAML file or a folder with a ``dataset.yaml``; else the folder ``root`` may have one. Raises
-    UserError for a name that looks like a path to one that is not there.
+    UserError for a name that looks like a path to one that is not there, and for a name or a dataset.yaml that is no
+    regular file.
     """
     if name is not None and name not in DATA_SETS and not _is_module(name):
         path = Path(expand_user(name or "."))
         if path.suffix.lower() in (".yaml", ".yml"):
-            if not _is_file(path):
+            if not is_regular(path):
                 raise UserError(f"data.name: {name!r} is not there, wanted a {FILE_NAME} or the name of a data set")
             return path
-        if name and _is_file(path / FILE_NAME):
+        if name and is_regular(path / FILE_NAME):
             return path / FILE_NAME
         if name and path.is_dir():
             raise UserError(
@@ -405,15 +406,8 @@ def find_description(name: str | None, root: str | Path | None) -> Path | None:
             )
     if root not in (None, "") and not (name is not None and _is_module(name)):
         path = Path(expand_user(str(root))) / FILE_NAME
-        return path if _is_file(path) else None
+        return path if is_regular(path) else None
     return None
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # too long for a path, or with a zero byte
-        return False
 
 
 def _is_module(name: str) -> bool:

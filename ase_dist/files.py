@@ -78,6 +78,26 @@ def refuse_irregular(path: str | Path) -> None:
         return
 
 
+def is_regular(path: Path) -> bool:
+    """Whether a file is at ``path``, for a name that decides what its folder is.
+
+    False where there is nothing of that name, or the text can be none. Raises UserError where something else has the
+    name: a folder, a pipe, a device, a link to nothing or to itself. Nothing is opened.
+    """
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and os.path.islink(path):  # noqa: PTH114  (never raises)
+            raise UserError(
+                f"{path}: got a link that leads nowhere ({error.strerror}), wanted a regular file; remove it"
+            ) from None
+        return False
+    _refuse_kind(path, status)
+    if stat.S_ISDIR(status.st_mode):
+        raise UserError(f"{path}: got a folder, wanted a regular file; remove it, or name another file")
+    return True
+
+
 def open_regular(path: str | Path, *, max_bytes: int | None = None) -> BufferedReader:
     """Open a file that somebody else may have written for reading bytes; returns at once, whatever it is.
 

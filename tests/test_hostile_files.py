@@ -5,7 +5,8 @@ import signal
 
 import pytest
 
-from ase_dist.errors import UserError
+from ase_dist.commands.main import main
+from ase_dist.errors import ExitCode, UserError
 from ase_dist.files import sha256_of
 from ase_dist.overwriting import contains
 from ase_dist.report.ranks import read_ranks
@@ -81,3 +82,34 @@ def test_a_report_passes_over_what_is_no_file(put, tmp_path):
     put("rank_0.beat")
     (report,) = read_ranks(RunFolder(tmp_path), Records([]))
     assert not report.notices and report.host == ""
+
+
+DECIDING = {  # by name, what their folder is: commands that look for them
+    "dataset.yaml": [
+        ["train", "data.root=.", "--print-config"],
+        ["train", "data.name=dataset.yaml", "--print-config"],
+        ["prepare_data", ".", "--check-only"],
+        ["train", "--config", "dataset.yaml", "--print-config"],
+    ],
+    "config.yaml": [["train", "--resume", "."], ["evaluate", "."], ["export", ".", "out"], ["clean", "."]],
+    "export.json": [["predict", ".", "photo.png", "--out", "out"]],
+}
+PUT = {
+    "a named pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a folder": lambda path: path.mkdir(),
+    "a link that leads nowhere": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.parametrize("kind", PUT)
+@pytest.mark.parametrize("name", DECIDING)
+def test_a_name_that_decides_what_a_folder_is_must_be_a_files(tmp_path, monkeypatch, capsys, name, kind):
+    """Else a data set of one's own would be taken for generated scenes, and a run for no run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photo.png").touch()
+    PUT[kind](tmp_path / name)
+    for words in DECIDING[name]:
+        assert main(words) == ExitCode.USAGE, words
+        (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert f"{name}: got {kind}" in said and "wanted a regular file" in said, (words, said)

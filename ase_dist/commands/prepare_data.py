@@ -18,7 +18,7 @@ from ase_dist.commands.cli import command_parser, path, path_or_name, run_comman
 from ase_dist.config import DataSettings, SetSettings
 from ase_dist.description import FILE_NAME, read_description
 from ase_dist.errors import UserError, did_you_mean
-from ase_dist.files import read_text
+from ase_dist.files import is_regular, read_text
 from ase_dist.printable import log_messages
 from ase_dist.read_config import load_settings
 from ase_dist.tasks import packable
@@ -123,7 +123,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 def _sets_in(source: Path) -> list[tuple[SetSettings, DataSettings]]:
     """The data sets of a file of settings with ``data.sets``, each with its own settings; none in any other file."""
-    is_file = source.suffix.lower() in (".yaml", ".yml") and source.is_file()
+    is_file = source.suffix.lower() in (".yaml", ".yml") and is_regular(source)
     if not is_file or not re.search(r"^data\s*:", read_text(source), re.MULTILINE):
         return []
     data = load_settings(source).data
@@ -150,9 +150,9 @@ def _layout_and_source(words: Sequence[str]) -> tuple[str | None, Path]:
 
 def _description_of(source: Path) -> Path:
     """The description of one's own data: ``source`` is a folder with a dataset.yaml, or a YAML file in the folder."""
-    if source.suffix.lower() in (".yaml", ".yml") and source.is_file():
+    if source.suffix.lower() in (".yaml", ".yml") and is_regular(source):
         return source
-    if (source / FILE_NAME).is_file():
+    if is_regular(source / FILE_NAME):
         return source / FILE_NAME
     if source.is_dir():
         raise UserError(f"{source}: got no {FILE_NAME} in it; write one, which --init begins, or name its layout first")

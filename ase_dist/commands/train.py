@@ -11,6 +11,7 @@ from ase_dist.baselines import baselines
 from ase_dist.commands.cli import RenamedOption, command_parser, path, path_or_name, run_command
 from ase_dist.config import Settings, setting_keys
 from ase_dist.errors import UserError
+from ase_dist.files import is_regular
 from ase_dist.printable import show
 from ase_dist.read_config import DEFAULT_CONFIG, load_settings, shipped_configs, to_yaml
 from ase_dist.training.ds_config import own_ds_config, read_ds_config, shipped_ds_configs
@@ -86,7 +87,7 @@ def _own_settings(arguments: argparse.Namespace) -> tuple[Settings, dict[str, An
     run = RunFolder(arguments.resume)
     if arguments.config or arguments.baseline:
         raise UserError("--resume: the run has its own settings; leave --config and --baseline out")
-    if not run.config.is_file():
+    if not is_regular(run.config):
         raise UserError(f"--resume: {str(run.path)!r} is no run, there is no {run.config.name} in it")
     settings = load_settings(run.config, [f"output={run.path}", "resume=auto", *arguments.settings])
     return settings, read_ds_config(arguments.deepspeed_config) if arguments.deepspeed_config else own_ds_config(run)

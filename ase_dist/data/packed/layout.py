@@ -29,7 +29,7 @@ from ase_dist.data.files import Array
 from ase_dist.data.labels import compact_form
 from ase_dist.description import DataSetDescription
 from ase_dist.errors import UserError, file_error, first_problem
-from ase_dist.files import read_bytes
+from ase_dist.files import is_regular, read_bytes
 from ase_dist.json_files import json_digest, kind_of, parse_json
 from ase_dist.tasks import Kind
 
@@ -104,7 +104,7 @@ class ShardIndex(_Record):
 
 def is_packed(root: Path) -> bool:
     """Whether ``root`` has the manifest of a packed data set, readable or not."""
-    return (root / MANIFEST).is_file()
+    return is_regular(root / MANIFEST)
 
 
 def read_manifest(root: Path) -> PackedManifest:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from ase_dist.errors import UserError
-from ase_dist.files import make_empty, put_in_place, remove, temporary_for, write_atomic
+from ase_dist.files import is_regular, make_empty, put_in_place, remove, temporary_for, write_atomic
 from ase_dist.training.record.run_folder import RunFolder
 from ase_dist.training.state.checkpoint.catalog import BEST, LATEST, list_checkpoints, read_pointer
 from ase_dist.training.state.checkpoint.manifest import MANIFEST, SUFFIX, make_manifest, read_manifest
@@ -37,7 +37,7 @@ def plan_removals(run: RunFolder, *, keep: Keep | None, weights_only: bool) -> l
     optimiser from those that are kept. Raises UserError where ``run`` is no run, and for ``weights_only`` where it is
     not done: it could not go on.
     """
-    if not run.config.is_file():
+    if not is_regular(run.config):
         raise UserError(f"{str(run.path)!r} is no run, there is no {run.config.name} in it; name the output= of a run")
     if weights_only and run.summary_if_done() is None:
         raise UserError(
