@@ -17,7 +17,7 @@ from ase_dist.config import Settings
 from ase_dist.cores import share_of_cores
 from ase_dist.data.loader import EvalLoader, build_eval_loader
 from ase_dist.deployment.reference import read_reference
-from ase_dist.deployment.trained_model import TrainedModel, open_trained_model
+from ase_dist.deployment.trained_model import TrainedModel, at_size, open_trained_model
 from ase_dist.description import FILE_NAME, find_description
 from ase_dist.errors import UserError, did_you_mean, out_error
 from ase_dist.evaluation.comparison import Reference, compare
@@ -81,6 +81,8 @@ def evaluate_model(
     reference = None if request.reference is None else read_reference(request.reference)
     trained = open_trained_model(request.path, checkpoint=request.checkpoint, device=world.device)
     settings = data_settings(trained, request)
+    if settings.data.size != trained.settings.data.size:
+        trained = at_size(trained, settings.data.size)
     own = {task.name: task for task in trained.tasks}
     there = settings.chosen_tasks()
     for task in there:

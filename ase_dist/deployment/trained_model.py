@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from timm.layers import resample_abs_pos_embed
 
 from ase_dist.agreement import on_rank_zero, raise_together
 from ase_dist.collectives import gather_objects, rank
 from ase_dist.config import Settings
 from ase_dist.deployment.exported import ExportedModel, load
 from ase_dist.errors import UserError
+from ase_dist.files import is_regular
 from ase_dist.hub import is_hub
-from ase_dist.models import MultiTaskModel, build_model, fetch_from_hub
+from ase_dist.image_size import ImageSize
+from ase_dist.models import MultiTaskModel, MultiTaskViT, build_model, fetch_from_hub
 from ase_dist.models.export_file import CARD, fetch_export
-from ase_dist.models.names import task_order, trained_entries
+from ase_dist.models.names import named_tensors, task_order, trained_entries
 from ase_dist.read_config import recorded_settings
 from ase_dist.tasks import Task
 from ase_dist.training.loop.components import frozen_digest
@@ -57,7 +61,7 @@ def open_trained_model(path: str | Path, *, checkpoint: str = "newest", device: 
         path = str(gather_objects(fetched)[0])
     name, path = str(path), Path(path)
     config = RunFolder(path).config
-    if not config.is_file():
+    if not is_regular(config):
         if not is_export(path):
             raise UserError(f"{str(path)!r} is neither a run nor an export: it holds no {config.name} and no {CARD}")
         if checkpoint != "newest":
@@ -75,15 +79,48 @@ def open_trained_model(path: str | Path, *, checkpoint: str = "newest", device: 
         return TrainedModel(name, "run", model, tasks, settings, found.step)
 
 
+def at_size(trained: TrainedModel, size: ImageSize) -> TrainedModel:
+    """The same weights in a model for images of ``size``; a position embedding is resampled by timm's rule.
+
+    Raises UserError where the backbone takes no images of that size, or has other weights that depend on it.
+    """
+    old = trained.model.model if isinstance(trained.model, ExportedModel) else trained.model
+    plain = {"pretrained": "none", "init_from": None, "checkpoint_activations": "none"}
+    settings = trained.settings.model_copy(
+        update={
+            "model": trained.settings.model.model_copy(update=plain),
+            "data": trained.settings.data.model_copy(update={"size": size}),
+        }
+    )
+    new = build_model(settings, trained.tasks, expert_layer="plain")
+    stored = named_tensors(old)
+    for name, tensor in named_tensors(new).items():
+        value = stored[name].to(tensor.device)
+        if name == "stem.pos_embed":
+            assert isinstance(new, MultiTaskViT) and isinstance(old, MultiTaskViT)
+            grids = [[int(side) for side in model.stem.patch_embed.grid_size] for model in (new, old)]
+            prefix = tensor.shape[1] - math.prod(grids[0])  # timm's no_embed_class leaves them out
+            value = resample_abs_pos_embed(value, *grids, num_prefix_tokens=prefix)
+        if value.shape != tensor.shape:
+            raise UserError(
+                f"data.size: got {size} for a model trained at {trained.settings.data.size}, whose {name} is of that "
+                "size; leave it out"
+            )
+        tensor.copy_(value)
+    LOGGER.info("trained at %s, evaluated at %s", trained.settings.data.size, size)
+    device = next(old.parameters()).device
+    return replace(trained, model=new.requires_grad_(False).to(device).eval(), settings=settings)
+
+
 def is_export(path: Path) -> bool:
     """Whether ``path`` looks like the folder of an export, or is on the hub, where runs are not."""
-    return is_hub(path) or (path / CARD).is_file()
+    return is_hub(path) or is_regular(path / CARD)
 
 
 def read_run(run: Path) -> Settings:
     """The settings of a run, from its folder."""
     config = RunFolder(run).config
-    if not config.is_file():
+    if not is_regular(config):
         raise UserError(f"{str(run)!r} is no run, there is no {config.name} in it; name the output= of a run")
     return recorded_settings(config)
 

@@ -20,8 +20,9 @@ from ase_dist.deployment import evaluate_model
 from ase_dist.deployment.evaluate_model import EvaluationRequest, data_settings
 from ase_dist.deployment.export import export_run
 from ase_dist.deployment.reference import read_reference
-from ase_dist.deployment.trained_model import open_trained_model
+from ase_dist.deployment.trained_model import at_size, open_trained_model
 from ase_dist.errors import ExitCode, UserError
+from ase_dist.image_size import ImageSize
 from ase_dist.models.export_file import card_digest
 from ase_dist.tasks import select_tasks
 from ase_dist.training.process.folder_lock import FolderLock
@@ -87,6 +88,31 @@ def test_the_run_its_export_and_the_command_agree(folder, scenes, tmp_path, eval
     close(found(tmp_path)["results"], found(out)["results"], rel=1e-6)
     assert found(tmp_path)["comparison"]["delta_m_percent"] == pytest.approx(0, abs=1e-3)
     assert found(tmp_path)["comparison"]["tasks"]["edge"]["score"] == "ods_f"
+
+
+@pytest.mark.single_gpu
+def test_other_input_sizes_than_the_trained_one(folder, scenes, tmp_path, evaluate, no_pool, capsys):
+    """Positions are resampled as timm does it, everything else stays; run and export agree."""
+    data = [f"data.root={scenes}", "data.scenes.val_images=3", "data.scenes.train_images=10", "data.scenes.size=40"]
+    for name, more in (("run", []), ("export", data)):
+        words = [str(folder / name), "data.size=32x64", "--out", str(tmp_path / name), "--device", "cpu", *more]
+        assert evaluate(words) == 0
+    first, second = found(tmp_path / "run"), found(tmp_path / "export")
+    close(first["results"], second["results"], rel=1e-6)
+    assert first["input_size"] == "32x64"
+    trained = open_trained_model(folder / "run", device=torch.device("cpu"))
+    wide, same = (at_size(trained, ImageSize(32, width)).model for width in (64, 32))
+    old = trained.model.stem.pos_embed
+    patches = old[:, 1:].unflatten(1, (2, 2)).permute(0, 3, 1, 2)
+    patches = torch.nn.functional.interpolate(patches, (2, 4), mode="bicubic", antialias=True)
+    expected = torch.cat([old[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    torch.testing.assert_close(wide.stem.pos_embed, expected)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for task, logits in trained.model(images).predictions.items():
+        torch.testing.assert_close(same(images).predictions[task], logits)
+    capsys.readouterr()
+    assert evaluate([str(folder / "run"), "data.size=33", "--out", str(tmp_path / "odd"), "--device", "cpu"]) == 2
+    assert "data.size: got 33" in capsys.readouterr().err
 
 
 @pytest.mark.single_gpu
