@@ -19,7 +19,7 @@ from ase_dist.baselines import apply_baseline
 from ase_dist.config import ALIASES, Settings, is_section, setting_keys, type_of
 from ase_dist.description import find_description, problem_in, read_description
 from ase_dist.errors import UserError, did_you_mean, first_problem
-from ase_dist.files import expand_user, read_text
+from ase_dist.files import expand_user, is_regular, read_text
 from ase_dist.tasks import DATA_SETS
 
 LOGGER = logging.getLogger("ase_dist")
@@ -112,7 +112,7 @@ def find_config(config: str | Path) -> Path:
     """The file of a shipped config's name or of a path; UserError if there is neither."""
     text = expand_user(str(config))
     path, names = Path(text), shipped_configs()
-    if path.suffix in {".yaml", ".yml"} and path.is_file():
+    if path.suffix in {".yaml", ".yml"} and is_regular(path):
         return path
     if text in names:
         return CONFIG_FOLDER / f"{text}.yaml"
@@ -213,10 +213,12 @@ def _described_set(each: Any, folder: str | None) -> Any:
     """An entry of ``data.sets`` with the description of the dataset.yaml that it names, or that lies in its root."""
     if not isinstance(each, dict) or each.get("description"):
         return each
-    root = each.get("root")
+    name, root = each.get("name"), each.get("root")
+    if name is not None and root is None and (named := find_description(str(name), None)) is not None:
+        root = str(named.parent.absolute())  # its own folder, not data.root
     parts = [expand_user(str(part)) for part in (folder, root) if part]
     place = str(Path(*parts)) if parts else None
-    found = dict(_described_data({"data": {"name": each.get("name"), "root": place}}, []))
+    found = dict(_described_data({"data": {"name": name, "root": place}}, []))
     if not found:
         return each
     root = found.get("data.root", root)

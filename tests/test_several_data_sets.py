@@ -11,6 +11,11 @@ import pytest
 from PIL import Image
 
 from ase_dist import load
+from ase_dist.commands.main import main
+from ase_dist.read_config import load_settings
+from ase_dist.study.jobs import jobs_of
+from ase_dist.study.presets import find_preset
+from ase_dist.study.variants import STUDIES
 from ase_dist.training.state.checkpoint import open_checkpoint
 from tests.test_own_data import FILE, SMALL, write_garden
 from tests.training.conftest import start_world
@@ -42,7 +47,6 @@ def write_yard(root):
 
 def follow(rank, folder):
     """Every command of the page in its order, short runs; the folder is whole again before the second part."""
-    from ase_dist.commands.main import main
     from ase_dist.training.process import runtime
     from ase_dist.training.record import plots
 
@@ -60,6 +64,16 @@ def follow(rank, folder):
         codes.append(main([*words[3:], *(SMALL if words[3] == "train" else ())]))
     codes.append(main(["train", "--config", "both.yaml", "output=runs/both", *SMALL, "train.max_steps=3"]))
     return codes
+
+
+def train_on_two(rank, folder):
+    """The page's run of two data sets, half of each batch on either rank."""
+    from ase_dist.training.process import runtime
+
+    runtime.stop = lambda: None
+    os.chdir(folder)
+    words = ["train", "--config", "both.yaml", "output=runs/pair", *SMALL, "train.batch_size=2"]
+    return main([*words, "train.max_steps=3"])
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +137,48 @@ def test_two_folders_train_one_model_that_goes_on_is_scored_and_exported(followe
     assert garden.keys() == {"semseg", "depth"} and garden["depth"]["images"] == 2
     assert garden["depth"]["rmse"] == pytest.approx(whole["depth"]["rmse"], rel=1e-5)
     assert "Ground" in (folder / "runs/both/report.html").read_text()
+
+
+@pytest.mark.multi_gpu
+def test_two_ranks_train_on_two_data_sets_as_one_does(followed):
+    folder, _ = followed
+    (folder / "rendezvous").unlink(missing_ok=True)
+    assert start_world(train_on_two, folder, size=2, seconds=200)()[:2] == ([0, 0], [0, 0])
+    pair, one = (
+        [json.loads(line) for line in (folder / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+        for name in ("pair", "both")
+    )
+    trained, wanted = ({line["step"]: line for line in lines if line["kind"] == "train"} for lines in (pair, one))
+    assert trained.keys() == wanted.keys() == {1, 2, 3}
+    for step, line in wanted.items():
+        assert trained[step]["losses"] == pytest.approx(line["losses"], rel=1e-4), step
+    scores, wanted = (read(folder / f"runs/{name}/summary.json")["metrics"] for name in ("pair", "both"))
+    for task, metrics in wanted.items():
+        assert scores[task] == pytest.approx(metrics, rel=1e-3, abs=1e-3), task
+
+
+def test_plans_and_studies_take_several_data_sets(followed, monkeypatch, capsys, tmp_path):
+    folder, _ = followed
+    monkeypatch.chdir(folder)
+    assert (
+        main(["plan", "--config", "both.yaml", "--world", "2", "--zero", "1", "train.balancing.method=mgda", *SMALL])
+        == 0
+    )
+    assert "balancing: task gradients" in capsys.readouterr().out
+    preset = find_preset("both.yaml")
+    assert (preset.title, preset.pair) == ("garden+yard", ("semseg", "depth"))
+    for name in ("balancing", "topk"):
+        jobs = jobs_of(STUDIES[name].variants(preset), preset, seeds=1, out=tmp_path, overrides=SMALL[:5])
+        assert all([each.title for each in job.settings.data.sets] == ["garden", "yard"] for job in jobs) and jobs
+
+
+def test_a_file_that_describes_a_set_is_its_folder(followed, tmp_path, monkeypatch):
+    """Also where that set has no root of its own."""
+    folder, _ = followed
+    monkeypatch.chdir(tmp_path)
+    sets = f"data.sets=[{{name: {folder}/garden/dataset.yaml}}, {{name: {folder}/yard, as: {{semseg: ground}}}}]"
+    data = load_settings(None, [sets]).data
+    assert [data.of_set(each).root for each in data.sets] == [folder / "garden", folder / "yard"]
+    assert [each.title for each in data.sets] == ["garden", "yard"]
+    data = load_settings(None, ["data.root=/elsewhere", sets]).data
+    assert [data.of_set(each).root for each in data.sets] == [folder / "garden", folder / "yard"]

@@ -57,7 +57,7 @@ def check_cluster(
         return CheckResult(nodes[0].address if nodes else "", problems)
     shell = over_ssh(port=port)
     known, problems = ask_nodes(nodes, shell, folder=Path.cwd(), data=job.data)
-    problems += job.shell_characters() + refused_exports(os.environ) + differences(known, data=job.data)
+    problems += job.shell_characters() + refused_exports(os.environ) + differences(known)
     for what, path in (("the current folder", Path.cwd()), ("Python", Path(sys.executable))):
         if not SHELL_SAFE.fullmatch(str(path)):
             problems.append(f"{what} is {str(path)!r}, which a shell on every node would not read as one path; move it")
@@ -81,11 +81,12 @@ def check_cluster(
 class ClusterJob:
     """The words of a command that a launcher starts on all nodes, and what its settings name.
 
-    ``data`` must hold the same files on all nodes, ``output`` must be shared; each is empty where it is not known.
+    ``data`` are folders that must hold the same files on all nodes, one for each of several data sets; ``output`` must
+    be shared. Each is empty where it is not known.
     """
 
     words: tuple[str, ...]
-    data: str = ""
+    data: tuple[str, ...] = ()
     output: str = ""
     timeout: float = Settings().guard.timeout
 
@@ -103,9 +104,10 @@ class ClusterJob:
         options, others = p.parse_known_args(list(words[1:]))
         overrides = [word for word in others if "=" in word and not word.startswith("-")]
         settings = load_settings(options.config, overrides, baseline=options.baseline)
-        is_generated = settings.data.data_set.layout is not None  # a node that lacks it generates it
-        data = "" if is_generated or settings.data.root is None else str(settings.data.root)
-        return cls(tuple(words), data, str(settings.output), settings.guard.timeout)
+        sets = [settings.data.of_set(each) for each in settings.data.sets] or [settings.data]
+        # a node that lacks generated scenes generates them
+        read = [str(data.root) for data in sets if data.data_set.layout is None and data.root is not None]
+        return cls(tuple(words), tuple(dict.fromkeys(read)), str(settings.output), settings.guard.timeout)
 
     def shell_characters(self) -> list[str]:
         """A sentence for each word that DeepSpeed's launcher would hand to a remote shell as code (0.19.8, pdsh).
@@ -159,16 +161,16 @@ def over_ssh(*, port: int | None = None, timeout: float = 120.0) -> Shell:
 
 
 def ask_nodes(
-    nodes: Sequence[Node], shell: Shell, *, folder: str | Path, data: str = ""
+    nodes: Sequence[Node], shell: Shell, *, folder: str | Path, data: Sequence[str] = ()
 ) -> tuple[dict[Node, NodeFacts], list[str]]:
     """The facts of the nodes that answer, and a sentence for each that does not.
 
-    Each is asked by this Python in ``folder`` there, as DeepSpeed will start it. ``data`` is a folder to digest.
+    Each is asked by this Python in ``folder`` there, as DeepSpeed will start it. ``data`` are folders to digest.
     """
 
     def ask(node: Node) -> NodeFacts | str:
         towards = nodes[0] if node is not nodes[0] else nodes[-1]
-        question = Question("" if towards is node else towards.address, data=data)
+        question = Question("" if towards is node else towards.address, data=tuple(data))
         command = [sys.executable, "-m", "ase_dist.cluster.facts", json.dumps(asdict(question))]
         done = shell(node.host, f"cd {shlex.quote(str(folder))} && {shlex.join(command)}")
         if done.code == UNREACHABLE:
@@ -187,7 +189,7 @@ def ask_nodes(
     return known, [answer for answer in answers.values() if isinstance(answer, str)]
 
 
-def differences(known: Mapping[Node, NodeFacts], *, data: str = "") -> list[str]:
+def differences(known: Mapping[Node, NodeFacts]) -> list[str]:
     """A sentence for each thing that makes a node unfit to train with the first one."""
     problems = []
     for node, facts in known.items():
@@ -195,8 +197,9 @@ def differences(known: Mapping[Node, NodeFacts], *, data: str = "") -> list[str]
             problems.append(f"{node.host} has {facts.devices} devices and the hostfile gives it slots={node.slots}")
         if missing := [name for name, version in facts.packages.items() if version == "missing"]:
             problems.append(f"{node.host} lacks {', '.join(missing)}; install the project there as on the others")
-        if data and facts.data == NO_FOLDER:
-            problems.append(f"{node.host} has no data folder {data!r}; copy it there, or mount it")
+        for folder, digest in facts.data.items():
+            if digest == NO_FOLDER:
+                problems.append(f"{node.host} has no data folder {folder!r}; copy it there, or mount it")
         if len(known) > 1 and not facts.interface:
             problems.append(f"{node.host} does not know the others by their names in the hostfile; use addresses there")
     first_with: dict[str, Node] = {}
@@ -206,11 +209,11 @@ def differences(known: Mapping[Node, NodeFacts], *, data: str = "") -> list[str]
             problems.append(f"{node.host} is the same machine as {twin.host}; list it once, with the sum of its slots")
         elif len(first_with) > 1:
             first, reference = next(iter(known.items()))
-            problems += _differences_between(node.host, facts, first.host, reference, data)
+            problems += _differences_between(node.host, facts, first.host, reference)
     return problems
 
 
-def _differences_between(host: str, facts: NodeFacts, first: str, reference: NodeFacts, data: str) -> list[str]:
+def _differences_between(host: str, facts: NodeFacts, first: str, reference: NodeFacts) -> list[str]:
     problems = []
     pairs = {"Python": (facts.python, reference.python)}
     pairs |= {name: (version, reference.packages.get(name, "missing")) for name, version in facts.packages.items()}
@@ -221,8 +224,10 @@ def _differences_between(host: str, facts: NodeFacts, first: str, reference: Nod
         problems.append(f"{host} runs other code than {first}; bring both to the same commit")
     if facts.user != reference.user:
         problems.append(f"{host} is used as {facts.user} and {first} as {reference.user}; use one user everywhere")
-    if data and facts.data != reference.data and NO_FOLDER not in (facts.data, reference.data):
-        problems.append(f"{host} has other files in {data!r} than {first}; copy the data again")
+    for folder, digest in facts.data.items():
+        there = reference.data.get(folder, NO_FOLDER)
+        if digest != there and NO_FOLDER not in (digest, there):
+            problems.append(f"{host} has other files in {folder!r} than {first}; copy the data again")
     if bool(facts.devices) != bool(reference.devices):
         problems.append(
             f"{host} has {facts.devices} devices and {first} has {reference.devices}; use nodes of one kind"

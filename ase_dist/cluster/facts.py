@@ -24,15 +24,18 @@ NO_FOLDER = "missing"
 
 @dataclass(frozen=True)
 class Question:
-    """What a node is asked: which interface leads to the host ``towards``, and what the folder ``data`` holds."""
+    """What a node is asked: which interface leads to the host ``towards``, and what the folders of ``data`` hold."""
 
     towards: str = ""
-    data: str = ""
+    data: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """A node's answer. ``machine`` is equal for two names of one machine, ``data`` is a digest or ``NO_FOLDER``."""
+    """A node's answer. ``machine`` is equal for two names of one machine.
+
+    ``data`` has a digest, or ``NO_FOLDER``, of each folder that was asked for.
+    """
 
     host: str
     machine: str
@@ -43,7 +46,7 @@ class NodeFacts:
     cores: int
     interface: str = ""
     address: str = ""
-    data: str = ""
+    data: dict[str, str] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
 
 
@@ -68,7 +71,7 @@ def gather(question: Question) -> NodeFacts:
         cores=usable_cores(),
         interface=interface.name if interface else "",
         address=interface.address if interface else "",
-        data=digest_folder(Path(question.data)) if question.data else "",
+        data={folder: digest_folder(Path(folder)) for folder in question.data},
         packages={name: version_of(name) or "missing" for name in PACKAGES},
     )
 

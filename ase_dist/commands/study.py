@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         "--data",
         type=path_or_name,
         default="scenes",
-        help=f"one of: {', '.join(PRESETS)} (default %(default)s), or a folder with a dataset.yaml",
+        help=f"one of: {', '.join(PRESETS)} (default %(default)s), a folder with a dataset.yaml, or your own config",
     )
     p.add_argument("--seeds", type=int, default=3, metavar="S", help="seeds 0 to S-1 (default %(default)s)")
     p.add_argument("--out", type=path, metavar="DIR", help="the study's folder (default studies/NAME_DATA)")

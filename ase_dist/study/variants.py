@@ -8,6 +8,7 @@ from typing import Any
 
 from ase_dist.baselines import baselines
 from ase_dist.errors import UserError, did_you_mean
+from ase_dist.image_size import ImageSize
 from ase_dist.registries import BALANCINGS, HEADS
 from ase_dist.study.presets import Preset
 
@@ -204,7 +205,7 @@ def _resolution(preset: Preset) -> list[Variant]:
             f"{baselines()[baseline].label}, {size} px",
             baseline,
             {"data.size": size},
-            x=size,
+            x=ImageSize.read(size).height,
             group=baselines()[baseline].label,
         )
         for baseline in ("mtl_vit_lora", "ase_16_3_1_4")

@@ -18,8 +18,19 @@ from tests.training.tiny_runs import ROOT
 pytestmark = pytest.mark.single_gpu
 
 NODES = (Node("n1", 8), Node("n2", 8), Node("ann@n3", 8))
-FACTS = NodeFacts(host="n1", machine="m1", user="ann", python="3.12.1", code="c", devices=8, cores=64, interface="eth0",
-              address="10.0.0.1", data="d", packages={"torch": "2.14.1", "deepspeed": "0.19.8"})  # fmt: skip
+FACTS = NodeFacts(
+    host="n1",
+    machine="m1",
+    user="ann",
+    python="3.12.1",
+    code="c",
+    devices=8,
+    cores=64,
+    interface="eth0",
+    address="10.0.0.1",
+    data={"/data": "d", "/more": "e"},
+    packages={"torch": "2.14.1", "deepspeed": "0.19.8"},
+)
 
 
 def known(**odd):
@@ -30,7 +41,7 @@ def known(**odd):
 
 
 def test_equal_nodes_are_no_problem():
-    assert differences(known(), data="d") == []
+    assert differences(known()) == []
     assert differences({}) == []
 
 
@@ -41,8 +52,8 @@ def test_equal_nodes_are_no_problem():
         ({"packages": {"torch": "2.9.0", "deepspeed": "0.19.8"}}, "n2 has other versions than n1: torch 2.9.0"),
         ({"packages": {"torch": "2.14.1", "deepspeed": "missing"}}, "n2 lacks deepspeed; install the project there"),
         ({"code": "x"}, "n2 runs other code than n1; bring both to the same commit"),
-        ({"data": "x"}, "n2 has other files in '/data' than n1; copy the data again"),
-        ({"data": NO_FOLDER}, "n2 has no data folder '/data'; copy it there, or mount it"),
+        ({"data": {"/data": "x", "/more": "e"}}, "n2 has other files in '/data' than n1; copy the data again"),
+        ({"data": {"/data": "d", "/more": NO_FOLDER}}, "n2 has no data folder '/more'; copy it there, or mount it"),
         ({"user": "bob"}, "n2 is used as bob and n1 as ann; use one user everywhere"),
         ({"devices": 4}, "n2 has 4 devices and the hostfile gives it slots=8"),
         ({"devices": 0}, "n2 has 0 devices and n1 has 8; use nodes of one kind"),
@@ -51,7 +62,7 @@ def test_equal_nodes_are_no_problem():
     ],
 )
 def test_each_difference_is_one_sentence(odd, sentence):
-    (said,) = differences(known(**odd), data="/data")
+    (said,) = differences(known(**odd))
     assert said.startswith(sentence)
 
 
@@ -163,12 +174,15 @@ def test_a_job_names_its_folders():
     job = ClusterJob.from_words(
         ["launch/train.py", *config, "data.root=PASCAL_MT", "output=runs/x", "guard.timeout=60"]
     )
-    assert (job.data, job.output, job.timeout) == ("PASCAL_MT", "runs/x", 60.0)
+    assert (job.data, job.output, job.timeout) == (("PASCAL_MT",), "runs/x", 60.0)
     generated = ClusterJob.from_words(
         ["launch/train.py", "data.root=/cache"]
     )  # by the first node that lacks the scenes
-    assert generated.data == ""
+    assert generated.data == ()
     assert ClusterJob.from_words(["other.py", "data.root=x"]).output == ""
+    sets = "data.sets=[{name: pascal_context, called: a, root: one}, {name: nyud, called: b, root: two}]"
+    assert ClusterJob.from_words(["launch/train.py", sets]).data == ("one", "two")
+    assert ClusterJob.from_words(["launch/train.py", sets, "data.root=all"]).data == ("all/one", "all/two")
     assert ClusterJob.from_words(["--module", "ase_dist", "train", "output=runs/x"]).output == "runs/x"
     assert ClusterJob.from_words(["--module", "ase_dist", "evaluate", "output=runs/x"]).output == ""
     assert ClusterJob.from_words(["launch/train.py", "--baseline", "mtl_vit"]).output == "runs/scenes_mtl_vit"
