@@ -23,7 +23,7 @@ from torch import Tensor
 from ase_dist.config import LARGEST_INPUT, ModelSettings, SetSettings, SizeSetting
 from ase_dist.description import DataSetDescription
 from ase_dist.errors import UserError, first_problem
-from ase_dist.files import expand_user, sha256_of
+from ase_dist.files import expand_user, is_regular, sha256_of
 from ase_dist.hub import Fetched, Place, fetch, is_hub
 from ase_dist.image_size import ImageSize
 from ase_dist.json_files import json_digest, read_object
@@ -159,7 +159,7 @@ def open_export(path: str | PathLike[str]) -> Export:
     """
     folder = fetch_export(path).path.parent if is_hub(path) else Path(expand_user(str(path)))
     for name in (CARD, WEIGHTS):
-        if not (folder / name).is_file():
+        if not is_regular(folder / name):
             raise UserError(f"{folder}: no export, there is no {name} in it; make one with launch/export.py RUN OUT")
     card_file = folder / CARD
     tree = read_object(card_file, max_bytes=MOST_CARD_BYTES)

@@ -1,5 +1,6 @@
 """The weights of every method of balancing: against TorchJD, or a paper's formula written out, on the same numbers."""
 
+import json
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from ase_dist.registries import BALANCINGS
 from ase_dist.tasks import PASCAL_TASKS
 from ase_dist.training.balancing import balancer as balancers
 from ase_dist.training.balancing import method as methods
-from ase_dist.training.balancing.balancer import Balancer
+from ase_dist.training.balancing.balancer import Balancer, StoredBalancing
 from ase_dist.training.balancing.gramian import Measurement
 from ase_dist.training.balancing.method import Seen, drawing_from
 from ase_dist.training.loop.losses import label_counts, task_losses
@@ -358,6 +359,48 @@ def test_what_tasks_share_of_a_resnet(batches, sharing):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Its state
+
+
+@pytest.mark.parametrize("on", ["parameters", "representation"])
+def test_every_method_goes_on_from_its_stored_state_bit_for_bit(batches, on):
+    """Six steps at once, and four with a new object that reads what a checkpoint holds after two, through JSON."""
+    tasks, micro = batches
+    model = built(tasks)
+    counts = [label_counts(batch.labels, tasks) for batch in micro]
+    names = [name for name in BALANCINGS if name != "fixed" and all(map(find_spec, BALANCINGS[name].modules))]
+    assert len(names) >= 12
+
+    def take(balancer, steps):
+        rows = []
+        for step in steps:
+            batch, count = micro[step % 2], counts[step % 2]
+            balancer.begin_step(step, [batch], count, beat=lambda doing: None)
+            by_task = task_losses(model(batch.images).predictions, batch.labels, tasks, count)
+            balancer.weighted_sum(by_task)
+            rows.append(balancer.weights_t.tolist())
+            before = [p.detach().clone() for p in model.heads.parameters()]
+            with torch.no_grad():  # the losses after the step are others than before
+                for number, p in enumerate(model.heads.parameters()):
+                    p.mul_(1 - 0.01 * (number % 5 + step))
+            balancer.end_step(step, [{name: loss.detach() for name, loss in by_task.items()}], epoch_ends=step % 2 == 0)
+            with torch.no_grad():
+                for p, value in zip(model.heads.parameters(), before, strict=True):
+                    p.copy_(value)
+        return rows
+
+    for name in names:
+        overrides = [f"tasks=[{', '.join(task.name for task in tasks)}]", f"train.balancing.method={name}"]
+        settings = load_settings(None, [*overrides, f"train.balancing.on={on}"])
+        whole, first, second = (Balancer(settings, tasks, model, CPU) for _ in range(3))
+        rows = take(whole, range(1, 7))
+        assert take(first, (1, 2)) == rows[:2], name
+        second.load_meta(StoredBalancing.model_validate(json.loads(json.dumps(first.to_meta()))))
+        assert take(second, range(3, 7)) == rows[2:] and second.to_meta() == whole.to_meta(), name
+        assert len({tuple(row) for row in rows}) > 1, f"{name}: could not fail"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # In a run
 
 
@@ -368,7 +411,6 @@ def test_what_tasks_share_of_a_resnet(batches, sharing):
         ("famo", ("train.gradient_accumulation_steps=2",)),
         ("gradnorm", ("train.balancing.every=3",)),
         pytest.param("nash_mtl", ("train.balancing.on=representation",), marks=with_ecos),
-        ("pcgrad", ()),
     ],
 )
 def test_two_steps_and_two_are_four(method, more, scenes, tmp_path):
