@@ -25,7 +25,7 @@ SHORT = ("train.max_steps=3", "checkpoint.every=2", "data.limit_val=1", "train.d
 SHORT += ("model.moe.aux_losses={}",)  # which are of a micro-step each
 EP = "model.moe.ep_size=2"
 BF16 = "train.bf16=true"
-STEPS = 3
+STEPS = 2  # dwa looks back at two
 METHODS = [name for name in BALANCINGS if name != "fixed" and all(map(find_spec, BALANCINGS[name].modules))]
 SIDES = [(name, "parameters") for name in METHODS] + [("aligned_mtl", "representation")]
 # ranks, DeepSpeed's JSON, changes
@@ -56,7 +56,7 @@ def weights_of_all(scenes, output, config, changes):
             tried["train.balancing.args"] = {"window": 1}
         balancer = Balancer(override_settings(settings, tried), parts.tasks, parts.engine.module, place.device)
         rows = []
-        for step in range(1, STEPS + 1):
+        for step in range(1, STEPS + 1 + (name == "dwa")):
             batches = [next(parts.train_loader) for _ in range(settings.train.gradient_accumulation_steps)]
             counts = mean_label_counts(batches, parts.tasks, place)
             balancer.begin_step(step, batches, counts, beat=lambda doing: None)

@@ -1,7 +1,7 @@
 """A full disk while a run records: it saves, ends with 74 and one sentence, and goes on when there is room again."""
 
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +19,7 @@ from tests.training.conftest import start_world
 from tests.training.tiny_runs import checkpoint, metric_lines, same_bits, tiny_run
 
 # saved at the end and after the best evaluations
+REAL = "really_full"
 ONCE = ("checkpoint.every=0", "train.batch_size=2", "eval.every=2", "eval.pictures=1")
 
 
@@ -102,6 +103,8 @@ def recorded_on_full_disks(rank, folder):
     for name in ("metrics", "picture"):
         found[f"{name} again"] = ended(folder, name)
     found["undisturbed"] = ended(folder, "undisturbed")
+    if (folder / REAL).is_mount():
+        found[REAL] = ended(folder, REAL, "train.max_steps=3")
     return found
 
 
@@ -109,7 +112,10 @@ def recorded_on_full_disks(rank, folder):
 def pair(scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("full")
     (folder / "scenes").write_text(str(scenes))
-    world = start_world(recorded_on_full_disks, folder, size=2, seconds=120)()
+    with ExitStack() as disks:
+        with suppress(pytest.skip.Exception):  # where mounting is not allowed
+            disks.enter_context(small_disk(folder / REAL, kilobytes=120))
+        world = start_world(recorded_on_full_disks, folder, size=2, seconds=120)()
     assert world.codes == [0, 0]
     return folder, world.results
 
@@ -155,6 +161,19 @@ def test_nothing_waits_for_a_rank_that_cannot_write_at_the_start_or_at_the_end(p
     assert (
         f"{folder / 'settings' / 'env.json'} cannot be written (No space left on device)" in results[1]["settings"][1]
     )
+
+
+@pytest.mark.multi_gpu
+def test_a_disk_that_is_really_full_ends_both_ranks_with_one_sentence(pair):
+    """Nothing fits any more: the save that the full disk makes due fails too, and what ends the run is that."""
+    _, results = pair
+    if REAL not in results[0]:
+        pytest.skip("mounting is not allowed here")
+    assert results[0][REAL] == results[1][REAL]
+    code, sentence, checkpoints = results[0][REAL]
+    assert (code, checkpoints) == (ExitCode.NOT_SAVED, []) and code in FINAL_CODES
+    assert re.match(r"the checkpoint of step \d was not saved: .*No space left on device", sentence), sentence
+    assert "\n" not in sentence
 
 
 def pictures_and_scalars_on_small_disks(rank, folder):
