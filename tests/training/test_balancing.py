@@ -391,6 +391,8 @@ def test_every_method_goes_on_from_its_stored_state_bit_for_bit(batches, on):
 
     for name in names:
         overrides = [f"tasks=[{', '.join(task.name for task in tasks)}]", f"train.balancing.method={name}"]
+        if name == "dwa":
+            overrides.append("train.balancing.args={window: 1}")
         settings = load_settings(None, [*overrides, f"train.balancing.on={on}"])
         whole, first, second = (Balancer(settings, tasks, model, CPU) for _ in range(3))
         rows = take(whole, range(1, 7))
