@@ -73,7 +73,7 @@ def train_on_two(rank, folder):
     runtime.stop = lambda: None
     os.chdir(folder)
     words = ["train", "--config", "both.yaml", "output=runs/pair", *SMALL, "train.batch_size=2"]
-    return main([*words, "train.max_steps=3"])
+    return [main([*words, f"train.max_steps={steps}"]) for steps in (2, 3)]  # as the page's: with this schedule
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_two_folders_train_one_model_that_goes_on_is_scored_and_exported(followe
 def test_two_ranks_train_on_two_data_sets_as_one_does(followed):
     folder, _ = followed
     (folder / "rendezvous").unlink(missing_ok=True)
-    assert start_world(train_on_two, folder, size=2, seconds=200)()[:2] == ([0, 0], [0, 0])
+    assert start_world(train_on_two, folder, size=2, seconds=200)()[:2] == ([0, 0], [[0, 0]] * 2)
     pair, one = (
         [json.loads(line) for line in (folder / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
         for name in ("pair", "both")
