@@ -137,11 +137,12 @@ def test_a_run_folder_of_its_own_is_found_and_nothing_is_left_behind(tmp_path):
 def test_facts_of_this_machine(tmp_path):
     import torch
 
-    facts = gather(Question(towards="127.0.0.1", data=str(tmp_path)))
+    facts = gather(Question(towards="127.0.0.1", data=(str(tmp_path),)))
     assert facts.packages["torch"] == torch.__version__.split("+")[0] or facts.packages["torch"] == torch.__version__
     assert (facts.interface, facts.address) == ("lo", "127.0.0.1")
     assert facts.cores >= 1 and facts.machine == gather(Question()).machine
-    assert gather(Question(data=str(tmp_path / "none"))).data == NO_FOLDER
+    folders = (str(tmp_path), str(tmp_path / "none"))
+    assert gather(Question(data=folders)).data == {folders[0]: digest_folder(tmp_path), folders[1]: NO_FOLDER}
 
 
 def test_the_digest_of_a_folder_sees_names_and_sizes(tmp_path):
