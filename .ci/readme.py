@@ -26,10 +26,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parents[1]
 FIRST = ("README.md", "start.md")  # their run is what other pages evaluate, export and report
 ELSEWHERE = re.compile(r"^(pip|pytest|sphinx-build|pre-commit|sudo) |HOST|--watch|ase-dist demo ")
 LAUNCHERS = re.compile(r"^(deepspeed|torchrun) ")  # all of them meet at port 29500: one at a time
+LIMIT = 600  # seconds that a command may take with --quick
 LEFT = (".git", "__pycache__", ".*_cache", "*.egg-info", "build", "dist", "runs", "studies", "exports", ".venv")
 
 # What is appended to the commands that match; all that match, in this order
@@ -41,7 +44,7 @@ SMALL = "train.batch_size=2 train.log_every=1 eval.batch_size=2 data.scenes.trai
 STUDY = f"--seeds 1 --steps 1 {SMALL} data.limit_train=8 data.limit_val=2"
 SMALL_VIT = "model.backbone=vit_tiny_patch16_224"
 QUICK = (
-    (r"(launch/train\.py|ase_dist train) ", f"train.max_steps=2 {SMALL}"),
+    (r"(launch/train\.py|ase[_-]dist train) ", f"train.max_steps=2 {SMALL}"),
     (r"train\.py .*--config pascal", "data.limit_val=2 data.size=64"),
     (r"train\.py ((?!--baseline).)*--config pascal", SMALL_VIT),
     (r"study\.py table1", f"--only stl_resnet18,ase_16_3_1_4 {STUDY}"),
@@ -78,7 +81,7 @@ def main():
             command = f"{line} {appended(line, words)}".strip()
             output = folder / f"{next(numbers):02}.txt"
             with launching if LAUNCHERS.search(line) else threading.Lock():
-                failed += not ran(command, checkout, environment, output)
+                failed += not ran(command, checkout, environment, output, LIMIT if arguments.quick else None)
         return failed
 
     chosen = {page: [line for line in lines if arguments.only in line
@@ -141,19 +144,25 @@ def bring_data(checkout, environment):
         (checkout / "holiday" / photograph.name).symlink_to(photograph)
 
 
-def ran(command, checkout, environment, output):
-    """Whether the command ended well; prints how it went, and the end of what it said where it did not."""
-    print(f"{output.stem}  {command}", flush=True)
+def ran(command, checkout, environment, output, limit):
+    """Whether the command ended well, in ``limit`` seconds; prints how it went, and the end of what it said if not."""
     began = time.monotonic()
     with output.open("w") as said:
         said.write(f"$ {command}\n\n")
         said.flush()
-        done = subprocess.run(["bash", "-c", command], cwd=checkout, env=environment, stdin=subprocess.DEVNULL,
-                              stdout=said, stderr=subprocess.STDOUT, check=False)  # fmt: skip
-    print(f"    exit code {done.returncode} after {time.monotonic() - began:.1f} s", flush=True)
-    if done.returncode:
-        print("\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]))
-    return done.returncode == 0
+        process = subprocess.Popen(["bash", "-c", command], cwd=checkout, env=environment, stdin=subprocess.DEVNULL,
+                                   stdout=said, stderr=subprocess.STDOUT)  # fmt: skip
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            for each in (*psutil.Process(process.pid).children(recursive=True), process):
+                each.kill()
+            code = f"{process.wait()} (it took too long)"
+    text = f"{output.stem}  {command}\n    exit code {code} after {time.monotonic() - began:.1f} s"
+    if code:
+        text += "\n" + "\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+    print(text, flush=True)
+    return code == 0
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ def setup(app):
     app.add_html_math_renderer("mathml", inline_renderers=(_inline_math, None), block_renderers=(_display_math, None))
     app.connect("config-inited", lambda app, config: reference.write(DOCS / "api"))
     app.connect("autodoc-process-docstring", reference.markdown_to_rst)
+    app.connect("env-get-outdated", lambda *event: ["index", "settings"])  # what they are made of may have changed
     app.connect("source-read", _fill_page)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
