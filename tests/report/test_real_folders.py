@@ -67,7 +67,7 @@ def test_a_failed_run_is_told_with_its_reason_and_forgiven_when_it_goes_on(scene
 
 def test_a_study_shows_its_variants_and_what_is_missing(toy, in_process, tmp_path, read_page):  # noqa: F811
     out, name = tmp_path / "study", "ase_16_3_1_4_pair"
-    options = {"data": "toy", "seeds": 1, "out": out, "slots": Slots()}
+    options = {"data": "toy", "seeds": 1, "out": out, "slots": Slots(), "overrides": ["eval.pictures=1"]}
     run_study("naive_vs_ase", only=[name], **options)
     page = read_page(write_report(out))
     assert not page.root.all("aside") and page.root.one("p", class_="state").text.startswith("complete")

@@ -230,8 +230,8 @@ def signals(rank, folder, scenes):
     interrupted("evaluating", evaluating if rank == 1 else before_step({}))
     saving = mock.patch.object(RunState, "_shards", then(send, RunState._shards))
     with saving if rank == 0 else before_step({}):
-        codes["saving"] = tiny_run(scenes, folder / "saving", *options[:-2], "checkpoint.every=3")
-    codes["saving again"] = tiny_run(scenes, folder / "saving", *options[:-2], "checkpoint.every=3")
+        codes["saving"] = tiny_run(scenes, folder / "saving", *options[:-1], "checkpoint.every=3")
+    codes["saving again"] = tiny_run(scenes, folder / "saving", *options[:-1], "checkpoint.every=3")
     return codes
 
 
