@@ -30,6 +30,7 @@ from ase_dist.models.levels import reads_levels, spread
 from ase_dist.models.multitask import MultiTaskViT
 from ase_dist.models.names import named_tensors
 from ase_dist.models.pretrained import patch_grid
+from ase_dist.models.swin import resized_tables
 
 LOGGER = logging.getLogger("ase_dist")
 LAYER = re.compile(r"(blocks\.\d+)\.mlp\.(?:router\.weight|\w+\.(?:A|B|weight|bias)\.\d+)")
@@ -82,6 +83,9 @@ class ExportInitializer:
                 saved["pos_embed"] = resample_abs_pos_embed(
                     old, list(backbone.grid), list(grid), num_prefix_tokens=prefix
                 )
+        if "patch_embed.proj.weight" in saved:
+            grid = patch_grid(self.export.card.image.size, saved["patch_embed.proj.weight"])
+            saved |= resized_tables(saved, backbone.blocks, grid=grid)
         if self.export.card.model.moe.experts == "ffn":
             lacking = [name for name in targets.keys() - saved.keys() if ".mlp." in name]
             self.without_ffn = {name.partition(".mlp.")[0] for name in lacking}

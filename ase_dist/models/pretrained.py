@@ -22,6 +22,7 @@ from ase_dist.files import replacing
 from ase_dist.hub import is_hub
 from ase_dist.image_size import ImageSize
 from ase_dist.models.families import family_of
+from ase_dist.models.swin import timm_names
 from ase_dist.models.weight_files import fetch_weights, file_of_weights, plain, read_tensors
 from ase_dist.models.weight_mismatch import differences, explain
 from ase_dist.models.weight_names import Found, find_network, to_timm
@@ -197,7 +198,7 @@ def save_backbone(trained: Mapping[str, Tensor], path: Path, *, size: ImageSize)
     backbone = {name.removeprefix("stem."): tensor for name, tensor in trained.items() if name.startswith(BACKBONE)}
     if not backbone:
         raise UserError("save_backbone: the run trained no backbone; it needs model.tune=full")
-    half = {name: tensor.half().contiguous() for name, tensor in backbone.items()}
+    half = {name: tensor.half().contiguous() for name, tensor in timm_names(backbone).items()}
     metadata = {"format": "pt"}
     if not size.is_square:
         rows, columns = patch_grid(size, backbone["patch_embed.proj.weight"])

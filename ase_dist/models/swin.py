@@ -9,9 +9,13 @@ Letters: X images of all streams, B images, t tasks, P tokens, D width, h w a gr
 
 from __future__ import annotations
 
+import re
+from bisect import bisect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.layers import resize_rel_pos_bias_table
 from timm.models import swin_transformer, swin_transformer_v2
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition, window_reverse
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
@@ -23,6 +27,8 @@ from ase_dist.models.blocks import TaskBlock
 
 SWINS = (SwinTransformer, SwinTransformerV2)
 BLOCKS = (SwinTransformerBlock, SwinTransformerV2Block)
+TABLE = "relative_position_bias_table"  # of v1
+SWINS_OWN = re.compile(rf"^blocks\.\d+\.attn\.({TABLE}|cpb_mlp\..*)$")
 MERGINGS = (nn.Identity, swin_transformer.PatchMerging, swin_transformer_v2.PatchMerging)
 
 
@@ -90,6 +96,48 @@ def take_blocks(net: Any) -> list[SwinTaskBlock]:
             grid = blocks[-1].grid
     net.layers = nn.Sequential()
     return blocks
+
+
+def timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A Swin's tensors, whose blocks are numbered over all stages, under timm's names; another model's as they are."""
+    if not any(SWINS_OWN.search(name) for name in tensors):
+        return dict(tensors)
+    merged = (re.match(r"blocks\.(\d+)\.downsample\.", name) for name in tensors)
+    starts = sorted({0} | {int(found[1]) for found in merged if found})
+    renamed = {}
+    for name, tensor in tensors.items():
+        timms = name
+        if found := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+            stage = bisect(starts, int(found[1])) - 1
+            place = "" if found[2].startswith("downsample.") else f"blocks.{int(found[1]) - starts[stage]}."
+            timms = f"layers.{stage}.{place}{found[2]}"
+        renamed[timms] = tensor
+    return renamed
+
+
+def resized_tables(
+    tensors: Mapping[str, Tensor], blocks: Sequence[nn.Module], *, grid: tuple[int, int]
+) -> dict[str, Tensor]:
+    """The tables of relative positions among ``tensors`` that have other windows than ``blocks``, resized by timm.
+
+    ``tensors`` are of a model whose patches lie on ``grid``; a window there was no larger than the grid of its stage.
+    """
+    resized = {}
+    for i, block in enumerate(blocks):
+        if not isinstance(block, SwinTaskBlock):
+            continue
+        if not isinstance(block.downsample, nn.Identity):
+            grid = -(-grid[0] // 2), -(-grid[1] // 2)
+        old = tensors.get(name := f"blocks.{i}.attn.{TABLE}")
+        new = getattr(block.attn, TABLE, None)
+        if old is None or new is None or old.shape[1:] != new.shape[1:]:
+            continue
+        windows = {(min(side, grid[0]), min(side, grid[1])) for side in range(1, max(grid) + 1)}
+        window = next((w for w in windows if (2 * w[0] - 1) * (2 * w[1] - 1) == old.shape[0]), None)
+        if window is not None and window != block.window:
+            options = {"new_window_size": block.window, "new_bias_shape": new.shape, "old_window_size": window}
+            resized[name] = resize_rel_pos_bias_table(old, **options)
+    return resized
 
 
 def check_stages(name: str, net: Any) -> None:

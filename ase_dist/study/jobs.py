@@ -139,8 +139,8 @@ def _job(
 
 def _own_changes(variant: Variant, preset: Preset) -> dict[str, Any]:
     """What the variant sets after its baseline, by dotted key."""
-    convolutional = preset.convolutional if "backbone" in find_baseline(variant.baseline).model else {}
-    return {**convolutional, **variant.changes, **({} if variant.tasks is None else {"tasks": variant.tasks})}
+    other = preset.backbones.get(find_baseline(variant.baseline).model.get("backbone", ""), {})
+    return {**other, **variant.changes, **({} if variant.tasks is None else {"tasks": variant.tasks})}
 
 
 def _report_replaced(

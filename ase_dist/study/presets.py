@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from ase_dist.typed_yaml import MOST_BYTES
 class Preset:
     """A config and its changes for a study.
 
-    ``convolutional`` are further changes for the baselines on ResNets; ``pair`` is two tasks whose gradients conflict;
+    ``backbones`` are further changes for baselines on another one; ``pair`` is two tasks whose gradients conflict;
     ``sizes`` are the image sizes of the study of resolution, as ``data.size`` takes them; ``steps`` the optimiser steps
     of a run.
     """
@@ -28,9 +29,10 @@ class Preset:
     pair: tuple[str, ...]
     sizes: tuple[int | str, ...]
     changes: dict[str, Any] = field(default_factory=dict)
-    convolutional: dict[str, Any] = field(default_factory=dict)
+    backbones: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
+FROM_HUB = {name: {"model.pretrained": "hub"} for name in ("resnet18", "swin_tiny_patch4_window7_224")}
 QUIET = {"eval.at_start": False, "monitor.tensorboard": False, "checkpoint.keep": 1}
 
 PRESETS: dict[str, Preset] = {
@@ -65,7 +67,16 @@ PRESETS: dict[str, Preset] = {
         pair=("semseg", "normals"),
         sizes=(224, 384, 512),
         changes=QUIET,
-        convolutional={"model.pretrained": "hub"},
+        backbones=FROM_HUB,
+    ),
+    "pascal_swin_t": Preset(
+        "pascal_swin_t",
+        "PASCAL-Context as MTLoRA has it",
+        steps=46800,  # 300 epochs of 4998 images in batches of 32
+        pair=("semseg", "normals"),
+        sizes=(224, 448),
+        changes=QUIET,
+        backbones=FROM_HUB,
     ),
     "nyuv2_13": Preset(
         "nyuv2_13_ase_16_3_1_4",
@@ -74,7 +85,7 @@ PRESETS: dict[str, Preset] = {
         pair=("semseg", "normals"),
         sizes=("144x192", "288x384", "432x576"),
         changes=QUIET,
-        convolutional={"model.pretrained": "hub"},
+        backbones=FROM_HUB,
     ),
     "cityscapes": Preset(
         "cityscapes_ase_16_3_1_4",
@@ -83,7 +94,7 @@ PRESETS: dict[str, Preset] = {
         pair=("semseg", "depth"),
         sizes=("64x128", "128x256", "256x512"),
         changes=QUIET,
-        convolutional={"model.pretrained": "hub"},
+        backbones=FROM_HUB,
     ),
 }
 

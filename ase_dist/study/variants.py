@@ -47,7 +47,8 @@ class Study:
     heat_map: str | None = None
 
 
-TABLE = tuple(name for name in baselines() if name != "ase_128_24_8_1")
+SWIN_T = tuple(name for name in baselines() if name.startswith("swin_t_"))
+TABLE = tuple(name for name in baselines() if name != "ase_128_24_8_1" and name not in SWIN_T)
 FINE_GRAINED = ("ase_16_3_1_4", "ase_32_6_2_2", "ase_64_12_4_1", "ase_128_24_8_1")
 EVIDENCE = ("mtl_vit_lora", "lora_moe_16_4_0_4", "naive_16_3_1_4", *FINE_GRAINED[:3])
 TOP_K = (3, 4, 5, 6, 7)
@@ -243,6 +244,12 @@ STUDIES: dict[str, Study] = {
         ("warmup_0",),
         axis="share of the run over which they grow from 0, %",
         heat_map="warmup_30",
+    ),
+    "mtlora": Study(
+        "Swin-T: LoRA, a LoRA for each task, experts",
+        lambda preset: [_of_baseline(name) for name in SWIN_T],
+        ("swin_t_stl",),
+        heat_map="swin_t_ase_16_3_1_4",
     ),
     "balancing": Study("How the tasks' losses are balanced", _balancing, ("fixed",)),
     "norm_ablation": Study("How gates are normalised", _norm_ablation, ("naive",)),

@@ -3,15 +3,21 @@
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from timm.layers import resize_rel_pos_bias_table
 
+from ase_dist.deployment.export import write_export
 from ase_dist.errors import UserError
+from ase_dist.image_size import ImageSize
+from ase_dist.models import build_model
 from ase_dist.models.backbone import build_backbone
 from ase_dist.models.families import embed
 from ase_dist.models.heads import Level
 from ase_dist.models.level_heads import _onto
+from ase_dist.models.pretrained import save_backbone
 from ase_dist.models.seeded import seeded_initialisation
 from ase_dist.moe import MoEFFN
+from ase_dist.tasks import select_tasks
 
 pytestmark = pytest.mark.single_gpu
 
@@ -216,3 +222,48 @@ def test_a_model_that_a_user_has_registered_may_have_other_blocks_and_is_refused
     monkeypatch.setattr(timm.models.swin_transformer, "SwinTransformerBlock", Block)
     with pytest.raises(UserError, match="has Blocks, wanted Swin's blocks"):
         build_backbone(V1, size=64, args=SMALL)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From one run to the next
+
+
+@pytest.mark.parametrize("name", [V1, V2])
+def test_a_trained_backbone_is_saved_under_timms_names(name, tmp_path, images):
+    settings = {"backbone": name, "weights": "none", "args": SMALL, "size": 64}
+    trained = build_backbone(settings.pop("backbone"), **settings, seed=3)
+    tensors = {f"stem.{n}": p for n, p in trained.stem.named_parameters()}
+    tensors |= {f"blocks.{i}.{n}": p for i, block in enumerate(trained.blocks) for n, p in block.named_parameters()}
+    tensors |= {f"norm.{n}": p for n, p in trained.norm.named_parameters()} | {
+        "heads.edge.linear.weight": torch.ones(1)
+    }
+    save_backbone({n: p.detach() for n, p in tensors.items()}, tmp_path / "w.safetensors", size=ImageSize(64, 64))
+    net = timm_model(name, 64, **SMALL)
+    net.load_state_dict({n: p.float() for n, p in load_file(tmp_path / "w.safetensors").items()}, strict=True)
+    again = build_backbone(name, size=64, args=SMALL, weights=str(tmp_path / "w.safetensors"))
+    for block, other in zip(trained.blocks, again.blocks, strict=True):
+        for got, wanted in zip(other.parameters(), block.parameters(), strict=True):
+            assert torch.equal(got, wanted.half().float())
+
+
+def test_a_run_starts_from_an_export_of_another_size_with_its_pairs_of_tasks(settings_for, stirred, tmp_path):
+    """64 x 24 pixels have windows of 4x4, 4x3, 4x2 cells, 64 x 64 of 4x4 throughout."""
+    chosen = {**SWIN, "lora_task_rank": 2, "moe": {"every_n_blocks": 2}}
+    first = settings_for(**chosen, size=(64, 24), tasks=["edge", "normals"])
+    tasks = select_tasks("scenes", first.tasks)
+    source = stirred(build_model(first, tasks, expert_layer="plain"))
+    facts = {"step": 1, "metrics": None, "backbone": {}}
+    write_export(tmp_path / "out", source, first, tasks, dtype="fp32", facts=facts)
+    second = settings_for(**chosen, size=64, tasks=["normals", "saliency"], init_from=str(tmp_path / "out"))
+    model = build_model(second, select_tasks("scenes", second.tasks), expert_layer="plain")
+    assert [block.window for block in source.blocks] == [(4, 4), (4, 3), (4, 3), (4, 2), (4, 2)]
+    for old, new in zip(source.blocks, model.blocks, strict=True):
+        assert torch.equal(new.attn.qkv.base.weight, old.attn.qkv.base.weight)
+        assert torch.equal(new.attn.qkv.lora_tasks.B[0], old.attn.qkv.lora_tasks.B[1])
+        assert not new.attn.qkv.lora_tasks.B[1].any(), "saliency is new"
+        table = old.attn.relative_position_bias_table
+        if old.window != new.window:
+            options = {"new_window_size": (4, 4), "new_bias_shape": (49, table.shape[1]), "old_window_size": old.window}
+            table = resize_rel_pos_bias_table(table, **options)
+        torch.testing.assert_close(new.attn.relative_position_bias_table, table)
+    assert torch.equal(model.blocks[3].downsample.reduction.lora_A, source.blocks[3].downsample.reduction.lora_A)

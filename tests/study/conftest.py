@@ -35,7 +35,12 @@ def toy(scenes, tmp_path, monkeypatch):
     path.write_text(yaml.safe_dump(tree))
     preset = presets.Preset(
         str(path), "toy scenes", steps=3, pair=("semseg", "edge"), sizes=(32, 48),
-        changes=presets.QUIET, convolutional={"model.backbone_args": {"channels": [8, 8, 8, 8]}},
+        changes=presets.QUIET, backbones={
+            "resnet18": {"model.backbone_args": {"channels": [8, 8, 8, 8]}},
+            "swin_tiny_patch4_window7_224": {
+                "model.backbone_args": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4}
+            },
+        },
     )  # fmt: skip
     monkeypatch.setitem(presets.PRESETS, "toy", preset)
     return preset

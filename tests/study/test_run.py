@@ -28,6 +28,7 @@ SOME = {  # where all variants would take long and say nothing more
     "router_cost": ["n16", "n256"],
     "balancing": ["fixed", "dwa", "upgrad"],
     "heads": ["pup", "hrnet"],
+    "mtlora": ["swin_t_mtlora", "swin_t_ase_16_3_1_4"],
     "resolution": ["mtl_vit_lora_32", "ase_16_3_1_4_48"],
 }  # fmt: skip
 
