@@ -9,8 +9,22 @@ import pytest
 import ase_dist
 from ase_dist.deployment.export import export_run
 from ase_dist.deployment.programs import deploy
+from ase_dist.read_config import load_settings
+from ase_dist.training.loop import run
+from ase_dist.training.process import runtime
 from tests.training.conftest import start_world
-from tests.training.tiny_runs import checkpoint, close, distance, losses, said, same_bits, tiny_run, trained
+from tests.training.tiny_runs import (
+    TINY,
+    checkpoint,
+    close,
+    distance,
+    ds_config,
+    losses,
+    said,
+    same_bits,
+    tiny_run,
+    trained,
+)
 
 pytestmark = pytest.mark.multi_gpu
 
@@ -50,6 +64,11 @@ def one(rank, folder):
     tiny_run(scenes, folder / "one", *EXPERTS, "model.moe.ep_size=1")
     step_2, turned = f"resume={folder / 'two/checkpoints/step_2'}", "tasks=[normals, semseg]"
     tiny_run(scenes, folder / "turned", *EXPERTS, "model.moe.ep_size=1", step_2, turned)
+    short = [each for each in TINY if not each.startswith(("model.backbone=", "model.backbone_args", "model.head"))]
+    place = f"data.root={next(scenes.glob('scenes-*'))}"
+    small = "model.backbone_args={embed_dim: 8, depths: [1, 1, 1, 1], num_heads: [1, 1, 1, 1]}"
+    chosen = [*short, place, small, "train.max_steps=1", "checkpoint.every=0", f"output={folder / 'config'}"]
+    run.train(load_settings("pascal_swin_t", chosen), ds_config("z0"), runtime.start(timeout=60, threads=1))
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +90,18 @@ def test_two_ranks_that_share_experts_are_one_and_resume_bit_for_bit(folder):
     assert max(distance(trained(folder / "two", 3), trained(folder / "one", 3)).values()) < 1e-5
     assert same_bits(checkpoint(folder / "two", 3), checkpoint(folder / "resumed", 3)) == []
     assert any(name.endswith("attn.qkv.lora_tasks.B") for name in trained(folder / "two", 3))
-    assert all(math.isfinite(value) for run in ("bf16", "z3") for value in losses(folder / run)[1].values())
+    assert all(math.isfinite(value) for name in ("bf16", "z3") for value in losses(folder / name)[1].values())
     assert "model.lora_task_rank" in (folder / "said").read_text()
 
 
 def test_the_pairs_of_tasks_are_resumed_by_name(folder):
     turned, whole = losses(folder / "turned"), losses(folder / "two")
     assert close(turned, {3: whole[3]}, rel=1e-5)
+
+
+def test_the_config_of_mtloras_comparison_trains(folder):
+    (step,) = losses(folder / "config").values()
+    assert {"semseg", "human_parts", "saliency", "normals"} <= step.keys() and all(map(math.isfinite, step.values()))
 
 
 def test_a_run_exports_as_programs_of_several_tasks_and_of_one(folder, tmp_path):
