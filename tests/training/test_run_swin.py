@@ -67,7 +67,15 @@ def one(rank, folder):
     short = [each for each in TINY if not each.startswith(("model.backbone=", "model.backbone_args", "model.head"))]
     place = f"data.root={next(scenes.glob('scenes-*'))}"
     small = "model.backbone_args={embed_dim: 8, depths: [1, 1, 1, 1], num_heads: [1, 1, 1, 1]}"
-    chosen = [*short, place, small, "train.max_steps=1", "checkpoint.every=0", f"output={folder / 'config'}"]
+    chosen = [
+        *short,
+        place,
+        small,
+        "data.workers=0",
+        "train.max_steps=1",
+        "checkpoint.every=0",
+        f"output={folder / 'config'}",
+    ]
     run.train(load_settings("pascal_swin_t", chosen), ds_config("z0"), runtime.start(timeout=60, threads=1))
 
 
