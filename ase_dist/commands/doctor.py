@@ -13,7 +13,7 @@ from ase_dist.printable import show
 
 EPILOG = """examples:
   python launch/doctor.py
-  python launch/doctor.py --output /scratch/runs --data ~/PASCALContext --json
+  python launch/doctor.py --output runs --data ~/PASCALContext --json
 
 It writes no file, prints no environment variable that may hold a secret, and ends within about three times --timeout.
 exit codes: 0 runs work here, perhaps with warnings; 2 nothing would work (what is "broken" says why)

@@ -133,7 +133,7 @@ class Trainer:
 
     def _must_stop(self) -> bool:
         """Whether this rank was asked to stop, cannot write its records or read its images."""
-        self._record_error = self._record_error or log_failure()
+        self._record_error = self._record_error or self.monitors.failure or log_failure()
         errors = (self._record_error, self._unread, self._loader_failure())
         return self.stop.requested or any(error is not None for error in errors)
 

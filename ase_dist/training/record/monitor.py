@@ -2,7 +2,7 @@
 
 Scalars, settings and pictures go to them in addition to metrics.jsonl and the run's folder, on rank 0 only. They are
 a convenience: one that fails, at its start or later, is told in one sentence and is off from then on, and the run goes
-on. DeepSpeed's engine gets none of them: its own monitors end a run where they fail, and count images where
+on; but for a full disk, which would cost the run more than its curves. DeepSpeed's engine gets none of them: its own monitors end a run where they fail, and count images where
 everything here counts steps, which Weights & Biases does not take (0.19.8).
 """
 
@@ -20,9 +20,10 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from ase_dist.errors import describe
+from ase_dist.errors import ExitCode, describe, exit_code_of
 from ase_dist.moe import deepspeed_compat
 from ase_dist.printable import printable
+from ase_dist.training.record.appending import RecordError
 from ase_dist.training.record.run_folder import RunFolder
 
 LOGGER = logging.getLogger("ase_dist")
@@ -198,12 +199,14 @@ INSTALL = {"wandb": "wandb", "mlflow": "mlflow", "comet": "comet_ml"}  # what pi
 class Monitors:
     """All monitors whose section in ``config``, DeepSpeed's JSON, is enabled; none where not ``enabled`` (rank 0).
 
-    They are opened at once, and what is shown is brought to its place at once. No method raises an error of a monitor.
+    They are opened at once, and what is shown is brought to its place at once. No method raises an error of a monitor;
+    ``failure`` is the first full disk, for which the run is to be saved and ended.
     """
 
     def __init__(self, config: Mapping[str, Any], run: RunFolder, *, enabled: bool) -> None:
         self._run = run
         self._open: dict[str, Monitor] = {}
+        self.failure: RecordError | None = None
         for name, kind in MONITORS.items():
             section = config.get(name, {})
             if enabled and section.get("enabled"):
@@ -244,6 +247,11 @@ class Monitors:
             yield
         except Exception as error:  # of any library, for any reason
             self._open.pop(name, None)
+            if exit_code_of(error) is ExitCode.NOT_SAVED:
+                sentence = f"{self._run.path} cannot be written ({describe(error)})"
+                self.failure = self.failure or RecordError(sentence, exit_code=ExitCode.NOT_SAVED)
+                LOGGER.warning("the monitor %s %s (%s)", name, what, printable(describe(error)))
+                return
             why = describe(error)
             if isinstance(error, ImportError) and name in INSTALL:
                 extra = INSTALL[name]
