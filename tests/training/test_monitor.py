@@ -40,7 +40,8 @@ def run_with_all(rank, folder):
     assert settings == ["monitor.wandb=true", "monitor.mlflow=true", "monitor.csv=true"]
     os.environ["WANDB_MODE"] = "offline"
     code = tiny_run(Path((folder / "scenes").read_text()), folder / "all", *settings, "monitor.tensorboard=true",
-                    "train.max_steps=4", "eval.every=2", "monitor.project=a project")  # fmt: skip
+                    "train.max_steps=4", "eval.every=2", "eval.pictures=1",
+                    "monitor.project=a project")  # fmt: skip
     # one that cannot be started, and one that its library does not know
     (folder / "broken").mkdir()
     (folder / "broken" / "tensorboard").write_text("a file")

@@ -2,8 +2,9 @@
 
 Scalars, settings and pictures go to them in addition to metrics.jsonl and the run's folder, on rank 0 only. They are
 a convenience: one that fails, at its start or later, is told in one sentence and is off from then on, and the run goes
-on; but for a full disk, which would cost the run more than its curves. DeepSpeed's engine gets none of them: its own monitors end a run where they fail, and count images where
-everything here counts steps, which Weights & Biases does not take (0.19.8).
+on; but for a full disk, which would cost the run more than its curves. DeepSpeed's engine gets none of them: its own
+monitors end a run where they fail, and count images where everything here counts steps, which Weights & Biases does
+not take (0.19.8).
 """
 
 from __future__ import annotations
