@@ -12,8 +12,13 @@ import pytest
 
 from tests.lanes import DEEPSPEED, FAST, is_elsewhere
 
-# A shell ignores these two for what it starts in the background, and every process of a test would inherit that.
-for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+# A shell ignores these for what it starts in the background, and every process of a test would inherit that.
+HANDLERS = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGQUIT: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
+for number, handler in HANDLERS.items():
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
