@@ -314,11 +314,13 @@ def libraries(tell: Teller, options: Options) -> None:
     with tell.doing("asking DeepSpeed for the accelerator", advice="set DS_ACCELERATOR=cpu or cuda", severity=BROKEN):
         from deepspeed.accelerator import get_accelerator
 
+        from ase_dist.training.loop.default_type import cpu_has_bf16
         from ase_dist.training.process.device import has_native_bf16
 
         accelerator = get_accelerator()
+        is_cpu = accelerator.device_name() == "cpu"
         tell.fact("accelerator", accelerator.device_name())
-        tell.fact("native bf16", has_native_bf16(accelerator))
+        tell.fact("native bf16", cpu_has_bf16() if is_cpu else has_native_bf16(accelerator))
     with tell.doing("looking for locks of torch's compiler", advice="see docs/doctor.md", severity=NOTE):
         from ase_dist.training.process.runtime import build_locks
 
