@@ -70,6 +70,8 @@ def main():
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
                    "PYTHONPATH": str(checkout), "XDG_CACHE_HOME": str(folder / "cache"),
                    "HOME": str(folder / "home")}  # fmt: skip
+    if arguments.quick:  # several commands and CI's other stages share the cores
+        environment["OMP_NUM_THREADS"] = "1"
     bring_data(checkout, environment)
     words = ALWAYS + QUICK * arguments.quick
     launching, numbers = threading.Lock(), itertools.count(1)
