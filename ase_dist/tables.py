@@ -128,7 +128,8 @@ class Table:
             for row in (self._headings(), *rows)
         )
         rule = "-" * len(heads)
-        return "\n".join(line.rstrip() for line in [printable(self.title), rule, heads, rule, *body, rule])
+        top = [rule, heads, rule] if heads.strip() else [rule]  # a table may need no headings
+        return "\n".join(line.rstrip() for line in [printable(self.title), *top, *body, rule])
 
     def _columns(self) -> list[Column]:
         return [Column(column) if isinstance(column, str) else column for column in self.columns]

@@ -75,3 +75,7 @@ def test_latex_has_as_many_cells_as_columns_in_every_row_and_groups_above() -> N
 def test_special_characters_stand_for_themselves() -> None:
     assert latex_text(r"50% of a_b\{c}") == r"50\% of a\_b\textbackslash{}\{c\}"
     assert latex_text("Delta_m (up)") == r"$\Delta_m$ $\uparrow$"
+
+
+def test_without_headings_there_is_no_line_for_them() -> None:
+    assert Table(("", ""), [("a", "x y")], title="run").to_text().split("\n") == ["run", "------", "a  x y", "------"]
