@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         "--host",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="listen on another address, such as 0.0.0.0: whoever can reach it can use the page (default %(default)s)",
+        help="listen on another address, such as 0.0.0.0: all who can reach it can use the page (default %(default)s)",
     )
     return p
 

@@ -154,5 +154,5 @@ def run_probe(name: str, options: dict[str, Any]) -> ProbeResult:
 
 
 def _text(told: Any) -> str:
-    """What ``TimeoutExpired`` has, bytes whatever was asked for."""
+    """What ``TimeoutExpired`` has, as text: it may be bytes where text was asked for."""
     return told.decode("utf-8", errors="replace") if isinstance(told, bytes) else told or ""

@@ -147,7 +147,7 @@ Head = TaskHead | LevelsHead
 class HeadFactory(Protocol):
     """How heads on the last level are built; ``width`` is for those with hidden channels.
 
-    Keywords that it takes beside these are the keys of ``model.head_args``.
+    Other keywords that it takes are the keys of ``model.head_args``.
     """
 
     def __call__(

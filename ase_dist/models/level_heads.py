@@ -45,8 +45,7 @@ class HRNetHead(LevelsHead):
     def forward(self, tokens: Sequence[Tensor]) -> Tensor:
         """Logits [B, C, h, w] of cells of about 4 pixels."""
         target = finest(self.levels)
-        maps = [linear(x) for linear, x in zip(self.linears, self.normalised(tokens), strict=True)]
-        images = [_onto(target, _image(x, level.grid), level) for x, level in zip(maps, self.levels, strict=True)]
+        images = _at_one_size(self, self.linears, tokens, target)
         x = sum(images[1:], images[0])
         for _ in range(_doublings(target)):
             x = double(x)
@@ -73,13 +72,18 @@ class MultiLevelHead(LevelsHead):
     def forward(self, tokens: Sequence[Tensor]) -> Tensor:
         """Logits [B, C, h, w] of cells of about 4 pixels."""
         target = finest(self.levels)
-        maps = [linear(x) for linear, x in zip(self.linears, self.normalised(tokens), strict=True)]
-        images = [_onto(target, _image(x, level.grid), level) for x, level in zip(maps, self.levels, strict=True)]
+        images = _at_one_size(self, self.linears, tokens, target)
         x, doublings = torch.cat(images, dim=1), _doublings(target)
         for _ in range(doublings - 1):
             x = double(x)
         x = doubled_conv(x, self.fuse) if doublings else self.fuse(x)
         return self.last(F.relu(self.norm(x)))  # type: ignore[no-any-return]
+
+
+def _at_one_size(head: LevelsHead, linears: nn.ModuleList, tokens: Sequence[Tensor], target: Level) -> list[Tensor]:
+    """Each level of ``head`` normalised, mapped by its linear, and brought to the cells of ``target``: images."""
+    maps = [linear(x) for linear, x in zip(linears, head.normalised(tokens), strict=True)]
+    return [_onto(target, _image(x, level.grid), level) for x, level in zip(maps, head.levels, strict=True)]
 
 
 class DPTHead(LevelsHead):

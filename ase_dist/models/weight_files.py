@@ -79,9 +79,9 @@ FOLDERS = (
 def file_of_weights(path: Path) -> Path:
     """``path``, or of a folder the file of weights in it. UserError where it holds something else, or several."""
     if not path.exists():
-        beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(
-            f"model.pretrained: there is no file {path}{did_you_mean(path.name, beside)}; wanted none, hub, scenes, "
+            f"model.pretrained: there is no file {path}{did_you_mean(path.name, names)}; wanted none, hub, scenes, "
             "hf://owner/name or a file of weights"
         )
     if not path.is_dir():
