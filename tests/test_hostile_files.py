@@ -6,10 +6,13 @@ import signal
 import pytest
 
 from ase_dist.commands.main import main
+from ase_dist.data.cache import locked
 from ase_dist.errors import ExitCode, UserError
 from ase_dist.files import sha256_of
+from ase_dist.image_size import ImageSize
 from ase_dist.overwriting import contains
 from ase_dist.report.ranks import read_ranks
+from ase_dist.scenes.make import SceneSet, is_complete
 from ase_dist.training.process.watchdog import Watchdog
 from ase_dist.training.record.logs import close_logs, open_logs
 from ase_dist.training.record.metrics import Recorder, read_metrics
@@ -55,6 +58,11 @@ READERS = {
     "the log of a rank": ("rank_1.log", lambda path: open_logs(RunFolder(path.parent), rank=1)),
     "the watchdog's log": ("rank_0.log", lambda path: Watchdog(path.parent, timeout=60).__enter__()),
     "a manifest": ("manifest.json", lambda path: read_manifest(path.parent)),
+    "the manifest of scenes": (
+        "manifest.json",
+        lambda path: is_complete(path.parent, SceneSet(train=1, val=1, size=ImageSize(32, 32), seed=0)),
+    ),
+    "the lock of a cache": (".scenes.lock", lambda path: locked(path.parent / "scenes").__enter__()),
     "a result": ("summary.json", lambda path: RunFolder(path.parent).read_summary()),
 }
 

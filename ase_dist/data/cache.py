@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ase_dist.files import home_folder
+from ase_dist.files import home_folder, refuse_irregular
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +37,12 @@ def cache_folder() -> Path:
 def locked(place: Path) -> Iterator[None]:
     """Hold the lock of ``place``, a hidden file next to it; the lock ends with its holder, the file itself stays.
 
-    Raises OSError where the parent folder cannot be written.
+    Raises OSError where the parent folder cannot be written, UserError where a pipe or a device has the lock's name.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
-    with (place.parent / f".{place.name}.lock").open("a", encoding="ascii") as handle:
+    lock = place.parent / f".{place.name}.lock"
+    refuse_irregular(lock)
+    with lock.open("a", encoding="ascii") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

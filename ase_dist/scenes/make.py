@@ -20,7 +20,7 @@ import numpy as np
 from ase_dist.cores import usable_cores
 from ase_dist.data.cache import cache_folder, locked, track_progress
 from ase_dist.errors import ExitCode, RunError, UserError, file_error
-from ase_dist.files import discard, flush, make_empty, put_in_place, temporary_for
+from ase_dist.files import discard, flush, is_regular, make_empty, put_in_place, temporary_for
 from ase_dist.image_size import ImageSize
 from ase_dist.json_files import read_object
 from ase_dist.scenes.layout import DEPTH_FOLDER, VAL_START, make_folders, scene_id, write_lists, write_scene
@@ -137,9 +137,15 @@ def _made_in(parent: Path) -> Iterator[None]:
 
 
 def is_complete(place: Path, wanted: SceneSet) -> bool:
-    """Whether ``place`` holds a complete data set of these settings, by its manifest, which is written last."""
+    """Whether ``place`` holds a complete data set of these settings, by its manifest, which is written last.
+
+    Raises UserError where something else than a file has the manifest's name.
+    """
+    manifest = place / MANIFEST
+    if not is_regular(manifest):
+        return False
     try:
-        return bool(json.loads((place / MANIFEST).read_text(encoding="utf-8")) == wanted.manifest)
+        return bool(json.loads(manifest.read_text(encoding="utf-8")) == wanted.manifest)
     except (OSError, ValueError):
         return False
 
