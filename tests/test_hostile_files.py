@@ -7,6 +7,7 @@ import pytest
 
 from ase_dist.commands.main import main
 from ase_dist.data.cache import locked
+from ase_dist.data.folder import list_lines
 from ase_dist.errors import ExitCode, UserError
 from ase_dist.files import sha256_of
 from ase_dist.image_size import ImageSize
@@ -62,6 +63,7 @@ READERS = {
         "manifest.json",
         lambda path: is_complete(path.parent, SceneSet(train=1, val=1, size=ImageSize(32, 32), seed=0)),
     ),
+    "a list of images": ("train.txt", lambda path: list_lines(path, remedy="")),
     "the lock of a cache": (".scenes.lock", lambda path: locked(path.parent / "scenes").__enter__()),
     "a result": ("summary.json", lambda path: RunFolder(path.parent).read_summary()),
 }

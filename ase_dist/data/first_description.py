@@ -21,13 +21,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
 from ase_dist.data.described import ANY, LABELS, PICTURES, described_reader
 from ase_dist.data.files import Array, read_array
+from ase_dist.data.folder import LONGEST_LIST
 from ase_dist.data.packed.sizes import stored_size
 from ase_dist.description import DataSetDescription
 from ase_dist.errors import UserError
+from ase_dist.files import read_text
+from ase_dist.picture_files import open_picture
 from ase_dist.tasks import IGNORE, voc_color
 
 MOST_FILES = 1_000_000
@@ -374,7 +377,7 @@ def _values_of(path: Path, seen: _Values) -> Array:
     if path.suffix.lower() == ".npy":
         return read_array(path)
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             if picture.mode == "P" and seen.palette is None:
                 seen.palette = list(picture.getpalette() or ())
             plain = picture.convert("RGB") if picture.mode in ("RGBA", "CMYK", "PA") else picture
@@ -389,7 +392,7 @@ def _orientation(root: Path, images: _Files, labels: Sequence[_Files]) -> tuple[
     votes: Counter[str] = Counter()
     names = sorted(images.paths)
     for name in names[:: -(-len(names) // SAMPLE)]:
-        with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(root / images.paths[name]) as picture:
+        with contextlib.suppress(OSError, ValueError, SyntaxError), open_picture(root / images.paths[name]) as picture:
             tag = picture.getexif().get(ExifTags.Base.Orientation, 1)
             stored = (picture.height, picture.width)
             sizes = {stored_size(root / group.paths[name]) for group in labels if name in group.paths}
@@ -409,8 +412,8 @@ def _names_in(root: Path, files: Sequence[str]) -> list[str] | None:
     for path in files:
         if re.fullmatch(rf"{CLASS_FILES}\.txt", PurePosixPath(path).name.lower()):
             try:
-                lines = (root / path).read_text(encoding="utf-8-sig").splitlines()
-            except (OSError, UnicodeDecodeError):
+                lines = read_text(root / path).splitlines()
+            except (OSError, UserError):
                 continue
             names = [line.strip() for line in lines if line.strip()]
             if len(set(names)) == len(names) >= 2:
@@ -477,8 +480,8 @@ def _listed_splits(
 def _listed(path: Path, images: _Files) -> list[str]:
     """The names of images in a list, whose lines may be names or end with one, as paths do."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = read_text(path, max_bytes=LONGEST_LIST).splitlines()
+    except (OSError, UserError):
         return []
     last = {name.rpartition("/")[2]: name for name in images.paths}
     stems = [re.sub(rf"\.({'|'.join(PICTURES)})$", "", line.strip(), flags=re.IGNORECASE) for line in lines]

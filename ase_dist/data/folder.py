@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import logging
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from ase_dist.data.decode import Decoder, decoder_of
 from ase_dist.data.file_check import FileCheck, Patterns, expand
 from ase_dist.data.files import UNPACK_AGAIN, Array, advising, read_image
 from ase_dist.errors import UserError, file_error
+from ase_dist.files import open_regular
 from ase_dist.tasks import Task
 
 LOGGER = logging.getLogger("ase_dist")
@@ -30,6 +32,7 @@ SPLITS = ("train", "val")
 MOST_NAMED = 10  # images in a sentence
 SEARCHED_LEVELS = 5  # of folders, for the one that has the lists
 SEARCHED_FOLDERS = 10_000
+LONGEST_LIST = 1 << 30  # bytes
 
 
 class FolderDataset(RecordDataset):
@@ -211,10 +214,12 @@ def read_list(root: Path, list_folder: str, split: str, *, remedy: str = "check 
 def list_lines(path: Path, *, remedy: str) -> list[str]:
     """The lines of a list without blank ones.
 
-    Raises UserError where it is empty, unreadable or no text, and FileNotFoundError where there is none.
+    Raises UserError where it is empty, unreadable, no text or no file, and FileNotFoundError where there is none.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # which also removes a byte-order mark
+        opened = open_regular(path, max_bytes=LONGEST_LIST)
+        with io.TextIOWrapper(opened, encoding="utf-8-sig") as file:  # any line ends, no byte-order mark
+            lines = file.read().split("\n")
     except FileNotFoundError:
         raise
     except (OSError, UnicodeDecodeError) as error:

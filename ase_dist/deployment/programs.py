@@ -23,7 +23,7 @@ from torch.export import Dim, ExportedProgram
 
 from ase_dist.deployment.exported import ExportedModel
 from ase_dist.errors import RunError, UserError, did_you_mean, file_error
-from ase_dist.files import replacing, require_room
+from ase_dist.files import open_regular, replacing, require_room
 from ase_dist.models.lora import merge_lora
 from ase_dist.models.multitask import checked_tasks
 from ase_dist.overwriting import contains, refuse_foreign
@@ -213,7 +213,7 @@ def _save_pt2(program: ExportedProgram, path: Path, facts_json: str) -> None:
 
 
 def _load_pt2(path: Path) -> Run:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         run: Run = torch.export.load(file).module()
     return run
 

@@ -21,7 +21,7 @@ from types import FrameType
 from ase_dist.cores import share_of_cores
 from ase_dist.deployment.export import export_run
 from ase_dist.errors import UserError
-from ase_dist.files import open_regular, write_atomic
+from ase_dist.files import open_regular, refuse_irregular, write_atomic
 from ase_dist.read_config import to_yaml
 from ase_dist.study.jobs import StudyJob
 from ase_dist.training.process.signals import stopping_signals
@@ -169,6 +169,7 @@ class _Running:
         environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
         if slots.devices:
             environment["CUDA_VISIBLE_DEVICES"] = slots.devices[slot % len(slots.devices)]
+        refuse_irregular(self.log)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command,
