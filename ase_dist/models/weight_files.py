@@ -218,7 +218,9 @@ def _refuse_other_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:
+    except OSError:
+        raise
+    except Exception:  # a damaged directory: BadZipFile, UnicodeDecodeError, NotImplementedError, struct.error
         what, then, names = "a zip archive, as torch.save writes them, that is cut short or damaged", COPY, []
     if any("/code/" in name for name in names):
         what, then = "a program of TorchScript", f"load it with torch.jit.load and {CONVERT}"

@@ -154,6 +154,14 @@ FOREIGN = {
     "zip": (zipped(**{"a.txt": "a"}), "zip archive of 1 files.*unpack"),
     "torchscript": (zipped(**{"m/data.pkl": "", "m/code/a.py": ""}), "TorchScript.*torch.jit.load"),
     "half a zip": (b"PK\x03\x04" + bytes(40), "cut short or damaged.*download"),
+    "a zip whose names are no text": (
+        zipped(**{"\u00e9": ""}).replace("\u00e9".encode(), b"\xff\xfe"),
+        "cut short or damaged",
+    ),
+    "a zip of a later version": (
+        zipped(a="").replace(b"PK\1\2\x14\3\x14\0", b"PK\1\2\x14\3\xff\0"),
+        "cut short or damaged",
+    ),
     "gguf": (b"GGUF\3\0\0\0", "GGUF"),
     "zeros": (bytes(4000), "neither safetensors nor a file of torch.save"),
     "half a pickle": (pickle.dumps({"a": 1}, protocol=2)[:-3], "cannot be read.*cut short"),
