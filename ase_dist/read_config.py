@@ -98,7 +98,7 @@ def _sentence(error: ValidationError) -> str:
         return f"{problem.where}: there is no such setting{hint}"
     if problem.kind == "value_error":  # of a registry: a complete sentence
         return f"{problem.where}: {problem.why}"
-    if problem.kind in ("tuple_type", "list_type") and isinstance(problem.got, str):
+    if problem.kind in ("tuple_type", "list_type") and isinstance(problem.got, str) and problem.got.isprintable():
         return f"{problem.where}: got {problem.got!r}, wanted a list; write {problem.where}=[{problem.got}]"
     return f"{problem.where}: got {problem.got!r}, {problem.why}"
 
@@ -192,6 +192,8 @@ def _described_data(tree: Mapping[str, Any], changes: Sequence[tuple[str, Any]])
     if isinstance(sets := data.get("sets"), list) and sets:
         return [("data.description", None), ("data.sets", [_described_set(each, data.get("root")) for each in sets])]
     name, root = data.get("name"), data.get("root")
+    if not isinstance(name, str | None):
+        return []  # the check of the settings refuses it
     if (held and not _name_data(changes)) or any(key.startswith("data.description") for key, _ in changes):
         return []
     is_own = bool(held) and name == held.get("name")  # what the run calls it, not a place

@@ -405,3 +405,18 @@ def test_numbers_that_are_none_are_refused_in_a_tree_too():
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match=r"train\.lr"):
             build_settings({"train": {"lr": bad}})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("data: {name: [a]}", r"data\.name: got \['a'\], "),
+        ('train: {adam: {betas: "\\n"}}', r"train\.adam\.betas: got '\\n', "),
+    ],
+)
+def test_a_value_of_another_type_is_one_sentence(text, said, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=said) as raised:
+        load_settings(path)
+    assert "\n" not in str(raised.value)
