@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ase_dist import typed_yaml
 from ase_dist.commands import cli, train
 from ase_dist.config import ALIASES, setting_keys, type_of
+from ase_dist.errors import UserError
 from ase_dist.read_config import build_settings, load_settings, override_settings, to_yaml, upgrade_tree
 
 pytestmark = pytest.mark.single_gpu
