@@ -1,6 +1,10 @@
-"""Every reader of files of others takes a changed file, or refuses it in a sentence that names it; nothing else."""
+"""Every reader of files of others takes a changed file, or refuses it in a sentence that names it; nothing else.
+
+    pytest -m nightly tests/fuzz        with ASE_FUZZ_SEED (0), thousands of changed files for each reader
+"""
 
 import json
+import os
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +18,7 @@ pytestmark = [pytest.mark.single_gpu, pytest.mark.filterwarnings("ignore")]
 
 SLOW = {"pth": 8, "card": 12, "export": 8, "run report": 3, "study report": 3, "checkpoint tensors": 10}  # examples
 COUNT = 2000  # inputs of the nightly run for each reader
+SEED = int(os.environ.get("ASE_FUZZ_SEED", "0"))  # of the nightly run
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,7 @@ def test_changes_are_the_same_each_time_and_take_any_bytes(data, drawn):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", READERS)
 def test_thousands_of_changed_files(name, tmp_path, record_property):
-    counts = run(name, count=COUNT, seed=0, folder=tmp_path)
+    counts = run(name, count=COUNT, seed=SEED, folder=tmp_path)
     record_property("counts", json.dumps(counts))
     assert counts["inputs"] == COUNT
     assert not counts["tracebacks"] and not counts["hangs"] and not counts["crashes"], counts
