@@ -1,6 +1,6 @@
 """Every reader of files of others takes a changed file, or refuses it in a sentence that names it; nothing else.
 
-    pytest -m nightly tests/fuzz        with ASE_FUZZ_SEED (0), thousands of changed files for each reader
+pytest -m nightly tests/fuzz        with ASE_FUZZ_SEED (0), thousands of changed files for each reader
 """
 
 import json
