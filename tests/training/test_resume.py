@@ -118,6 +118,7 @@ FORGED = {  # changes of the manifest, and what must be said of them, the file b
     "no sampler": ({"meta__sampler": None}, "meta.sampler"),
     "no counter": ({"meta__engine__micro_steps": None}, "a part of engine or backbone is missing"),
     "no tasks known": ({"meta__settings__data": None}, "meta.settings"),
+    "a switch for a data set": ({"meta__settings__data__name": True}, "meta.settings: data.name: got True"),
     "steps of a fraction": ({"meta__optimizer_steps": 1.5}, "meta.optimizer_steps"),
     "history of text": ({"meta__history": "best"}, "meta.history"),
 }

@@ -88,7 +88,10 @@ class RunMeta(_Part):
         """The tasks in the order in which the model's tensors have them."""
         if self.tasks is not None:
             return self.tasks
-        return tuple(task.name for task in select_tasks(self.settings["data"]["name"], self.settings["tasks"]))
+        name = self.settings["data"]["name"]
+        if not isinstance(name, str):
+            raise TypeError(f"data.name: got {name!r:.80}, wanted a text")
+        return tuple(task.name for task in select_tasks(name, self.settings["tasks"]))
 
 
 def read_meta(checkpoint: Checkpoint) -> RunMeta:
