@@ -138,6 +138,12 @@ def fused(report):
     return ["ViT, N/k/S/r", "side", "kernels, eager", "kernels, compiled"], lines
 
 
+def balancing(report):
+    """The step with each method over that with fixed weights."""
+    lines = [[f"`{row['method']}`", f"{row['ratio']:.2f}", f"{row['processor_ratio']:.2f}"] for row in report["rows"]]
+    return ["method", "step over that with fixed weights", "by the processor's clock"], lines
+
+
 # the mark in a page: what makes the table, and the file
 TABLES = {
     "layer": (layer, "layer.json"),
@@ -151,6 +157,7 @@ TABLES = {
     "counted_step": (counted_step, "roofline.json"),
     "counted_modules": (counted_modules, "roofline.json"),
     "fused": (fused, "fused.json"),
+    "balancing": (balancing, "balancing.json"),
 }
 MARK = re.compile(r"^(<!-- figures: (\w+) -->\n).*?^(<!-- end of figures -->)$", re.MULTILINE | re.DOTALL)
 
