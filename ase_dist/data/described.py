@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
 from ase_dist.data.decode import Decoder
 from ase_dist.data.described_labels import label_decoder
@@ -22,6 +22,7 @@ from ase_dist.data.files import TURN_LABEL, TURN_PIXELS, Array, advising, read_i
 from ase_dist.data.folder import FolderDataset, list_lines, refuse_doubles
 from ase_dist.description import FILE_NAME, DataSetDescription
 from ase_dist.errors import UserError, did_you_mean
+from ase_dist.picture_files import open_picture
 from ase_dist.tasks import Task
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")  # endings that .* stands for in images
@@ -87,7 +88,7 @@ class DescribedFolder(FolderDataset):
             image = read_image(path)
         if orientation == "stored":
             return image
-        with Image.open(path) as picture, contextlib.suppress(Exception):  # a damaged tag is none
+        with open_picture(path) as picture, contextlib.suppress(Exception):  # a damaged tag is none
             image = np.ascontiguousarray(_TURNS[picture.getexif()[ExifTags.Base.Orientation]](image))
         return image
 

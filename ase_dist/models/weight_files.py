@@ -235,7 +235,7 @@ def _refuse_other_zip(path: Path) -> None:
 def _unpickled(path: Path) -> Any:
     """What torch.save has written, by torch's unpickler for tensors, plain containers and numbers alone.
 
-    Beyond torch's own list it makes numbers of NumPy and an ``argparse.Namespace``, which training scripts save beside
+    Beyond torch's own list it makes numbers of NumPy and an ``argparse.Namespace``, which training scripts save with
     their weights (MAE, DINO); neither runs any code.
     """
     scalar = np.float64(0).__reduce__()[0]  # under the names of NumPy 1 and 2
@@ -254,7 +254,7 @@ def _unpickled(path: Path) -> Any:
     with suppress(Exception):  # all of them: of torch's older files it cannot tell, and the first is known
         objects = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
     raise UserError(
-        f"model.pretrained: {path} cannot be read as tensors alone: beside them it holds objects of "
+        f"model.pretrained: {path} cannot be read as tensors alone: it also holds objects of "
         f"{', '.join(objects[:3])}{f' and {len(objects) - 3} more' if len(objects) > 3 else ''}, which are not "
         "unpickled, since that can run any code; where you trust the file, load it once with "
         f"torch.load(FILE, weights_only=False) and {CONVERT}"
@@ -262,7 +262,7 @@ def _unpickled(path: Path) -> Any:
 
 
 def _weight_map(path: Path) -> list[tuple[str, str]]:
-    """The names of tensors in an ``*.index.json`` with their files, which lie beside it; none where it is no index."""
+    """The names of tensors in an ``*.index.json`` with their files, which lie in its folder; none if it is no index."""
     try:
         tree = json.loads(read_text(path))
     except (ValueError, RecursionError):  # UserError is a ValueError
