@@ -176,8 +176,13 @@ def boundaries(ids_HW: Array) -> Array:
     Resizing comes before: boundaries of the resized map stay one pixel wide and unbroken, a resized boundary would not.
     """
     p = np.pad(ids_HW, 1, mode="reflect" if min(ids_HW.shape) > 1 else "edge")
-    laplacian = p[:-2, 1:-1] + p[2:, 1:-1] + p[1:-1, :-2] + p[1:-1, 2:] - 4 * ids_HW
-    return thin(laplacian != 0).astype(np.uint8)
+    edges = p[:-2, 1:-1] + p[2:, 1:-1] + p[1:-1, :-2] + p[1:-1, 2:] != 4 * ids_HW
+    rows, columns = np.flatnonzero(edges.any(axis=1)), np.flatnonzero(edges.any(axis=0))
+    thinned = np.zeros(edges.shape, dtype=np.uint8)
+    if rows.size:  # thinning only takes pixels away: the box that holds them all is enough
+        box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        thinned[box] = thin(edges[box])
+    return thinned
 
 
 def distilled_normals(path: Path, ids_HW: Array) -> Array:

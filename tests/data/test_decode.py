@@ -137,8 +137,10 @@ def test_boundaries_equal_the_slow_reference():
     rng = np.random.default_rng(3)
     for shape in [(1, 1), (1, 6), (5, 7), (24, 30)]:
         ids = rng.integers(0, 3, shape).repeat(2, 0).repeat(3, 1).astype(np.int32)
-        reference = thin_everywhere(laplace(ids, mode="mirror") != 0)
-        np.testing.assert_array_equal(decode.boundaries(ids), reference)
+        small = np.pad(ids[:4, :5], ((3, 0), (2, 7)))
+        for each in (ids, small, small.T, np.zeros_like(ids)):
+            reference = thin_everywhere(laplace(each, mode="mirror") != 0)
+            np.testing.assert_array_equal(decode.boundaries(each), reference)
 
 
 def test_label_map_keeps_sixteen_bits_and_is_resized_nearest(pascal):
