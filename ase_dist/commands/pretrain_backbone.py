@@ -1,4 +1,4 @@
-"""Make the small backbone that ships with the package: train it on one task over scenes, keep the backbone in fp16.
+"""Make the small backbone that ships with the package: train it on scenes, keep the backbone in fp16.
 
 After an interruption the same command continues from the newest checkpoint.
 """
@@ -72,7 +72,9 @@ def _keep(overrides: Sequence[str], out: Path | None) -> int:
         "command": " ".join(["python launch/pretrain_backbone.py", *harmless_settings(overrides)]),
         "data": f"{settings.data.scenes.train_images} generated scenes, seed {settings.data.scenes.seed}",
         "steps": summary["step"],
-        "semseg": {key: summary["metrics"]["semseg"][key] for key in ("miou", "accuracy")},
+        "metrics": {
+            task.name: {task.metric: summary["metrics"][task.name][task.metric]} for task in settings.chosen_tasks()
+        },
         "license": "Apache-2.0, like the package; trained on generated images only",
     }
     write_atomic(out.with_suffix(".json"), json.dumps(card, indent=2) + "\n")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
-from types import MethodType
+from types import MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,17 @@ from torch import Tensor, nn
 
 from ase_dist.collectives import all_reduce_sum
 from ase_dist.errors import UserError
+
+
+def import_deepspeed() -> ModuleType:
+    """The package ``deepspeed`` without MLflow; its autotuner, unused here, would load that for a second."""
+    if "mlflow" in sys.modules or "deepspeed" in sys.modules:
+        return import_module("deepspeed")
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # Python's own way to say that there is none
+    try:
+        return import_module("deepspeed")
+    finally:
+        del sys.modules["mlflow"]
 
 
 def group_name(ep_size: int) -> str:

@@ -1,7 +1,9 @@
 """What the seam makes up for in other versions of DeepSpeed than the installed one; .ci/lowest has a real one."""
 
+import os
 import subprocess
 import sys
+import textwrap
 from importlib.metadata import version
 from types import ModuleType, SimpleNamespace
 
@@ -90,3 +92,18 @@ assert compiler.compile() is torch.compile
 @pytest.mark.skipif(not IS_NEW, reason="older DeepSpeed prepares Muon when it is imported itself")
 def test_muon_is_imported_without_inductor():
     subprocess.run([sys.executable, "-c", MUON], check=True, timeout=120)
+
+
+def test_deepspeed_is_imported_without_mlflow_which_stays_importable(tmp_path):
+    (tmp_path / "mlflow.py").write_text("print('MLflow')")
+    program = """
+        import sys
+        from ase_dist.moe.deepspeed_compat import import_deepspeed
+        assert import_deepspeed() is sys.modules["deepspeed"] is import_deepspeed()
+        print("DeepSpeed")
+        import mlflow
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert said.split()[-2:] == ["DeepSpeed", "MLflow"] and said.count("MLflow") == 1

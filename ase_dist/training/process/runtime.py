@@ -93,10 +93,8 @@ def start(
             if os.environ["WORLD_SIZE"] == "1":
                 raise
             refusal, timeout = error, min(timeout, REFUSAL_GRACE)
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
+    deepspeed = deepspeed_compat.import_deepspeed()
+    accelerator = deepspeed.accelerator.get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank == 0:
         for sentence in build_locks():
