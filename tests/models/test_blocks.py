@@ -6,10 +6,12 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ase_dist.models.blocks import BlockOutput, TaskBlock
 from ase_dist.models.lora import add_lora
 from ase_dist.moe import MoEFFN
+from ase_dist.ops.modes import SHORT
 
 pytestmark = pytest.mark.single_gpu
 
@@ -86,3 +88,38 @@ def test_autocast_is_what_it_is_told(x):
         off = block(x)[0]
     assert torch.equal(block(x, None, torch.bfloat16)[0], inside)
     assert torch.equal(block(x)[0], off) and not torch.equal(off, inside)
+
+
+class Called(TorchDispatchMode):
+    """The names of the operators that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "training", "fused"),
+    [
+        (5, torch.bfloat16, True, False),
+        (SHORT - 1, torch.bfloat16, True, False),
+        (SHORT, torch.bfloat16, True, True),
+        (5, torch.bfloat16, False, True),
+        (5, torch.float32, True, True),
+    ],
+)
+def test_short_attention_is_trained_unfused_in_bf16_on_a_cpu(tokens, dtype, training, fused):
+    x = torch.randn(2, 1, tokens, 16, dtype=dtype, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    with Called() as called:
+        y = TaskBlock(timm_block().to(dtype)).train(training)(x)[0]
+        y.float().square().sum().backward()
+    assert any("flash_attention" in name for name in called.names) == fused
+    expected = TaskBlock(timm_block().double()).train(training)(exact)[0]
+    expected.square().sum().backward()
+    for found, wanted in ((y, expected), (x.grad, exact.grad)):
+        assert (found.double() - wanted).norm() <= 1e-2 * wanted.norm()
