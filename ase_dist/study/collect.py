@@ -16,11 +16,14 @@ from scipy.special import entr
 from ase_dist.evaluation.delta_m import compared_scores, delta_p
 from ase_dist.evaluation.scores import score_of
 from ase_dist.evaluation.seeds import mean_and_spread, paired_difference
+from ase_dist.json_files import read_object
 from ase_dist.planning.flops import count_flops
 from ase_dist.study.jobs import StudyJob
 from ase_dist.study.variants import Variant
 from ase_dist.tasks import Delta, Task, select_tasks
 from ase_dist.training.record.metrics import read_metrics
+
+MADE_BY = ("git_commit", "packages", "device", "torch_threads")  # of env.json
 
 
 def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: Mapping[str, str]) -> dict[str, Any]:
@@ -29,7 +32,7 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
     Delta_m of a seed is relative to the reference variant's mean over its seeds, over the tasks that both have. Values
     by seed have the order of ``seeds``, the complete ones. Their ``differences`` from the reference, of the tasks'
     metrics and of Delta_m, are paired by seed. ``delta`` is ``eval.delta``: with delta_p all that is called ``delta_m``
-    is LibMTL's Delta_p.
+    is LibMTL's Delta_p. ``made_by`` says with which versions and on what the runs were made.
     """
     data, delta = jobs[0].settings.data, jobs[0].settings.eval.delta
     tasks = data.data_set.table
@@ -45,7 +48,24 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
         entry["differences"] = _differences(entry, by_name[entry["reference"]], tasks)
     names = list(dict.fromkeys(task for entry in found for task in entry["metrics"]))
     facts = {name: asdict(tasks[name]) for name in names}
-    return {"data": data.name, "tasks": names, "task_facts": facts, "delta": delta, "variants": found}
+    done = [job for job in jobs if job.is_done()]
+    return {
+        "data": data.name,
+        "tasks": names,
+        "task_facts": facts,
+        "delta": delta,
+        "variants": found,
+        "made_by": _made_by(done),
+    }
+
+
+def _made_by(jobs: Sequence[StudyJob]) -> list[dict[str, Any]]:
+    """What the finished runs were made by, each combination once, the most frequent first, with its number of runs."""
+    environments = [read_object(job.run.environment) for job in jobs if job.run.environment.is_file()]
+    kept = [{key: each.get(key) for key in MADE_BY} for each in environments]
+    distinct = [each for i, each in enumerate(kept) if each not in kept[:i]]
+    counted = [{**each, "runs": kept.count(each)} for each in distinct]
+    return sorted(counted, key=lambda each: -each["runs"])
 
 
 def task_of(results: Mapping[str, Any], name: str) -> Task:

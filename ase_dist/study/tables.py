@@ -43,6 +43,7 @@ def markdown(title: str, data_title: str, results: Mapping[str, Any]) -> str:
     missing = [name for variant in variants for name in variant["missing"]]
     if missing:
         lines += [f"Not done: {', '.join(missing)}.", ""]
+    lines += [line for each in results.get("made_by", []) for line in (_made_by(each), "")]
     return "\n".join(lines)
 
 
@@ -75,6 +76,14 @@ def _differences(
         "no difference was found, and the cell says none."
     )
     return [explained, "", Table(columns, rows).to_markdown(), ""]
+
+
+def _made_by(found: Mapping[str, Any]) -> str:
+    """``Runs: 30 of commit 1f12471, cpu, threads 1, torch 2.14.1, ...``"""
+    commit = [f"of commit {found['git_commit'][:7]}"] if found["git_commit"] else []
+    versions = [f"{name} {version}" for name, version in (found["packages"] or {}).items() if version]
+    facts = [*commit, str(found["device"]), f"threads {found['torch_threads']}", *versions]
+    return f"Runs: {found['runs']} {', '.join(facts)}."
 
 
 def _difference(found: Mapping[str, Any] | None, form: str) -> str:

@@ -7,6 +7,7 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ase_dist.baselines import find_baseline
@@ -85,6 +86,21 @@ def test_conflict_and_shared_gates_are_collected(toy, in_process, tmp_path):
     }
     assert drawn >= {"scores.png", "task_information.png", "task_overlap.png"}
     assert set(ase["metrics"]) == {"semseg", "edge"}
+
+
+def test_results_say_which_versions_made_the_runs(toy, in_process, tmp_path):
+    out, only = tmp_path / "out", ["ase", "separate"]
+    assert run_study("norm_ablation", data="toy", seeds=1, out=out, only=only, slots=Slots()) == 0
+    (one,) = json.loads((out / "results.json").read_text())["made_by"]
+    assert one["runs"] == 3 and one["packages"]["torch"] == torch.__version__ and one["torch_threads"] == 1
+    environment = out / "runs/ase/seed_0/env.json"
+    tree = json.loads(environment.read_text()) | {"git_commit": "0123456789abcdef"}
+    environment.write_text(json.dumps(tree))
+    assert run_study("norm_ablation", data="toy", seeds=1, out=out, only=only, slots=Slots(), train=False) == 0
+    assert [each["runs"] for each in json.loads((out / "results.json").read_text())["made_by"]] == [2, 1]
+    lines = (out / "results.md").read_text().splitlines()
+    assert lines[-1].startswith("Runs: 1 of commit 0123456, cpu, threads 1, ase-dist ")
+    assert lines[-3].startswith("Runs: 2 ")
 
 
 def test_the_runs_of_a_transition_start_from_the_export_of_a_run_of_one_task(toy, in_process, tmp_path):
