@@ -45,6 +45,7 @@ STUDY = f"--seeds 1 --steps 1 {SMALL} data.limit_train=8 data.limit_val=2"
 SMALL_VIT = "model.backbone=vit_tiny_patch16_224"
 QUICK = (
     (r"(launch/train\.py|ase[_-]dist train) ", f"train.max_steps=2 {SMALL}"),
+    (r"pretrain_backbone", f"train.max_steps=2 {SMALL}"),
     (r"train\.py .*--config pascal", "data.limit_val=2 data.size=64"),
     (r"train\.py ((?!--baseline).)*--config pascal", SMALL_VIT),
     (r"study\.py table1", f"--only stl_resnet18,ase_16_3_1_4 {STUDY}"),
