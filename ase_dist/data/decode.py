@@ -177,12 +177,17 @@ def boundaries(ids_HW: Array) -> Array:
     """
     p = np.pad(ids_HW, 1, mode="reflect" if min(ids_HW.shape) > 1 else "edge")
     edges = p[:-2, 1:-1] + p[2:, 1:-1] + p[1:-1, :-2] + p[1:-1, 2:] != 4 * ids_HW
-    rows, columns = np.flatnonzero(edges.any(axis=1)), np.flatnonzero(edges.any(axis=0))
-    thinned = np.zeros(edges.shape, dtype=np.uint8)
+    return thinned(edges).astype(np.uint8)
+
+
+def thinned(lines: Array) -> Array:
+    """Lines of any thickness, bool [H, W], thinned to one pixel."""
+    rows, columns = np.flatnonzero(lines.any(axis=1)), np.flatnonzero(lines.any(axis=0))
+    result = np.zeros(lines.shape, dtype=bool)
     if rows.size:  # thinning only takes pixels away: the box that holds them all is enough
         box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        thinned[box] = thin(edges[box])
-    return thinned
+        result[box] = thin(lines[box])
+    return result
 
 
 def distilled_normals(path: Path, ids_HW: Array) -> Array:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import binary_dilation
-from skimage.morphology import thin
 
 from ase_dist.data import decode
 from ase_dist.data.decode import DEEPEST, Decoder, Shape, _fit, _matrix
@@ -129,7 +128,7 @@ def _two_values(path: Path, shape: Shape, *, task: TaskDescription, mapped: _Map
 
 def _with_thickness(label: Array, thickness: int) -> Array:
     """Edges thinned to lines of one pixel, then widened to ``thickness`` pixels; ignored pixels stay ignored."""
-    lines = thin(label == 1)
+    lines = decode.thinned(label == 1)
     square = np.ones((thickness, thickness), dtype=bool)
     wide = binary_dilation(lines, square) if thickness > 1 else lines
     return np.where(label == IGNORE, IGNORE, wide).astype(np.uint8)
