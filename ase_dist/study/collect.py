@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from scipy.special import entr
 
+from ase_dist.errors import UserError
 from ase_dist.evaluation.delta_m import compared_scores, delta_p
 from ase_dist.evaluation.scores import score_of
 from ase_dist.evaluation.seeds import mean_and_spread, paired_difference
@@ -22,8 +23,7 @@ from ase_dist.study.jobs import StudyJob
 from ase_dist.study.variants import Variant
 from ase_dist.tasks import Delta, Task, select_tasks
 from ase_dist.training.record.metrics import read_metrics
-
-MADE_BY = ("git_commit", "packages", "device", "torch_threads")  # of env.json
+from ase_dist.training.record.run_folder import RunFolder
 
 
 def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: Mapping[str, str]) -> dict[str, Any]:
@@ -61,11 +61,26 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
 
 def _made_by(jobs: Sequence[StudyJob]) -> list[dict[str, Any]]:
     """What the finished runs were made by, each combination once, the most frequent first, with its number of runs."""
-    environments = [read_object(job.run.environment) for job in jobs if job.run.environment.is_file()]
-    kept = [{key: each.get(key) for key in MADE_BY} for each in environments]
-    distinct = [each for i, each in enumerate(kept) if each not in kept[:i]]
-    counted = [{**each, "runs": kept.count(each)} for each in distinct]
+    origins = [_origin(job.run) for job in jobs]
+    distinct = [each for i, each in enumerate(origins) if each not in origins[:i]]
+    counted = [{**each.model_dump(), "runs": origins.count(each)} for each in distinct]
     return sorted(counted, key=lambda each: -each["runs"])
+
+
+class _Origin(BaseModel):
+    """What env.json says of where a run's numbers are from."""
+
+    git_commit: str | None = None
+    packages: dict[str, str | None] = {}
+    device: str | None = None
+    torch_threads: int | None = None
+
+
+def _origin(run: RunFolder) -> _Origin:
+    try:
+        return _Origin.model_validate(read_object(run.environment))
+    except (OSError, UserError, ValidationError):  # of another version, or damaged: the run's numbers are not
+        return _Origin()
 
 
 def task_of(results: Mapping[str, Any], name: str) -> Task:

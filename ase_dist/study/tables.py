@@ -80,10 +80,10 @@ def _differences(
 
 def _made_by(found: Mapping[str, Any]) -> str:
     """``Runs: 30 of commit 1f12471, cpu, threads 1, torch 2.14.1, ...``"""
-    commit = [f"of commit {found['git_commit'][:7]}"] if found["git_commit"] else []
-    versions = [f"{name} {version}" for name, version in (found["packages"] or {}).items() if version]
-    facts = [*commit, str(found["device"]), f"threads {found['torch_threads']}", *versions]
-    return f"Runs: {found['runs']} {', '.join(facts)}."
+    facts = [f"of commit {found['git_commit'][:7]}"] if found["git_commit"] else []
+    facts += [str(found["device"]), f"threads {found['torch_threads']}"] if found["device"] else []
+    facts += [f"{name} {version}" for name, version in found["packages"].items() if version]
+    return f"Runs: {found['runs']} {', '.join(facts) or 'of unknown versions'}."
 
 
 def _difference(found: Mapping[str, Any] | None, form: str) -> str:

@@ -101,6 +101,10 @@ def test_results_say_which_versions_made_the_runs(toy, in_process, tmp_path):
     lines = (out / "results.md").read_text().splitlines()
     assert lines[-1].startswith("Runs: 1 of commit 0123456, cpu, threads 1, ase-dist ")
     assert lines[-3].startswith("Runs: 2 ")
+    for damaged in ('{"packages": [1]}', "{", None):
+        environment.unlink() if damaged is None else environment.write_text(damaged)
+        assert run_study("norm_ablation", data="toy", seeds=1, out=out, only=only, slots=Slots(), train=False) == 0
+        assert (out / "results.md").read_text().splitlines()[-1] == "Runs: 1 of unknown versions."
 
 
 def test_the_runs_of_a_transition_start_from_the_export_of_a_run_of_one_task(toy, in_process, tmp_path):
