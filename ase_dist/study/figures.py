@@ -29,19 +29,22 @@ def draw(results: Mapping[str, Any], *, title: str, axis: str) -> dict[str, byte
     done = [variant for variant in results["variants"] if variant["seeds"]]
     numbered = axis and all(variant["x"] is not None for variant in done if variant["group"])
     delta = str(results.get("delta", "delta_m")).capitalize()
+    colors = dict(zip((variant["name"] for variant in done), cycle(COLORS), strict=False))  # the same in all plots
     plots: dict[str, Callable[[], Figure | None]] = {
         "gains": lambda: _lines(done, "delta_m", title, axis, f"{delta}, %") if numbered else _bars(done, title, delta),
         "speed": lambda: _lines(done, "images_per_second", title, axis, "training images/s") if numbered else None,
-        "scores": lambda: _scores(done, results),
-        "shared_gate": lambda: _curves(done, "shared_gate", "gate", "mean gate of the shared experts"),
-        "conflict": lambda: _curves(done, "conflict", "conflicting", "share of task pairs in conflict"),
-        "cosine": lambda: _curves(done, "conflict", "cosine", "mean cosine between tasks' gradients"),
+        "scores": lambda: _scores(done, results, colors),
+        "shared_gate": lambda: _curves(done, colors, "shared_gate", "gate", "mean gate of the shared experts"),
+        "conflict": lambda: _curves(done, colors, "conflict", "conflicting", "share of task pairs in conflict"),
+        "cosine": lambda: _curves(done, colors, "conflict", "cosine", "mean cosine between tasks' gradients"),
         "shared_gate_by_task": lambda: _gates(done, by_task=True),
         "shared_gate_by_layer": lambda: _gates(done, by_task=False),
         "task_information": lambda: _curves(
-            done, "specialisation", "information", "information of task and expert, of what is possible"
+            done, colors, "specialisation", "information", "information of task and expert, of what is possible"
         ),
-        "task_overlap": lambda: _curves(done, "specialisation", "overlap", "use of experts that two tasks share"),
+        "task_overlap": lambda: _curves(
+            done, colors, "specialisation", "overlap", "use of experts that two tasks share"
+        ),
     }
     drawn = {}
     for name, plot in plots.items():
@@ -107,30 +110,35 @@ def _lines(variants: Variants, key: str, title: str, axis: str, ylabel: str) -> 
     return figure
 
 
-def _scores(variants: Variants, results: Mapping[str, Any]) -> Figure | None:
+def _scores(variants: Variants, results: Mapping[str, Any], colors: Mapping[str, str]) -> Figure | None:
     """The tasks' metrics over the steps, a panel per task, a line per variant: mean over seeds, range as a band."""
     shown = [variant for variant in variants if variant.get("scores")]
     if not shown:
         return None
     names = [name for name in results["tasks"] if any(name in variant["scores"]["by_task"] for variant in shown)]
-    figure = Figure(figsize=(1.0 + 3.0 * len(names), 3.4), layout="constrained")
+    figure = Figure(figsize=(1.0 + 3.0 * len(names), 3.9), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(names)))
+    lines = {}
     for ax, name in zip(panels, names, strict=True):
-        for variant, color in zip(shown, cycle(COLORS), strict=False):
+        for variant in shown:
             if name in variant["scores"]["by_task"]:
-                steps = variant["scores"]["steps"]
+                steps, color = variant["scores"]["steps"], colors[variant["name"]]
                 values = np.array(variant["scores"]["by_task"][name], dtype=float)
-                ax.plot(steps, values.mean(axis=1), color=color, marker=".", label=variant["label"])
+                (lines[variant["label"]],) = ax.plot(steps, values.mean(axis=1), color=color, marker=".")
                 ax.fill_between(steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.12, linewidth=0)
         task = task_of(results, name)
         ax.set(xlabel="step", title=f"{task.title}, {task.metric_title}")
-    panels[-1].legend()
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), len(names)))
     return figure
 
 
 def _gates(variants: Variants, *, by_task: bool) -> Figure | None:
-    """The shared experts' gate over the steps, a panel per variant, a line per task or per layer (early ones dark)."""
-    shown = [variant for variant in variants if variant.get("shared_gate", {}).get("steps")]
+    """The shared experts' gate over the steps, a panel per variant, a line per task or per layer (early ones dark).
+
+    Variants whose gate is 1 throughout have no panel, in which the others' gates could not be told apart.
+    """
+    measured = [variant for variant in variants if variant.get("shared_gate", {}).get("steps")]
+    shown = [variant for variant in measured if not np.all(np.array(variant["shared_gate"]["gate"]) == 1)]
     if not shown:
         return None
     figure = Figure(figsize=(1.0 + 2.8 * len(shown), 3.2), layout="constrained")
@@ -143,19 +151,23 @@ def _gates(variants: Variants, *, by_task: bool) -> Figure | None:
             ax.plot(found["steps"], values, color=color, linewidth=1.2, label=label)
         ax.set(xlabel="step", title=fill(variant["label"], 26))
     panels[0].set_ylabel("gate of the shared experts, mean over seeds")
-    panels[-1].legend(ncols=1 if by_task else 2)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
-def _curves(variants: Variants, kind: str, name: str, ylabel: str) -> Figure | None:
+def _curves(variants: Variants, colors: Mapping[str, str], kind: str, name: str, ylabel: str) -> Figure | None:
     """A quantity over the steps: the mean over seeds as a line, their range as a pale band."""
     shown = [variant for variant in variants if variant.get(kind, {}).get("steps")]
     if not shown:
         return None
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     ax = figure.subplots()
-    for variant, color in zip(shown, cycle(COLORS), strict=False):
-        steps, values = variant[kind]["steps"], np.array(variant[kind][name], dtype=float)
+    for variant in shown:
+        steps, values, color = (
+            variant[kind]["steps"],
+            np.array(variant[kind][name], dtype=float),
+            colors[variant["name"]],
+        )
         ax.plot(steps, values.mean(axis=1), color=color, marker="." if len(steps) < 30 else "", label=variant["label"])
         ax.fill_between(steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15, linewidth=0)
     if name == "cosine":
