@@ -152,7 +152,7 @@ def foreground(path: Path, values: Array, *, wanted: str) -> Array:
 def unknown_pixels(values: Array) -> Array:
     """Where a mask or edges are unknown, bool: at 255, if the file holds 1, 255 and else only 0.
 
-    The one rule of what 255 means in such files: beside 1 it is unknown, without 1 it is white. A data set whose files
+    The one rule of what 255 means in such files: with 1 it is unknown, without 1 it is white. A data set whose files
     of 0 and 255 have no white but unknown pixels says so by ``ignore: 255`` in its dataset.yaml.
     """
     at_most = (values == 0) | (values == 1) | (values == IGNORE)

@@ -98,7 +98,8 @@ class _Classes:
             rgb = read_image(path).astype(np.int64)
             values = (rgb[..., 0] << 16) + (rgb[..., 1] << 8) + rgb[..., 2]
         else:
-            values = _stored_ids(path, "class ids, a grey or palette PNG or whole numbers in a .npy")
+            wanted = "class ids, a grey or palette PNG or whole numbers in a .npy"
+            values = _whole(path, _stored_values(path, wanted), wanted)
         label = self.mapped(path, values)
         if self.task.kind == "parts" and not ((label > 0) & (label != IGNORE)).any():
             return ignored_label("classes", shape)
@@ -180,10 +181,6 @@ def _stored_values(path: Path, wanted: str) -> Array:
         advice = f"give an rgb_map in {FILE_NAME} where colours stand for classes"
         raise reject(path, "a picture in colours", wanted, advice=advice)
     return color[..., 0]
-
-
-def _stored_ids(path: Path, wanted: str) -> Array:
-    return _whole(path, _stored_values(path, wanted), wanted)
 
 
 def _whole(path: Path, values: Array, wanted: str) -> Array:

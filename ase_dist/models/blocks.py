@@ -5,7 +5,6 @@ Letters: t tasks, B images, P tokens (prefix and patches), D width, N experts.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 from ase_dist.models.lora import Streams
 from ase_dist.moe import MoEFFN
 from ase_dist.moe.layer import TaskIndex
+from ase_dist.ops.modes import attention
 from ase_dist.ops.modes import autocast as enter_autocast
-from ase_dist.ops.modes import trained_attention
 
 
 class BlockOutput(NamedTuple):
@@ -110,7 +109,7 @@ class TaskBlock(nn.Module):
         return x_XPD + self.drop_path2(self.ls2(ffn_XPD))  # type: ignore[no-any-return]
 
     def _attention(self, x_XPD: Tensor, rope: Tensor | None) -> Tensor:
-        with trained_attention(x_XPD) if self.training else nullcontext():
+        with attention(x_XPD, training=self.training):
             return self.attn(x_XPD) if rope is None else self.attn(x_XPD, rope=rope)  # type: ignore[no-any-return]
 
     def _ffn(self, x_tBPD: Tensor, task: TaskIndex, unfinished: bool) -> tuple[Tensor, ...]:

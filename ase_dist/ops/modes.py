@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-SHORT = 192  # tokens; see trained_attention
+SHORT = 192  # tokens; see attention
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -69,14 +69,14 @@ def stacks_products(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
-def trained_attention(x_XPD: Tensor) -> AbstractContextManager[object]:
+def attention(x_XPD: Tensor, *, training: bool) -> AbstractContextManager[object]:
     """Where torch's attention over the P tokens of x is to run: its plain form where that is the faster one to train.
 
     The backward pass of the fused form in bf16 on a CPU has a price per call (torch 2.14.1): with it attention over 37
     to 161 tokens takes 1.1 to 3.4 times as long, over 192 and more less. In float32 it has none.
     """
     is_dear = x_XPD.device.type == "cpu" and x_XPD.dtype == torch.bfloat16 and x_XPD.shape[1] < SHORT
-    if is_dear and not torch.compiler.is_compiling():
+    if training and is_dear and not torch.compiler.is_compiling():
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
@@ -36,8 +36,10 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
     """
     data, delta = jobs[0].settings.data, jobs[0].settings.eval.delta
     tasks = data.data_set.table
+    finished = {job.name for job in jobs if job.is_done()}
     found = [
-        _collect_variant(variant, [job for job in jobs if job.variant == variant.name], tasks) for variant in variants
+        _collect_variant(variant, [job for job in jobs if job.variant == variant.name], finished, tasks)
+        for variant in variants
     ]
     by_name = {entry["name"]: entry for entry in found}
     for entry in found:
@@ -48,14 +50,13 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
         entry["differences"] = _differences(entry, by_name[entry["reference"]], tasks)
     names = list(dict.fromkeys(task for entry in found for task in entry["metrics"]))
     facts = {name: asdict(tasks[name]) for name in names}
-    done = [job for job in jobs if job.is_done()]
     return {
         "data": data.name,
         "tasks": names,
         "task_facts": facts,
         "delta": delta,
         "variants": found,
-        "made_by": _made_by(done),
+        "made_by": _made_by([job for job in jobs if job.name in finished]),
     }
 
 
@@ -91,10 +92,12 @@ def task_of(results: Mapping[str, Any], name: str) -> Task:
     return task
 
 
-def _collect_variant(variant: Variant, jobs: Sequence[StudyJob], tasks: Mapping[str, Task]) -> dict[str, Any]:
+def _collect_variant(
+    variant: Variant, jobs: Sequence[StudyJob], finished: Set[str], tasks: Mapping[str, Task]
+) -> dict[str, Any]:
     """The entry of a variant. Where its tasks train separately, metrics merge, and sizes, FLOPs and times add up."""
     seeds = sorted({job.seed for job in jobs})
-    complete = [seed for seed in seeds if all(job.is_done() for job in jobs if job.seed == seed)]
+    complete = [seed for seed in seeds if all(job.name in finished for job in jobs if job.seed == seed)]
     done = [job for job in jobs if job.seed in complete]
     summaries = [[job.run.read_summary() for job in done if job.seed == seed] for seed in complete]
     metrics = [{task: values for s in of_seed for task, values in s["metrics"].items()} for of_seed in summaries]
@@ -112,7 +115,7 @@ def _collect_variant(variant: Variant, jobs: Sequence[StudyJob], tasks: Mapping[
         "settings": {"row": variant.baseline, **variant.changes},
         "seeds": complete,
         "runs": [job.folder.relative_to(job.out).as_posix() for job in done],
-        "missing": [job.name for job in jobs if not job.is_done()],
+        "missing": [job.name for job in jobs if job.name not in finished],
         "metrics": {
             task: {metric: [seed[task][metric] for seed in metrics] for metric in values}
             for task, values in (metrics[0] if metrics else {}).items()

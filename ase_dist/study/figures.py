@@ -163,11 +163,8 @@ def _curves(variants: Variants, colors: Mapping[str, str], kind: str, name: str,
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     ax = figure.subplots()
     for variant in shown:
-        steps, values, color = (
-            variant[kind]["steps"],
-            np.array(variant[kind][name], dtype=float),
-            colors[variant["name"]],
-        )
+        steps, color = variant[kind]["steps"], colors[variant["name"]]
+        values = np.array(variant[kind][name], dtype=float)
         ax.plot(steps, values.mean(axis=1), color=color, marker="." if len(steps) < 30 else "", label=variant["label"])
         ax.fill_between(steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15, linewidth=0)
     if name == "cosine":
