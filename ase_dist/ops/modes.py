@@ -14,7 +14,11 @@ SHORT = 192  # tokens; see attention
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The type that autocast casts products to at this moment; None where it is off or the device has none (meta)."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    # a compiler before torch 2.12 cannot look into is_autocast_available, and would break its graph there
+    has_autocast = device_type != "meta" and (
+        torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    )
+    if not has_autocast or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
@@ -31,8 +35,8 @@ def autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextMana
 
 
 def is_exporting() -> bool:
-    """Whether ``torch.export`` is tracing; before torch 2.7 any tracer, which it cannot tell apart."""
-    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
+    """Whether ``torch.export`` is tracing; before torch 2.12 ``torch.compile`` too, which then has plain operations."""
+    return torch.compiler.is_exporting()
 
 
 def is_tracing() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any
@@ -32,13 +33,17 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
     Delta_m of a seed is relative to the reference variant's mean over its seeds, over the tasks that both have. Values
     by seed have the order of ``seeds``, the complete ones. Their ``differences`` from the reference, of the tasks'
     metrics and of Delta_m, are paired by seed. ``delta`` is ``eval.delta``: with delta_p all that is called ``delta_m``
-    is LibMTL's Delta_p. ``made_by`` says with which versions and on what the runs were made.
+    is LibMTL's Delta_p. ``made_by`` says with which versions and on what the runs were made. Every mIoU is over the
+    classes that all runs have an IoU of; ``left_out`` are the others by task. A class that no label shows has one, of
+    0, in the runs alone that predict it somewhere, and would move their mean by more than what is to be compared.
     """
     data, delta = jobs[0].settings.data, jobs[0].settings.eval.delta
     tasks = data.data_set.table
     finished = {job.name for job in jobs if job.is_done()}
+    done = [job for job in jobs if job.name in finished]
+    left_out = _left_out([results for job in done for results in _evaluations(job.run).values()])
     found = [
-        _collect_variant(variant, [job for job in jobs if job.variant == variant.name], finished, tasks)
+        _collect_variant(variant, [job for job in jobs if job.variant == variant.name], finished, tasks, left_out)
         for variant in variants
     ]
     by_name = {entry["name"]: entry for entry in found}
@@ -55,9 +60,50 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
         "tasks": names,
         "task_facts": facts,
         "delta": delta,
+        "left_out": left_out,
         "variants": found,
-        "made_by": _made_by([job for job in jobs if job.name in finished]),
+        "made_by": _made_by(done),
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluations, and the same classes in all of them
+
+CLASS = "iou/"  # before a class in the metrics of a run
+Results = Mapping[str, Mapping[str, float | None]]  # of an evaluation: by task and metric
+
+
+def _evaluations(run: RunFolder) -> dict[int, Results]:
+    """By step; the last is that of the run's summary."""
+    lines = read_metrics(run.metrics)
+    found = {line["step"]: line["metrics"] for line in lines if line["kind"] == "eval"}
+    summary = run.read_summary()
+    return {**found, summary["step"]: summary["metrics"]}
+
+
+def _left_out(evaluations: Sequence[Results]) -> dict[str, list[str]]:
+    """By task the classes that some of ``evaluations`` have an IoU of and others have none of."""
+    found = {}
+    for task in dict.fromkeys(task for results in evaluations for task in results):
+        classes = [
+            {name.removeprefix(CLASS) for name in results[task] if name.startswith(CLASS)}
+            for results in evaluations
+            if task in results
+        ]
+        if some := sorted(set().union(*classes) - classes[0].intersection(*classes)):
+            found[task] = some
+    return found
+
+
+def _without(results: Results, left_out: Mapping[str, Sequence[str]]) -> Results:
+    """``results`` with every mIoU over the other classes alone."""
+    found = dict(results)
+    for task, classes in left_out.items():
+        if task in results:
+            kept = {name: value for name, value in results[task].items() if name.removeprefix(CLASS) not in classes}
+            values = [value for name, value in kept.items() if name.startswith(CLASS) and value is not None]
+            found[task] = {**kept, "miou": statistics.mean(values) if values else None}
+    return found
 
 
 def _made_by(jobs: Sequence[StudyJob]) -> list[dict[str, Any]]:
@@ -92,15 +138,26 @@ def task_of(results: Mapping[str, Any], name: str) -> Task:
     return task
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A variant
+
+
 def _collect_variant(
-    variant: Variant, jobs: Sequence[StudyJob], finished: Set[str], tasks: Mapping[str, Task]
+    variant: Variant,
+    jobs: Sequence[StudyJob],
+    finished: Set[str],
+    tasks: Mapping[str, Task],
+    left_out: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     """The entry of a variant. Where its tasks train separately, metrics merge, and sizes, FLOPs and times add up."""
     seeds = sorted({job.seed for job in jobs})
     complete = [seed for seed in seeds if all(job.name in finished for job in jobs if job.seed == seed)]
     done = [job for job in jobs if job.seed in complete]
     summaries = [[job.run.read_summary() for job in done if job.seed == seed] for seed in complete]
-    metrics = [{task: values for s in of_seed for task, values in s["metrics"].items()} for of_seed in summaries]
+    metrics = [
+        _without({task: values for s in of_seed for task, values in s["metrics"].items()}, left_out)
+        for of_seed in summaries
+    ]
     parameters = None
     if summaries:
         counts = [summary["parameters"]["all"] for summary in summaries[0]]
@@ -124,7 +181,7 @@ def _collect_variant(
         "flops": {"forward": sum(f.forward for f in flops), "backward": sum(f.backward for f in flops)},
         "images_per_second": [1 / sum(1 / speed for speed in each) if all(each) else None for each in speeds],
         "memory_bytes": [max(summary["peak_memory_bytes"] or 0 for summary in of_seed) for of_seed in summaries],
-        **_over_training(done, tasks),
+        **_over_training(done, tasks, left_out),
     }
 
 
@@ -179,7 +236,9 @@ def _differences(
     return {name: asdict(paired_difference(*both)) for name, both in pairs.items()}
 
 
-def _over_training(jobs: Sequence[StudyJob], tasks: Mapping[str, Task]) -> dict[str, Any]:
+def _over_training(
+    jobs: Sequence[StudyJob], tasks: Mapping[str, Task], left_out: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
     """Curves by step of what all of the runs recorded: scores, shared gates, gradient conflict, specialised experts.
 
     ``gate`` is the mean over layers and tasks, ``by_task`` that over layers, ``by_layer`` that over tasks, these two
@@ -187,7 +246,9 @@ def _over_training(jobs: Sequence[StudyJob], tasks: Mapping[str, Task]) -> dict[
     """
     records = [read_metrics(job.run.metrics) for job in jobs]
     found: dict[str, Any] = {}
-    evaluations = [{line["step"]: line["metrics"] for line in lines if line["kind"] == "eval"} for lines in records]
+    evaluations = [
+        {step: _without(results, left_out) for step, results in _evaluations(job.run).items()} for job in jobs
+    ]
     names = list(dict.fromkeys(task for of_run in evaluations for metrics in of_run.values() for task in metrics))
     steps = sorted(set.intersection(*map(set, evaluations))) if evaluations else []
     if len(steps) > 1 and all(set(of_run[step]) == set(names) for of_run in evaluations for step in steps):

@@ -38,6 +38,12 @@ def markdown(title: str, data_title: str, results: Mapping[str, Any]) -> str:
         f"Measured on {data_title}. {delta} is relative to {references} (mean over seeds); separate models count "
         "together in sizes and speed; FLOPs are of the forward pass."
     )
+    left_out = results.get("left_out", {})  # results of earlier versions have none
+    for task in (task for task in tasks if task.name in left_out):
+        preamble += (
+            f" mIoU of {task.title} is over the classes that all runs have an IoU of; left out: "
+            f"{', '.join(left_out[task.name])}, which some runs predict somewhere and no label shows."
+        )
     lines = [f"# {title}", "", preamble, "", table.to_markdown(), ""]
     lines += _differences(variants, tasks, labels, delta)
     missing = [name for variant in variants for name in variant["missing"]]

@@ -116,6 +116,7 @@ def test_no_value_is_read_from_the_device(device, dtype, experts):
         assert x.grad.shape == x.shape and all(p.grad is not None for p in layer.routed.parameters())
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="this torch compiles plain operations, as it exports them")
 @pytest.mark.usefixtures("grouped_always")
 @pytest.mark.parametrize("experts", ["lora", "ffn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,7 +124,7 @@ def test_experts_compile_as_one_graph(experts, dtype):
     """Also in float32, for which torch's own grouped product has no shape rule (2.14)."""
     layer = MoEFFN(FFN().to(dtype), num_experts=9, k=2, num_shared=1, rank=3, num_tasks=3, experts=experts)
     randomise(layer)
-    x = tokens(dtype).requires_grad_()
+    x = tokens(dtype)
     routing = layer.router(x, [0, 1, 2])[1]
 
     form = layer.form if experts == "lora" else None
@@ -133,12 +134,13 @@ def test_experts_compile_as_one_graph(experts, dtype):
         return layer.routed.compute(RoutedTokens(x_TD, gates_TN, active_TN, 2), form, act,
                                     routed=layer.routed.tensors(), shared=layer.shared.tensors())  # fmt: skip
 
-    given = (x.flatten(0, 1), routing.gates.detach().flatten(0, 1).requires_grad_(), routing.active.flatten(0, 1))
-    leaves = [x, given[1], *layer.routed.parameters(), *layer.shared.parameters()]
+    leaves = [t.detach().flatten(0, 1).requires_grad_() for t in (x, routing.gates)]
+    given = (*leaves, routing.active.flatten(0, 1))
+    leaves += [*layer.routed.parameters(), *layer.shared.parameters()]
     found = []
     for function in (compute, torch.compile(compute, backend="aot_eager", fullgraph=True)):
         output = function(*given)
-        found.append([output.detach(), *torch.autograd.grad(output.square().sum(), leaves, retain_graph=True)])
+        found.append([output.detach(), *torch.autograd.grad(output.square().sum(), leaves)])
     tolerance = 1e-5 if dtype is torch.float32 else 3e-2
     for eager, compiled in zip(*found, strict=True):
         assert (eager - compiled).norm() <= tolerance * eager.norm()

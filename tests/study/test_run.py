@@ -107,6 +107,33 @@ def test_results_say_which_versions_made_the_runs(toy, in_process, tmp_path):
         assert (out / "results.md").read_text().splitlines()[-1] == "Runs: 1 of unknown versions."
 
 
+def test_a_class_that_only_some_runs_predict_is_in_no_mean_iou(toy, in_process, tmp_path):
+    """No label shows it: it has an IoU, of 0, in the runs alone that predict a pixel of it."""
+    out, only = tmp_path / "out", ["ase", "separate"]
+
+    def collected(*, train=False):
+        options = {"overrides": ["eval.every=2"], "slots": Slots(), "train": train}
+        assert run_study("norm_ablation", data="toy", seeds=1, out=out, only=only, **options) == 0
+        return json.loads((out / "results.json").read_text())
+
+    before = collected(train=True)
+    classes = [name for name in before["variants"][0]["metrics"]["semseg"] if name.startswith("iou/")]
+    assert before["left_out"] == {} and "left out" not in (out / "results.md").read_text()
+    summary = out / "runs/ase/seed_0/summary.json"
+    tree = json.loads(summary.read_text())
+    scores = tree["metrics"]["semseg"]
+    scores["miou"] *= len(classes) / (len(classes) + 1)
+    summary.write_text(json.dumps({**tree, "metrics": {**tree["metrics"], "semseg": {**scores, "iou/ghost": 0.0}}}))
+    after = collected()
+    assert after["left_out"] == {"semseg": ["ghost"]}
+    for one, other in zip(after["variants"], before["variants"], strict=True):
+        assert one["metrics"]["semseg"].keys() == other["metrics"]["semseg"].keys()
+        assert one["metrics"]["semseg"]["miou"] == pytest.approx(other["metrics"]["semseg"]["miou"], rel=1e-12)
+        curves = [np.array(each["scores"]["by_task"]["semseg"]) for each in (one, other)]
+        np.testing.assert_allclose(*curves, rtol=1e-12)
+    assert "classes that all runs have an IoU of; left out: ghost" in (out / "results.md").read_text()
+
+
 def test_the_runs_of_a_transition_start_from_the_export_of_a_run_of_one_task(toy, in_process, tmp_path):
     out, toy = tmp_path / "out", dataclasses.replace(toy, steps=20)
     variants = [v for v in STUDIES["transition"].variants(toy) if not v.name.startswith("lora")]
