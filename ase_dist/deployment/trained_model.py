@@ -24,11 +24,11 @@ from ase_dist.models.export_file import CARD, fetch_export
 from ase_dist.models.names import named_tensors, task_order, trained_entries
 from ase_dist.read_config import recorded_settings
 from ase_dist.tasks import Task
-from ase_dist.training.loop.components import frozen_digest
 from ase_dist.training.record.run_folder import RunFolder
 from ase_dist.training.state.checkpoint import Checkpoint, open_whole
 from ase_dist.training.state.checkpoint.catalog import BEST, list_checkpoints, read_pointer
 from ase_dist.training.state.compare_settings import compare_settings
+from ase_dist.training.state.frozen import FrozenWeights
 from ase_dist.training.state.meta import read_meta
 from ase_dist.training.state.tensors import difference, load_entry
 
@@ -182,11 +182,15 @@ def rebuild(settings: Settings, tasks: tuple[Task, ...], checkpoint: Checkpoint)
     if not other:
         plain = settings.model.model_copy(update={"checkpoint_activations": "none"})
         model = build_model(fetch_from_hub(settings.model_copy(update={"model": plain})), tasks, expert_layer="plain")
-        if frozen_digest(model) != meta.backbone["sha256"]:
+        likeness = FrozenWeights.of(model, settings.model.backbone).compare(meta.frozen_weights())
+        if likeness == "other":
             raise UserError(
                 f"the frozen backbone {settings.model.backbone} that the settings give now is not the one of "
                 f"{checkpoint.path}; see that model.pretrained={settings.model.pretrained} names the same file as then"
+                f"{meta.why_not_rounded()}"
             )
+        if likeness == "rounded":
+            LOGGER.info("the frozen weights are rounded otherwise than in the run, by another processor or torch")
         entries, order = trained_entries(model), task_order(names, saved_names)
         other = difference(checkpoint, entries, order=order, kinds=("weight",))
     if other:

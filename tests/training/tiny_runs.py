@@ -96,7 +96,7 @@ def load_and_save(scenes, source, target, *overrides, config="z0"):
     resolved = resolve(settings, ds_config(config), world=world.size, native_bf16=False)
     parts = build(resolved, world, beat=lambda doing: None)
     store = CheckpointStore(target / "checkpoints", keep=1)
-    state = RunState(resolved.settings, world, store, zero_stage=resolved.zero_stage, backbone=parts.backbone,
+    state = RunState(resolved.settings, world, store, zero_stage=resolved.zero_stage, frozen=parts.frozen,
                      balancer=parts.balancer)  # fmt: skip
     with LiveBytes() as loading:
         state.resume(parts.engine, parts.train_loader, total_steps=parts.total_steps)

@@ -9,9 +9,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
-
 from ase_dist.agreement import raise_together, require_same_on_ranks
 from ase_dist.config import ModelSettings, Settings, flat
 from ase_dist.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader, data_fingerprint
@@ -25,6 +22,7 @@ from ase_dist.training.loop import engine as engines
 from ase_dist.training.loop.conflict import check_conflict_settings
 from ase_dist.training.process import runtime
 from ase_dist.training.process.runtime import World
+from ase_dist.training.state.frozen import FrozenWeights
 from ase_dist.versions import versions_of
 
 LOGGER = logging.getLogger("ase_dist")
@@ -41,7 +39,7 @@ class RunComponents(NamedTuple):
     engine: Any
     balancer: Balancer
     parameters: ParameterTable
-    backbone: dict[str, str]
+    frozen: FrozenWeights
     total_steps: int
 
     @property
@@ -92,11 +90,11 @@ def build(config: ResolvedConfig, world: World, *, beat: Callable[[str], None]) 
         )
     balancer = raise_together(lambda: Balancer(settings, tasks, model, world.device))
     parameters = parameter_table(model)
-    backbone = {"name": settings.model.backbone, "sha256": frozen_digest(model)}
+    frozen = FrozenWeights.of(model, settings.model.backbone)
     steps = total_steps(settings, train_loader)
     beat("building the engine")
     engine = engines.initialize(model, config, world, total_steps=steps)
-    return RunComponents(config, tasks, world, train_loader, eval_loader, engine, balancer, parameters, backbone, steps)
+    return RunComponents(config, tasks, world, train_loader, eval_loader, engine, balancer, parameters, frozen, steps)
 
 
 def has_random_frozen_backbone(model: ModelSettings) -> bool:
@@ -113,15 +111,6 @@ def total_steps(settings: Settings, loader: TrainLoader) -> int:
     if train.epochs is None:
         raise UserError("train: neither max_steps nor epochs is set; set one of them")
     return max(1, math.ceil(train.epochs * loader.steps_per_epoch / train.gradient_accumulation_steps))
-
-
-def frozen_digest(model: nn.Module) -> str:
-    """SHA-256 over the model's frozen tensors; a checkpoint stores it to identify its backbone."""
-    digest = hashlib.sha256()
-    for _, parameter in sorted(model.named_parameters()):
-        if not parameter.requires_grad:
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def require_same_start(settings: Settings, ds_config: Mapping[str, Any]) -> None:

@@ -129,7 +129,7 @@ def train(settings: Settings, ds_config: Mapping[str, Any], world: World) -> Exi
             world,
             store,
             zero_stage=config.zero_stage,
-            backbone=components.backbone,
+            frozen=components.frozen,
             balancer=components.balancer,
         )
         watchdog.beat("looking for a checkpoint")

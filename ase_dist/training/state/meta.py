@@ -12,6 +12,7 @@ from ase_dist.tasks import select_tasks
 from ase_dist.training.balancing.balancer import StoredBalancing
 from ase_dist.training.state.checkpoint import Checkpoint
 from ase_dist.training.state.checkpoint.manifest import MANIFEST
+from ase_dist.training.state.frozen import FrozenWeights
 
 StoredResults = dict[str, dict[str, float | None]]  # None where a metric was not finite, which JSON cannot say
 
@@ -60,6 +61,7 @@ class RunMeta(_Part):
     settings: dict[str, Any]
     tasks: tuple[str, ...] | None = None
     backbone: dict[str, str]  # name, and the SHA-256 of what is frozen
+    frozen: list[tuple[float, float]] | None = None  # the sketch of that
     topology: Topology
     sampler: dict[str, int | dict[str, dict[str, int]]]  # the second: of several data sets
     optimizer_steps: NonNegativeInt
@@ -84,6 +86,16 @@ class RunMeta(_Part):
                 raise ValueError("the state of the balancing is not of the run's tasks")
         return self
 
+    def frozen_weights(self) -> FrozenWeights:
+        """Which frozen weights the run had."""
+        return FrozenWeights(**self.backbone, sketch=self.frozen)
+
+    def why_not_rounded(self) -> str:
+        """Ends a sentence that says that its frozen weights are others: in old checkpoints they may be the same."""
+        if self.frozen is not None:
+            return ""
+        return " (a checkpoint of this age cannot tell other weights from the rounding of another processor or torch)"
+
     def task_names(self) -> tuple[str, ...]:
         """The tasks in the order in which the model's tensors have them."""
         if self.tasks is not None:
@@ -92,6 +104,12 @@ class RunMeta(_Part):
         if not isinstance(name, str):
             raise TypeError(f"data.name: got {name!r:.80}, wanted a text")
         return tuple(task.name for task in select_tasks(name, self.settings["tasks"]))
+
+
+def frozen_to_meta(frozen: FrozenWeights) -> dict[str, Any]:
+    """The part of ``meta`` that ``frozen_weights`` reads."""
+    sketch = None if frozen.sketch is None else [list(numbers) for numbers in frozen.sketch]
+    return {"backbone": {"name": frozen.name, "sha256": frozen.sha256}, "frozen": sketch}
 
 
 def read_meta(checkpoint: Checkpoint) -> RunMeta:

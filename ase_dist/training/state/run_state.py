@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -33,8 +33,9 @@ from ase_dist.training.loop.evaluate import Results
 from ase_dist.training.process.runtime import World
 from ase_dist.training.state.checkpoint import Checkpoint, CheckpointStore
 from ase_dist.training.state.compare_settings import compare_settings
+from ase_dist.training.state.frozen import FrozenWeights
 from ase_dist.training.state.history import NEVER, History
-from ase_dist.training.state.meta import RunMeta, read_meta
+from ase_dist.training.state.meta import RunMeta, frozen_to_meta, read_meta
 from ase_dist.training.state.tensors import difference, load_entry, saved_kinds
 
 LOGGER = logging.getLogger("ase_dist")
@@ -55,11 +56,11 @@ class RunState:
         store: CheckpointStore,
         *,
         zero_stage: int,
-        backbone: Mapping[str, Any],
+        frozen: FrozenWeights,
         balancer: Balancer,
     ) -> None:
         self.settings, self.world, self.store = settings, world, store
-        self.zero_stage, self.backbone, self.balancer = zero_stage, dict(backbone), balancer
+        self.zero_stage, self.frozen, self.balancer = zero_stage, frozen, balancer
         self.step, self.history, self.is_saved = 0, History(), False
         self.changes: list[str] = []
         self._saved_step = NEVER  # whose weights and random states are in the store, if not its latest history
@@ -88,7 +89,7 @@ class RunState:
         meta = {
             "settings": self.settings.model_dump(mode="json"),
             "tasks": list(engine.module.task_names),
-            "backbone": self.backbone,
+            **frozen_to_meta(self.frozen),
             "labelled_images": loader.dataset.labelled_images(),
             "topology": {
                 "world": self.world.size,
@@ -199,16 +200,19 @@ class RunState:
                 "data set, an extension's head or another version of timm or ase_dist make the difference: use those "
                 "of the run, or start afresh with another output="
             )
-        if meta.backbone != self.backbone:
+        likeness = self.frozen.compare(meta.frozen_weights())
+        if likeness == "other":
             weights = {key: clause for key, clause in differences.listed.items() if key in WEIGHT_FILES}
             model = self.settings.model
             source = "model.init_from" if model.init_from else "model.pretrained"
             why = ", ".join(weights.values()) or f"{source} {(model.init_from or model.pretrained)!r} gives others now"
             raise UserError(
                 f"resume: {path} was trained on other frozen weights: {why}; use those of the run, or start afresh "
-                "with another output="
+                f"with another output={meta.why_not_rounded()}"
             )
         self.changes = list(differences.listed.values())
+        if likeness == "rounded":
+            self.changes.append("the rounding of the frozen weights (by another processor or torch)")
         if meta.topology.world != self.world.size:
             self.changes.append(f"ranks {meta.topology.world} -> {self.world.size}")
         if meta.topology.zero_stage != self.zero_stage:
