@@ -69,7 +69,7 @@ class PrintableFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
-class OutputHandler(logging.StreamHandler[TextIO]):
+class OutputHandler(logging.StreamHandler):  # type: ignore[type-arg]  # takes none before Python 3.11
     """A stream's log lines. An error of writing is told where the stream is the standard output, see ``show``."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)

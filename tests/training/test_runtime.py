@@ -178,6 +178,18 @@ def unlaunched(rank, folder):
 
 
 @pytest.mark.single_gpu
+@pytest.mark.parametrize("end", ["raise KeyboardInterrupt", "sys.exit(2)", "pass"])
+def test_a_process_leaves_its_group_of_one_in_the_end(end):
+    """NCCL would end the output with a warning, behind the one sentence."""
+    program = (
+        "import atexit, sys; import torch.distributed as dist\n"
+        "atexit.register(lambda: print(dist.is_initialized()))\n"  # after what is registered later
+        f"from ase_dist.training.process import runtime; runtime.start(timeout=60, threads=1); {end}"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
 def test_alone_there_is_no_group(tmp_path):
     assert start_world(unlaunched, tmp_path)().results == [[0, 1, 1, "cpu", True, False]]
 

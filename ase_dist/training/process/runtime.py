@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import logging
@@ -112,6 +113,7 @@ def start(
         accelerator.set_device(index)
     backend = accelerator.communication_backend_name()
     _join_and_tell(backend, device=device, timeout=timeout, refusal=refusal)
+    atexit.register(_leave_alone)
     # only wraps the group that exists now
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout), verbose=False)
     return _world(device, native_bf16=has_native_bf16(accelerator))
@@ -279,6 +281,15 @@ def _join_under_torchrun(backend: str, *, limit: timedelta, options: dict[str, A
 def stop() -> None:
     """Leave the process group; needed for a clean exit after work that went well."""
     if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _leave_alone() -> None:
+    """Leave a group of one at the end of the process, however that ends: NCCL would add a warning to what was said.
+
+    Not before, as DeepSpeed keeps its groups for the next run of the process.
+    """
+    if dist.is_initialized() and dist.get_world_size() == 1:
         dist.destroy_process_group()
 
 
