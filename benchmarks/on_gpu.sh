@@ -27,18 +27,19 @@ part() {
     local name=$1 limit=$2 code=0
     shift 2
     printf '%s, at most %d s ...\n' "${name}" "${limit}"
-    timeout --signal INT --kill-after 20 "${limit}" "$@" > "${folder}/${name}.txt" 2>&1 || code=$?
+    timeout --signal INT --kill-after 40 "${limit}" "$@" > "${folder}/${name}.txt" 2>&1 || code=$?
     ((code == 124)) && printf '\nended after %d s, its limit\n' "${limit}" >> "${folder}/${name}.txt"
     ((code == 0 || code == 124)) || { failed=1 && tail -n 20 "${folder}/${name}.txt" >&2; }
 }
 
 cards=$(python -c 'import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)')
 printf '%s accelerators\n' "${cards}"
-tests=(python -m pytest tests -q -p no:cacheprovider)
+workers=$(python -c 'import os; print(min(os.cpu_count() or 1, 16))') # each a context on the card
+tests=(python -m pytest tests -v -p no:cacheprovider) # -v: what was reached within the limit has its result
 if [[ ${#quick[@]} -gt 0 ]]; then
     part tests_single_gpu 60 python -m pytest -q -p no:cacheprovider -m single_gpu tests/moe/test_gating.py
 else
-    part tests_single_gpu 240 "${tests[@]}" -n 4 -m single_gpu
+    part tests_single_gpu 240 "${tests[@]}" -n "${workers}" --dist worksteal -m single_gpu
     ((cards > 1)) && part tests_multi_gpu 180 "${tests[@]}" -m multi_gpu
 fi
 if ((cards > 1)) || [[ ${#quick[@]} -gt 0 ]]; then
