@@ -66,6 +66,38 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
     }
 
 
+def _made_by(jobs: Sequence[StudyJob]) -> list[dict[str, Any]]:
+    """What the finished runs were made by, each combination once, the most frequent first, with its number of runs."""
+    origins = [_origin(job.run) for job in jobs]
+    distinct = [each for i, each in enumerate(origins) if each not in origins[:i]]
+    counted = [{**each.model_dump(), "runs": origins.count(each)} for each in distinct]
+    return sorted(counted, key=lambda each: -each["runs"])
+
+
+class _Origin(BaseModel):
+    """What env.json says of where a run's numbers are from."""
+
+    git_commit: str | None = None
+    packages: dict[str, str | None] = {}
+    device: str | None = None
+    torch_threads: int | None = None
+
+
+def _origin(run: RunFolder) -> _Origin:
+    try:
+        return _Origin.model_validate(read_object(run.environment))
+    except (OSError, UserError, ValidationError):  # of another version, or damaged: the run's numbers are not
+        return _Origin()
+
+
+def task_of(results: Mapping[str, Any], name: str) -> Task:
+    """The task of that name, as the results have it; those of earlier versions name the data set only."""
+    if "task_facts" not in results:
+        return select_tasks(str(results["data"]), (name,))[0]
+    task: Task = TypeAdapter(Task).validate_python(results["task_facts"][name])
+    return task
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluations, and the same classes in all of them
 
@@ -100,42 +132,11 @@ def _without(results: Results, left_out: Mapping[str, Sequence[str]]) -> Results
     found = dict(results)
     for task, classes in left_out.items():
         if task in results:
-            kept = {name: value for name, value in results[task].items() if name.removeprefix(CLASS) not in classes}
+            dropped = {CLASS + name for name in classes}
+            kept = {name: value for name, value in results[task].items() if name not in dropped}
             values = [value for name, value in kept.items() if name.startswith(CLASS) and value is not None]
             found[task] = {**kept, "miou": statistics.mean(values) if values else None}
     return found
-
-
-def _made_by(jobs: Sequence[StudyJob]) -> list[dict[str, Any]]:
-    """What the finished runs were made by, each combination once, the most frequent first, with its number of runs."""
-    origins = [_origin(job.run) for job in jobs]
-    distinct = [each for i, each in enumerate(origins) if each not in origins[:i]]
-    counted = [{**each.model_dump(), "runs": origins.count(each)} for each in distinct]
-    return sorted(counted, key=lambda each: -each["runs"])
-
-
-class _Origin(BaseModel):
-    """What env.json says of where a run's numbers are from."""
-
-    git_commit: str | None = None
-    packages: dict[str, str | None] = {}
-    device: str | None = None
-    torch_threads: int | None = None
-
-
-def _origin(run: RunFolder) -> _Origin:
-    try:
-        return _Origin.model_validate(read_object(run.environment))
-    except (OSError, UserError, ValidationError):  # of another version, or damaged: the run's numbers are not
-        return _Origin()
-
-
-def task_of(results: Mapping[str, Any], name: str) -> Task:
-    """The task of that name, as the results have it; those of earlier versions name the data set only."""
-    if "task_facts" not in results:
-        return select_tasks(str(results["data"]), (name,))[0]
-    task: Task = TypeAdapter(Task).validate_python(results["task_facts"][name])
-    return task
 
 
 # ---------------------------------------------------------------------------------------------------------------------
