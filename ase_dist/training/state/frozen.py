@@ -59,12 +59,14 @@ class FrozenWeights(NamedTuple):
 
 
 def _sketch(tensor: Tensor) -> tuple[float, float]:
-    flat = tensor.double().flatten()
-    norm = float(flat.norm())
+    flat, signs = tensor.flatten(), _signs()
+    norm = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
     if not norm:
         return 0.0, 0.0
-    sums = nn.functional.pad(flat, (0, -flat.numel() % PERIOD)).view(-1, PERIOD).sum(dim=0)
-    return float(f"{norm:.9g}"), float(f"{float(sums @ _signs()) / norm:.9g}")
+    whole = flat.numel() // PERIOD * PERIOD
+    rest = flat[whole:].double()
+    signed = flat[:whole].view(-1, PERIOD).sum(dim=0, dtype=torch.float64) @ signs + rest @ signs[: len(rest)]
+    return float(f"{norm:.9g}"), float(f"{float(signed) / norm:.9g}")
 
 
 @lru_cache(maxsize=1)
