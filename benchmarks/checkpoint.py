@@ -77,7 +77,7 @@ def measure(arguments: argparse.Namespace, world: Any, folder: Path) -> dict[str
     parts = build(config, world, beat=lambda doing: None)
     store = CheckpointStore(folder / "run" / "checkpoints", keep=2)
     state = RunState(
-        parts.settings, world, store, zero_stage=arguments.zero, backbone=parts.backbone, balancer=parts.balancer
+        parts.settings, world, store, zero_stage=arguments.zero, frozen=parts.frozen, balancer=parts.balancer
     )
     step_seconds, save_seconds = [], []
     _one_step(parts, state)  # allocates moments and whatever is done once
