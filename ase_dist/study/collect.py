@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -39,11 +39,15 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
     """
     data, delta = jobs[0].settings.data, jobs[0].settings.eval.delta
     tasks = data.data_set.table
-    finished = {job.name for job in jobs if job.is_done()}
-    done = [job for job in jobs if job.name in finished]
-    left_out = _left_out([results for job in done for results in _evaluations(job.run).values()])
+    done = [job for job in jobs if job.is_done()]
+    recorded = {job.name: _evaluations(job.run) for job in done}
+    left_out = _left_out([results for of_run in recorded.values() for results in of_run.values()])
+    evaluations = {
+        name: {step: _without(results, left_out) for step, results in of_run.items()}
+        for name, of_run in recorded.items()
+    }
     found = [
-        _collect_variant(variant, [job for job in jobs if job.variant == variant.name], finished, tasks, left_out)
+        _collect_variant(variant, [job for job in jobs if job.variant == variant.name], evaluations, tasks)
         for variant in variants
     ]
     by_name = {entry["name"]: entry for entry in found}
@@ -146,18 +150,21 @@ def _without(results: Results, left_out: Mapping[str, Sequence[str]]) -> Results
 def _collect_variant(
     variant: Variant,
     jobs: Sequence[StudyJob],
-    finished: Set[str],
+    evaluations: Mapping[str, Mapping[int, Results]],
     tasks: Mapping[str, Task],
-    left_out: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-    """The entry of a variant. Where its tasks train separately, metrics merge, and sizes, FLOPs and times add up."""
+    """The entry of a variant; ``evaluations`` are those of the finished runs, by name and step.
+
+    Where its tasks train separately, metrics merge, and sizes, FLOPs and times add up.
+    """
     seeds = sorted({job.seed for job in jobs})
-    complete = [seed for seed in seeds if all(job.name in finished for job in jobs if job.seed == seed)]
+    complete = [seed for seed in seeds if all(job.name in evaluations for job in jobs if job.seed == seed)]
     done = [job for job in jobs if job.seed in complete]
     summaries = [[job.run.read_summary() for job in done if job.seed == seed] for seed in complete]
+    last = {job.name: evaluations[job.name][max(evaluations[job.name])] for job in done}
     metrics = [
-        _without({task: values for s in of_seed for task, values in s["metrics"].items()}, left_out)
-        for of_seed in summaries
+        {task: values for job in done if job.seed == seed for task, values in last[job.name].items()}
+        for seed in complete
     ]
     parameters = None
     if summaries:
@@ -173,7 +180,7 @@ def _collect_variant(
         "settings": {"row": variant.baseline, **variant.changes},
         "seeds": complete,
         "runs": [job.folder.relative_to(job.out).as_posix() for job in done],
-        "missing": [job.name for job in jobs if job.name not in finished],
+        "missing": [job.name for job in jobs if job.name not in evaluations],
         "metrics": {
             task: {metric: [seed[task][metric] for seed in metrics] for metric in values}
             for task, values in (metrics[0] if metrics else {}).items()
@@ -182,7 +189,7 @@ def _collect_variant(
         "flops": {"forward": sum(f.forward for f in flops), "backward": sum(f.backward for f in flops)},
         "images_per_second": [1 / sum(1 / speed for speed in each) if all(each) else None for each in speeds],
         "memory_bytes": [max(summary["peak_memory_bytes"] or 0 for summary in of_seed) for of_seed in summaries],
-        **_over_training(done, tasks, left_out),
+        **_over_training(done, [evaluations[job.name] for job in done], tasks),
     }
 
 
@@ -238,7 +245,7 @@ def _differences(
 
 
 def _over_training(
-    jobs: Sequence[StudyJob], tasks: Mapping[str, Task], left_out: Mapping[str, Sequence[str]]
+    jobs: Sequence[StudyJob], evaluations: Sequence[Mapping[int, Results]], tasks: Mapping[str, Task]
 ) -> dict[str, Any]:
     """Curves by step of what all of the runs recorded: scores, shared gates, gradient conflict, specialised experts.
 
@@ -247,9 +254,6 @@ def _over_training(
     """
     records = [read_metrics(job.run.metrics) for job in jobs]
     found: dict[str, Any] = {}
-    evaluations = [
-        {step: _without(results, left_out) for step, results in _evaluations(job.run).items()} for job in jobs
-    ]
     names = list(dict.fromkeys(task for of_run in evaluations for metrics in of_run.values() for task in metrics))
     steps = sorted(set.intersection(*map(set, evaluations))) if evaluations else []
     if len(steps) > 1 and all(set(of_run[step]) == set(names) for of_run in evaluations for step in steps):
