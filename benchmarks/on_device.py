@@ -9,17 +9,20 @@ command: gather and all-to-all against data parallelism over all ranks) and ``te
 
 Every side takes its turn in every repetition after two that are not counted; a time is the median, with the device
 synchronised before and after. Peak memory is that of one step beyond what was held before. "checkpoint stall" is the
-time that a save takes, by ``checkpoint.py``. Compiled sides tell how many graph breaks there were.
+time that a save takes, by ``checkpoint.py``. Compiled sides, which take longest, come last and tell how many graph
+breaks there were. The files are written after every case: a run that is ended early has what it measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,27 +60,34 @@ def main() -> None:
         runtime.stop()
         return
     accelerator = named_accelerator(world.device)
+    experts = arguments.folder / "experts.json"
     report: dict[str, Any] = {
         "device": device_name(world.device),
         "counted_for": accelerator.name,
         "machine": machine(),
         "quick": arguments.quick,
+        "layer": [],
+        "step": [],
+        "checkpoint": [],
+        "experts": json.loads(experts.read_text()) if experts.is_file() else None,
+        "tests": {
+            path.stem.removeprefix("tests_"): last_line(path) for path in sorted(arguments.folder.glob("tests_*.txt"))
+        },
     }
-    for what, measure in (
-        ("layer", lambda: measure_layers(world.device, accelerator, arguments)),
-        ("step", lambda: measure_steps(world.device, accelerator, arguments)),
-        ("checkpoint", lambda: measure_checkpoint(world, arguments)),
+    given = (world.device, accelerator, arguments)
+    for name, what, cases in (
+        ("step", "step", measure_steps(*given)),
+        ("layer", "layer", measure_layers(*given)),
+        ("checkpoint", "checkpoint", measure_checkpoint(world, arguments)),
+        ("step, compiled", "step", measure_steps(*given, compile_sides=True)),
+        ("layer, compiled", "layer", measure_layers(*given, compile_sides=True)),
     ):
         began = time.perf_counter()
-        report[what] = measure()
-        print(f"{what}: {time.perf_counter() - began:.0f} s", flush=True)
-    experts = arguments.folder / "experts.json"
-    report["experts"] = json.loads(experts.read_text()) if experts.is_file() else None
-    report["tests"] = {
-        path.stem.removeprefix("tests_"): last_line(path) for path in sorted(arguments.folder.glob("tests_*.txt"))
-    }
-    write_atomic(arguments.folder / "measured.json", json.dumps(report, indent=2) + "\n")
-    write_atomic(arguments.folder / "on_gpu.md", as_markdown(report))
+        for rows in cases:
+            report[what] += rows
+            write_atomic(arguments.folder / "measured.json", json.dumps(report, indent=2) + "\n")
+            write_atomic(arguments.folder / "on_gpu.md", as_markdown(report))
+        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
     print(as_markdown(report))
     runtime.stop()
 
@@ -163,32 +173,31 @@ def graph_breaks() -> int:
 # The layer
 
 
-def measure_layers(device: torch.device, accelerator: Accelerator, arguments: argparse.Namespace) -> list[dict]:
-    """Forward + backward of every side, by type; ours and the floor compiled, too."""
+def measure_layers(
+    device: torch.device, accelerator: Accelerator, arguments: argparse.Namespace, *, compile_sides: bool = False
+) -> Iterator[list[dict]]:
+    """Forward + backward of every side, case by case; of ours and the floor compiled instead where that is wanted."""
     shapes = {"vit_s": (384, 1536)} if arguments.quick else roofline.SHAPES
     images, tokens = (1, 6) if arguments.quick else (8, roofline.TOKENS)
-    rows = []
-    for shape, (width, hidden) in shapes.items():
-        for text in ("16/3/1/4",) if arguments.quick else ("16/3/1/4", "64/12/4/1", "256/4/0/16"):
-            for name, dtype in DTYPES.items():
-                given = Namespace(dtype=name, images=images, tokens=tokens, attention="fused")
-                roofline.SHAPES[shape] = (width, hidden)
-                counted = {side.side: side.kernels for side in roofline.count_layer(shape, text, given)}
-                sides = _layer_sides(width, hidden, text, dtype, device)
-                x = torch.randn(TASKS, images * tokens, width, device=device, dtype=dtype)
-                steps = {side: _layer_step(built, x) for side, built in sides.items()}
-                for side in (FLOOR, OURS):
-                    forward = compiled(sides[side].forward, quick=arguments.quick)
-                    steps[f"{side}, compiled"] = _layer_step(Side(sides[side].module, forward), x)
-                graph_breaks()
-                seconds = timed(steps, repeats=arguments.repeats)
-                breaks = graph_breaks()
-                for side, step in steps.items():
-                    row = _row(side, seconds, FLOOR, counted.get(side), accelerator, name)
-                    row |= {"shape": shape, "experts": text, "dtype": name}
-                    row["peak_mb"] = peak_megabytes(step, device, quick=arguments.quick)
-                    rows.append(row | ({"graph_breaks": breaks} if side == f"{OURS}, compiled" else {}))
-    return rows
+    experts = ("16/3/1/4",) if arguments.quick else ("16/3/1/4", "64/12/4/1", "256/4/0/16")
+    for (shape, (width, hidden)), text, (name, dtype) in itertools.product(shapes.items(), experts, DTYPES.items()):
+        roofline.SHAPES[shape] = (width, hidden)
+        sides = _layer_sides(width, hidden, text, dtype, device)
+        x = torch.randn(TASKS, images * tokens, width, device=device, dtype=dtype)
+        if compile_sides:
+            torch.compiler.reset()  # other sizes than those before are no reason to compile for all sizes
+            counted: dict[str, list[Kernel]] = {}
+            shown = {
+                f"{side}, compiled": Side(sides[side].module, compiled(sides[side].forward, quick=arguments.quick))
+                for side in (FLOOR, OURS)
+            }
+        else:
+            given = Namespace(dtype=name, images=images, tokens=tokens, attention="fused")
+            counted = {side.side: side.kernels for side in roofline.count_layer(shape, text, given)}
+            shown = sides
+        steps = {side: _layer_step(built, x) for side, built in {FLOOR: sides[FLOOR], **shown}.items()}
+        facts = {"shape": shape, "experts": text, "dtype": name}
+        yield [facts | row for row in _rows(steps, FLOOR, shown, counted, accelerator, device, name, arguments)]
 
 
 def _layer_sides(width: int, hidden: int, text: str, dtype: torch.dtype, device: torch.device) -> dict[str, Side]:
@@ -213,52 +222,62 @@ def _layer_step(side: Side, x: Tensor) -> Callable[[], None]:
     return step
 
 
-def _row(
-    side: str,
-    seconds: dict[str, float],
+def _rows(
+    steps: dict[str, Callable[[], None]],
     base: str,
-    kernels: list[Kernel] | None,
+    shown: Iterable[str],
+    counted: dict[str, list[Kernel]],
     accelerator: Accelerator,
+    device: torch.device,
     dtype: str,
-) -> dict[str, Any]:
-    """What was measured of a side and, where it was counted, what was counted."""
-    row: dict[str, Any] = {"side": side, "ms": 1e3 * seconds[side], "ratio": seconds[side] / seconds[base]}
-    if kernels is not None:
-        cost = total(kernels, accelerator.sustained(compute=0.81, memory=0.9), tf32=dtype == "bfloat16")
-        row |= {"counted_ms": 1e3 * cost.seconds, "counted_kernels": cost.kernels}
-    return row
+    arguments: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """What was measured of the ``shown`` of ``steps`` and, where it was counted, what was counted."""
+    graph_breaks()
+    seconds = timed(steps, repeats=arguments.repeats)
+    breaks, rows = graph_breaks(), []
+    for side in shown:
+        row: dict[str, Any] = {"side": side, "ms": 1e3 * seconds[side], "ratio": seconds[side] / seconds[base]}
+        if side in counted:
+            sustained = accelerator.sustained(compute=0.81, memory=0.9)
+            cost = total(counted[side], sustained, tf32=dtype == "bfloat16")
+            row |= {"counted_ms": 1e3 * cost.seconds, "counted_kernels": cost.kernels}
+        row["peak_mb"] = peak_megabytes(steps[side], device, quick=arguments.quick)
+        rows.append(row | ({"graph_breaks": breaks} if side == f"{OURS}, compiled" else {}))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The step
 
 
-def measure_steps(device: torch.device, accelerator: Accelerator, arguments: argparse.Namespace) -> list[dict]:
-    """The five-task step of ours, of plain LoRA and of neither, by type; ours compiled, too."""
+def measure_steps(
+    device: torch.device, accelerator: Accelerator, arguments: argparse.Namespace, *, compile_sides: bool = False
+) -> Iterator[list[dict]]:
+    """The five-task step of ours, of plain LoRA and of neither, by type; of ours compiled instead where wanted."""
     quick = arguments.quick
     given = Namespace(images=1 if quick else 8, size=64 if quick else 224, depth=1 if quick else None,
                       head="linear" if quick else "pup",
                       attention="fused", dtype="")  # fmt: skip
-    shape, rows = "tiny" if quick else "vit_b", []
+    shape = "tiny" if quick else "vit_b"
     for name, dtype in list(DTYPES.items())[1 if quick else 0 :]:  # a CPU takes seconds for a step in bf16
         given.dtype = name
-        counted = {side.side: side.kernels for side in roofline.count_step(shape, given)}
-        sides = {
-            side: _step_side(settings, device, dtype, given)
-            for side, (settings, adapt) in roofline.step_sides(shape, given).items()
-            if adapt is None
+        settings_of = {
+            side: found for side, (found, adapt) in roofline.step_sides(shape, given).items() if adapt is None
         }
-        sides[f"{OURS}, compiled"] = _step_side(roofline.step_sides(shape, given)[OURS][0], device, dtype, given,
-                                                compile_blocks=lambda block: compiled(block, quick=quick))  # fmt: skip
-        graph_breaks()
-        seconds = timed(sides, repeats=arguments.repeats)
-        breaks = graph_breaks()
-        for side, step in sides.items():
-            row = _row(side, seconds, LORA, counted.get(side), accelerator, name)
-            row |= {"shape": shape, "experts": "16/3/1/4", "dtype": name}
-            row["peak_mb"] = peak_megabytes(step, device, quick=quick)
-            rows.append(row | ({"graph_breaks": breaks} if side == f"{OURS}, compiled" else {}))
-    return rows
+        if compile_sides:
+            torch.compiler.reset()  # other sizes than those before are no reason to compile for all sizes
+            counted: dict[str, list[Kernel]] = {}
+            compile_blocks = partial(compiled, quick=quick)
+            shown = {
+                f"{OURS}, compiled": _step_side(settings_of[OURS], device, dtype, given, compile_blocks=compile_blocks)
+            }
+            steps = {LORA: _step_side(settings_of[LORA], device, dtype, given), **shown}
+        else:
+            counted = {side.side: side.kernels for side in roofline.count_step(shape, given)}
+            steps = shown = {side: _step_side(found, device, dtype, given) for side, found in settings_of.items()}
+        facts = {"shape": shape, "experts": "16/3/1/4", "dtype": name}
+        yield [facts | row for row in _rows(steps, LORA, shown, counted, accelerator, device, name, arguments)]
 
 
 def _step_side(
@@ -312,14 +331,14 @@ def measure_experts(device: torch.device, arguments: argparse.Namespace) -> list
     return [vars(row) for shape in shapes for row in expert_parallel.measure_shape(shape, given, device=device)]
 
 
-def measure_checkpoint(world: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure_checkpoint(world: Any, arguments: argparse.Namespace) -> Iterator[list[dict]]:
     """``checkpoint.py``'s figures of this rank alone."""
     import tempfile
 
     given = Namespace(config="scenes" if arguments.quick else "pascal_ase_16_3_1_4", batch_size=1, zero=2, ep=1,
                       saves=1 if arguments.quick else 3, steps_per_save=1 if arguments.quick else 2)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        return checkpoint.measure(given, world, Path(folder))
+        yield [checkpoint.measure(given, world, Path(folder))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,9 +369,9 @@ def as_markdown(report: dict[str, Any]) -> str:
                 for r in report["experts"]["rows"]]  # fmt: skip
         table = Table(("shape", "side", "ms", "ratio", "MB sent"), rows)
         parts.append(f"## experts over {report['experts']['ranks']} ranks, one layer\n\n{table.to_markdown()}")
-    figures = report["checkpoint"]
-    stall = f"{figures['save_seconds']:.3f} s, {figures['steps_per_save']:.2f} steps of {figures['config']}"
-    parts.append(f"## checkpoint stall\n\na save of {figures['bytes'] / MB:.0f} MB takes {stall}\n")
+    for figures in report["checkpoint"]:
+        stall = f"{figures['save_seconds']:.3f} s, {figures['steps_per_save']:.2f} steps of {figures['config']}"
+        parts.append(f"## checkpoint stall\n\na save of {figures['bytes'] / MB:.0f} MB takes {stall}\n")
     if report["tests"]:
         parts.append("## tests\n\n" + Table(("tests", "result"), list(report["tests"].items())).to_markdown())
     return "\n\n".join(part.strip() for part in parts) + "\n"

@@ -85,7 +85,13 @@ def _onednn_flops(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> float:
     return 2.0 * x.numel() * weight.shape[0]
 
 
-_FORMULAS = {  # for which torch (2.14) has none
+def _bmm_flops(a_shape: Any, b_shape: Any, *_: Any, **__: Any) -> float:
+    """[b, M, K] times [b, K, N]; torch 2.11's own takes an ``out_dtype`` for the shape of its output."""
+    return 2.0 * a_shape.numel() * b_shape[-1]
+
+
+_FORMULAS = {  # for which torch (2.14) has none, or did not have a right one
+    torch.ops.aten.bmm: shape_wrapper(_bmm_flops),
     "mkldnn::_linear_pointwise": _onednn_flops,
     torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
     torch.ops.aten._grouped_mm: shape_wrapper(_grouped_mm_flops),

@@ -27,15 +27,21 @@ from ase_dist.training.record.metrics import read_metrics
 from ase_dist.training.record.run_folder import RunFolder
 
 
-def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: Mapping[str, str]) -> dict[str, Any]:
+def collect(
+    variants: Sequence[Variant],
+    jobs: Sequence[StudyJob],
+    references: Mapping[str, str],
+    contrasts: Sequence[tuple[str, str]] = (),
+) -> dict[str, Any]:
     """The tree of results.json; a variant without a complete seed is listed with empty values.
 
     Delta_m of a seed is relative to the reference variant's mean over its seeds, over the tasks that both have. Values
-    by seed have the order of ``seeds``, the complete ones. Their ``differences`` from the reference, of the tasks'
-    metrics and of Delta_m, are paired by seed. ``delta`` is ``eval.delta``: with delta_p all that is called ``delta_m``
-    is LibMTL's Delta_p. ``made_by`` says with which versions and on what the runs were made. Every mIoU is over the
-    classes that all runs have an IoU of; ``left_out`` are the others by task. A class that no label shows has one, of
-    0, in the runs alone that predict it somewhere, and would move their mean by more than what is to be compared.
+    by seed have the order of ``seeds``, the complete ones. ``differences`` are of each variant from its reference, and
+    of the first of each of ``contrasts`` from the second, in the tasks' metrics and in Delta_m, paired by seed.
+    ``delta`` is ``eval.delta``: with delta_p all that is called ``delta_m`` is LibMTL's Delta_p. ``made_by`` says with
+    which versions and on what the runs were made. Every mIoU is over the classes that all runs have an IoU of;
+    ``left_out`` are the others by task. A class that no label shows has one, of 0, in the runs alone that predict it
+    somewhere, and would move their mean by more than what is to be compared.
     """
     data, delta = jobs[0].settings.data, jobs[0].settings.eval.delta
     tasks = data.data_set.table
@@ -55,8 +61,8 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
         reference = by_name[references[entry["name"]]]
         entry["reference"] = reference["name"]
         entry["delta_m"] = _delta_by_seed(entry, reference, tasks, delta)
-    for entry in found:
-        entry["differences"] = _differences(entry, by_name[entry["reference"]], tasks)
+    pairs = [(entry["name"], entry["reference"]) for entry in found if entry["name"] != entry["reference"]]
+    pairs += [pair for pair in contrasts if set(pair) <= set(by_name)]
     names = list(dict.fromkeys(task for entry in found for task in entry["metrics"]))
     facts = {name: asdict(tasks[name]) for name in names}
     return {
@@ -66,6 +72,10 @@ def collect(variants: Sequence[Variant], jobs: Sequence[StudyJob], references: M
         "delta": delta,
         "left_out": left_out,
         "variants": found,
+        "differences": [
+            {"variant": one, "minus": other, **_differences(by_name[one], by_name[other], tasks)}
+            for one, other in pairs
+        ],
         "made_by": _made_by(done),
     }
 
@@ -225,23 +235,19 @@ def _delta_by_seed(
     return found
 
 
-def _differences(
-    entry: Mapping[str, Any], reference: Mapping[str, Any], table: Mapping[str, Task]
-) -> dict[str, dict[str, float]]:
-    """By task, and as ``delta_m``: mean, low, high and pairs; nothing for the reference itself."""
-    if entry is reference:
-        return {}
+def _differences(entry: Mapping[str, Any], other: Mapping[str, Any], table: Mapping[str, Task]) -> dict[str, Any]:
+    """Of the metric of each of ``tasks`` and of ``delta_m``: mean, low, high and pairs of ``entry`` minus ``other``."""
 
     def by_seed(of: Mapping[str, Any], values: Sequence[float | None] | None) -> dict[int, float | None]:
         return dict(zip(of["seeds"], values or (), strict=False))
 
-    pairs = {
-        name: [by_seed(of, of["metrics"][name][table[name].metric]) for of in (entry, reference)]
+    tasks = {
+        name: paired_difference(*(by_seed(of, of["metrics"][name][table[name].metric]) for of in (entry, other)))
         for name in entry["metrics"]
-        if name in reference["metrics"]
+        if name in other["metrics"]
     }
-    pairs["delta_m"] = [by_seed(of, of["delta_m"]) for of in (entry, reference)]
-    return {name: asdict(paired_difference(*both)) for name, both in pairs.items()}
+    delta = paired_difference(*(by_seed(of, of["delta_m"]) for of in (entry, other)))
+    return {"tasks": {name: asdict(found) for name, found in tasks.items()}, "delta_m": asdict(delta)}
 
 
 def _over_training(

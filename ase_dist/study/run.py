@@ -89,7 +89,7 @@ def run_study(
             runner = Runner(jobs, slots, keep_checkpoints=keep_checkpoints)
             failed = runner.run()
             code = STOPPED if runner.stopped else FAILED if failed else DONE
-    _write_results(out, study, preset, jobs, collect(variants, jobs, reference_of))
+    _write_results(out, study, preset, jobs, collect(variants, jobs, reference_of, study.contrasts))
     return code
 
 

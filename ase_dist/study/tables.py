@@ -45,7 +45,7 @@ def markdown(title: str, data_title: str, results: Mapping[str, Any]) -> str:
             f"{', '.join(left_out[task.name])}, which some runs predict somewhere and no label shows."
         )
     lines = [f"# {title}", "", preamble, "", table.to_markdown(), ""]
-    lines += _differences(variants, tasks, labels, delta)
+    lines += _differences(results, tasks, delta)
     missing = [name for variant in variants for name in variant["missing"]]
     if missing:
         lines += [f"Not done: {', '.join(missing)}.", ""]
@@ -53,30 +53,30 @@ def markdown(title: str, data_title: str, results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _differences(
-    variants: Sequence[Mapping[str, Any]], tasks: Sequence[Task], labels: Mapping[str, str], delta: str
-) -> list[str]:
-    """The lines of the second table, variants minus their references; empty where no two seeds are paired."""
-    shown = [variant for variant in variants if any(each["pairs"] > 1 for each in variant["differences"].values())]
-    if not shown:
-        return []
-    by_name = {variant["name"]: variant for variant in variants}
+def _differences(results: Mapping[str, Any], tasks: Sequence[Task], delta: str) -> list[str]:
+    """The lines of the second table, differences between variants; empty where no two seeds are paired."""
+    by_name = {variant["name"]: variant for variant in results["variants"]}
     columns: list[Column | str] = [
-        "variant minus reference",
+        "difference",
         *(Column(f"{task.title}, {task.metric_title}", higher_is_better=task.higher_is_better) for task in tasks),
         Column(delta, "%", higher_is_better=True),
         "pairs",
     ]
     rows = []
-    for variant in shown:
-        reference, found = by_name[variant["reference"]], variant["differences"]
-        cells = [
-            _difference(found.get(task.name), _form(reference["metrics"].get(task.name, {}).get(task.metric, [])))
-            for task in tasks
-        ]
-        pairs = str(max(each["pairs"] for each in found.values()))
-        label = f"{variant['label']} minus {labels[reference['name']]}"
-        rows.append([label, *cells, _difference(found["delta_m"], ".2f"), pairs])
+    for found in results["differences"]:
+        one, other = by_name[found["variant"]], by_name[found["minus"]]
+        pairs = max(each["pairs"] for each in (*found["tasks"].values(), found["delta_m"]))
+        if pairs > 1:
+            cells = [
+                _difference(
+                    found["tasks"].get(task.name), _form(other["metrics"].get(task.name, {}).get(task.metric, []))
+                )
+                for task in tasks
+            ]
+            label = f"{one['label']} minus {other['label']}"
+            rows.append([label, *cells, _difference(found["delta_m"], ".2f"), str(pairs)])
+    if not rows:
+        return []
     explained = (
         f"Differences are paired by seed: mean and {CONFIDENCE:.0%} interval (Student's t). Where the interval holds 0 "
         "no difference was found, and the cell says none."

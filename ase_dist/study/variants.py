@@ -36,13 +36,15 @@ class Variant:
 class Study:
     """A question of the paper: its title, its variants, their references, the axis of its plots.
 
-    ``reference`` names one variant for each set of tasks, to which Delta_m of the others is relative; ``heat_map`` is
-    the variant whose expert activation is drawn.
+    ``reference`` names one variant for each set of tasks, to which Delta_m of the others is relative. All are compared
+    with their reference, and the two of each pair of ``contrasts`` with each other. ``heat_map`` is the variant whose
+    expert activation is drawn.
     """
 
     title: str
     variants: Callable[[Preset], list[Variant]]
     reference: tuple[str, ...]
+    contrasts: tuple[tuple[str, str], ...] = ()
     axis: str = ""
     heat_map: str | None = None
 
@@ -51,6 +53,7 @@ SWIN_T = tuple(name for name in baselines() if name.startswith("swin_t_"))
 TABLE = tuple(name for name in baselines() if name != "ase_128_24_8_1" and name not in SWIN_T)
 FINE_GRAINED = ("ase_16_3_1_4", "ase_32_6_2_2", "ase_64_12_4_1", "ase_128_24_8_1")
 EVIDENCE = ("mtl_vit_lora", "lora_moe_16_4_0_4", "naive_16_3_1_4", *FINE_GRAINED[:3])
+ADAPTIVE = (("ase_16_3_1_4", "naive_16_3_1_4"),)
 TOP_K = (3, 4, 5, 6, 7)
 ROUTER_SIZES = (16, 32, 64, 128, 256)
 CONFLICT_MEASUREMENTS = 10  # over a run
@@ -225,10 +228,19 @@ STUDIES: dict[str, Study] = {
         "Naive against adaptive shared experts",
         _naive_vs_ase,
         ("lora_moe_16_4_0_4_pair", "lora_moe_16_4_0_4_all"),
+        contrasts=(("ase_16_3_1_4_pair", "naive_16_3_1_4_pair"), ("ase_16_3_1_4_all", "naive_16_3_1_4_all")),
         heat_map="ase_16_3_1_4_all",
     ),
-    "evidence": Study("Shared experts, naive and adaptive", _evidence, ("lora_moe_16_4_0_4",), heat_map="ase_16_3_1_4"),
-    "transition": Study("From one task to all", _transition, ("lora_moe_16_4_0_4",), heat_map="ase_16_3_1_4"),
+    "evidence": Study(
+        "Shared experts, naive and adaptive",
+        _evidence,
+        ("lora_moe_16_4_0_4",),
+        contrasts=ADAPTIVE,
+        heat_map="ase_16_3_1_4",
+    ),
+    "transition": Study(
+        "From one task to all", _transition, ("lora_moe_16_4_0_4",), contrasts=ADAPTIVE, heat_map="ase_16_3_1_4"
+    ),
     "topk": Study("Active experts", _topk, ("lora_moe_k3",), axis="routed experts active per token, k"),
     "fine_grained": Study(
         "Finer experts",

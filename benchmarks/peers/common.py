@@ -74,8 +74,8 @@ def fill(module: nn.Module, *, seed: int = 0) -> None:
     """Random values everywhere: LoRA's B starts at zero, with which A and the gates would get no gradient."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=0.02, generator=generator)
+        for parameter in module.parameters():  # of a GPU with the same values
+            parameter.copy_(torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.02, generator=generator))
 
 
 class LoRAFFN(nn.Module):

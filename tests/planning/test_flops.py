@@ -1,8 +1,9 @@
 """FLOPs counted against sums by hand, forward and backward, for every kind of layer that torch's counter misses."""
 
 import pytest
+import torch
 
-from ase_dist.planning.flops import count_flops
+from ase_dist.planning.flops import FlopCounter, count_flops
 from ase_dist.tasks import select_tasks
 
 pytestmark = pytest.mark.single_gpu
@@ -44,3 +45,13 @@ def test_a_resnet_without_sharing_costs_tasks_nothing_but_heads(settings_for):
     one, five = (count_flops(settings_for(tasks=tasks, head="linear", **plain)) for tasks in (["edge"], None))
     heads = {task.name: products(16, 512, 16 * task.channels) for task in select_tasks("scenes")}
     assert five.forward - one.forward == sum(heads.values()) - heads["edge"]
+
+
+@pytest.mark.parametrize("wide", [{}, {"out_dtype": torch.float32}])
+def test_products_cost_the_same_whatever_the_type_of_their_output(wide):
+    a, b = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((3, 5, 7), (3, 7, 11)))
+    with FlopCounter() as one:
+        torch.bmm(a, b, **wide)
+    with FlopCounter() as other:
+        torch.mm(a[0], b[0], **wide)
+    assert one.total == 2 * 3 * 5 * 7 * 11 and other.total == 2 * 5 * 7 * 11

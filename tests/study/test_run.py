@@ -57,9 +57,10 @@ def test_a_study_runs_and_shows_its_variants(name, toy, in_process, tmp_path):
 
 def test_conflict_and_shared_gates_are_collected(toy, in_process, tmp_path):
     out = tmp_path / "out"
-    only, often = ["ase_16_3_1_4_pair"], ["eval.every=2"]
+    only, often = ["naive_16_3_1_4_pair", "ase_16_3_1_4_pair"], ["eval.every=2"]
     run_study("naive_vs_ase", data="toy", seeds=2, out=out, only=only, slots=Slots(), overrides=often)
-    lora, ase = json.loads((out / "results.json").read_text())["variants"]
+    results = json.loads((out / "results.json").read_text())
+    lora, naive, ase = results["variants"]
     assert "conflict" not in lora and "shared_gate" not in lora
     assert ase["conflict"]["steps"] == [1, 2, 3] and len(ase["conflict"]["cosine"][0]) == 2
     assert all(0 < gate < 1 for values in ase["shared_gate"]["gate"] for gate in values)
@@ -72,10 +73,14 @@ def test_conflict_and_shared_gates_are_collected(toy, in_process, tmp_path):
     assert np.allclose(by_task, by_layer) and np.allclose(by_task, np.mean(gates["gate"], axis=1))
     assert lora["specialisation"]["steps"] == ase["specialisation"]["steps"]
     assert all(0 <= value <= 1 for kind in ("information", "overlap") for value in ase["specialisation"][kind][-1])
-    differences = ase["differences"]["semseg"]
-    scores = [variant["metrics"]["semseg"]["miou"] for variant in (ase, lora)]
-    assert differences["pairs"] == 2 and np.isclose(differences["mean"], np.subtract(*scores).mean())
-    assert lora["differences"] == {} and "paired by seed" in (out / "results.md").read_text()
+    pairs = [(naive, lora), (ase, lora), (ase, naive)]
+    for found, (one, other) in zip(results["differences"], pairs, strict=True):
+        assert (found["variant"], found["minus"]) == (one["name"], other["name"])
+        scores = [variant["metrics"]["semseg"]["miou"] for variant in (one, other)]
+        gains = [variant["delta_m"] for variant in (one, other)]
+        for difference, values in ((found["tasks"]["semseg"], scores), (found["delta_m"], gains)):
+            assert difference["pairs"] == 2 and np.isclose(difference["mean"], np.subtract(*values).mean())
+    assert "paired by seed" in (out / "results.md").read_text()
     drawn = {path.name for path in (out / "plots").glob("*.png")}
     assert drawn >= {
         "conflict.png",

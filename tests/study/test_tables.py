@@ -21,8 +21,7 @@ def variant(name, scores, gains, **more):
     return {
         "name": name, "label": f"row {name}", "seeds": seeds, "missing": [], "reference": "a", "delta_m": gains,
         "metrics": {"semseg": {"miou": scores}} if scores else {}, "parameters": {"total": 3e6, "trained": 1e6},
-        "flops": {"forward": 2e9, "backward": 4e9}, "images_per_second": [2.0, 4.0], "memory_bytes": [1e9],
-        "differences": {}, **more,
+        "flops": {"forward": 2e9, "backward": 4e9}, "images_per_second": [2.0, 4.0], "memory_bytes": [1e9], **more,
     }  # fmt: skip
 
 
@@ -31,6 +30,7 @@ RESULTS = {
     "tasks": ["semseg"],
     "variants": [variant("a", [10.0, 20.0], [-33.333, 33.333]), variant("b", [30.0], [100.0]),
                  variant("c", [], None, missing=["c/seed_0"], parameters=None)],
+    "differences": [],
 }  # fmt: skip
 
 
@@ -72,15 +72,17 @@ def test_the_second_table_tells_none_from_a_difference():
     def found(low, high):
         return {"mean": (low + high) / 2, "low": low, "high": high, "pairs": 3}
 
-    variants = [
-        variant("a", [10.0, 20.0, 15.0], [0.0] * 3),
-        variant("b", [11.0] * 3, [1.0] * 3, differences={"semseg": found(0.5, 1.5), "delta_m": found(-1.0, 3.0)}),
+    variants = [variant(name, [10.0, 20.0, 15.0], [0.0] * 3) for name in "abc"]
+    differences = [
+        {"variant": "b", "minus": "a", "tasks": {"semseg": found(0.5, 1.5)}, "delta_m": found(-1.0, 3.0)},
+        {"variant": "c", "minus": "b", "tasks": {"semseg": found(-2.5, -1.5)}, "delta_m": found(1.0, 3.0)},
     ]
-    line = next(
-        line for line in markdown("T", "toy", {**RESULTS, "variants": variants}).splitlines() if "minus row" in line
-    )
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == ["row b minus row a", "+1.00 [+0.50, +1.50]", "none: +1.00 [-1.00, +3.00]", "3"]
+    text = markdown("T", "toy", {**RESULTS, "variants": variants, "differences": differences})
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "minus" in line]
+    assert cells == [
+        ["row b minus row a", "+1.00 [+0.50, +1.50]", "none: +1.00 [-1.00, +3.00]", "3"],
+        ["row c minus row b", "-2.00 [-2.50, -1.50]", "+2.00 [+1.00, +3.00]", "3"],
+    ]
 
 
 def test_specialisation_against_sums_over_tasks_and_experts():
