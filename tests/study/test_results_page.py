@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ase_dist.commands.study import main
+from tests.data.conftest import PascalFolder
 from tests.test_own_data import SMALL
 from tests.training.test_run_nyud import write_folder
 
@@ -32,6 +33,8 @@ def results():
 def test_every_command_of_the_page_works(command, in_process, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "RGBD")
+    for i in range(8):
+        PascalFolder(tmp_path / "CCP").add(f"{i}", split="train" if i < 6 else "val")
     words = shlex.split(command)
     assert words[:2] == ["python", "launch/study.py"]
     one = {"evidence": "ase_16_3_1_4", "norm_ablation": "ase"}[words[2]]
