@@ -31,7 +31,7 @@ import expert_parallel
 import roofline
 import torch
 from _kernels import ACCELERATORS, Accelerator, Kernel, total
-from _timing import MB, machine, peak_bytes
+from _timing import MB, peak_bytes, write_report
 from deepspeed.accelerator import get_accelerator
 from peers.common import Case, Experts, Side, frozen_ffn
 from peers.plain import PlainLoRA, apply_experts, by_loop, by_sorted_products, frozen, ours
@@ -64,8 +64,6 @@ def main() -> None:
     report: dict[str, Any] = {
         "device": device_name(world.device),
         "counted_for": accelerator.name,
-        "machine": machine(),
-        "quick": arguments.quick,
         "layer": [],
         "step": [],
         "checkpoint": [],
@@ -85,10 +83,10 @@ def main() -> None:
         began = time.perf_counter()
         for rows in cases:
             report[what] += rows
-            write_atomic(arguments.folder / "measured.json", json.dumps(report, indent=2) + "\n")
-            write_atomic(arguments.folder / "on_gpu.md", as_markdown(report))
+            write_report(arguments.folder / "measured.json", arguments, **report)
+            write_atomic(arguments.folder / "on_gpu.md", as_markdown(report, quick=arguments.quick))
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
-    print(as_markdown(report))
+    print(as_markdown(report, quick=arguments.quick))
     runtime.stop()
 
 
@@ -351,11 +349,11 @@ def last_line(path: Path) -> str:
     return lines[-1].strip("= ") if lines else "nothing"
 
 
-def as_markdown(report: dict[str, Any]) -> str:
+def as_markdown(report: dict[str, Any], *, quick: bool) -> str:
     """Tables of everything, measured and counted in columns of their own."""
-    where = f"{report['device']}, torch {report['machine']['torch']}"
-    quick = " A quick run at tiny size: its times say nothing." if report["quick"] else ""
-    parts = [f"# Measured on {where}\n\nCounted columns are for {report['counted_for']}, never measured.{quick}\n"]
+    where = f"{report['device']}, torch {torch.__version__}"
+    warning = " A quick run at tiny size: its times say nothing." if quick else ""
+    parts = [f"# Measured on {where}\n\nCounted columns are for {report['counted_for']}, never measured.{warning}\n"]
     columns = ("side", "type", "ms", "ratio", "peak MB", "graph breaks", "counted ms", "counted kernels")
     for what, base in (("layer", FLOOR), ("step", LORA)):
         groups = dict.fromkeys((row["shape"], row["experts"]) for row in report[what])

@@ -138,6 +138,30 @@ def fused(report):
     return ["ViT, N/k/S/r", "side", "kernels, eager", "kernels, compiled"], lines
 
 
+def measured_layer(report):
+    """A layer on a GPU, in milliseconds."""
+    sides = (*SIDES, "ours, compiled")
+    rows = {(row["shape"], row["experts"], row["dtype"], row["side"]): row["ms"] for row in report["layer"]}
+    lines = []
+    for shape, experts, dtype in dict.fromkeys(key[:3] for key in rows):
+        times = [rows.get((shape, experts, dtype, side)) for side in sides]
+        lines.append([f"{SHAPES[shape]} {experts}", dtype, *("" if ms is None else f"{ms:.2f}" for ms in times)])
+    return ["ViT, N/k/S/r", "type", *sides], lines
+
+
+def measured_step(report):
+    """The five-task step on a GPU: milliseconds, over plain LoRA of the same turns, and what it holds."""
+    lines = [[row["side"], row["dtype"], f"{row['ms']:.1f}", f"{row['ratio']:.2f}", f"{row['peak_mb'] / 1e3:.1f}",
+              f"{row['counted_ms']:.1f}" if "counted_ms" in row else ""] for row in report["step"]]  # fmt: skip
+    return ["side", "type", "ms", "time over plain LoRA", "peak GB", "counted: least ms"], lines
+
+
+def host(report):
+    """The host's time for a layer."""
+    lines = [[row["side"], f"{row['microseconds']:,.0f}", str(row["operators"])] for row in report["rows"]]
+    return ["side", "microseconds", "operators dispatched"], lines
+
+
 def balancing(report):
     """The step with each method over that with fixed weights."""
     lines = [[f"`{row['method']}`", f"{row['ratio']:.2f}", f"{row['processor_ratio']:.2f}"] for row in report["rows"]]
@@ -157,6 +181,9 @@ TABLES = {
     "counted_step": (counted_step, "roofline.json"),
     "counted_modules": (counted_modules, "roofline.json"),
     "fused": (fused, "fused.json"),
+    "measured_layer": (measured_layer, "on_gpu.json"),
+    "measured_step": (measured_step, "on_gpu.json"),
+    "host": (host, "host.json"),
     "balancing": (balancing, "balancing.json"),
 }
 MARK = re.compile(r"^(<!-- figures: (\w+) -->\n).*?^(<!-- end of figures -->)$", re.MULTILINE | re.DOTALL)
@@ -174,6 +201,7 @@ def table(name):
     lines = [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
     machine = report["machine"]
     where = "counted" if report.get("counted") else f"{machine['cores']} cores {machine['processor']}"
+    where += f", {report['device']}" if "device" in report else ""
     commit = (report["commit"] or "unknown")[:7]
     source = f"`docs/figures/{file}`: `benchmarks/{report['benchmark']}`, commit {commit}, {report['date']}, {where}"
     source += f", torch {machine['torch']}" if machine["torch"] else ""

@@ -105,6 +105,16 @@ def test_heads(tmp_path):
     assert len({bodies[name] for name in ("linear", "hrnet", "multi_level")}) == 1
 
 
+def test_host(tmp_path):
+    report = tmp_path / "out.json"
+    command = [sys.executable, str(BENCHMARKS / "host.py"), "--repeats", "2", "--json", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0 and "least us" in done.stdout, done.stderr
+    rows = {row["side"]: row for row in json.loads(report.read_text())["rows"]}
+    assert list(rows) == ["frozen FFN", "plain LoRA", "ours"] and all(row["microseconds"] > 0 for row in rows.values())
+    assert rows["plain LoRA"]["operators"] < rows["ours"]["operators"] < 2.2 * rows["plain LoRA"]["operators"]
+
+
 def test_scaling(tmp_path):
     printed, report = run("scaling", SCALING, tmp_path)
     assert set(report["slopes"]) == {"tokens", "rank"}

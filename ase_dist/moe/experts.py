@@ -108,7 +108,7 @@ class LoRAExperts(nn.Module):
             and not base.trains_between
             and is_frozen_linear(base.fc1, x_TD)
             and is_frozen_linear(base.fc2, x_TD)
-            and all(p.dtype == x_TD.dtype for p in (base.fc1.weight, base.fc2.weight, *self.parameters()))
+            and all(p.dtype == x_TD.dtype for p in (base.fc1.weight, base.fc2.weight, *self.tensors().values()))
         )
 
     def stacks_router(self, x_tTD: Tensor, base: FFNForm, *, num_routed: int, k: int) -> bool:
@@ -129,7 +129,7 @@ class LoRAExperts(nn.Module):
         x_TD, gates_TN = tokens.x_TD, tokens.gates_TN
         if self.groups_tokens(x_TD, num_routed=len(next(iter(routed.values()))), k=tokens.k):
             return self._compute_grouped(tokens, base, act, routed=routed, shared=shared)
-        if self.stacks_products(x_TD, base):
+        if tokens.fc1_ranks_TR is not None or self.stacks_products(x_TD, base):  # the former came by ``stacks_router``
             weights = (base.fc1.weight, base.fc2.weight)
             keep = self.keeps_stacks and not torch.compiler.is_compiling() and all(map(can_tell_changes, weights))
             low_rank = {name: (tensor, None if shared is None else shared[name]) for name, tensor in routed.items()}

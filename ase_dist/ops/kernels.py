@@ -2,6 +2,8 @@
 
 Each has a form in plain operations, which runs on every device without Triton, and a Triton kernel for NVIDIA GPUs. The
 operators are for hand-written autograd: they have no gradient of their own. On meta and fake tensors they give shapes.
+Where nothing would see an operator its kernel is launched at once: passing torch's dispatcher in Python takes some 50
+microseconds of the host's time, and a layer has four.
 
 Letters: T rows, H width, N experts (routed first, the S shared last), r rank, R = N * r.
 """
@@ -14,6 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ase_dist.ops import modes
 
 try:
     from ase_dist.ops import triton_kernels
@@ -63,12 +67,18 @@ def _are_right(device: torch.device) -> bool:
 # act(h) and the gradient of h
 
 
-@torch.library.custom_op("ase_dist::activation_and_gradient", mutates_args=())
 def activation_and_gradient(h: Tensor, grad: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """act(h) and the gradient of h for ``grad``, that of act(h), all [T, H]; ``kind`` is one of ``ACTIVATIONS``."""
-    if not has_triton(h):
-        return activation_and_gradient_plain(h, grad, kind)
-    return _launch_activation(h, grad, kind)
+    return (_activation_operator if modes.is_watched(h) else _activation_and_gradient)(h, grad, kind)
+
+
+def _activation_and_gradient(h: Tensor, grad: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    return (_launch_activation if has_triton(h) else activation_and_gradient_plain)(h, grad, kind)
+
+
+_activation_operator = torch.library.custom_op(
+    "ase_dist::activation_and_gradient", _activation_and_gradient, mutates_args=()
+)
 
 
 def _launch_activation(h: Tensor, grad: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -82,7 +92,7 @@ def _launch_activation(h: Tensor, grad: Tensor, kind: str) -> tuple[Tensor, Tens
     return act, grad_h
 
 
-@activation_and_gradient.register_fake
+@_activation_operator.register_fake
 def _(h: Tensor, grad: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(h), torch.empty_like(h)
 
@@ -107,7 +117,6 @@ def activation_gradient(h: Tensor, grad: Tensor, kind: str) -> Tensor:
 # Gates on rank activations, backward
 
 
-@torch.library.custom_op("ase_dist::gate_gradients", mutates_args=())
 def gate_gradients(
     grad_v: Tensor, u: Tensor, gates: Tensor, grad_type: torch.dtype, v_type: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,9 +125,18 @@ def gate_gradients(
     ``grad_v`` and u [T, R] may have any row stride; the first result is of ``grad_type``, the second of ``v_type``, the
     third as the gates.
     """
-    if not (has_triton(u) and has_triton(grad_v) and has_triton(gates)):
-        return gate_gradients_plain(grad_v, u, gates, grad_type, v_type)
-    return _launch_gates(grad_v, u, gates, grad_type, v_type)
+    compute = _gates_operator if modes.is_watched(u) else _gate_gradients
+    return compute(grad_v, u, gates, grad_type, v_type)
+
+
+def _gate_gradients(
+    grad_v: Tensor, u: Tensor, gates: Tensor, grad_type: torch.dtype, v_type: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    compute = _launch_gates if all(map(has_triton, (u, grad_v, gates))) else gate_gradients_plain
+    return compute(grad_v, u, gates, grad_type, v_type)
+
+
+_gates_operator = torch.library.custom_op("ase_dist::gate_gradients", _gate_gradients, mutates_args=())
 
 
 def _launch_gates(
@@ -149,7 +167,7 @@ def _launch_gates(
     return grad_u, v, grad_gates
 
 
-@gate_gradients.register_fake
+@_gates_operator.register_fake
 def _(
     grad_v: Tensor, u: Tensor, gates: Tensor, grad_type: torch.dtype, v_type: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,12 +197,16 @@ def _rows_apart(x: Tensor) -> Tensor:
 # Adaptive shared experts, Eq. 8-9
 
 
-@torch.library.custom_op("ase_dist::route_jointly", mutates_args=())
 def route_jointly(logits: Tensor, k: int, num_shared: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gates, active experts and probabilities [..., N] as ``ase_dist.moe.gating.joint`` defines them."""
-    if not has_triton(logits):
-        return route_jointly_plain(logits, k, num_shared)
-    return _launch_route(logits, k, num_shared)
+    return (_route_operator if modes.is_watched(logits) else _route_jointly)(logits, k, num_shared)
+
+
+def _route_jointly(logits: Tensor, k: int, num_shared: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (_launch_route if has_triton(logits) else route_jointly_plain)(logits, k, num_shared)
+
+
+_route_operator = torch.library.custom_op("ase_dist::route_jointly", _route_jointly, mutates_args=())
 
 
 def _launch_route(logits: Tensor, k: int, num_shared: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +235,7 @@ def _launch_route(logits: Tensor, k: int, num_shared: int) -> tuple[Tensor, Tens
     return gates, active, probs
 
 
-@route_jointly.register_fake
+@_route_operator.register_fake
 def _(logits: Tensor, k: int, num_shared: int) -> tuple[Tensor, Tensor, Tensor]:
     def like(dtype: torch.dtype) -> Tensor:
         return logits.new_empty(logits.shape, dtype=dtype)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 SHORT = 192  # tokens; see attention
 
@@ -53,6 +54,11 @@ def is_transforming() -> bool:
         return False
     is_forward_mode = torch.autograd.forward_ad._current_level >= 0
     return is_forward_mode or torch._C._are_functorch_transforms_active()
+
+
+def is_watched(x: Tensor) -> bool:
+    """Whether something sees what operators x goes through: a compiler, a dispatch mode, a subclass of Tensor."""
+    return torch.compiler.is_compiling() or type(x) is not Tensor or is_in_torch_dispatch_mode()
 
 
 def may_use_custom_autograd(x: Tensor) -> bool:
