@@ -37,7 +37,7 @@ def test_every_command_of_the_page_works(command, in_process, tmp_path, monkeypa
         PascalFolder(tmp_path / "CCP").add(f"{i}", split="train" if i < 6 else "val")
     words = shlex.split(command)
     assert words[:2] == ["python", "launch/study.py"]
-    one = {"evidence": "ase_16_3_1_4", "norm_ablation": "ase"}[words[2]]
+    one = {"evidence": "ase_16_3_1_4", "norm_ablation": "ase", "shared_logit_floor": "warmup_30"}[words[2]]
     given = [*words[2:], "--seeds", "1", "--steps", "2", "--only", one, *SMALL[:5], "train.batch_size=4"]
     assert main(given) == 0 and len(in_process) == 2
 
