@@ -2,8 +2,7 @@
 
 Each has a form in plain operations, which runs on every device without Triton, and a Triton kernel for NVIDIA GPUs. The
 operators are for hand-written autograd: they have no gradient of their own. On meta and fake tensors they give shapes.
-Where nothing would see an operator its kernel is launched at once: passing torch's dispatcher in Python takes some 50
-microseconds of the host's time, and a layer has four.
+Where nothing watches (``modes.is_watched``) the kernel is launched at once.
 
 Letters: T rows, H width, N experts (routed first, the S shared last), r rank, R = N * r.
 """

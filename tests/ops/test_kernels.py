@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ase_dist.ops import kernels
 from ase_dist.ops.kernels import (
@@ -101,3 +103,52 @@ def test_the_operators_are_sound():
     torch.library.opcheck(operators.route_jointly.default, (gates, 2, 1), test_utils=checks)
     torch.testing.assert_close(kernels.gate_gradients(*case), gate_gradients_plain(*case))
     torch.testing.assert_close(kernels.route_jointly(gates, 2, 1), route_jointly_plain(gates, 2, 1))
+
+
+class Seen(TorchDispatchMode):
+    """The names of this package's operators that were dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "ase_dist":
+            self.names.append(func._schema.name.removeprefix("ase_dist::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "operator"),
+    [
+        ("activation_and_gradient", "_activation_operator"),
+        ("gate_gradients", "_gates_operator"),
+        ("route_jointly", "_route_operator"),
+    ],
+)
+def test_an_operator_is_dispatched_only_where_something_watches(name, operator, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    h, grad = torch.randn(2, 5, 12, generator=generator)
+    gates = torch.rand(5, 6, generator=generator)
+    case = {
+        "activation_and_gradient": (h, grad, "gelu"),
+        "gate_gradients": (grad, h, gates, torch.float32, torch.float32),
+        "route_jointly": (gates, 2, 1),
+    }[name]
+    function, wanted = getattr(kernels, name), getattr(torch.ops.ase_dist, name)(*case)
+    with Seen() as seen:
+        function(*case)  # autograd watches
+        with torch.no_grad():
+            found = function(*case)
+    assert seen.names == [name, name]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    with torch.no_grad(), FakeTensorMode() as mode:
+        fake = [mode.from_tensor(each) if isinstance(each, torch.Tensor) else each for each in case]
+        assert [each.shape for each in function(*fake)] == [each.shape for each in wanted]
+    with torch.no_grad():  # a fake tensor outside of its mode
+        assert all(isinstance(each, FakeTensor) for each in function(*fake))
+    monkeypatch.setattr(kernels, operator, lambda *_: pytest.fail("dispatched"))
+    with torch.no_grad():
+        torch.testing.assert_close(function(*case), wanted, rtol=0, atol=0)
+    with pytest.raises(pytest.fail.Exception, match="dispatched"):
+        function(*case)
