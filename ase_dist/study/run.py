@@ -60,6 +60,7 @@ def run_study(
         variants = [variant for variant in variants if variant.name in wanted]
         reference_of = references(study, preset, variants)
     jobs = jobs_of(variants, preset, seeds=seeds, out=out, overrides=overrides)
+    steps = next(job for job in jobs if job.variant in reference_of).settings.train.max_steps
     facts_file, is_facts = out / "study.json", contains(b'"references"')
     is_study = facts_file.is_file() and is_facts(facts_file)  # then it has written the files below
     results_files = [out / f"results.{kind}" for kind in ("json", "md", "csv")]
@@ -70,7 +71,7 @@ def run_study(
         "name": name,
         "title": study.title,
         "data": preset.title,
-        "steps": preset.steps,
+        "steps": steps,
         "seeds": list(range(seeds)),
         "axis": study.axis,
         "references": reference_of,
@@ -89,14 +90,15 @@ def run_study(
             runner = Runner(jobs, slots, keep_checkpoints=keep_checkpoints)
             failed = runner.run()
             code = STOPPED if runner.stopped else FAILED if failed else DONE
-    _write_results(out, study, preset, jobs, collect(variants, jobs, reference_of, study.contrasts))
+    measured_on = f"{preset.title}, {steps} steps a run"
+    _write_results(out, study, preset, measured_on, jobs, collect(variants, jobs, reference_of, study.contrasts))
     return code
 
 
 def _write_results(
-    out: Path, study: Study, preset: Preset, jobs: Sequence[StudyJob], results: Mapping[str, Any]
+    out: Path, study: Study, preset: Preset, measured_on: str, jobs: Sequence[StudyJob], results: Mapping[str, Any]
 ) -> None:
-    text = markdown(study.title, f"{preset.title}, {preset.steps} steps a run", results)
+    text = markdown(study.title, measured_on, results)
     write_atomic(out / "results.json", json.dumps(json_safe(results), indent=2, allow_nan=False) + "\n")
     write_atomic(out / "results.md", text)
     write_atomic(out / "results.csv", as_csv(results))

@@ -37,9 +37,10 @@ def test_every_command_of_the_page_works(command, in_process, tmp_path, monkeypa
         PascalFolder(tmp_path / "CCP").add(f"{i}", split="train" if i < 6 else "val")
     words = shlex.split(command)
     assert words[:2] == ["python", "launch/study.py"]
-    one = {"evidence": "ase_16_3_1_4", "norm_ablation": "ase", "shared_logit_floor": "warmup_30"}[words[2]]
+    one = {"norm_ablation": "ase", "shared_logit_floor": "warmup_30"}.get(words[2], "ase_16_3_1_4")
     given = [*words[2:], "--seeds", "1", "--steps", "2", "--only", one, *SMALL[:5], "train.batch_size=4"]
-    assert main(given) == 0 and len(in_process) == 2
+    runs = 3 if words[2] == "transition" else 2  # the variant and its reference, and what both start from
+    assert main(given) == 0 and len(in_process) == runs
 
 
 def test_the_tables_are_those_of_the_studies_files(results):

@@ -150,6 +150,9 @@ def test_the_runs_of_a_transition_start_from_the_export_of_a_run_of_one_task(toy
     assert not (jobs[0].run.checkpoints).exists() and jobs[0].export.is_dir()
     assert [job.settings.train.max_steps for job in jobs] == [20, 2, 2]
     assert Runner(jobs_of(variants, toy, seeds=1, out=out), Slots()).waiting == []
+    only = [variant.name for variant in variants]
+    assert run_study("transition", data="toy", seeds=1, out=tmp_path / "few", steps=20, only=only, slots=Slots()) == 0
+    assert ", 2 steps a run" in (tmp_path / "few" / "results.md").read_text()
 
 
 def test_what_is_done_is_skipped_and_what_differs_is_refused(toy, in_process, tmp_path):
