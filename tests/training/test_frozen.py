@@ -110,7 +110,8 @@ def test_what_is_compared(weights):
     assert one.compare(one._replace(sha256="0")) == "rounded"
     wide = torch.nn.Linear(PERIOD, 3).requires_grad_(False)  # longer than the signs
     sketch = FrozenWeights.of(wide, "").sketch
-    assert sketch[1][0] == pytest.approx(float(wide.weight.norm()), rel=1e-6) and abs(sketch[1][1]) < 5
+    norm = float(wide.weight.double().norm())  # in float32 a norm of so many is off by 1e-6
+    assert sketch[1][0] == pytest.approx(norm, rel=1e-8) and abs(sketch[1][1]) < 5
 
 
 @pytest.mark.parametrize("instructions", ["default", "avx2"])
