@@ -5,7 +5,6 @@ import json
 import pickle
 import re
 import shutil
-from functools import lru_cache
 from pathlib import Path
 from unittest import mock
 
@@ -16,18 +15,17 @@ from ase_dist import collectives
 from ase_dist.baselines import baselines
 from ase_dist.config import ON_RESUME, setting_keys
 from ase_dist.deployment.export import export_run
-from ase_dist.models import build_model
-from ase_dist.read_config import build_settings, load_settings, override_settings, recorded_settings
+from ase_dist.read_config import build_settings, load_settings, override_settings
 from ase_dist.training.state.checkpoint import manifest as manifests
 from ase_dist.training.state.checkpoint import open_checkpoint
 from ase_dist.training.state.compare_settings import compare_settings
-from ase_dist.training.state.frozen import FrozenWeights
 from tests.training.conftest import start_world
 from tests.training.tiny_runs import (
     close,
     load_and_save,
     losses,
     metric_lines,
+    need_the_bits_of_then,
     said,
     same_bits,
     tiny_run,
@@ -180,19 +178,9 @@ def one_process(rank, folder):
     return sentences
 
 
-@lru_cache
-def need_the_bits_of_then():
-    """The old checkpoint knows its random backbone by its bits alone."""
-    settings = recorded_settings(OLD / "config.yaml")
-    model = build_model(settings, settings.chosen_tasks(), expert_layer="plain")
-    then = json.loads((STEP_2 / "manifest.json").read_text())["meta"]["backbone"]["sha256"]
-    if FrozenWeights.of(model, settings.model.backbone).sha256 != then:
-        pytest.skip("this processor rounds the random backbone of the old checkpoint otherwise")
-
-
 @pytest.fixture(scope="module")
 def runs(scenes, tmp_path_factory):
-    need_the_bits_of_then()
+    need_the_bits_of_then(OLD)
     folder = tmp_path_factory.mktemp("resume")
     (folder / "scenes").write_text(str(scenes))
     codes, results = start_world(one_process, folder, seconds=400)()
@@ -220,7 +208,7 @@ def test_an_old_run_goes_on_as_it_did_then(runs):
 
 
 def test_an_old_run_is_exported(scenes, tmp_path):
-    need_the_bits_of_then()
+    need_the_bits_of_then(OLD)
     run = tmp_path / "run"
     shutil.copytree(OLD, run)
     export_run(run, tmp_path / "out")
@@ -253,7 +241,7 @@ def test_the_tasks_in_another_order_train_on_alike(runs):
 
 def test_the_export_of_an_earlier_order_is_the_same_model(tmp_path):
     """config.yaml has the order of the last start, the checkpoint that of its own."""
-    need_the_bits_of_then()
+    need_the_bits_of_then(OLD)
     for name, order in (("run", "saliency\n- edge"), ("turned", "edge\n- saliency")):
         shutil.copytree(OLD, tmp_path / name)
         config = tmp_path / name / "config.yaml"

@@ -13,6 +13,7 @@ from tests.training.tiny_runs import (
     load_and_save,
     losses,
     metric_lines,
+    need_the_bits_of_then,
     same_bits,
     saved_meta,
     tiny_run,
@@ -170,6 +171,7 @@ def one_old(rank, folder):
 
 
 def test_an_old_run_of_two_processes_goes_on_as_it_did_then(scenes, tmp_path):
+    need_the_bits_of_then(OLD)
     (tmp_path / "scenes").write_text(str(scenes))
     assert start_world(two_old, tmp_path, size=2, seconds=300)().codes == [0, 0]
     then = {step: values for step, values in losses(OLD).items() if step > 2}
@@ -177,6 +179,7 @@ def test_an_old_run_of_two_processes_goes_on_as_it_did_then(scenes, tmp_path):
 
 
 def test_an_old_checkpoint_of_two_processes_is_whole_in_one(scenes, tmp_path):
+    need_the_bits_of_then(OLD)
     (tmp_path / "scenes").write_text(str(scenes))
     assert start_world(one_old, tmp_path, seconds=300)().codes == [0]
     assert same_bits(trained(OLD, 2), trained(tmp_path / "alone", 2)) == []

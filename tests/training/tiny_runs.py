@@ -3,27 +3,30 @@
 import contextlib
 import json
 import math
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ase_dist.data.loader import TrainLoader
+from ase_dist.models.build import build_model
 from ase_dist.models.multitask import MultiTaskViT
 from ase_dist.models.names import trained_entries
 from ase_dist.moe.deepspeed_compat import full_shape, is_routed
 from ase_dist.moe.router import TaskRouter
-from ase_dist.read_config import load_settings
+from ase_dist.read_config import load_settings, recorded_settings
 from ase_dist.training.ds_config import read_ds_config, resolve
 from ase_dist.training.loop import run
 from ase_dist.training.loop.components import build
 from ase_dist.training.process import runtime
 from ase_dist.training.record.metrics import read_metrics
 from ase_dist.training.state.checkpoint import CheckpointStore, open_checkpoint
+from ase_dist.training.state.frozen import FrozenWeights
 from ase_dist.training.state.run_state import RunState, _group_name
 from ase_dist.training.state.tensors import saved_kinds
 
@@ -63,6 +66,19 @@ def ds_config(name):
     config = read_ds_config(ROOT / "ds_configs" / f"{name.removesuffix('_offload')}.json")
     config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     return config
+
+
+@lru_cache
+def need_the_bits_of_then(old):
+    """Skip unless this process makes the random backbone of the run in ``old``, which knows it by its bits alone.
+
+    They are MKL's ``erfinv``, whose code differs between processors; that of then runs everywhere.
+    """
+    settings = recorded_settings(old / "config.yaml")
+    model = build_model(settings, settings.chosen_tasks(), expert_layer="plain")
+    then = json.loads((old / "checkpoints/step_2/manifest.json").read_text())["meta"]["backbone"]["sha256"]
+    if FrozenWeights.of(model, settings.model.backbone).sha256 != then:
+        pytest.skip("the old checkpoint has a random backbone that MKL_CBWR=COMPATIBLE makes on this processor")
 
 
 def tiny_settings(scenes, output, *overrides):
