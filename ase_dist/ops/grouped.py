@@ -17,6 +17,7 @@ Letters: T rows, K pairs of a row and a group sorted by group, n groups, D input
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -26,7 +27,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ase_dist.ops import modes, products
+from ase_dist.ops import products
+from ase_dist.ops.operator import Operator
 
 NARROW = 64  # Triton's product beats a copy of the rows and torch's up to about this width of a weight
 
@@ -103,30 +105,26 @@ def outer(v_KR: Tensor, x_TD: Tensor, groups: Groups) -> Tensor:
 def add_product(y_TO: Tensor, v_KR: Tensor, weight_nRO: Tensor, groups: Groups) -> Tensor:
     """``combined_product`` added to y in place, without a gradient."""
     if y_TO.device.type == "cpu" and y_TO.is_contiguous():
-        add = torch.ops.ase_dist.add_grouped_product_ if modes.is_watched(y_TO) else _add_grouped_product
-        add(y_TO, v_KR, groups.row_K, weight_nRO, groups.ends_n)
+        add_grouped_product_(y_TO, v_KR, groups.row_K, weight_nRO, groups.ends_n)
         return y_TO
     return add_rows(y_TO, _product(v_KR, None, weight_nRO, groups), groups)
 
 
 def add_rows(y_TO: Tensor, rows_KO: Tensor, groups: Groups) -> Tensor:
     """The values of each row's pairs added up and to y, in place, without a gradient."""
-    add = torch.ops.ase_dist.add_rows_ if modes.is_watched(y_TO) else _add_rows
-    add(y_TO, rows_KO, groups.row_K, groups.slot_K, groups.offset_T)
+    add_rows_(y_TO, rows_KO, groups.row_K, groups.slot_K, groups.offset_T)
     return y_TO
 
 
 def _product(x: Tensor, row_K: Tensor | None, weight_nDO: Tensor, groups: Groups) -> Tensor:
     x, row_K = _gathered(x, row_K, weight_nDO.shape[1:])
-    compute = torch.ops.ase_dist.grouped_product if modes.is_watched(x) else _grouped_product
-    out: Tensor = compute(x, row_K, weight_nDO, groups.ends_n)
+    out: Tensor = grouped_product(x, row_K, weight_nDO, groups.ends_n)
     return out
 
 
 def _outer(v_KR: Tensor, x: Tensor, row_K: Tensor | None, groups: Groups) -> Tensor:
     x, row_K = _gathered(x, row_K, (v_KR.shape[1], x.shape[1]))
-    compute = torch.ops.ase_dist.grouped_outer if modes.is_watched(x) else _grouped_outer
-    out: Tensor = compute(v_KR, x, row_K, groups.ends_n)
+    out: Tensor = grouped_outer(v_KR, x, row_K, groups.ends_n)
     return out
 
 
@@ -199,10 +197,11 @@ class _TakeDistinct(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The operators, which a tracer sees whole; where nothing watches (``modes.is_watched``) they are plain functions
+# The operators, which a tracer sees whole
 
 
-def _grouped_product(x: Tensor, row: Tensor | None, weight: Tensor, ends: Tensor) -> Tensor:
+@Operator
+def grouped_product(x: Tensor, row: Tensor | None, weight: Tensor, ends: Tensor) -> Tensor:
     """x[row[i]] W[group of i]: [K, O]; without ``row`` the rows of x are the pairs."""
     pairs, (_, K, O) = (x if row is None else row).shape[0], weight.shape
     if pairs and row is None and _has_fast_grouped_mm(x):
@@ -220,12 +219,13 @@ def _grouped_product(x: Tensor, row: Tensor | None, weight: Tensor, ends: Tensor
     return out
 
 
-@torch.library.custom_op("ase_dist::grouped_product", _grouped_product, mutates_args=()).register_fake
+@grouped_product.register_fake
 def _(x: Tensor, row: Tensor | None, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty((x if row is None else row).shape[0], weight.shape[2])
 
 
-def _grouped_outer(v: Tensor, x: Tensor, row: Tensor | None, ends: Tensor) -> Tensor:
+@Operator
+def grouped_outer(v: Tensor, x: Tensor, row: Tensor | None, ends: Tensor) -> Tensor:
     """v^T x[row] over the pairs of each group: [n, R, D]; without ``row`` the rows of x are the pairs."""
     pairs, R, D = v.shape[0], v.shape[1], x.shape[1]
     if pairs and row is None and _has_fast_grouped_mm(x):
@@ -241,23 +241,25 @@ def _grouped_outer(v: Tensor, x: Tensor, row: Tensor | None, ends: Tensor) -> Te
     return out
 
 
-@torch.library.custom_op("ase_dist::grouped_outer", _grouped_outer, mutates_args=()).register_fake
+@grouped_outer.register_fake
 def _(v: Tensor, x: Tensor, row: Tensor | None, ends: Tensor) -> Tensor:
     return x.new_empty(ends.shape[0], v.shape[1], x.shape[1])
 
 
-def _add_grouped_product(y: Tensor, v: Tensor, row: Tensor, weight: Tensor, ends: Tensor) -> None:
+@partial(Operator, mutates=("y",))
+def add_grouped_product_(y: Tensor, v: Tensor, row: Tensor, weight: Tensor, ends: Tensor) -> None:
     """y[row[i]] += v[i] W[group of i] on a CPU, where a group's part of y is in the cache and no rows collide."""
     for group, pairs_of in _spans(ends, v.shape[0]):
         y.index_add_(0, row[pairs_of], products.linear(v[pairs_of], weight[group].T))
 
 
-@torch.library.custom_op("ase_dist::add_grouped_product_", _add_grouped_product, mutates_args=("y",)).register_fake
+@add_grouped_product_.register_fake
 def _(y: Tensor, v: Tensor, row: Tensor, weight: Tensor, ends: Tensor) -> None:
     return None
 
 
-def _add_rows(y: Tensor, rows: Tensor, row: Tensor, slot: Tensor, offset: Tensor) -> None:
+@partial(Operator, mutates=("y",))
+def add_rows_(y: Tensor, rows: Tensor, row: Tensor, slot: Tensor, offset: Tensor) -> None:
     """y[row[i]] += rows[i]: y[t] += the sum of rows[slot[offset[t] : offset[t + 1]]], in this order."""
     if not rows.shape[0]:
         return
@@ -271,7 +273,7 @@ def _add_rows(y: Tensor, rows: Tensor, row: Tensor, slot: Tensor, offset: Tensor
         y.add_(F.embedding_bag(slot, rows, offset, mode="sum"))
 
 
-@torch.library.custom_op("ase_dist::add_rows_", _add_rows, mutates_args=("y",)).register_fake
+@add_rows_.register_fake
 def _(y: Tensor, rows: Tensor, row: Tensor, slot: Tensor, offset: Tensor) -> None:
     return None
 

@@ -2,7 +2,6 @@
 
 Each has a form in plain operations, which runs on every device without Triton, and a Triton kernel for NVIDIA GPUs. The
 operators are for hand-written autograd: they have no gradient of their own. On meta and fake tensors they give shapes.
-Where nothing watches (``modes.is_watched``) the kernel is launched at once.
 
 Letters: T rows, H width, N experts (routed first, the S shared last), r rank, R = N * r.
 """
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ase_dist.ops import modes
+from ase_dist.ops.operator import Operator
 
 try:
     from ase_dist.ops import triton_kernels
@@ -66,18 +65,12 @@ def _are_right(device: torch.device) -> bool:
 # act(h) and the gradient of h
 
 
+@Operator
 def activation_and_gradient(h: Tensor, grad: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """act(h) and the gradient of h for ``grad``, that of act(h), all [T, H]; ``kind`` is one of ``ACTIVATIONS``."""
-    return (_activation_operator if modes.is_watched(h) else _activation_and_gradient)(h, grad, kind)
-
-
-def _activation_and_gradient(h: Tensor, grad: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    return (_launch_activation if has_triton(h) else activation_and_gradient_plain)(h, grad, kind)
-
-
-_activation_operator = torch.library.custom_op(
-    "ase_dist::activation_and_gradient", _activation_and_gradient, mutates_args=()
-)
+    if not has_triton(h):
+        return activation_and_gradient_plain(h, grad, kind)
+    return _launch_activation(h, grad, kind)
 
 
 def _launch_activation(h: Tensor, grad: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -91,7 +84,7 @@ def _launch_activation(h: Tensor, grad: Tensor, kind: str) -> tuple[Tensor, Tens
     return act, grad_h
 
 
-@_activation_operator.register_fake
+@activation_and_gradient.register_fake
 def _(h: Tensor, grad: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(h), torch.empty_like(h)
 
@@ -116,6 +109,7 @@ def activation_gradient(h: Tensor, grad: Tensor, kind: str) -> Tensor:
 # Gates on rank activations, backward
 
 
+@Operator
 def gate_gradients(
     grad_v: Tensor, u: Tensor, gates: Tensor, grad_type: torch.dtype, v_type: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,18 +118,9 @@ def gate_gradients(
     ``grad_v`` and u [T, R] may have any row stride; the first result is of ``grad_type``, the second of ``v_type``, the
     third as the gates.
     """
-    compute = _gates_operator if modes.is_watched(u) else _gate_gradients
-    return compute(grad_v, u, gates, grad_type, v_type)
-
-
-def _gate_gradients(
-    grad_v: Tensor, u: Tensor, gates: Tensor, grad_type: torch.dtype, v_type: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    compute = _launch_gates if all(map(has_triton, (u, grad_v, gates))) else gate_gradients_plain
-    return compute(grad_v, u, gates, grad_type, v_type)
-
-
-_gates_operator = torch.library.custom_op("ase_dist::gate_gradients", _gate_gradients, mutates_args=())
+    if not (has_triton(u) and has_triton(grad_v) and has_triton(gates)):
+        return gate_gradients_plain(grad_v, u, gates, grad_type, v_type)
+    return _launch_gates(grad_v, u, gates, grad_type, v_type)
 
 
 def _launch_gates(
@@ -166,7 +151,7 @@ def _launch_gates(
     return grad_u, v, grad_gates
 
 
-@_gates_operator.register_fake
+@gate_gradients.register_fake
 def _(
     grad_v: Tensor, u: Tensor, gates: Tensor, grad_type: torch.dtype, v_type: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,16 +181,12 @@ def _rows_apart(x: Tensor) -> Tensor:
 # Adaptive shared experts, Eq. 8-9
 
 
+@Operator
 def route_jointly(logits: Tensor, k: int, num_shared: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gates, active experts and probabilities [..., N] as ``ase_dist.moe.gating.joint`` defines them."""
-    return (_route_operator if modes.is_watched(logits) else _route_jointly)(logits, k, num_shared)
-
-
-def _route_jointly(logits: Tensor, k: int, num_shared: int) -> tuple[Tensor, Tensor, Tensor]:
-    return (_launch_route if has_triton(logits) else route_jointly_plain)(logits, k, num_shared)
-
-
-_route_operator = torch.library.custom_op("ase_dist::route_jointly", _route_jointly, mutates_args=())
+    if not has_triton(logits):
+        return route_jointly_plain(logits, k, num_shared)
+    return _launch_route(logits, k, num_shared)
 
 
 def _launch_route(logits: Tensor, k: int, num_shared: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,7 +215,7 @@ def _launch_route(logits: Tensor, k: int, num_shared: int) -> tuple[Tensor, Tens
     return gates, active, probs
 
 
-@_route_operator.register_fake
+@route_jointly.register_fake
 def _(logits: Tensor, k: int, num_shared: int) -> tuple[Tensor, Tensor, Tensor]:
     def like(dtype: torch.dtype) -> Tensor:
         return logits.new_empty(logits.shape, dtype=dtype)
