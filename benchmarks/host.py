@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,14 @@ from unittest import mock
 
 import torch
 from _timing import prepare, write_report
-from peers.common import Case, Experts, frozen_ffn
-from peers.plain import PlainLoRA, ours
-from torch import Tensor, nn
+from peers.common import TASKS, Case, Experts, Side, frozen_ffn
+from peers.plain import PlainLoRA, frozen, ours
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ase_dist.ops import modes
 from ase_dist.tables import Table
 
-TASKS, TOKENS, WIDTH, HIDDEN = 5, 4, 16, 64
+TOKENS, WIDTH, HIDDEN = 4, 16, 64
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,9 @@ def main() -> None:
 def measure(experts: str, repeats: int) -> list[Row]:
     """Every side of one layer."""
     case = Case(frozen_ffn(WIDTH, HIDDEN), Experts.parse(experts))
-    lora, layer = PlainLoRA(case.base, rank=case.experts.rank), ours(case).module
-    steps = {
-        "frozen FFN": _step(case.base),
-        "plain LoRA": _step(lora),
-        "ours": _step(layer),
-    }
+    lora, x = PlainLoRA(case.base, rank=case.experts.rank), torch.randn(TASKS, TOKENS, WIDTH)
+    sides = {"frozen FFN": frozen(case), "plain LoRA": Side(lora, lambda x: (lora(x), None)), "ours": ours(case)}
+    steps = {name: side.step(x) for name, side in sides.items()}
     least = dict.fromkeys(steps, float("inf"))
     for _ in range(repeats + 1):  # the first makes what is made once and is never the least
         for side, step in steps.items():
@@ -80,20 +75,6 @@ def measure(experts: str, repeats: int) -> list[Row]:
             step()
         rows.append(Row(experts, side, 1e6 * least[side], operators.count))
     return rows
-
-
-def _step(module: nn.Module) -> Callable[[], None]:
-    leaf = torch.randn(TASKS, TOKENS, WIDTH).requires_grad_()
-    direction, trained = torch.randn_like(leaf), [p for p in module.parameters() if p.requires_grad]
-
-    def step() -> None:
-        for tensor in (leaf, *trained):
-            tensor.grad = None
-        output = module(leaf)
-        output = output if isinstance(output, Tensor) else output[0]
-        output.backward(direction)
-
-    return step
 
 
 class _Operators(TorchDispatchMode):

@@ -193,7 +193,7 @@ def measure_layers(
             given = Namespace(dtype=name, images=images, tokens=tokens, attention="fused")
             counted = {side.side: side.kernels for side in roofline.count_layer(shape, text, given)}
             shown = sides
-        steps = {side: _layer_step(built, x) for side, built in {FLOOR: sides[FLOOR], **shown}.items()}
+        steps = {side: built.step(x) for side, built in {FLOOR: sides[FLOOR], **shown}.items()}
         facts = {"shape": shape, "experts": text, "dtype": name}
         yield [facts | row for row in _rows(steps, FLOOR, shown, counted, accelerator, device, name, arguments)]
 
@@ -207,17 +207,6 @@ def _layer_sides(width: int, hidden: int, text: str, dtype: torch.dtype, device:
         sides[LOOP] = ours(case)
         apply_experts(sides[LOOP].module, by_loop)
     return sides
-
-
-def _layer_step(side: Side, x: Tensor) -> Callable[[], None]:
-    leaf, direction = x.clone().requires_grad_(), torch.randn_like(x)
-
-    def step() -> None:
-        side.module.zero_grad(set_to_none=True)
-        leaf.grad = None
-        side.forward(leaf)[0].backward(direction)
-
-    return step
 
 
 def _rows(

@@ -58,6 +58,17 @@ class Side(NamedTuple):
     module: nn.Module
     forward: Forward
 
+    def step(self, x: Tensor) -> Callable[[], None]:
+        """Forward and backward of values as ``x``, the gradients of the call before dropped first."""
+        leaf, direction = x.clone().requires_grad_(), torch.randn_like(x)
+
+        def step() -> None:
+            self.module.zero_grad(set_to_none=True)
+            leaf.grad = None
+            self.forward(leaf)[0].backward(direction)
+
+        return step
+
 
 class UnavailableError(Exception):
     """Why a peer cannot take part."""
